@@ -1,0 +1,16 @@
+"""Every Numba option of this package, once.
+
+``fastmath`` stays off where NaN or the order of sums matters: the kernels are memory-bound, and results must be
+the same on every run. On-disk caching is safe here because no kernel is compiled inside a worker's fork (numba#4807).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
+parallel_kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
+prange = numba.prange

@@ -1,0 +1,304 @@
+"""Codebooks: which bits each RNA species shows, and which words are left blank."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from merfish._files import whole_file
+from merfish.errors import InputError
+
+MAX_BITS = 64
+_BIT_COLUMN = re.compile(r"bit[ _]?0*(\d+)", re.IGNORECASE)
+_BLANK = re.compile(r"blank|notarget", re.IGNORECASE)
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """The words of an experiment, one row a species.
+
+    names, ids: one string a word; blanks have "blank" or "notarget" in their name (any case).
+    words: (word, bit) uint8 of 0 and 1, read-only.
+    bit_names: one string a bit (readout or ``bit1``...).
+    """
+
+    names: tuple[str, ...]
+    ids: tuple[str, ...]
+    words: np.ndarray
+    bit_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        words = np.array(self.words, dtype=np.uint8)
+        if words.ndim != 2 or not len(words):
+            raise InputError(f"a codebook needs words as (word, bit), got an array of shape {words.shape}")
+        if words.shape[1] > MAX_BITS:
+            raise InputError(f"a codebook has at most {MAX_BITS} bits, got {words.shape[1]}")
+        if words.max() > 1:
+            raise InputError(f"words are of 0 and 1, got {words.max()}")
+        if not len(self.names) == len(self.ids) == len(words) or len(self.bit_names) != words.shape[1]:
+            raise InputError(
+                f"{len(self.names)} names, {len(self.ids)} ids and {len(self.bit_names)} bit names "
+                f"do not fit words of shape {words.shape}"
+            )
+        words.setflags(write=False)
+        object.__setattr__(self, "words", words)
+
+    @property
+    def n_words(self) -> int:
+        return self.words.shape[0]
+
+    @property
+    def n_bits(self) -> int:
+        return self.words.shape[1]
+
+    @property
+    def is_blank(self) -> np.ndarray:
+        """(word,) bool."""
+        return np.array([bool(_BLANK.search(name)) for name in self.names])
+
+    @property
+    def codes(self) -> np.ndarray:
+        """(word,) uint64, each word as a number; the first bit is the least significant."""
+        return self.words.astype(np.uint64) @ (np.uint64(1) << np.arange(self.n_bits, dtype=np.uint64))
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(word,) int64, number of bits that are on."""
+        return self.words.sum(axis=1, dtype=np.int64)
+
+    def permuted(self, order: Sequence[int] | np.ndarray) -> Codebook:
+        """The same names with bit ``order[k]`` of each word at place k: a control that no molecule obeys."""
+        order = np.asarray(order)
+        return Codebook(self.names, self.ids, self.words[:, order], tuple(self.bit_names[k] for k in order))
+
+
+@dataclass(frozen=True)
+class CodebookReport:
+    """What `check_codebook` finds. ``problems`` are reasons to refuse the book, ``warnings`` to think twice."""
+
+    n_words: int
+    n_blanks: int
+    n_bits: int
+    weights: Mapping[int, int]
+    min_distance: int
+    corrects: int
+    detects: int
+    bit_usage: tuple[int, ...]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def read_codebook(path: str | os.PathLike[str]) -> Codebook:
+    """Read a codebook in any of the forms that labs have, and refuse one that cannot be decoded.
+
+    Understood: ``name,id,bit1,...,bitN``; three header lines ``version``, ``codebook_name``, ``bit_names`` and then
+    ``name,id,barcode`` with the word spaced or not; merfishtools' tab-separated ``feat codeword expressed``.
+
+    Raises InputError for a file that is none of these, or with duplicate names or words or a word without bits.
+    """
+    codebook = parse_codebook(path)
+    problems = check_codebook(codebook).problems
+    if problems:
+        raise InputError(f"{path}: " + "; ".join(problems))
+    return codebook
+
+
+def parse_codebook(path: str | os.PathLike[str]) -> Codebook:
+    """As `read_codebook`, but duplicates are kept, for `check_codebook` to name."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the codebook: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: the codebook is not UTF-8 text: {error}") from error
+    bit_names: list[str] = []
+    header: list[str] | None = None
+    rows: list[tuple[int, list[str]]] = []
+    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+    for line, raw in enumerate(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True), start=1):
+        fields = [field.strip() for field in raw]
+        while fields and not fields[-1]:
+            fields.pop()
+        if not fields:
+            continue
+        if header is not None:
+            rows.append((line, fields))
+        elif fields[0].lower() == "bit_names":
+            bit_names = fields[1:]
+        elif fields[0].lower() not in ("version", "codebook_name"):
+            header = [field.lower() for field in fields]
+    if header is None or not rows:
+        raise InputError(f"{path}: no words found; expected a header such as name,id,bit1,... and one row a word")
+    return _assemble(path, header, rows, bit_names)
+
+
+def _assemble(
+    path: str | os.PathLike[str], header: list[str], rows: list[tuple[int, list[str]]], bit_names: list[str]
+) -> Codebook:
+    bit_columns = sorted((int(m[1]), i) for i, field in enumerate(header) if (m := _BIT_COLUMN.fullmatch(field)))
+    if bit_columns and [number for number, _ in bit_columns] != list(range(1, len(bit_columns) + 1)):
+        raise InputError(f"{path}: bit columns are numbered {[n for n, _ in bit_columns]}, expected 1, 2, ...")
+    word_column = next((header.index(key) for key in ("barcode", "codeword") if key in header), None)
+    name_column = next((header.index(key) for key in ("name", "feat", "gene") if key in header), 0)
+    id_column = header.index("id") if "id" in header else None
+    if not bit_columns and (word_column is None or word_column == name_column):
+        raise InputError(f"{path}: header {','.join(header)!r} has neither bit1,... columns nor a barcode column")
+    names, ids, words = [], [], []
+    for line, fields in rows:
+        fields = fields + [""] * (len(header) - len(fields))
+        if bit_columns:
+            word = "".join(fields[i] for _, i in bit_columns)
+            complete = all(len(fields[i]) == 1 for _, i in bit_columns)
+        else:
+            word = re.sub(r"\s", "", fields[word_column or 0])
+            complete = True
+        if not word or not complete or set(word) - {"0", "1"}:
+            raise InputError(f"{path}: line {line} ({fields[name_column]!r}): expected 0 or 1 for each bit, got {word!r}")
+        if words and len(word) != len(words[0]):
+            raise InputError(f"{path}: line {line} has {len(word)} bits, the first word has {len(words[0])}")
+        if not fields[name_column]:
+            raise InputError(f"{path}: line {line}: the word has no name")
+        names.append(fields[name_column])
+        ids.append(fields[id_column] if id_column is not None else "")
+        words.append(word)
+    n_bits = len(words[0])
+    if n_bits > MAX_BITS:
+        raise InputError(f"{path}: {n_bits} bits, at most {MAX_BITS} are supported")
+    if bit_names and len(bit_names) != n_bits:
+        raise InputError(f"{path}: bit_names lists {len(bit_names)} bits, the words have {n_bits}")
+    array = np.array([[int(bit) for bit in word] for word in words], dtype=np.uint8)
+    return Codebook(tuple(names), tuple(ids), array, tuple(bit_names or _default_bit_names(n_bits)))
+
+
+def _default_bit_names(n_bits: int) -> list[str]:
+    return [f"bit{k}" for k in range(1, n_bits + 1)]
+
+
+def write_codebook(codebook: Codebook, path: str | os.PathLike[str]) -> None:
+    """Write ``name,id,bit1,...,bitN``, whole or not at all."""
+    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["name", "id", *_default_bit_names(codebook.n_bits)])
+        for name, identifier, word in zip(codebook.names, codebook.ids, codebook.words, strict=True):
+            writer.writerow([name, identifier, *word])
+
+
+def check_codebook(codebook: Codebook) -> CodebookReport:
+    """Count words, weights, distances and bit usage, and name what is wrong.
+
+    A minimum Hamming distance d corrects (d - 1) // 2 errors and detects d // 2 while correcting that many.
+    """
+    codes = codebook.codes
+    problems = [
+        f"name {name!r} stands {count} times: words {_places(codebook.names, name)}"
+        for name, count in Counter(codebook.names).items()
+        if count > 1
+    ]
+    problems += [
+        f"word {''.join(map(str, codebook.words[rows[0]]))} stands for {', '.join(codebook.names[r] for r in rows)}"
+        for rows in (np.flatnonzero(codes == code) for code, count in Counter(codes.tolist()).items() if count > 1)
+    ]
+    problems += [f"word {codebook.names[row]!r} has no bit on" for row in np.flatnonzero(codes == 0)]
+    distance = min_distance(codes)
+    weights = dict(sorted(Counter(codebook.weights.tolist()).items()))
+    usage = codebook.words.sum(axis=0, dtype=np.int64)
+    warnings = []
+    if distance == 2:
+        warnings.append("minimum distance 2: one error is detected but cannot be corrected")
+    elif distance == 1:
+        warnings.append("minimum distance 1: an error turns one word into another unseen")
+    if len(weights) > 1:
+        warnings.append("words differ in weight: heavy words lose more molecules to 1->0 errors")
+    if not codebook.is_blank.any():
+        warnings.append("no blanks: the misidentification rate cannot be estimated")
+    warnings += [f"bit {k + 1} ({codebook.bit_names[k]}) is used by no word" for k in np.flatnonzero(usage == 0)]
+    return CodebookReport(
+        n_words=codebook.n_words,
+        n_blanks=int(codebook.is_blank.sum()),
+        n_bits=codebook.n_bits,
+        weights=weights,
+        min_distance=distance,
+        corrects=max((distance - 1) // 2, 0),
+        detects=distance // 2,
+        bit_usage=tuple(usage.tolist()),
+        problems=tuple(problems),
+        warnings=tuple(warnings),
+    )
+
+
+def _places(names: Sequence[str], name: str) -> str:
+    return ", ".join(str(row + 1) for row, other in enumerate(names) if other == name)
+
+
+def min_distance(codes: np.ndarray) -> int:
+    """Smallest Hamming distance between two of the words (word,) uint64; the number of bits if there is one word."""
+    if len(codes) < 2:
+        return MAX_BITS
+    return int(min(np.bitwise_count(codes[i + 1 :] ^ codes[i]).min() for i in range(len(codes) - 1)))
+
+
+def mhd4_codebook(
+    genes: Sequence[str], n_bits: int = 16, *, expression: Mapping[str, float] | Sequence[float] | None = None
+) -> Codebook:
+    """Build a code of weight 4 and minimum distance 4 for a list of genes; the words left over become blanks.
+
+    The words are the 4-subsets of bits {0..n_bits-1} whose numbers XOR to zero: two such words that share three
+    bits share the fourth. For 16 bits they are the 140 words of weight 4 of the extended Hamming code [16, 11, 4],
+    which is optimal, A(16,4,4) = 140. Words are given out from the most abundant gene to the least, each to the word
+    whose bits carry least so far, so that no imaging round is crowded by the abundant genes.
+
+    expression: abundance of each gene, by name or in the order of ``genes``; equal when not given.
+
+    >>> book = mhd4_codebook(["ACTB", "GAPDH"])
+    >>> book.n_words, int(book.is_blank.sum()), set(book.weights.tolist())
+    (140, 138, {4})
+
+    Raises InputError for duplicate genes, more genes than words, or abundances that are missing or negative.
+    """
+    if not 4 <= n_bits <= MAX_BITS:
+        raise InputError(f"n_bits must be from 4 to {MAX_BITS}, got {n_bits}")
+    subsets = [bits for bits in combinations(range(n_bits), 4) if bits[0] ^ bits[1] ^ bits[2] ^ bits[3] == 0]
+    repeated = [gene for gene, count in Counter(genes).items() if count > 1]
+    if repeated:
+        raise InputError(f"genes are listed more than once: {', '.join(repeated)}")
+    if not genes or len(genes) > len(subsets):
+        raise InputError(f"{n_bits} bits give {len(subsets)} words of distance 4, got {len(genes)} genes")
+    abundance = _abundances(genes, expression)
+    load = np.zeros(n_bits)
+    free = np.array(subsets)
+    chosen: dict[int, np.ndarray] = {}
+    for gene in np.argsort(-abundance, kind="stable"):
+        pick = int(np.argmin(load[free].sum(axis=1)))
+        chosen[int(gene)] = free[pick]
+        load[free[pick]] += abundance[gene]
+        free = np.delete(free, pick, axis=0)
+    rows = [chosen[gene] for gene in range(len(genes))] + list(free)
+    words = np.zeros((len(rows), n_bits), dtype=np.uint8)
+    words[np.arange(len(rows))[:, None], rows] = 1
+    names = (*genes, *(f"Blank-{k}" for k in range(1, len(free) + 1)))
+    return Codebook(names, ("",) * len(rows), words, tuple(_default_bit_names(n_bits)))
+
+
+def _abundances(genes: Sequence[str], expression: Mapping[str, float] | Sequence[float] | None) -> np.ndarray:
+    if expression is None:
+        return np.ones(len(genes))
+    if isinstance(expression, Mapping):
+        missing = [gene for gene in genes if gene not in expression]
+        if missing:
+            raise InputError(f"expression names no value for {', '.join(missing[:5])} ({len(missing)} genes)")
+        expression = [expression[gene] for gene in genes]
+    values = np.asarray(expression, dtype=float)
+    if values.shape != (len(genes),):
+        raise InputError(f"expression has {values.size} values for {len(genes)} genes")
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise InputError("expression must be finite and not negative")
+    return values

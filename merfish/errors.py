@@ -1,0 +1,9 @@
+"""The one exception for what users can mend."""
+
+
+class InputError(ValueError):
+    """Bad input: a file, table, option or array that cannot be used as it is.
+
+    The message names the file, row or field, the value received and what was expected. Command lines print it
+    alone and exit with 2.
+    """
