@@ -1,0 +1,65 @@
+"""The loops of simulation: plain arrays in, ``out`` arrays filled."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from merfish._jit import kernel, parallel_kernel, prange
+
+
+@kernel
+def _pixel_shares(centre, sigma, first, share):
+    """Share of a 1-D Gaussian that falls on each pixel ``first + i`` (pixel i covers i - 0.5 to i + 0.5)."""
+    scale = 1.0 / (sigma * math.sqrt(2.0))
+    below = math.erf((first - 0.5 - centre) * scale)
+    for i in range(len(share)):
+        above = math.erf((first + i + 0.5 - centre) * scale)
+        share[i] = 0.5 * (above - below)
+        below = above
+
+
+@kernel
+def add_spot(image, y, x, flux, sigma):
+    """Add a pixel-integrated Gaussian of total ``flux`` at (y, x) to ``image`` (y, x), cut off at 5 sigma."""
+    height, width = image.shape
+    reach = math.ceil(5.0 * sigma)
+    top = max(math.floor(y) - reach, 0)
+    bottom = min(math.floor(y) + reach + 2, height)
+    left = max(math.floor(x) - reach, 0)
+    right = min(math.floor(x) + reach + 2, width)
+    if top >= bottom or left >= right:
+        return
+    down = np.empty(bottom - top)
+    across = np.empty(right - left)
+    _pixel_shares(y, sigma, top, down)
+    _pixel_shares(x, sigma, left, across)
+    for i in range(bottom - top):
+        row = flux * down[i]
+        for j in range(right - left):
+            image[top + i, left + j] += np.float32(row * across[j])
+
+
+@parallel_kernel
+def render_spots(y, x, z, flux, sigma, focal_range, image):
+    """Add the spots of all molecules to every bit and plane.
+
+    y, x (bit, molecule) pixels, as seen in each bit; z (molecule,) plane index; flux (bit, molecule) photons
+    in all, 0 = dark; sigma (bit,) pixels in focus; out: image (bit, z, y, x) float32, added to.
+    Out of focus a spot of the same flux widens as a Gaussian beam does, sigma * sqrt(1 + (dz / focal_range)^2),
+    with dz and focal_range in planes. Each bit belongs to one thread: sums do not depend on their number.
+    """
+    n_bits, n_planes = image.shape[:2]
+    for bit in prange(n_bits):
+        for m in range(flux.shape[1]):
+            if flux[bit, m] <= 0.0:
+                continue
+            for plane in range(n_planes):
+                wide = sigma[bit]
+                if n_planes > 1:
+                    defocus = (plane - z[m]) / focal_range
+                    wide *= math.sqrt(1.0 + defocus * defocus)
+                    if wide > 8.0 * sigma[bit]:
+                        continue  # less than 2 % of its peak is left
+                add_spot(image[bit, plane], y[bit, m], x[bit, m], flux[bit, m], wide)

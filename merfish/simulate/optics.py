@@ -1,0 +1,94 @@
+"""How molecules become images: which bits they show, how bright and blurred, and what the camera sees."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from merfish.simulate._kernels import render_spots
+
+
+@dataclass(frozen=True)
+class Imaging:
+    """Chemistry, optics and camera of a simulated experiment. Lengths in pixels, light in photons.
+
+    psf_sigma: range from which the PSF width of each bit is drawn. peak: photons a pixel at the centre of a spot
+    of brightness 1, before it is averaged over pixels. background: photons a pixel.
+    Counts are camera_offset + camera_gain * Poisson(photons) + read_noise * N(0, 1), rounded, within uint16.
+    molecule_spread, bit_spread: sigma of the lognormal brightness of molecules, and of their bits about that.
+    bit_ratio: bits differ in brightness, log-uniformly, by up to this factor.
+    lost, gained: chance that an on-bit is dark and that an off-bit shines, per molecule and bit.
+    focal_range: distance from focus, in planes, at which a spot is sqrt(2) wider.
+    """
+
+    psf_sigma: tuple[float, float] = (1.2, 1.5)
+    peak: float = 400.0
+    background: float = 100.0
+    camera_offset: float = 100.0
+    camera_gain: float = 1.0
+    read_noise: float = 5.0
+    molecule_spread: float = 0.3
+    bit_spread: float = 0.15
+    bit_ratio: float = 2.0
+    lost: float = 0.10
+    gained: float = 0.04
+    focal_range: float = 0.7
+
+
+def show_bits(words: np.ndarray, lost: float, gained: float, rng: np.random.Generator) -> np.ndarray:
+    """Bits that really shine, (molecule, bit) bool: ``words`` (molecule, bit) of 0 and 1 after both kinds of error."""
+    chance = rng.random(words.shape)
+    return np.where(words == 1, chance >= lost, chance < gained)
+
+
+def draw_bits(imaging: Imaging, n_bits: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """PSF sigma (bit,) in pixels and peak (bit,) in photons of each bit."""
+    sigma = rng.uniform(*imaging.psf_sigma, n_bits)
+    peak = imaging.peak * imaging.bit_ratio ** rng.uniform(-0.5, 0.5, n_bits)
+    return sigma, peak
+
+
+def draw_brightness(
+    imaging: Imaging, shown: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness of molecules (molecule,), median 1, and of their bits (molecule, bit), 0 where dark."""
+    molecule = np.exp(rng.normal(0.0, imaging.molecule_spread, len(shown)))
+    bits = molecule[:, None] * np.exp(rng.normal(0.0, imaging.bit_spread, shown.shape))
+    return molecule, np.where(shown, bits, 0.0)
+
+
+def photons(
+    y: np.ndarray, x: np.ndarray, z: np.ndarray, brightness: np.ndarray, sigma: np.ndarray, peak: np.ndarray,
+    shape: tuple[int, int, int], imaging: Imaging,
+) -> np.ndarray:  # fmt: skip
+    """Expected photons (bit, z, y, x) float32 of molecules over the background.
+
+    y, x (bit, molecule) or (molecule,) pixels; z (molecule,) plane index; brightness (molecule, bit);
+    sigma, peak (bit,) as from `draw_bits`; shape (z, y, x).
+    """
+    n_bits = len(sigma)
+    image = np.full((n_bits, *shape), imaging.background, np.float32)
+    flux = np.ascontiguousarray((brightness * (peak * 2.0 * np.pi * sigma**2)).T)
+    places = [np.ascontiguousarray(np.broadcast_to(a, flux.shape), dtype=np.float64) for a in (y, x)]
+    render_spots(*places, np.asarray(z, np.float64), flux, sigma, imaging.focal_range, image)
+    return image
+
+
+def expose(expected: np.ndarray, imaging: Imaging, seed: np.random.SeedSequence) -> np.ndarray:
+    """Camera counts uint16 for ``expected`` photons (frame, ...); each frame has its own random stream."""
+    counts = np.empty(expected.shape, np.uint16)
+
+    def one(frame: int, stream: np.random.SeedSequence) -> None:
+        rng = np.random.Generator(np.random.SFC64(stream))
+        light = rng.poisson(expected[frame]).astype(np.float32)
+        light *= np.float32(imaging.camera_gain)
+        light += np.float32(imaging.read_noise) * rng.standard_normal(light.shape, np.float32)
+        light += np.float32(imaging.camera_offset)
+        np.clip(np.rint(light, out=light), 0, 65535, out=light)
+        counts[frame] = light
+
+    with ThreadPoolExecutor(2) as threads:  # numpy draws without the interpreter's lock
+        list(threads.map(one, range(len(expected)), seed.spawn(len(expected))))
+    return counts

@@ -1,0 +1,78 @@
+"""One registered field: molecules at random places, as the decoder's figures are stated for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from merfish.codebook import Codebook
+from merfish.errors import InputError
+from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, expose, photons, show_bits
+
+ABUNDANCE_SIGMA = 1.0
+_BORDER = 8  # pixels beyond the field in which molecules still shed light into it
+
+
+def simulate_stack(
+    codebook: Codebook,
+    shape: tuple[int, int] = (512, 512),
+    *,
+    density: float = 0.01,
+    seed: int = 0,
+    n_planes: int = 1,
+    imaging: Imaging | None = None,
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Render a raw, registered stack of molecules at random places, and say what is in it.
+
+    Molecules lie uniformly over the field and a little beyond it, at sub-pixel places; their genes are drawn
+    with lognormal abundance (sigma 1) from the words that are not blank. ``imaging``: errors, optics, camera.
+
+    shape: (y, x). density: molecules a pixel (of each plane). n_planes: z planes; molecules then lie between
+    z = -0.5 and n_planes - 0.5.
+
+    Returns the stack, uint16 (bit, y, x), or (bit, z, y, x) with several planes; and the truth, one row a
+    molecule whose centre is inside the field (the others are only light): barcode_id int32, gene, is_blank,
+    x, y, z float64 in pixels (z: planes), brightness, and shown, uint64, the bits that really shine, the first
+    least significant.
+
+    Raises InputError for a codebook of blanks only, or a density or shape that is not positive.
+    """
+    imaging = imaging or Imaging()
+    genes = np.flatnonzero(~codebook.is_blank)
+    if not len(genes):
+        raise InputError("the codebook has only blanks: no gene can be simulated")
+    if min(*shape, n_planes) < 1 or not density >= 0:
+        raise InputError(f"shape, planes and density must be positive, got {shape}, {n_planes} and {density}")
+    molecules, camera = np.random.SeedSequence(seed).spawn(2)
+    rng = np.random.default_rng(molecules)
+    sigma, peak = draw_bits(imaging, codebook.n_bits, rng)
+    abundance = rng.lognormal(0.0, ABUNDANCE_SIGMA, len(genes))
+    height, width = shape
+    number = round(density * (height + 2 * _BORDER) * (width + 2 * _BORDER) * n_planes)
+    y = rng.uniform(-0.5 - _BORDER, height - 0.5 + _BORDER, number)
+    x = rng.uniform(-0.5 - _BORDER, width - 0.5 + _BORDER, number)
+    z = rng.uniform(-0.5, n_planes - 0.5, number) if n_planes > 1 else np.zeros(number)
+    word = rng.choice(genes, number, p=abundance / abundance.sum())
+    shown = show_bits(codebook.words[word], imaging.lost, imaging.gained, rng)
+    brightness, bit_brightness = draw_brightness(imaging, shown, rng)
+    expected = photons(y, x, z, bit_brightness, sigma, peak, (n_planes, height, width), imaging)
+    stack = expose(expected, imaging, camera)
+    truth = pd.DataFrame(
+        {
+            "barcode_id": word.astype(np.int32),
+            "gene": np.array(codebook.names, dtype=object)[word],
+            "is_blank": np.zeros(number, bool),
+            "x": x,
+            "y": y,
+            "z": z,
+            "brightness": brightness,
+            "shown": pack_bits(shown),
+        }
+    )
+    inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
+    return stack[:, 0] if n_planes == 1 else stack, truth[inside].reset_index(drop=True)
+
+
+def pack_bits(shown: np.ndarray) -> np.ndarray:
+    """(molecule, bit) bool -> (molecule,) uint64, the first bit least significant."""
+    return shown.astype(np.uint64) @ (np.uint64(1) << np.arange(shown.shape[1], dtype=np.uint64))
