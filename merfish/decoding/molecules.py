@@ -1,0 +1,95 @@
+"""Decoded pixels to molecules: one row for each connected patch of one word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from merfish.codebook import Codebook
+from merfish.decoding import _kernels
+from merfish.decoding.pixels import HALF_HEIGHT, DecodedPixels
+from merfish.imaging.normalize import Normalization
+
+MIN_AREA = 3  # pixels; one or two are more often noise or the rim of another molecule
+
+
+@dataclass(frozen=True, eq=False)
+class Molecules:
+    """What the stack shows of each molecule; all arrays (molecule,), spectrum (molecule, bit).
+
+    word: int32, row of the codebook. x, y: float64 pixel, centroid weighted by brightness. plane: int32.
+    area: int32 pixels. distance, min_distance: float32, mean and smallest over the pixels.
+    spectrum: float32, mean normalised value of each bit. intensity: float32, mean over the word's on-bits.
+    hamming_distance: int8, bits of the spectrum that differ from the word.
+    """
+
+    word: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    plane: np.ndarray
+    area: np.ndarray
+    distance: np.ndarray
+    min_distance: np.ndarray
+    spectrum: np.ndarray
+    intensity: np.ndarray
+    hamming_distance: np.ndarray
+
+
+def extract_molecules(
+    pixels: DecodedPixels,
+    stack: np.ndarray,
+    codebook: Codebook,
+    normalization: Normalization,
+    *,
+    height: int,
+    min_area: int = MIN_AREA,
+) -> Molecules:
+    """8-connected components of equal word within each plane.
+
+    stack: (bit, plane * height, x), as it was decoded. Components of fewer than ``min_area`` pixels are dropped.
+    """
+    label = np.empty(pixels.word.shape, np.int32)
+    count = _kernels.label_components(pixels.word, height, label)
+    table = np.empty((count, 7))
+    spectrum = np.empty((count, codebook.n_bits), np.float32)
+    _kernels.measure_components(
+        label,
+        pixels.word,
+        pixels.distance,
+        pixels.magnitude,
+        stack,
+        normalization.background,
+        normalization.gain,
+        height,
+        table,
+        spectrum,
+    )
+    keep = table[:, 4] >= min_area
+    table, spectrum = table[keep], spectrum[keep]
+    word = table[:, 0].astype(np.int32)
+    on = codebook.words[word].astype(bool)
+    intensity = np.where(on, spectrum, 0).sum(axis=1) / np.maximum(codebook.weights[word], 1)
+    shown = shown_bits(spectrum, on)
+    return Molecules(
+        word=word,
+        x=table[:, 3],
+        y=table[:, 2],
+        plane=table[:, 1].astype(np.int32),
+        area=table[:, 4].astype(np.int32),
+        distance=table[:, 5].astype(np.float32),
+        min_distance=table[:, 6].astype(np.float32),
+        spectrum=spectrum,
+        intensity=intensity.astype(np.float32),
+        hamming_distance=(shown != on).sum(axis=1).astype(np.int8),
+    )
+
+
+def shown_bits(spectrum: np.ndarray, on: np.ndarray) -> np.ndarray:
+    """Which bits a molecule shows, (molecule, bit) bool: above half the height of its word's brighter on-bits.
+
+    spectrum: (molecule, bit) float; on: (molecule, bit) bool, the word. The height is the median over on-bits, which
+    one lost bit out of three or more does not move far.
+    """
+    height = np.nanmedian(np.where(on, spectrum, np.nan), axis=1, keepdims=True)
+    return spectrum > HALF_HEIGHT * height

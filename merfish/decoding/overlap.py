@@ -1,0 +1,74 @@
+"""One molecule seen twice, in neighbouring planes or in the overlap of neighbouring fields, is counted once."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+PLANE_RADIUS = 1.5  # pixel; a molecule's place wanders little from plane to plane
+FIELD_RADIUS = (
+    0.3  # micrometre; registration and stage error, below the distance between molecules of one gene
+)
+
+
+def same_molecule_pairs(
+    word: np.ndarray, x: np.ndarray, y: np.ndarray, radius: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Index pairs (i < j) of equal word (molecule,) within ``radius`` of each other, in the unit of x and y."""
+    # a third axis on which different words lie farther apart than the radius
+    points = np.column_stack([x, y, np.asarray(word, dtype=float) * 4 * radius])
+    pairs = (
+        cKDTree(points).query_pairs(radius, output_type="ndarray") if len(points) else np.empty((0, 2), int)
+    )
+    return pairs[:, 0], pairs[:, 1]
+
+
+def merge_planes(
+    word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, brightness: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Molecules of equal word in neighbouring planes, within 1.5 px, are one molecule.
+
+    All arrays (molecule,); x, y pixel. Returns keep, indices of the brightest member of each molecule in increasing
+    order, and z (kept,) float32, the plane index averaged by brightness.
+    """
+    i, j = same_molecule_pairs(word, x, y, PLANE_RADIUS)
+    neighbours = np.abs(plane[i] - plane[j]) == 1
+    group = _groups(len(word), i[neighbours], j[neighbours])
+    order = np.lexsort((np.arange(len(word)), -brightness, group))
+    keep = order[np.unique(group[order], return_index=True)[1]]
+    weight = np.bincount(group, brightness)
+    z = np.bincount(group, brightness * plane) / np.where(weight > 0, weight, 1)
+    sequence = np.argsort(keep)
+    return keep[sequence], z[group[keep[sequence]]].astype(np.float32)
+
+
+def duplicates_between_fields(
+    word: np.ndarray, global_x: np.ndarray, global_y: np.ndarray, fov: np.ndarray, edge_distance: np.ndarray
+) -> np.ndarray:
+    """Which molecules another field shows as well, and better; (molecule,) bool.
+
+    Molecules of equal word in different fields within 0.3 micrometre are one; the one farthest from the edge of its
+    field (edge_distance, any unit) stays, at equal distance the one of the lower row. Pairs are settled from the
+    closest on, and each molecule takes part in one, so that two real neighbours are not both dropped.
+    """
+    i, j = same_molecule_pairs(word, global_x, global_y, FIELD_RADIUS)
+    between = fov[i] != fov[j]
+    i, j = i[between], j[between]
+    separation = np.hypot(global_x[i] - global_x[j], global_y[i] - global_y[j])
+    duplicate = np.zeros(len(word), bool)
+    partners: list[set[int]] = [set() for _ in range(len(word))] if len(i) else []
+    for k in np.lexsort((j, i, separation)):
+        a, b = int(min(i[k], j[k])), int(max(i[k], j[k]))
+        if duplicate[a] or duplicate[b] or fov[b] in partners[a] or fov[a] in partners[b]:
+            continue
+        partners[a].add(int(fov[b]))
+        partners[b].add(int(fov[a]))
+        duplicate[b if edge_distance[a] >= edge_distance[b] else a] = True
+    return duplicate
+
+
+def _groups(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(n, n))
+    return connected_components(graph, directed=False)[1]

@@ -1,0 +1,47 @@
+"""Background and scale of each bit, so that one molecule's spot is 1 high in every bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
+PEAK_SIGMAS = 6.0  # a local maximum this far above the noise is a spot
+
+
+@dataclass(frozen=True, eq=False)
+class Normalization:
+    """value = (intensity - background) / scale; background, scale (bit,) float32 in camera counts."""
+
+    background: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def identity(cls, n_bits: int) -> Normalization:
+        """For a stack that is normalised already."""
+        return cls(np.zeros(n_bits, np.float32), np.ones(n_bits, np.float32))
+
+    @property
+    def gain(self) -> np.ndarray:
+        """(bit,) float32, 1 / scale; 0 for a dead bit, which then adds nothing to any word."""
+        with np.errstate(divide="ignore"):
+            return np.where(self.scale > 0, 1 / self.scale, 0).astype(np.float32)
+
+
+def peak_normalization(filtered: np.ndarray) -> Normalization:
+    """First estimate: the median of each bit, and the median height of its clear local maxima.
+
+    filtered (bit, ..., y, x) float, band-passed. A bit without clear maxima is dead: its scale is 0.
+    """
+    planes = filtered.reshape(filtered.shape[0], -1, *filtered.shape[-2:])
+    background = np.array([np.median(bit) for bit in planes], np.float32)
+    scale = np.zeros(len(planes), np.float32)
+    for index, bit in enumerate(planes):
+        noise = NOISE_TO_SIGMA * np.median(np.abs(bit - background[index]))
+        maxima = ndimage.maximum_filter(bit, size=(1, 3, 3)) == bit
+        heights = bit[maxima & (bit > background[index] + PEAK_SIGMAS * noise)] - background[index]
+        if heights.size:
+            scale[index] = np.median(heights)
+    return Normalization(background, scale)

@@ -1,0 +1,86 @@
+"""The table of molecules: its columns, and its file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from merfish._files import whole_file
+from merfish.codebook import Codebook
+from merfish.errors import InputError
+
+# Units: x, y pixel in the field, centre of the first pixel = 0; z plane index; global_* micrometre in the stage
+# frame; intensity in molecules' mean height; area pixels; distance between unit vectors.
+COLUMNS: dict[str, str] = {
+    "transcript_id": "int64",
+    "barcode_id": "int32",
+    "gene": "string",
+    "is_blank": "bool",
+    "fov": "int32",
+    "x": "float32",
+    "y": "float32",
+    "z": "float32",
+    "global_x": "float64",
+    "global_y": "float64",
+    "global_z": "float64",
+    "hamming_distance": "int8",
+    "probability": "float32",
+    "intensity": "float32",
+    "area": "int16",
+    "cell_id": "int64",
+    "distance": "float32",
+}
+
+
+def transcript_table(codebook: Codebook, word: np.ndarray, **columns: Any) -> pd.DataFrame:
+    """One row a molecule with every column of `COLUMNS`, in that order and of those dtypes.
+
+    word: (molecule,) row of the codebook. columns: arrays (molecule,) or scalars for any other column; what is not
+    given is fov 0, z 0, cell_id -1, NaN for micrometres and probability, and ids in the order of rows.
+    """
+    word = np.asarray(word, dtype=np.int32)
+    n = len(word)
+    given: dict[str, Any] = {
+        "transcript_id": np.arange(n),
+        "barcode_id": word,
+        "gene": np.array(codebook.names, dtype=object)[word],
+        "is_blank": codebook.is_blank[word],
+        "fov": 0,
+        "z": 0,
+        "global_x": np.nan,
+        "global_y": np.nan,
+        "global_z": np.nan,
+        "probability": np.nan,
+        "area": 0,
+        "cell_id": -1,
+        "distance": np.nan,
+        **columns,
+    }
+    given["area"] = np.minimum(given["area"], np.iinfo(np.int16).max)
+    return pd.DataFrame(
+        {name: pd.Series(given[name], index=range(n)).astype(dtype) for name, dtype in COLUMNS.items()}  # type: ignore[call-overload]
+    )
+
+
+def write_transcripts(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Write a transcript table as Parquet, whole or not at all."""
+    with whole_file(path) as part:
+        table.to_parquet(part, index=False)
+
+
+def read_transcripts(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read a transcript table and check its columns. Raises InputError if it is missing, broken or another table."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; expected a transcript table (Parquet)")
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a Parquet table: {error}") from error
+    missing = [name for name in COLUMNS if name not in table.columns]
+    if missing:
+        raise InputError(f"{path}: columns {', '.join(missing)} are missing from the transcript table")
+    return table.astype(COLUMNS)
