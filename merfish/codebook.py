@@ -152,7 +152,9 @@ def _assemble(
     id_column = header.index("id") if "id" in header else None
     if not bit_columns and (word_column is None or word_column == name_column):
         raise InputError(f"{path}: header {','.join(header)!r} has neither bit1,... columns nor a barcode column")
-    names, ids, words = [], [], []
+    names: list[str] = []
+    ids: list[str] = []
+    words: list[str] = []
     for line, fields in rows:
         fields = fields + [""] * (len(header) - len(fields))
         if bit_columns:
@@ -162,7 +164,9 @@ def _assemble(
             word = re.sub(r"\s", "", fields[word_column or 0])
             complete = True
         if not word or not complete or set(word) - {"0", "1"}:
-            raise InputError(f"{path}: line {line} ({fields[name_column]!r}): expected 0 or 1 for each bit, got {word!r}")
+            raise InputError(
+                f"{path}: line {line} ({fields[name_column]!r}): expected 0 or 1 for each bit, got {word!r}"
+            )
         if words and len(word) != len(words[0]):
             raise InputError(f"{path}: line {line} has {len(word)} bits, the first word has {len(words[0])}")
         if not fields[name_column]:

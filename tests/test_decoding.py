@@ -32,15 +32,14 @@ def test_decode_rows_equals_the_reference(stack):
     pixels = decode_soft(stack, SMALL, Normalization.identity(8), max_distance=0.7, min_magnitude=0.5)
     for row, x in np.ndindex(3, 5):
         _, _, magnitude = reference.decode_pixel(stack[:, row, x], SMALL.words, 0.5, 0.7)
-        word, distance, _ = reference.decode_pixel(stack[:, row, x], SMALL.words, 0, np.inf)
+        _, distance, _ = reference.decode_pixel(stack[:, row, x], SMALL.words, 0, np.inf)
         got = pixels.word[row, x]
         assert pixels.magnitude[row, x] == pytest.approx(magnitude, rel=1e-5)
         if magnitude < 0.5 - 1e-5 or distance > 0.7 + 1e-5:
             assert got == -1
         elif magnitude > 0.5 + 1e-5 and distance < 0.7 - 1e-5:
             others = [
-                reference.decode_pixel(stack[:, row, x], [w], 0, np.inf)[1]
-                for w in np.delete(SMALL.words, got, axis=0)
+                reference.decode_pixel(stack[:, row, x], [w], 0, np.inf)[1] for w in np.delete(SMALL.words, got, axis=0)
             ]
             assert pixels.distance[row, x] == pytest.approx(distance, abs=1e-3)
             assert min(others) >= distance - 1e-3
@@ -186,9 +185,7 @@ def test_decode_does_not_care_about_the_order_of_bits(field, method):
     order = np.random.default_rng(0).permutation(16)
     expected = decode(stack, BOOK, method=method)
     got = decode(stack[order], BOOK.permuted(order), method=method)
-    assert got[["barcode_id", "area", "hamming_distance"]].equals(
-        expected[["barcode_id", "area", "hamming_distance"]]
-    )
+    assert got[["barcode_id", "area", "hamming_distance"]].equals(expected[["barcode_id", "area", "hamming_distance"]])
     assert np.abs(got[["x", "y"]] - expected[["x", "y"]]).to_numpy().max() < 1e-3
 
 
@@ -259,9 +256,7 @@ def test_misidentification_probability__is_unknown_without_blanks():
 def test_merge_planes_joins_neighbouring_planes_only():
     word = np.array([1, 1, 1, 2, 1])
     x = np.array([5.0, 5.4, 5.2, 5.0, 50.0])
-    keep, z = merge_planes(
-        word, x, np.zeros(5), np.array([0, 1, 3, 0, 1]), np.array([1.0, 3.0, 1.0, 1.0, 1.0])
-    )
+    keep, z = merge_planes(word, x, np.zeros(5), np.array([0, 1, 3, 0, 1]), np.array([1.0, 3.0, 1.0, 1.0, 1.0]))
     assert keep.tolist() == [1, 2, 3, 4]
     assert z.tolist() == [0.75, 3, 0, 1]
 
@@ -269,7 +264,5 @@ def test_merge_planes_joins_neighbouring_planes_only():
 def test_duplicates_between_fields_keeps_the_one_farther_from_the_edge():
     word = np.array([1, 1, 1, 2])
     x = np.array([10.0, 10.1, 10.15, 10.0])
-    duplicate = duplicates_between_fields(
-        word, x, np.zeros(4), np.array([0, 1, 0, 1]), np.array([3.0, 5.0, 3.0, 1.0])
-    )
+    duplicate = duplicates_between_fields(word, x, np.zeros(4), np.array([0, 1, 0, 1]), np.array([3.0, 5.0, 3.0, 1.0]))
     assert duplicate.tolist() == [False, False, True, False]

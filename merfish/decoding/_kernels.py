@@ -11,9 +11,7 @@ from merfish._jit import kernel, parallel_kernel, prange
 
 
 @parallel_kernel
-def decode_rows(
-    stack, offset, gain, word_bits, word_weight, min_magnitude, min_cosine, word, distance, magnitude
-):
+def decode_rows(stack, offset, gain, word_bits, word_weight, min_magnitude, min_cosine, word, distance, magnitude):
     """Nearest word of each pixel vector by the angle between them.
 
     stack (bit, row, x); offset, gain (bit,) float32: value = (stack - offset) * gain, negative values count as 0.

@@ -7,16 +7,12 @@ import pandas as pd
 
 from merfish.codebook import Codebook
 
-MISIDENTIFICATION_RATE = (
-    0.05  # share of kept calls that may be wrong; Chen et al. 2015 and MERlin aim at the same
-)
+MISIDENTIFICATION_RATE = 0.05  # share of kept calls that may be wrong; Chen et al. 2015 and MERlin aim at the same
 RIDGE = 1.0  # pseudo-observations that pull each slope to 0 when there are few blanks
 MIN_BLANK_CALLS = 5  # below this the blanks cannot tell one call from another
 
 
-def misidentification_probability(
-    features: np.ndarray, is_blank: np.ndarray, blank_fraction: float
-) -> np.ndarray:
+def misidentification_probability(features: np.ndarray, is_blank: np.ndarray, blank_fraction: float) -> np.ndarray:
     """Probability that each call is wrong.
 
     A wrong call falls on any word alike, so the chance that a call with these features is wrong is the chance that
@@ -90,9 +86,7 @@ def call_features(calls: pd.DataFrame) -> np.ndarray:
 def rate_calls(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
     """The same table with ``probability``, that each call is right, learnt from the blanks of all its rows."""
     blank_fraction = float(codebook.is_blank.mean())
-    wrong = misidentification_probability(
-        call_features(calls), calls["is_blank"].to_numpy(bool), blank_fraction
-    )
+    wrong = misidentification_probability(call_features(calls), calls["is_blank"].to_numpy(bool), blank_fraction)
     return calls.assign(probability=(1 - wrong).astype(np.float32))
 
 

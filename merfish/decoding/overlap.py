@@ -8,20 +8,14 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 PLANE_RADIUS = 1.5  # pixel; a molecule's place wanders little from plane to plane
-FIELD_RADIUS = (
-    0.3  # micrometre; registration and stage error, below the distance between molecules of one gene
-)
+FIELD_RADIUS = 0.3  # micrometre; registration and stage error, below the distance between molecules of one gene
 
 
-def same_molecule_pairs(
-    word: np.ndarray, x: np.ndarray, y: np.ndarray, radius: float
-) -> tuple[np.ndarray, np.ndarray]:
+def same_molecule_pairs(word: np.ndarray, x: np.ndarray, y: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
     """Index pairs (i < j) of equal word (molecule,) within ``radius`` of each other, in the unit of x and y."""
     # a third axis on which different words lie farther apart than the radius
     points = np.column_stack([x, y, np.asarray(word, dtype=float) * 4 * radius])
-    pairs = (
-        cKDTree(points).query_pairs(radius, output_type="ndarray") if len(points) else np.empty((0, 2), int)
-    )
+    pairs = cKDTree(points).query_pairs(radius, output_type="ndarray") if len(points) else np.empty((0, 2), int)
     return pairs[:, 0], pairs[:, 1]
 
 
