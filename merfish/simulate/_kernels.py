@@ -47,8 +47,9 @@ def render_spots(y, x, z, flux, sigma, focal_range, image):
 
     y, x (bit, molecule) pixels, as seen in each bit; z (molecule,) plane index; flux (bit, molecule) photons
     in all, 0 = dark; sigma (bit,) pixels in focus; out: image (bit, z, y, x) float32, added to.
-    Out of focus a spot of the same flux widens as a Gaussian beam does, sigma * sqrt(1 + (dz / focal_range)^2),
-    with dz and focal_range in planes. Each bit belongs to one thread: sums do not depend on their number.
+    Out of focus a spot of the same flux widens as a Gaussian beam does,
+    sigma * sqrt(1 + (dz / focal_range)^2), with dz and focal_range in planes.
+    Each bit belongs to one thread: sums do not depend on the number of threads.
     """
     n_bits, n_planes = image.shape[:2]
     for bit in prange(n_bits):

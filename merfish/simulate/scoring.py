@@ -7,13 +7,11 @@ import pandas as pd
 from scipy.spatial import cKDTree
 
 
-def match_calls(
-    calls: pd.DataFrame, truth: pd.DataFrame, radius: float = 2.0
-) -> tuple[np.ndarray, np.ndarray]:
+def match_calls(calls: pd.DataFrame, truth: pd.DataFrame, radius: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
     """Pair calls with molecules of the same barcode_id within ``radius`` pixels, each at most once.
 
-    The closest pair is taken first, then the closest of what is left. Returns the rows (pair,) of calls and of
-    truth.
+    The closest pair is taken first, then the closest of what is left. Returns the rows of calls (pair,) and
+    the rows of truth (pair,).
     """
     if not len(calls) or not len(truth):
         return np.empty(0, np.int64), np.empty(0, np.int64)

@@ -32,8 +32,8 @@ def simulate_stack(
 
     Returns the stack, uint16 (bit, y, x), or (bit, z, y, x) with several planes; and the truth, one row a
     molecule whose centre is inside the field (the others are only light): barcode_id int32, gene, is_blank,
-    x, y, z float64 in pixels (z: planes), brightness, and shown, uint64, the bits that really shine, the first
-    least significant.
+    x, y, z float64 in pixels (z: planes), brightness, and shown, uint64, the bits that really shine, the
+    first least significant.
 
     Raises InputError for a codebook of blanks only, or a density or shape that is not positive.
     """

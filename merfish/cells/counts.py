@@ -1,0 +1,105 @@
+"""Molecules to cells to a table of counts."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import shapely
+
+from merfish._files import whole_file
+from merfish.codebook import Codebook
+from merfish.errors import InputError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+OUTSIDE = -1
+
+
+def assign_cells(x: np.ndarray, y: np.ndarray, polygons: np.ndarray, cell_ids: np.ndarray) -> np.ndarray:
+    """Find the cell that each molecule lies in.
+
+    x, y (molecule,) and polygons (cell,) of shapely geometries in the same unit; cell_ids (cell,) integers.
+    Returns (molecule,) int64, -1 outside every cell. A border belongs to its cell; where cells overlap or
+    touch, the smallest cell_id has the molecule, whatever the order of the cells. A place that is NaN lies
+    outside.
+
+    Raises InputError if lengths differ or a cell_id is negative or stands twice.
+    """
+    polygons, cell_ids = np.asarray(polygons, dtype=object), np.asarray(cell_ids, dtype=np.int64)
+    if len(polygons) != len(cell_ids):
+        raise InputError(f"{len(polygons)} polygons do not fit {len(cell_ids)} cell ids")
+    if len(np.unique(cell_ids)) != len(cell_ids) or (cell_ids < 0).any():
+        raise InputError("cell ids must be unique and not negative")
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    cell = np.full(len(x), OUTSIDE, dtype=np.int64)
+    known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
+    places = shapely.points(x[known], y[known])
+    molecule, row = shapely.STRtree(polygons).query(places, predicate="intersects")
+    order = np.argsort(-cell_ids[row], kind="stable")  # the smallest id is written last
+    cell[known[molecule[order]]] = cell_ids[row[order]]
+    return cell
+
+
+def count_table(transcripts: pd.DataFrame, cells: pd.DataFrame, codebook: Codebook) -> AnnData:
+    """Count the molecules of each word in each cell.
+
+    transcripts: barcode_id and cell_id, one row a molecule, -1 = in no cell. cells: cell_id, center_x,
+    center_y (micrometre) and whatever else describes a cell; all but the geometry goes to ``obs``.
+
+    Returns an AnnData with X (cell, word) CSR int32, a row for every cell, also those without molecules;
+    ``obs`` indexed by cell_id as text, with n_transcripts; ``var`` indexed by gene, with is_blank;
+    ``obsm["spatial"]`` (cell, 2) micrometre.
+
+    Raises InputError for a cell_id that is not in ``cells`` or a barcode_id that is not in the codebook.
+    """
+    from anndata import AnnData
+    from scipy.sparse import coo_array, csr_matrix
+
+    inside = transcripts["cell_id"].to_numpy() != OUTSIDE
+    cell_id = transcripts["cell_id"].to_numpy()[inside]
+    word = transcripts["barcode_id"].to_numpy()[inside]
+    ids = pd.Index(cells["cell_id"].to_numpy(np.int64))
+    if not ids.is_unique:
+        raise InputError(f"cells: cell_id {ids[ids.duplicated()][0]} stands twice")
+    row = ids.get_indexer(cell_id)
+    if (row < 0).any():
+        raise InputError(f"transcripts: cell_id {cell_id[row < 0][0]} is not among the {len(cells)} cells")
+    if len(word) and not (word.min() >= 0 and word.max() < codebook.n_words):
+        wrong = word[(word < 0) | (word >= codebook.n_words)][0]
+        raise InputError(f"transcripts: barcode_id {wrong} is not in a codebook of {codebook.n_words}")
+    ones = np.ones(len(word), np.int32)
+    counts = csr_matrix(coo_array((ones, (row, word)), shape=(len(cells), codebook.n_words)))
+    obs = cells.drop(columns=["geometry", "n_transcripts"], errors="ignore")
+    obs = obs.assign(n_transcripts=np.asarray(counts.sum(axis=1), np.int64).ravel())
+    obs.index = pd.Index(ids.astype(str), name=None)
+    var = pd.DataFrame({"is_blank": codebook.is_blank}, index=pd.Index(codebook.names, name="gene"))
+    spatial = cells[["center_x", "center_y"]].to_numpy(np.float64)
+    return AnnData(X=counts, obs=obs, var=var, obsm={"spatial": spatial})
+
+
+def write_cells(cells: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Write a table of cells as Parquet, ``geometry`` (shapely, micrometre) as WKB, whole or not at all."""
+    table = cells.assign(geometry=shapely.to_wkb(np.asarray(cells["geometry"], dtype=object)))
+    with whole_file(path) as part:
+        table.to_parquet(part, index=False)
+
+
+def read_cells(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read what `write_cells` wrote; ``geometry`` comes back as shapely geometries.
+
+    Raises InputError if the file cannot be read or has no cell_id or geometry.
+    """
+    try:
+        table = pd.read_parquet(path)
+        table["geometry"] = shapely.from_wkb(table["geometry"].to_numpy())
+    except KeyError as error:
+        raise InputError(f"{path}: cells need a column geometry (WKB, micrometre)") from error
+    except (OSError, ValueError, TypeError, shapely.errors.GEOSException) as error:
+        raise InputError(f"{path}: cannot be read as a table of cells: {error}") from error
+    if "cell_id" not in table:
+        raise InputError(f"{path}: cells need a column cell_id, got {', '.join(map(str, table.columns))}")
+    return table
