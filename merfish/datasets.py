@@ -12,7 +12,7 @@ _DATA = Path(__file__).parent / "data"
 
 
 def merfish_raw() -> Path:
-    """A raw MERFISH experiment: 2 fields of 128 x 128 px, 8 rounds, 16 bits, the 140-word codebook, beads and stains."""
+    """A raw MERFISH experiment: 2 fields of 128 x 128 px, 8 rounds, 16 bits, 140 words, beads, stains."""
     return _DATA / "merfish_raw"
 
 
@@ -25,8 +25,4 @@ def osmfish() -> AnnData:
 
 def codebooks() -> dict[str, Path]:
     """Published codebooks, name -> file, in the formats that they were published in."""
-    return {
-        path.stem: path
-        for path in sorted((_DATA / "codebooks").iterdir())
-        if path.suffix in (".csv", ".txt") and path.stem not in ("LICENSE", "README")
-    }
+    return {path.stem: path for path in sorted((_DATA / "codebooks").iterdir()) if path.suffix in (".csv", ".txt")}
