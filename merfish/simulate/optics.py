@@ -45,6 +45,11 @@ def show_bits(words: np.ndarray, lost: float, gained: float, rng: np.random.Gene
     return np.where(words == 1, chance >= lost, chance < gained)
 
 
+def pack_bits(shown: np.ndarray) -> np.ndarray:
+    """(molecule, bit) bool -> (molecule,) uint64, the first bit least significant."""
+    return shown.astype(np.uint64) @ (np.uint64(1) << np.arange(shown.shape[1], dtype=np.uint64))
+
+
 def draw_bits(imaging: Imaging, n_bits: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """PSF sigma (bit,) in pixels and peak (bit,) in photons of each bit."""
     sigma = rng.uniform(*imaging.psf_sigma, n_bits)

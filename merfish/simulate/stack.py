@@ -7,7 +7,7 @@ import pandas as pd
 
 from merfish.codebook import Codebook
 from merfish.errors import InputError
-from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, expose, photons, show_bits
+from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, expose, pack_bits, photons, show_bits
 
 ABUNDANCE_SIGMA = 1.0
 _BORDER = 8  # pixels beyond the field in which molecules still shed light into it
@@ -71,8 +71,3 @@ def simulate_stack(
     )
     inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
     return stack[:, 0] if n_planes == 1 else stack, truth[inside].reset_index(drop=True)
-
-
-def pack_bits(shown: np.ndarray) -> np.ndarray:
-    """(molecule, bit) bool -> (molecule,) uint64, the first bit least significant."""
-    return shown.astype(np.uint64) @ (np.uint64(1) << np.arange(shown.shape[1], dtype=np.uint64))

@@ -1,0 +1,70 @@
+"""What goes wrong in a real experiment. Each disturbance is off unless it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+
+@dataclass(frozen=True)
+class Disturbances:
+    """Disturbances of a simulated experiment; the defaults are none.
+
+    stage_error: sigma of the error of each field's true position about the written one, micrometre and axis.
+    chromatic: shift of a bit's colour against the beads' colour at the corner of the field, pixels.
+    vignetting: share of light lost in the corners of each frame.
+    autofluorescence: photons a pixel that cells add to the bead images.
+    haze: out-of-focus light in the bit images, as a share of the light of all molecules, spread over 15
+    pixels. bleaching: share of a spot's light lost with every round. dead_bit: number of a bit, from 0, that
+    shows nothing. saturated_fov: field whose camera gain is 100 times too high. hot_pixels: pixels of the
+    camera that shine 2,000 counts in every frame.
+    """
+
+    stage_error: float = 0.0
+    chromatic: float = 0.0
+    vignetting: float = 0.0
+    autofluorescence: float = 0.0
+    haze: float = 0.0
+    bleaching: float = 0.0
+    dead_bit: int | None = None
+    saturated_fov: int | None = None
+    hot_pixels: int = 0
+
+
+def draw_chromatic(n_colors: int, shape: tuple[int, int], largest: float, rng: np.random.Generator) -> np.ndarray:
+    """Affine maps (color, 2, 3) of (y, x, 1): where a colour shows what the beads' colour shows at (y, x).
+
+    Mostly magnification about the centre, with a little shear and a shift; the shift at the worst corner is
+    ``largest`` pixels for the first colour and less for each further one.
+    """
+    maps = np.tile(np.eye(2, 3), (n_colors, 1, 1))
+    middle = (np.array(shape) - 1) / 2.0
+    corners = np.array([(sy, sx) for sy in (-1, 1) for sx in (-1, 1)]) * middle
+    for color in range(n_colors):
+        linear = (np.eye(2) + rng.normal(0.0, 0.2, (2, 2))) * (-1) ** color
+        shift = rng.normal(0.0, 0.2, 2) * middle.mean()
+        worst = np.linalg.norm(corners @ linear.T + shift, axis=1).max()
+        scale = largest / (color + 1) / max(worst, 1e-9)
+        maps[color, :, :2] += scale * linear
+        maps[color, :, 2] = scale * (shift - linear @ middle)
+    return maps
+
+
+def illumination(shape: tuple[int, int], vignetting: float) -> np.ndarray:
+    """Share (y, x) float32 of the light that reaches each pixel: 1 in the centre, 1 - vignetting in the corners."""
+    y, x = (np.linspace(-1.0, 1.0, n) for n in shape)
+    return (1.0 - vignetting * (y[:, None] ** 2 + x[None, :] ** 2) / 2.0).astype(np.float32)
+
+
+def add_haze(expected: np.ndarray, background: float, share: float) -> None:
+    """Add to each frame of ``expected`` (bit, z, y, x) photons a blurred ``share`` of its light over ``background``."""
+    for frame in expected.reshape(-1, *expected.shape[-2:]):
+        frame += share * gaussian_filter(frame - background, 15.0, mode="nearest")
+
+
+def heat_pixels(counts: np.ndarray, pixels: np.ndarray) -> None:
+    """Raise ``pixels`` (pixel, 2) y, x of every frame of ``counts`` (frame, y, x) uint16 by 2,000."""
+    rows, columns = pixels.T
+    counts[:, rows, columns] = np.minimum(counts[:, rows, columns], 63_535) + 2_000
