@@ -186,7 +186,7 @@ def _imaged(plan: Plan) -> tuple[float, float, float, float]:
 def _write_field(folder: Path, plan: Plan, fov: int, bits: np.ndarray, beads: np.ndarray, stains: np.ndarray) -> None:
     """One TIFF a round: all planes of the first colour, of the second (from the top down), then the beads."""
     for imaging_round in range(len(beads) - 1):
-        frames = []
+        frames: list[np.ndarray] = []
         for color in range(len(COLORS)):
             bit = np.flatnonzero((plan.round_of_bit == imaging_round) & (plan.color_of_bit == color))
             if len(bit):

@@ -17,7 +17,7 @@ CELL_SPACING = 10.0
 CELL_GAP = 0.8  # between neighbouring cells
 CORNER_RADIUS = 1.6
 MISSING_CELLS = 0.05  # of the lattice's places are empty
-OUTSIDE_DENSITY = 0.03  # of the density in cells
+OUTSIDE_DENSITY = 0.1  # of the density in cells
 MARKER_FOLD = 5.0  # expression of a type's markers over other types
 DOMAIN_FOLD = 2.2  # expression of a domain's genes over other domains
 CELL_SPREAD = 0.2  # sigma of the lognormal number of molecules an area
@@ -110,7 +110,7 @@ def _layers(centers: np.ndarray, bounds: tuple[float, float, float, float], rng:
     x0, y0, x1, y1 = bounds
     size = max(x1 - x0, y1 - y0)
     dx, dy = centers[:, 0] - (x0 - 0.3 * size), centers[:, 1] - (y0 - 0.6 * size)
-    depth = np.hypot(dx, dy) + 0.06 * size * np.sin(6.0 * np.arctan2(dy, dx) + rng.uniform(0, 2 * np.pi))
+    depth = np.hypot(dx, dy) + 0.08 * size * np.sin(6.0 * np.arctan2(dy, dx) + rng.uniform(0, 2 * np.pi))
     return np.searchsorted(np.quantile(depth, [1 / 3, 2 / 3]), depth)
 
 

@@ -1,0 +1,276 @@
+"""Cells from stains: label images, outlines, and one table of cells from overlapping fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import shapely
+from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from shapely import Polygon
+
+from merfish.errors import InputError
+
+# Lengths in micrometre, areas in square micrometre.
+SMOOTHING = 0.25  # sigma: well below a nucleus, well above camera noise
+NEIGHBOURHOOD = 12.0  # over which illumination may change, and in which a cell's like is found
+NUCLEUS_AREA = (8.0, 400.0)  # smaller is debris, larger is not one nucleus
+CELL_AREA = (15.0, 4000.0)
+NUCLEUS_RADIUS = 1.8  # the middles of two nuclei are at least this far apart
+REACH = 8.0  # that a cell may extend beyond its nucleus
+REACH_UNSTAINED = 2.5  # the same where no stain shows the cytoplasm
+MIN_CONTRAST = 10.0  # of anything stained over its surround, in sigma of the smoothed noise
+MIN_BRIGHTNESS = 0.25  # of anything stained, as a share of the brightest in its neighbourhood
+SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
+MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
+EDGE_LEVEL = 0.5  # an edge lies at this share of a cell's own brightness
+
+
+def segment(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> np.ndarray:
+    """Segment cells: nuclei from their stain, then outwards to where the cytoplasm's stain ends.
+
+    nuclei, cytoplasm: images (y, x) of any real dtype, in register; without ``cytoplasm`` each nucleus is
+    widened by 2.5 micrometre. Brightness may be in any unit and change slowly over the field.
+
+    Returns labels int32 (y, x), 0 = background, 1... in the order of first pixels; each cell is one piece
+    without holes. A field without nuclei gives zeros.
+
+    Raises InputError for images that are not two-dimensional, differ in shape or hold NaN, or a scale <= 0.
+    """
+    from skimage.segmentation import expand_labels, watershed
+
+    _check_images(nuclei, cytoplasm, microns_per_pixel)
+    seeds = segment_nuclei(nuclei, microns_per_pixel)
+    if cytoplasm is None:
+        return expand_labels(seeds, REACH_UNSTAINED / microns_per_pixel).astype(np.int32)
+    signal, stained = _stained(cytoplasm, microns_per_pixel)
+    near = ndimage.distance_transform_edt(seeds == 0) <= REACH / microns_per_pixel
+    # Neighbours part along the darkest line between them.
+    labels = watershed(-signal, seeds, mask=(stained & near) | (seeds > 0))
+    edge = EDGE_LEVEL * _level(signal, labels, 50)
+    labels[(signal < edge) & (seeds == 0)] = 0
+    return _tidy(labels, CELL_AREA, microns_per_pixel)
+
+
+def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
+    """Label nuclei, int32 (y, x): what is bright against its surround, touching nuclei parted at the waist."""
+    from skimage.feature import peak_local_max
+    from skimage.segmentation import watershed
+
+    signal, mask = _stained(image, microns_per_pixel)
+    depth = ndimage.distance_transform_edt(ndimage.binary_fill_holes(mask))
+    depth = ndimage.gaussian_filter(depth, 0.5 / microns_per_pixel) * mask
+    spacing = max(round(NUCLEUS_RADIUS / microns_per_pixel), 1)
+    middles = peak_local_max(depth, min_distance=spacing, threshold_abs=1e-3, exclude_border=False)
+    seeds = np.zeros(image.shape, np.int32)
+    seeds[tuple(middles.T)] = np.arange(1, len(middles) + 1)
+    labels = watershed(-depth, seeds, mask=mask)
+    labels[signal < EDGE_LEVEL * _level(signal, labels, 75)] = 0
+    return _tidy(labels, NUCLEUS_AREA, microns_per_pixel)
+
+
+def _check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> None:
+    if not microns_per_pixel > 0:
+        raise InputError(f"microns_per_pixel must be positive, got {microns_per_pixel}")
+    for name, image in (("nuclei", nuclei), ("cytoplasm", cytoplasm)):
+        if image is None:
+            continue
+        if image.ndim != 2 or not image.size or image.shape != nuclei.shape:
+            raise InputError(f"{name}: expected an image (y, x) of shape {nuclei.shape[-2:]}, got {image.shape}")
+        if not np.isfinite(image).all():
+            raise InputError(f"{name}: the image holds NaN or infinite values")
+
+
+def _stained(image: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness over the local background, float32 (y, x), and a mask of what is stained at all."""
+    sigma = SMOOTHING / microns_per_pixel
+    raw = np.asarray(image, np.float32)
+    smooth = ndimage.gaussian_filter(raw, sigma)
+    steps = np.abs(np.diff(raw, axis=1))
+    noise = np.median(steps) / 0.954 if steps.size else 0.0  # median |a - b| of two normals is 0.954 sigma
+    noise /= max(2.0 * np.sqrt(np.pi) * sigma, 1.0)
+    signal = smooth - _neighbourhood(smooth, ndimage.minimum_filter, microns_per_pixel)
+    brightest = _neighbourhood(signal, ndimage.maximum_filter, microns_per_pixel)
+    return signal, signal > np.maximum(MIN_BRIGHTNESS * brightest, MIN_CONTRAST * noise)
+
+
+def _neighbourhood(image: np.ndarray, extreme: Callable[..., np.ndarray], microns_per_pixel: float) -> np.ndarray:
+    """A smooth map (y, x) of the extreme value within ``NEIGHBOURHOOD`` of each pixel, computed on a coarse grid."""
+    step = max(round(0.8 / microns_per_pixel), 1)
+    pad = [(0, -size % step) for size in image.shape]
+    blocks = np.pad(image, pad, mode="edge")
+    blocks = blocks.reshape(blocks.shape[0] // step, step, blocks.shape[1] // step, step)
+    # A speck smaller than a block must not set the scale, but the background may be as narrow as a gap.
+    coarse = blocks.min(axis=(1, 3)) if extreme is ndimage.minimum_filter else np.median(blocks, axis=(1, 3))
+    radius = NEIGHBOURHOOD / (step * microns_per_pixel)
+    coarse = ndimage.gaussian_filter(extreme(coarse, size=2 * round(radius) + 1), radius / 2.0)
+    rows, columns = ((np.arange(size) + 0.5) / step - 0.5 for size in image.shape)
+    return ndimage.map_coordinates(coarse, np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
+
+
+def _level(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndarray:
+    """A percentile of ``signal`` (y, x) over each label, at the label's pixels; zero in the background."""
+    level = np.zeros(labels.max() + 1, np.float32)
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is not None:
+            level[label] = np.percentile(signal[box][labels[box] == label], percentile)
+    return level[labels]
+
+
+def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: float) -> np.ndarray:
+    """Keep the largest piece of each label, fill its holes, drop sizes out of range, number 1... by first pixel.
+
+    What the border of the field cuts may be a quarter as large: it is part of a cell that a neighbour sees.
+    """
+    smallest, largest = (limit / microns_per_pixel**2 for limit in area)
+    height, width = labels.shape
+    pieces = []
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
+        parts, number = ndimage.label(labels[box] == label)
+        if number > 1:
+            parts = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+        piece = ndimage.binary_fill_holes(parts)
+        rows, columns = box
+        cut = rows.start == 0 or columns.start == 0 or rows.stop == height or columns.stop == width
+        if (0.25 if cut else 1.0) * smallest <= piece.sum() <= largest:
+            first = int(np.argmax(piece))
+            start = (rows.start + first // piece.shape[1], columns.start + first % piece.shape[1])
+            pieces.append((start, box, piece))
+    out = np.zeros(labels.shape, np.int32)
+    for number, (_, box, piece) in enumerate(sorted(pieces, key=lambda entry: entry[0]), start=1):
+        out[box][piece & (out[box] == 0)] = number
+    return out
+
+
+def outlines(labels: np.ndarray) -> dict[int, Polygon]:
+    """Outline each label of a label image (y, x) as one valid polygon, by label.
+
+    Coordinates are pixels (x, y), the centre of the first pixel at 0; the outline runs half-way between the
+    centres of pixels inside and outside, so that its area is that of the pixels less half a pixel, and
+    neighbours share their border. Of a label in several pieces the largest stands; holes stay holes.
+    """
+    from skimage.measure import find_contours
+
+    found = {}
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
+        mask = np.pad(labels[box] == label, 1).astype(np.float32)
+        rings = [Polygon(contour[:, ::-1]) for contour in find_contours(mask, 0.5)]
+        shell = max(rings, key=lambda ring: ring.area)
+        holes = [ring.exterior for ring in rings if ring is not shell and shell.contains(ring)]
+        corner = np.array([box[1].start - 1, box[0].start - 1])
+        outline = _moved(Polygon(shell.exterior, holes), corner)
+        found[label] = outline if outline.is_valid else _largest(shapely.make_valid(outline))
+    return found
+
+
+def _moved(polygon: Polygon, by: np.ndarray) -> Polygon:
+    return shapely.transform(polygon, lambda xy: xy + by)
+
+
+def _largest(geometry: shapely.Geometry) -> Polygon:
+    """The largest polygon in a geometry of any type; empty if there is none."""
+    parts = [part for part in shapely.get_parts(geometry) if isinstance(part, Polygon)]
+    return max(parts, key=lambda part: part.area, default=Polygon())
+
+
+def merge_fields(
+    outlines_by_fov: Mapping[int, Mapping[int, Polygon]],
+    positions: Mapping[int, Sequence[float]] | np.ndarray,
+    shape: tuple[int, int],
+    microns_per_pixel: float,
+    *,
+    depth: float = 1.0,
+) -> pd.DataFrame:
+    """One table of cells from the outlines of overlapping fields; a cell that two fields see stands once.
+
+    outlines_by_fov: for each field its outlines in pixels (x, y), as from `outlines`. positions: x, y of each
+    field's first pixel centre, micrometre, indexed by field. shape: (y, x) of a field. depth: of the imaged
+    tissue, micrometre, for the volume.
+
+    Two outlines are one cell if they are each other's best match within the overlap of their fields and
+    agree there (intersection over union above 0.4), or if one lies mostly within the other. Of the outlines
+    that no field's border cuts, the largest is kept; a cell that is cut in every field is the union of its
+    parts. Where different cells still overlap, the larger keeps the ground.
+
+    Returns cell_id int64 (from 1, in the order of fields), fov int32 (whose outline, or largest part, it is),
+    center_x, center_y, area (square micrometre), volume (cubic) and geometry, micrometre.
+    """
+    fovs = sorted(outlines_by_fov)
+    fov = np.repeat(np.array(fovs, np.int32), [len(outlines_by_fov[f]) for f in fovs])
+    pixels = np.array([outline for f in fovs for outline in outlines_by_fov[f].values()], dtype=object)
+    corner = np.array([positions[int(f)] for f in fov], np.float64).reshape(-1, 2)
+    vertices = shapely.get_num_coordinates(pixels)
+    outline = shapely.transform(pixels, lambda xy: xy * microns_per_pixel + np.repeat(corner, vertices, axis=0))
+    low = corner - 0.5 * microns_per_pixel
+    high = low + np.array(shape)[::-1] * microns_per_pixel
+    frame = shapely.box(low[:, 0], low[:, 1], high[:, 0], high[:, 1])
+    group = _same_cell(fov, outline, frame)
+    whole = shapely.contains(shapely.buffer(frame, -1.5 * microns_per_pixel), outline)
+    geometry, owner = _unite(fov, outline, whole, group)
+    geometry, owner = _part(geometry, owner)
+    center = shapely.get_coordinates(shapely.centroid(geometry)).reshape(-1, 2)
+    area = shapely.area(geometry)
+    return pd.DataFrame(
+        {
+            "cell_id": np.arange(1, len(geometry) + 1, dtype=np.int64),
+            "fov": owner,
+            "center_x": center[:, 0],
+            "center_y": center[:, 1],
+            "area": area,
+            "volume": area * depth,
+            "geometry": geometry,
+        }
+    )
+
+
+def _same_cell(fov: np.ndarray, outline: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Number (outline,) the cells that outlines belong to; ``frame`` is the field that each was seen in."""
+    i, j = shapely.STRtree(outline).query(outline, predicate="intersects")
+    i, j = np.compress((i < j) & (fov[i] != fov[j]), [i, j], axis=1)
+    common = shapely.intersection(frame[i], frame[j])
+    a, b = shapely.intersection(outline[i], common), shapely.intersection(outline[j], common)
+    shared = shapely.area(shapely.intersection(a, b))
+    agreement = shared / np.maximum(shapely.area(shapely.union(a, b)), 1e-12)
+    within = shared / np.maximum(np.minimum(shapely.area(outline[i]), shapely.area(outline[j])), 1e-12)
+    pairs = pd.DataFrame({"i": i, "j": j, "fov_i": fov[i], "fov_j": fov[j], "agreement": agreement})
+    best = (agreement == pairs.groupby(["i", "fov_j"])["agreement"].transform("max")) & (
+        agreement == pairs.groupby(["j", "fov_i"])["agreement"].transform("max")
+    )
+    same = (best.to_numpy(bool) & (agreement > SAME_CELL)) | (within > MOSTLY_WITHIN)
+    links = coo_array((np.ones(same.sum(), bool), (i[same], j[same])), shape=(len(outline), len(outline)))
+    return connected_components(links, directed=False)[1]
+
+
+def _unite(fov: np.ndarray, outline: np.ndarray, whole: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Geometry and field (cell,) of each group of outlines, in the order of their first outline."""
+    members: dict[int, list[int]] = {}
+    for row, number in enumerate(group):
+        members.setdefault(number, []).append(row)
+    area = shapely.area(outline)
+    geometry, owner = [], []
+    for rows in members.values():
+        largest = max(rows, key=lambda row: (whole[row], area[row]))
+        parts = [largest] if whole[largest] else rows
+        geometry.append(_largest(shapely.union_all(outline[parts])))
+        owner.append(fov[largest])
+    return np.array(geometry, dtype=object), np.array(owner, np.int32)
+
+
+def _part(geometry: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take what two cells share from the smaller one; drop what is then too small to be a part of a cell."""
+    i, j = shapely.STRtree(geometry).query(geometry, predicate="intersects")
+    i, j = np.compress(i < j, [i, j], axis=1)
+    overlapping = shapely.area(shapely.intersection(geometry[i], geometry[j])) > 1e-6
+    area = shapely.area(geometry)
+    for a, b in zip(i[overlapping], j[overlapping], strict=True):
+        large, small = (a, b) if area[a] >= area[b] else (b, a)
+        geometry[small] = _largest(shapely.difference(geometry[small], geometry[large]))
+    kept = shapely.area(geometry) >= 0.25 * CELL_AREA[0]
+    return geometry[kept], owner[kept]
