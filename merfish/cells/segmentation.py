@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -23,9 +23,10 @@ NUCLEUS_RADIUS = 1.8  # the middles of two nuclei are at least this far apart
 REACH = 8.0  # that a cell may extend beyond its nucleus
 REACH_UNSTAINED = 2.5  # the same where no stain shows the cytoplasm
 MIN_CONTRAST = 10.0  # of anything stained over its surround, in sigma of the smoothed noise
-MIN_BRIGHTNESS = 0.25  # of anything stained, as a share of the brightest in its neighbourhood
+MIN_BRIGHTNESS = 0.15  # of anything stained, as a share of the 95th percentile of its neighbourhood
 SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
 MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
+NEARLY_WHOLE = 0.8  # share of a cell that one field must have seen for its outline to stand
 EDGE_LEVEL = 0.5  # an edge lies at this share of a cell's own brightness
 
 
@@ -92,21 +93,24 @@ def _stained(image: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, n
     steps = np.abs(np.diff(raw, axis=1))
     noise = np.median(steps) / 0.954 if steps.size else 0.0  # median |a - b| of two normals is 0.954 sigma
     noise /= max(2.0 * np.sqrt(np.pi) * sigma, 1.0)
-    signal = smooth - _neighbourhood(smooth, ndimage.minimum_filter, microns_per_pixel)
-    brightest = _neighbourhood(signal, ndimage.maximum_filter, microns_per_pixel)
+    signal = smooth - _neighbourhood(smooth, 0, microns_per_pixel)
+    brightest = _neighbourhood(signal, 95, microns_per_pixel)
     return signal, signal > np.maximum(MIN_BRIGHTNESS * brightest, MIN_CONTRAST * noise)
 
 
-def _neighbourhood(image: np.ndarray, extreme: Callable[..., np.ndarray], microns_per_pixel: float) -> np.ndarray:
-    """A smooth map (y, x) of the extreme value within ``NEIGHBOURHOOD`` of each pixel, computed on a coarse grid."""
+def _neighbourhood(image: np.ndarray, percentile: float, microns_per_pixel: float) -> np.ndarray:
+    """A smooth map (y, x) of a percentile of ``image`` within ``NEIGHBOURHOOD`` of each pixel.
+
+    Taken over the darkest (percentile 0) or the median pixels of blocks of 0.8 micrometre.
+    """
     step = max(round(0.8 / microns_per_pixel), 1)
-    pad = [(0, -size % step) for size in image.shape]
-    blocks = np.pad(image, pad, mode="edge")
+    blocks = np.pad(image, [(0, -size % step) for size in image.shape], mode="edge")
     blocks = blocks.reshape(blocks.shape[0] // step, step, blocks.shape[1] // step, step)
     # A speck smaller than a block must not set the scale, but the background may be as narrow as a gap.
-    coarse = blocks.min(axis=(1, 3)) if extreme is ndimage.minimum_filter else np.median(blocks, axis=(1, 3))
+    coarse = blocks.min(axis=(1, 3)) if percentile == 0 else np.median(blocks, axis=(1, 3))
     radius = NEIGHBOURHOOD / (step * microns_per_pixel)
-    coarse = ndimage.gaussian_filter(extreme(coarse, size=2 * round(radius) + 1), radius / 2.0)
+    coarse = ndimage.percentile_filter(coarse, percentile, size=2 * round(radius) + 1)
+    coarse = ndimage.gaussian_filter(coarse, radius / 2.0)
     rows, columns = ((np.arange(size) + 0.5) / step - 0.5 for size in image.shape)
     return ndimage.map_coordinates(coarse, np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
 
@@ -195,9 +199,9 @@ def merge_fields(
     tissue, micrometre, for the volume.
 
     Two outlines are one cell if they are each other's best match within the overlap of their fields and
-    agree there (intersection over union above 0.4), or if one lies mostly within the other. Of the outlines
-    that no field's border cuts, the largest is kept; a cell that is cut in every field is the union of its
-    parts. Where different cells still overlap, the larger keeps the ground.
+    agree there (intersection over union above 0.4), or if one lies mostly within the other. A cell is its
+    largest outline if that is nearly all of it, so that a cell seen whole keeps its shape; a cell that every
+    field cuts is the union of its parts. Where different cells still overlap, the larger keeps the ground.
 
     Returns cell_id int64 (from 1, in the order of fields), fov int32 (whose outline, or largest part, it is),
     center_x, center_y, area (square micrometre), volume (cubic) and geometry, micrometre.
@@ -212,9 +216,7 @@ def merge_fields(
     high = low + np.array(shape)[::-1] * microns_per_pixel
     frame = shapely.box(low[:, 0], low[:, 1], high[:, 0], high[:, 1])
     group = _same_cell(fov, outline, frame)
-    whole = shapely.contains(shapely.buffer(frame, -1.5 * microns_per_pixel), outline)
-    geometry, owner = _unite(fov, outline, whole, group)
-    geometry, owner = _part(geometry, owner)
+    geometry, owner = _part(*_unite(fov, outline, group))
     center = shapely.get_coordinates(shapely.centroid(geometry)).reshape(-1, 2)
     area = shapely.area(geometry)
     return pd.DataFrame(
@@ -248,7 +250,7 @@ def _same_cell(fov: np.ndarray, outline: np.ndarray, frame: np.ndarray) -> np.nd
     return connected_components(links, directed=False)[1]
 
 
-def _unite(fov: np.ndarray, outline: np.ndarray, whole: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _unite(fov: np.ndarray, outline: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Geometry and field (cell,) of each group of outlines, in the order of their first outline."""
     members: dict[int, list[int]] = {}
     for row, number in enumerate(group):
@@ -256,9 +258,9 @@ def _unite(fov: np.ndarray, outline: np.ndarray, whole: np.ndarray, group: np.nd
     area = shapely.area(outline)
     geometry, owner = [], []
     for rows in members.values():
-        largest = max(rows, key=lambda row: (whole[row], area[row]))
-        parts = [largest] if whole[largest] else rows
-        geometry.append(_largest(shapely.union_all(outline[parts])))
+        largest = max(rows, key=lambda row: area[row])
+        union = _largest(shapely.union_all(outline[rows]))
+        geometry.append(outline[largest] if area[largest] >= NEARLY_WHOLE * union.area else union)
         owner.append(fov[largest])
     return np.array(geometry, dtype=object), np.array(owner, np.int32)
 
