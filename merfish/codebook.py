@@ -306,3 +306,29 @@ def _abundances(genes: Sequence[str], expression: Mapping[str, float] | Sequence
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise InputError("expression must be finite and not negative")
     return values
+
+
+def read_gene_list(path: str | os.PathLike[str]) -> tuple[list[str], list[float] | None]:
+    """Read genes, one a line, with their expression after a comma or tab if there is one; a header is skipped.
+
+    Returns names and expression (None if no line has one). Raises InputError naming the line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read the gene list: {error}") from error
+    names: list[str] = []
+    values: list[float] = []
+    for number, line in enumerate(lines, start=1):
+        name, *rest = (field.strip() for field in re.split("[,\t]", line))
+        if not name or (number == 1 and name.lower() in ("gene", "name")):
+            continue
+        names.append(name)
+        if rest and rest[0]:
+            try:
+                values.append(float(rest[0]))
+            except ValueError:
+                raise InputError(f"{path}: line {number}: expected a number after {name!r}, got {rest[0]!r}") from None
+    if values and len(values) != len(names):
+        raise InputError(f"{path}: {len(values)} of {len(names)} genes have an expression; give all or none")
+    return names, values or None

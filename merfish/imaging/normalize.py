@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +24,16 @@ class Normalization:
     def identity(cls, n_bits: int) -> Normalization:
         """For a stack that is normalised already."""
         return cls(np.zeros(n_bits, np.float32), np.ones(n_bits, np.float32))
+
+    def to_json(self) -> str:
+        """As text, exactly."""
+        return json.dumps({"background": self.background.tolist(), "scale": self.scale.tolist()}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Normalization:
+        """Read what `to_json` wrote."""
+        values = json.loads(text)
+        return cls(np.array(values["background"], np.float32), np.array(values["scale"], np.float32))
 
     @property
     def gain(self) -> np.ndarray:
@@ -45,3 +57,13 @@ def peak_normalization(filtered: np.ndarray) -> Normalization:
         if heights.size:
             scale[index] = np.median(heights)
     return Normalization(background, scale)
+
+
+def median_normalization(estimates: Sequence[Normalization], n_bits: int) -> Normalization:
+    """Median of the estimates of several fields, bit by bit; fields in which a bit shows no spot do not count for it."""
+    if not estimates:
+        return Normalization(np.zeros(n_bits, np.float32), np.zeros(n_bits, np.float32))
+    background = np.median([estimate.background for estimate in estimates], axis=0)
+    scales = np.array([estimate.scale for estimate in estimates])
+    scale = [np.median(bit[bit > 0]) if (bit > 0).any() else 0.0 for bit in scales.T]
+    return Normalization(background.astype(np.float32), np.array(scale, np.float32))

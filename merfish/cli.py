@@ -1,0 +1,244 @@
+"""The ``merfish`` command: reads options, calls the library, tells what happened.
+
+Everything heavy is imported where it is used, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merfish.errors import InputError
+
+FAILED_FIELDS = 3  # exit code of a run in which some fields could not be decoded
+
+app = typer.Typer(
+    help="Decode MERFISH image stacks into molecules, cells and counts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+codebook_app = typer.Typer(help="Build, check and show codebooks.", no_args_is_help=True)
+app.add_typer(codebook_app, name="codebook")
+
+BookFile = Annotated[Path, typer.Argument(help="Codebook file (CSV, or merfishtools' text).", metavar="BOOK")]
+
+
+class Method(StrEnum):
+    """How pixels or spots become words."""
+
+    pixels = "pixels"
+    hamming = "hamming"
+
+
+def main() -> None:
+    """Run the command line; mistakes in the input end with one message and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder for the results.")] = Path("demo_output"),
+) -> None:
+    """Everything on small data: real fields, a simulated tissue, its embedding; writes OUT/report.html."""
+    from merfish.demo import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def decode(
+    stack: Annotated[
+        Path, typer.Argument(help="Registered stack: .npy, .tif, OME-TIFF or .zarr; bit,y,x or bit,z,y,x.")
+    ],
+    codebook: Annotated[Path, typer.Option(help="Codebook file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    method: Annotated[Method, typer.Option(help="Decoder.")] = Method.pixels,
+    preprocess: Annotated[
+        bool, typer.Option(help="Filter and normalise the stack; --no-preprocess if that is done already.")
+    ] = True,
+    misidentification_rate: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of kept molecules that may be wrong.")
+    ] = 0.05,
+) -> None:
+    """Decode one registered stack into OUT/transcripts.parquet."""
+    from merfish.pipeline import decode_file
+
+    calls = decode_file(
+        stack,
+        codebook,
+        out,
+        method=method.value,
+        preprocess=preprocess,
+        misidentification_rate=misidentification_rate,
+    )
+    n_blank = int(calls["is_blank"].sum())
+    print(f"{len(calls):,} molecules ({n_blank:,} blanks) in {out / 'transcripts.parquet'}")
+
+
+@app.command()
+def run(
+    experiment: Annotated[Path, typer.Argument(help="Folder with the images and their tables.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run goes on there.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with parameters.")] = None,
+    fov: Annotated[str | None, typer.Option(help="Fields to run, as 0,3-5; all when not given.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one with all cores when not given.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
+    data_organization: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/data_organization.csv.")] = None,
+    codebook: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/codebook.csv.")] = None,
+    positions: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/positions.csv.")] = None,
+    microscope: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/microscope.json.")] = None,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out fields with faulty files.")] = False,
+) -> None:
+    """Decode a whole raw experiment into molecules, cells and counts; writes OUT/report.html."""
+    from merfish.pipeline import run as run_experiment
+    from merfish.pipeline import run_summary
+
+    if workers is not None and scheduler is not None:
+        raise InputError("--workers and --scheduler exclude each other")
+    run_experiment(
+        experiment,
+        out=out,
+        config=config,
+        fovs=None if fov is None else parse_fovs(fov),
+        workers=workers,
+        scheduler=scheduler,
+        tables={
+            "data_organization": data_organization,
+            "codebook": codebook,
+            "positions": positions,
+            "microscope": microscope,
+        },
+        keep_going=keep_going,
+        progress=True,
+    )
+    summary = run_summary(out)
+    for line in summary["lines"]:
+        print(line)
+    if summary["failed"]:
+        sys.exit(FAILED_FIELDS)
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]) -> None:
+    """Write DIR/report.html again from the results of a run."""
+    from merfish.report import write_run_report
+
+    print(write_run_report(out))
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="Folder for the experiment; must not exist or be empty.")],
+    fields: Annotated[str, typer.Option(help="Rows x columns of overlapping fields.")] = "4x4",
+    shape: Annotated[str, typer.Option(help="Rows x columns of pixels in a field.")] = "512x512",
+    planes: Annotated[int, typer.Option(min=1, help="Planes of each bit.")] = 1,
+    density: Annotated[float, typer.Option(min=0.0, help="Molecules a pixel of cell and plane.")] = 0.012,
+    drift: Annotated[float, typer.Option(min=0.0, help="Largest drift of a round [px].")] = 5.0,
+    genes: Annotated[int, typer.Option(min=1, help="Genes of the MHD4 codebook that is made.")] = 60,
+    codebook: Annotated[Path | None, typer.Option(help="Codebook to use instead.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+) -> None:
+    """Write a raw experiment of a simulated tissue, with truth tables in OUT/truth."""
+    from merfish.codebook import read_codebook
+    from merfish.simulate import simulate_experiment
+
+    simulate_experiment(
+        out,
+        codebook=None if codebook is None else read_codebook(codebook),
+        genes=genes,
+        fields=parse_pair("--fields", fields),
+        shape=parse_pair("--shape", shape),
+        density=density,
+        planes=planes,
+        drift=drift,
+        seed=seed,
+        progress=True,
+    )
+    print(f"raw experiment in {out}, truth in {out / 'truth'}")
+
+
+@codebook_app.command("make")
+def codebook_make(
+    genes: Annotated[Path, typer.Argument(help="Genes, one a line, or CSV 'gene,expression'.")],
+    out: Annotated[Path, typer.Option(help="CSV file to write.")],
+    bits: Annotated[int, typer.Option(min=4, max=64, help="Bits of the code.")] = 16,
+) -> None:
+    """Build a codebook of weight 4 and distance 4; abundant genes are spread evenly over the bits."""
+    from merfish.codebook import mhd4_codebook, read_gene_list, write_codebook
+
+    names, expression = read_gene_list(genes)
+    codebook = mhd4_codebook(names, bits, expression=expression)
+    write_codebook(codebook, out)
+    print(f"{len(names)} genes and {int(codebook.is_blank.sum())} blanks of {bits} bits in {out}")
+
+
+@codebook_app.command("check")
+def codebook_check(book: BookFile) -> None:
+    """Report words, weights, distances, bit usage and blanks; exit code 2 if the book cannot be decoded."""
+    from merfish.codebook import check_codebook, parse_codebook
+
+    found = check_codebook(parse_codebook(book))
+    weights = ", ".join(f"{count} of weight {weight}" for weight, count in found.weights.items())
+    print(f"words             {found.n_words} ({found.n_blanks} blanks)")
+    print(f"bits              {found.n_bits}")
+    print(f"weights           {weights}")
+    print(f"minimum distance  {found.min_distance}: corrects {found.corrects}, detects {found.detects}")
+    print(f"words per bit     {' '.join(map(str, found.bit_usage))}")
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+    if found.problems:
+        raise InputError(f"{book}: " + "; ".join(found.problems))
+
+
+@codebook_app.command("show")
+def codebook_show(book: BookFile) -> None:
+    """Print the words, a line each."""
+    from merfish.codebook import read_codebook
+
+    codebook = read_codebook(book)
+    width = max(map(len, codebook.names))
+    for name, word in zip(codebook.names, codebook.words, strict=True):
+        print(f"{name:<{width}}  {''.join('1' if bit else '.' for bit in word)}")
+
+
+def parse_fovs(text: str) -> list[int]:
+    """Field numbers from a list of numbers and ranges.
+
+    >>> parse_fovs("0,3-5")
+    [0, 3, 4, 5]
+    """
+    fovs: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise InputError(f"--fov {text!r}: expected numbers and ranges such as 0,3-5, got {part!r}")
+        fovs.update(range(int(first), int(last or first) + 1))
+    return sorted(fovs)
+
+
+def parse_pair(option: str, text: str) -> tuple[int, int]:
+    """Two numbers with an x between them.
+
+    >>> parse_pair("--shape", "512x256")
+    (512, 256)
+    """
+    first, cross, second = text.lower().partition("x")
+    if not (cross and first.strip().isdigit() and second.strip().isdigit()):
+        raise InputError(f"{option} {text!r}: expected two numbers such as 4x4")
+    return int(first), int(second)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What a run may be told, with every default in one place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from merfish.decoding.filtering import MISIDENTIFICATION_RATE
+from merfish.errors import InputError
+from merfish.imaging.preprocess import BACKGROUND_SIGMA, SMOOTHING_SIGMA
+
+
+class RunConfig(BaseModel):
+    """Parameters of `merfish.run`; a YAML file names any of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["pixels", "hamming"] = "pixels"
+    # share of kept calls that may be wrong
+    misidentification_rate: float = Field(default=MISIDENTIFICATION_RATE, gt=0, le=1)
+    # pixel, sigmas of the band-pass filter
+    smoothing: float = Field(default=SMOOTHING_SIGMA, ge=0)
+    background: float = Field(default=BACKGROUND_SIGMA, gt=0)
+    # names of the stains, as channelName in the data organization; cells are not segmented without the first
+    nuclei_stain: str = "DAPI"
+    cytoplasm_stain: str = "polyT"
+    # fields from which background and scale of the bits are estimated
+    normalization_fields: int = Field(default=6, ge=1)
+
+
+def read_config(path: str | os.PathLike[str] | None) -> RunConfig:
+    """The defaults, changed as a YAML file says. Raises InputError naming the file and the field."""
+    if path is None:
+        return RunConfig()
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot read the configuration: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected 'name: value' lines, got {type(values).__name__}")
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r}" for fault in error.errors()
+        )
+        raise InputError(f"{path}: {faults}. Known: {', '.join(RunConfig.model_fields)}") from error

@@ -1,0 +1,328 @@
+"""The demonstration: real fields, a simulated tissue scored against its truth, embeddings, one page.
+
+The only module that calls both packages, through their public functions, imported when it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import shapely
+
+from merfish import plots, runfolder
+from merfish.codebook import Codebook
+from merfish.config import RunConfig
+from merfish.errors import InputError
+from merfish.report import Section, Table, picture, run_sections, write_report
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+N_PERMUTED = 20  # codebooks with permuted bits
+SEED = 0
+TISSUE_DOMAINS = 3
+OSMFISH_REGIONS = 11
+MATCH_MICRONS = 0.25  # a call is right if a true molecule of its gene lies within this distance
+CELL_OVERLAP = 0.5  # intersection over union above which a segmented cell is a true one
+
+
+def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, int] = (512, 512)) -> Path:
+    """Run everything into ``out`` and return the page. fields, shape: of the simulated tissue."""
+    started = time.perf_counter()
+    _need_embedding()
+    out.mkdir(parents=True, exist_ok=True)
+    sections = [
+        *_stage("1/4 real MERFISH fields", lambda: real_fields(out)),
+        *_stage("2/4 a simulated tissue", lambda: simulated_tissue(out, fields, shape)),
+        *_stage("3/4 embedding of the tissue", lambda: embed_tissue(out)),
+        *_stage("4/4 embedding of a real cortex", lambda: embed_cortex(out)),
+    ]
+    lead = (
+        f"Made by “merfish demo” in {time.perf_counter() - started:.0f} s: real data that ships with the package, "
+        "and a simulated tissue whose truth is known."
+    )
+    page = write_report(out / runfolder.REPORT, "MERFISH from raw images to neighbourhoods", lead, sections)
+    print(f"done in {time.perf_counter() - started:.0f} s; open {page}")
+    return page
+
+
+def _stage(title: str, work: Callable[[], list[Section]]) -> list[Section]:
+    print(f"\n{title}")
+    return work()
+
+
+def _need_embedding() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("torch", "torch_geometric", "safetensors", "sklearn") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"the demo embeds cells and needs {', '.join(missing)}: pip install 'merfish[vae]'")
+
+
+# --- real fields ------------------------------------------------------------------------------------------------
+
+
+def real_fields(out: Path) -> list[Section]:
+    """Run the bundled raw experiment, and decode its fields with permuted codebooks as a control."""
+    from merfish import datasets
+    from merfish.pipeline import run
+
+    folder = out / "real"
+    run(datasets.merfish_raw(), out=folder, progress=True)
+    rows, pictures = [], []
+    for fov, control in permuted_controls(datasets.merfish_raw(), folder).items():
+        real, permuted = control.iloc[0], control.iloc[1:]
+        rows.append(
+            (
+                fov,
+                f"{real.genes} / {real.blanks}",
+                f"{real.ratio:.2f}",
+                f"{permuted.genes.min()}-{permuted.genes.max()}",
+                f"{permuted.ratio.min():.2f}-{permuted.ratio.max():.2f}",
+                "yes" if real.ratio > permuted.ratio.max() and real.genes > permuted.genes.max() else "NO",
+            )
+        )
+        figure = plots.permuted_control(real.ratio, permuted.ratio.tolist(), "gene calls / blank calls", f"field {fov}")
+        pictures.append(picture(figure, f"Field {fov}: the real codebook against {len(permuted)} permuted ones"))
+    columns = ("field", "genes / blanks called", "ratio", "genes, permuted", "ratio, permuted", "stands clear")
+    _print_table(columns, rows)
+    text = [
+        "Two fields of view from a real experiment, 128 x 128 px, 8 rounds, 16 bits, 70 genes and 70 blanks. Blanks "
+        "are words that no RNA carries: what they collect is error, and half of all words are blanks here.",
+        "Control: the same images decoded with codebooks whose bits were permuted. Their gene words are as empty as "
+        "their blanks, so genes and blanks should collect alike; only the real codebook should favour its genes.",
+    ]
+    first = Section("Real fields: genes against blanks", text, [Table(columns, rows)], pictures)
+    return [first, *_titled("Real fields", run_sections(folder))]
+
+
+def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]:
+    """Calls of genes and of blanks in each field: first row the real codebook, then permuted ones."""
+    from merfish.imaging.experiment import open_experiment
+    from merfish.imaging.normalize import Normalization
+    from merfish.pipeline import register_field
+
+    source, config = open_experiment(experiment), RunConfig()
+    normalization = Normalization.from_json((folder / "fovs" / "normalization.json").read_text())
+    rng = np.random.default_rng(SEED)
+    books = [source.codebook]
+    books += [source.codebook.permuted(rng.permutation(source.codebook.n_bits)) for _ in range(N_PERMUTED)]
+    return {
+        fov: pd.DataFrame(
+            [count_calls(register_field(source, fov, config).bits, book, normalization) for book in books]
+        )
+        for fov in source.fovs
+    }
+
+
+def count_calls(bits: np.ndarray, codebook: Codebook, normalization: Any) -> dict[str, float]:
+    """Calls of genes and of blanks and their ratio, before any filtering."""
+    from merfish.pipeline import decode_filtered
+
+    calls = decode_filtered(bits, codebook, normalization)
+    blanks = int(calls["is_blank"].sum())
+    return {"genes": len(calls) - blanks, "blanks": blanks, "ratio": (len(calls) - blanks) / max(blanks, 1)}
+
+
+# --- simulated tissue -------------------------------------------------------------------------------------------
+
+
+def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int]) -> list[Section]:
+    """Simulate a raw experiment, run it, and score molecules, cells and counts against the truth."""
+    from merfish.cells.counts import read_cells
+    from merfish.pipeline import run
+    from merfish.simulate import simulate_experiment
+
+    raw, folder = out / "tissue", out / "tissue_run"
+    if not raw.exists():
+        simulate_experiment(raw, fields=fields, shape=shape, seed=SEED, progress=True)
+    table = run(raw, out=folder, progress=True)
+    score = score_run(folder, raw)
+    rows = [
+        ("molecules found (recall)", f"{score['recall']:.3f}"),
+        ("molecules right (precision)", f"{score['precision']:.3f}"),
+        ("median position error", f"{score['median_error']:.3f} µm"),
+        ("cells found", f"{score['cells_found']:.3f} of {score['n_cells']}"),
+        ("counts of each cell and gene, Pearson r", f"{score['count_r']:.3f}"),
+    ]
+    _print_table(("measure", "value"), rows)
+    truth = read_cells(raw / "truth" / "cells.parquet")
+    figures = [
+        picture(
+            plots.scatter_counts(score["measured"], score["true"], f"r = {score['count_r']:.3f}"),
+            "Counts against truth",
+        ),
+        picture(
+            plots.cells(truth["geometry"].to_numpy(), truth["domain"].to_list(), "true domains"), "The tissue as it is"
+        ),
+    ]
+    text = [
+        f"{fields[0]} x {fields[1]} overlapping fields of {shape[0]} x {shape[1]} px with drift, beads, stains and the "
+        "bit errors of real experiments (1->0 10 %, 0->1 4 %), run as any raw experiment, then compared with what was "
+        "put in. "
+        f"{table.n_obs} cells were segmented."
+    ]
+    return [
+        Section("Simulated tissue against its truth", text, [Table(("measure", "value"), rows)], figures),
+        *_titled("Simulated tissue", run_sections(folder)),
+    ]
+
+
+def score_run(folder: Path, raw: Path) -> dict[str, Any]:
+    """Molecules, cells and counts of a run against the truth of a simulated experiment."""
+    import anndata
+
+    from merfish.cells.counts import read_cells
+    from merfish.simulate import score_calls
+    from merfish.transcripts import read_transcripts
+
+    calls = read_transcripts(folder / runfolder.TRANSCRIPTS)
+    truth = pd.read_parquet(raw / "truth" / "molecules.parquet")
+    inside = in_fields(truth, raw)
+    score: dict[str, Any] = score_calls(_in_microns(calls), _in_microns(truth[inside]), radius=MATCH_MICRONS)
+    cells = read_cells(folder / runfolder.CELLS)
+    true_cells = read_cells(raw / "truth" / "cells.parquet")
+    match = match_cells(cells["geometry"].to_numpy(), true_cells["geometry"].to_numpy())
+    table = anndata.read_h5ad(folder / runfolder.CELL_BY_GENE)
+    true_table = anndata.read_h5ad(raw / "truth" / "cell_by_gene.h5ad")
+    genes = true_table.var_names[~true_table.var["is_blank"].to_numpy(bool)]
+    true = true_table[:, genes].X.toarray()
+    measured = np.zeros_like(true)
+    found = match >= 0
+    measured[found] = table[match[found]][:, genes].X.toarray()
+    score |= {
+        "n_cells": len(true_cells),
+        "cells_found": float(found.mean()),
+        "count_r": float(np.corrcoef(measured.ravel(), true.ravel())[0, 1]),
+        "true": true,
+        "measured": measured,
+        "domain_of_cell": {int(match[k]): str(true_cells["domain"].iloc[k]) for k in np.flatnonzero(found)},
+    }
+    return score
+
+
+def in_fields(molecules: pd.DataFrame, raw: Path, margin: int = 10) -> np.ndarray:
+    """Which true molecules lie in some field, ``margin`` px from the outer border; (molecule,) bool."""
+    from merfish.imaging.experiment import open_experiment
+
+    source = open_experiment(raw)
+    width, height = source.image_dimensions or (0, 0)
+    low = source.positions.min(axis=0) + margin * source.microns_per_pixel
+    high = source.positions.max(axis=0) + (np.array([width, height]) - 1 - margin) * source.microns_per_pixel
+    x, y = molecules["global_x"].to_numpy(), molecules["global_y"].to_numpy()
+    return (x >= low[0]) & (x <= high[0]) & (y >= low[1]) & (y <= high[1])
+
+
+def _in_microns(molecules: pd.DataFrame) -> pd.DataFrame:
+    return molecules[["barcode_id"]].assign(x=molecules["global_x"], y=molecules["global_y"]).reset_index(drop=True)
+
+
+def match_cells(found: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Row of the found cell that overlaps each true one best, by intersection over union above 0.5, else -1.
+
+    found, true: shapely polygons. Above one half a cell can overlap only one other so well.
+    """
+    match = np.full(len(true), -1)
+    if not len(found):
+        return match
+    t, f = shapely.STRtree(found).query(true, predicate="intersects")
+    common = shapely.area(shapely.intersection(true[t], found[f]))
+    good = common / (shapely.area(true[t]) + shapely.area(found[f]) - common) > CELL_OVERLAP
+    match[t[good]] = f[good]
+    return match
+
+
+# --- embeddings -------------------------------------------------------------------------------------------------
+
+
+def embed_tissue(out: Path) -> list[Section]:
+    """Embed the cells of the simulated run and compare the domains found with the true ones."""
+    import anndata
+
+    from merfish.cells.counts import read_cells
+
+    table = anndata.read_h5ad(out / "tissue_run" / runfolder.CELL_BY_GENE)
+    table = table[:, ~table.var["is_blank"].to_numpy(bool)].copy()
+    table = table[np.asarray(table.X.sum(axis=1)).ravel() > 0].copy()
+    cells = read_cells(out / "tissue_run" / runfolder.CELLS).set_index("cell_id")
+    domain_of = score_run(out / "tissue_run", out / "tissue")["domain_of_cell"]
+    rows = np.flatnonzero(np.isin(table.obs["cell_id"], cells.index))
+    by_row = {cell_id: domain_of.get(row, "") for row, cell_id in enumerate(cells.index)}
+    truth = np.array([by_row[cell_id] for cell_id in table.obs["cell_id"]])[rows]
+    section = embed("Embedding of the simulated tissue", table, TISSUE_DOMAINS, truth, "true domain")
+    outlines = cells.loc[table.obs["cell_id"], "geometry"].to_numpy()
+    found = plots.cells(outlines, table.obs["spatial_domain"].astype(str).tolist(), "domains found")
+    return [Section(section.title, section.text, section.tables, [picture(found, "Cells by domain"), *section.figures])]
+
+
+def embed_cortex(out: Path) -> list[Section]:
+    """Embed the bundled osmFISH cortex and compare the domains found with the annotated regions."""
+    from merfish import datasets
+
+    table = datasets.osmfish()
+    regions = table.obs["Region"].astype(str).to_numpy()
+    section = embed("Embedding of a real cortex (osmFISH)", table, OSMFISH_REGIONS, regions, "annotated region")
+    table.write_h5ad(out / "osmfish_embedded.h5ad")
+    return [section]
+
+
+def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_name: str) -> Section:
+    """Train a model on a table of counts, find domains, compare them with ``truth`` ("" = unknown), draw."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    from spatialvae import SpatialVAE
+    from spatialvae import plots as embedding_plots
+
+    started = time.perf_counter()
+    SpatialVAE.setup_anndata(table)
+    model = SpatialVAE(table, seed=SEED)
+    model.train()
+    table.obsm["X_spatialvae"] = model.get_latent_representation()
+    table.obs["spatial_domain"] = model.domains(n_domains)
+    seconds = time.perf_counter() - started
+    labels = table.obs["spatial_domain"].astype(str).to_numpy()
+    known = truth != ""
+    agreement = (
+        adjusted_rand_score(truth[known], labels[known]),
+        normalized_mutual_info_score(truth[known], labels[known]),
+    )
+    rows = [
+        ("cells, genes", f"{table.n_obs:,}, {table.n_vars}"),
+        ("adjusted Rand index", f"{agreement[0]:.3f}"),
+        ("normalised mutual information", f"{agreement[1]:.3f}"),
+        ("training and embedding", f"{seconds:.0f} s"),
+    ]
+    _print_table((title, ""), rows)
+    x, y = np.asarray(table.obsm["spatial"])[:, :2].T
+    figures = [
+        picture(plots.labels_by_place(x, y, {truth_name: truth, "domains found": labels}), "Cells at their places"),
+        picture(embedding_plots.training_curve(model.history), "Training"),
+        picture(embedding_plots.latent_map(table.obsm["X_spatialvae"], labels), "Latent space in two dimensions"),
+    ]
+    text = [
+        f"SpatialVAE was trained on the counts and places alone; {n_domains} domains were then cut from its latent "
+        f"space and compared with the {truth_name}s, which it never saw."
+    ]
+    return Section(title, text, [Table(("measure", "value"), rows)], figures)
+
+
+# --- printing ---------------------------------------------------------------------------------------------------
+
+
+def _titled(prefix: str, sections: list[Section]) -> list[Section]:
+    return [Section(f"{prefix}: {s.title.lower()}", s.text, s.tables, s.figures) for s in sections]
+
+
+def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table as ConsoleTable
+
+    table = ConsoleTable(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)

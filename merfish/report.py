@@ -1,0 +1,149 @@
+"""The page a person looks at after a run: one file, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from merfish import plots, runfolder
+from merfish._files import whole_file
+from merfish.errors import InputError
+from merfish.transcripts import read_transcripts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as PNG in base64, with its caption."""
+
+    png: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column names and rows of values, printed as they are."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with paragraphs, tables and pictures below it."""
+
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Picture] = field(default=())
+
+
+def picture(figure: Figure, caption: str) -> Picture:
+    """Render a figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return Picture(base64.b64encode(buffer.getvalue()).decode("ascii"), caption)
+
+
+def write_report(path: Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
+    """Write the page, whole or not at all."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("merfish"), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("report.html").render(title=title, lead=lead, sections=sections)
+    with whole_file(path) as part:
+        part.write_text(page, encoding="utf-8")
+    return path
+
+
+def write_run_report(out: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` of a run from its results. Raises InputError if the folder holds no finished run."""
+    out = Path(out)
+    run = read_run(out)
+    figures = run["figures"]
+    lead = f"{figures['n_fields']} fields, {figures['n_kept']:,} molecules, merfish {run['versions']['merfish']}"
+    return write_report(out / runfolder.REPORT, f"MERFISH run of {run['inputs']['folder']}", lead, run_sections(out))
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """The record of a finished run. Raises InputError if there is none."""
+    record: dict[str, Any] = runfolder.read_json(out / runfolder.RUN)
+    if "figures" not in record or "fields" not in record:
+        raise InputError(f"{out / runfolder.RUN}: not the record of a whole run")
+    return record
+
+
+def run_sections(out: Path) -> list[Section]:
+    """What the page of a run says: molecules, quality of the images, cells."""
+    from merfish.cells.counts import read_cells
+
+    run = read_run(out)
+    figures = run["figures"]
+    calls = read_transcripts(out / runfolder.TRANSCRIPTS)
+    bits = run["bits"]
+    shifts = pd.DataFrame([{"fov": int(fov), **row} for fov, f in run["fields"].items() for row in f["drift"]])
+    sections = [
+        Section("Molecules", _molecule_text(figures), figures=_molecule_pictures(out, run, calls)),
+        Section(
+            "Images",
+            ["Each round's drift was measured on the bead images against round 0 and taken out in one resampling."]
+            if len(shifts)
+            else ["The experiment has no bead images: rounds were taken as aligned."],
+            figures=[
+                *([picture(plots.drift(shifts), "Drift of each round")] if len(shifts) else []),
+                picture(
+                    plots.bit_brightness(
+                        np.array(bits["scale"]), np.array(bits["background"]), bits["names"], bits["colors"]
+                    ),
+                    "Brightness of a molecule in each bit",
+                ),
+            ],
+        ),
+    ]
+    if run["failed"]:
+        rows = [(fov, reason) for fov, reason in run["failed"].items()]
+        sections.append(Section("Fields that failed", tables=[Table(("field", "reason"), rows)]))
+    cells = read_cells(out / runfolder.CELLS)
+    if len(cells):
+        text = f"{len(cells):,} cells, {figures['transcripts_per_cell']:.1f} molecules a cell in the median; "
+        text += f"{figures['share_in_cells']:.0%} of the molecules lie in cells."
+        outlines = picture(plots.cells(cells["geometry"].to_numpy()), "Cell outlines")
+        sections.append(Section("Cells", [text], figures=[outlines]))
+    return sections
+
+
+def _molecule_text(figures: dict[str, Any]) -> list[str]:
+    rate = figures["misidentification_rate"]
+    known = (
+        f"{rate:.1%} of them are expected to be wrong, by the blanks." if rate is not None else "No blanks, no rate."
+    )
+    return [
+        f"{figures['n_found']:,} molecules found, {figures['n_kept']:,} kept ({figures['n_blank']:,} of them blanks). "
+        + known,
+        f"{figures['n_duplicates']:,} seen in two overlapping fields were counted once.",
+    ]
+
+
+def _molecule_pictures(out: Path, run: dict[str, Any], calls: pd.DataFrame) -> list[Picture]:
+    book = run["codebook"]
+    pictures = [
+        picture(
+            plots.words_called(calls, book["names"], np.array(book["is_blank"])),
+            "Molecules of each word; blanks carry no RNA, so what they collect is error",
+        )
+    ]
+    if run["fields"]:
+        fov = max((int(f) for f in run["fields"]), key=lambda f: int((calls["fov"] == f).sum()))
+        image = np.load(runfolder.field_folder(out, fov) / "overview.npy", allow_pickle=False)
+        pictures.insert(0, picture(plots.overview(image, calls[calls["fov"] == fov]), f"Field {fov}"))
+    return pictures
