@@ -6,45 +6,46 @@ import numpy as np
 
 from merfish._jit import kernel, parallel_kernel, prange
 
-TAPS = 16
 _ROWS = 32  # a strip of so many rows, filtered along x, stays in a core's cache while it is filtered along y
 
 
 @parallel_kernel
-def shift_planes(planes, starts, weights_y, weights_x, out):
-    """Resample planes (plane, y, x) at (y + dy, x + dx) into ``out`` float32, as two passes of `TAPS` taps.
+def filter_planes(planes, starts, taps_y, taps_x, out):
+    """Filter planes (plane, y, x) along x and y with weights of their own into ``out`` float32.
 
-    starts: (plane, 2) int64, first row and column under the taps for output row and column 0; weights_y, weights_x:
-    (plane, TAPS) float32. Beyond the edges the image is mirrored about its outermost pixels.
+    out[p, y, x] = sum over s, t of taps_y[p, s] taps_x[p, t] planes[p, y + starts[p, 0] + s, x + starts[p, 1] + t];
+    beyond its edges a plane is mirrored about its outermost pixels. starts: (plane, 2) int64; taps: (plane, tap)
+    float32. Sums along a row run over all its pixels for one tap after the other, which compilers vectorise.
     """
     n_planes, height, width = planes.shape
+    n_y, n_x = taps_y.shape[1], taps_x.shape[1]
     strips = (height + _ROWS - 1) // _ROWS
     for task in prange(n_planes * strips):
         p = task // strips
         first = (task % strips) * _ROWS
         last = min(first + _ROWS, height)
-        n_rows = last - first + TAPS - 1
-        padded = np.empty(width + TAPS - 1, np.float32)
+        n_rows = last - first + n_y - 1
+        padded = np.empty(width + n_x - 1, np.float32)
         rows = np.empty((n_rows, width), np.float32)
         for r in range(n_rows):
             source = planes[p, _mirror(first + r + starts[p, 0], height)]
-            for c in range(width + TAPS - 1):
+            for c in range(width + n_x - 1):
                 column = c + starts[p, 1]
                 if column < 0 or column >= width:
                     column = _mirror(column, width)
                 padded[c] = source[column]
             row = rows[r]
             row[:] = 0.0
-            for t in range(TAPS):
-                weight = weights_x[p, t]
+            for t in range(n_x):
+                weight = taps_x[p, t]
                 if weight != 0.0:
                     for c in range(width):
                         row[c] += weight * padded[c + t]
         for r in range(first, last):
             target = out[p, r]
             target[:] = 0.0
-            for t in range(TAPS):
-                weight = weights_y[p, t]
+            for t in range(n_y):
+                weight = taps_y[p, t]
                 if weight != 0.0:
                     row = rows[r - first + t]
                     for c in range(width):
@@ -81,3 +82,51 @@ def remove_hot_pixels(image, out):
                         low = min(low, other)
                         high = max(high, other)
             out[y, x] = high if value - low > 4 * (high - low) else value
+
+
+@kernel
+def patch_steps(fixed, moving, bounds, centers, radius, steps, variances):
+    """How far each patch of ``moving`` (y, x) is displaced from the same patch of ``fixed``, by least squares.
+
+    Within ``radius`` of each centre (patch, 2) int64, moving = gain * fixed + offset - gain * step . gradient, where
+    the gradient is that of the mean of both images, so that the noise of neither pulls the step to 0. Valid for steps
+    well below the width of the structure; repeat on the realigned image. Only pixels from bounds[0] to below bounds[1]
+    along y and from bounds[2] to below bounds[3] along x count; they must lie 1 px inside the images.
+    steps: (patch, 2) out, pixel; variances: (patch,) out, of a step along one axis; NaN and inf where undetermined.
+    """
+    for k in range(centers.shape[0]):
+        normal = np.zeros((4, 4))
+        target = np.zeros(4)
+        total = 0.0
+        count = 0
+        term = np.empty(4)
+        base = fixed[centers[k, 0], centers[k, 1]]
+        for y in range(max(bounds[0], centers[k, 0] - radius), min(bounds[1], centers[k, 0] + radius + 1)):
+            for x in range(max(bounds[2], centers[k, 1] - radius), min(bounds[3], centers[k, 1] + radius + 1)):
+                if (y - centers[k, 0]) ** 2 + (x - centers[k, 1]) ** 2 > radius * radius:
+                    continue
+                term[0] = (fixed[y + 1, x] - fixed[y - 1, x] + moving[y + 1, x] - moving[y - 1, x]) / 4
+                term[1] = (fixed[y, x + 1] - fixed[y, x - 1] + moving[y, x + 1] - moving[y, x - 1]) / 4
+                term[2] = fixed[y, x] - base
+                term[3] = 1.0
+                value = moving[y, x] - base
+                total += value * value
+                count += 1
+                for i in range(4):
+                    target[i] += term[i] * value
+                    for j in range(4):
+                        normal[i, j] += term[i] * term[j]
+        steps[k] = np.nan
+        variances[k] = np.inf
+        scale = normal[0, 0] * normal[1, 1] * normal[2, 2]
+        if 2 * count < radius * radius or scale <= 0 or np.linalg.det(normal) < 1e-9 * scale * count:
+            continue
+        inverse = np.linalg.inv(normal)
+        solution = inverse @ target
+        gain = solution[2]
+        if gain <= 0:
+            continue
+        factor = (1.0 + gain) / (2.0 * gain)  # the mean gradient is (1 + gain) / 2 that of fixed
+        residual = max(total - (solution * target).sum(), 0.0) / max(count - 4, 1)
+        steps[k] = -solution[:2] * factor
+        variances[k] = residual * (inverse[0, 0] + inverse[1, 1]) / 2 * factor**2

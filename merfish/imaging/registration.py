@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pandas as pd
 from scipy import ndimage, spatial, special
 
 from merfish.errors import InputError
-from merfish.imaging._kernels import TAPS, remove_hot_pixels, shift_planes
+from merfish.imaging._kernels import filter_planes, patch_steps, remove_hot_pixels
 
 MAX_DRIFT = 40.0  # pixel, along y and along x
 # Beads are sought as blobs of this sigma in the image and in copies binned 2 x 2 and 4 x 4: sharp beads in the
@@ -18,21 +16,30 @@ _BLOB_SIGMA = 1.5
 _LEVELS = 3
 _DETECTION = 6.0  # height of a blob over the noise
 _MAX_BLOBS = 4000
-# A drift is believed if chance would bring so many blobs together less often than this.
-_CHANCE = 1e-4
-_MIN_MATCHES = 3
+_PATCH_RADIUS = 5  # pixel, of a bead in the first level; twice as wide in the next
+# A drift is believed if chance would bring so many blobs together less often than this ...
+_LOG_CHANCE = np.log(1e-4)
+_MIN_BEADS = 3
+# ... and if the beads agree on it so well (pixel, standard error).
+_MAX_ERROR = 0.3
+_FLOOR = 0.02  # pixel; beads agree no better than this, whatever their light
+_REFINEMENTS = 10
+_CONVERGED = 0.002  # pixel
+_TAPS = 16  # of the spline
+_COLUMNS = ["round", "dy", "dx", "quality", "beads", "error", "ok"]
 
 
 def measure_drift(images: np.ndarray, reference: int = 0, max_drift: float = MAX_DRIFT) -> pd.DataFrame:
     """Measure how far each round has drifted from a reference round, from images of the same beads.
 
     images: (round, y, x), any real dtype; images of molecules or stains serve as well if rounds share enough of them.
-    Blobs are located in each image at three scales; the shift that brings most of them together, of all up to
-    ``max_drift`` px along y and x, is refined to the robust mean of the displacements of the pairs.
+    Blobs are located in each image at three scales; of all shifts up to ``max_drift`` px along y and x, that which
+    brings most of them together is refined: the round is realigned, what displacement remains at each blob is
+    measured by least squares, and their robust mean is added, until nothing remains.
 
     Returns one row a round: round; dy, dx (pixel: what is at (y, x) in the reference is at (y + dy, x + dx) in this
-    round; NaN if not ok); quality (share of the reference's blobs found again, 0 to 1); beads (pairs that agree);
-    error (pixel, standard error of the drift); ok (whether chance is excluded as the reason of the agreement).
+    round; NaN if not ok); quality (share of the reference's blobs that agree on it, 0 to 1); beads (their number);
+    error (pixel, standard error of the drift); ok (the agreement is not by chance, and close).
 
     Raises InputError if ``images`` is not (round, y, x), not finite, or has no round ``reference``.
     """
@@ -43,55 +50,116 @@ def measure_drift(images: np.ndarray, reference: int = 0, max_drift: float = MAX
         raise InputError(f"reference: expected a round from 0 to {len(images) - 1}, got {reference}")
     if images.dtype.kind == "f" and not np.isfinite(images).all():
         raise InputError("bead images: expected finite values, got NaN or infinity")
-    with ThreadPoolExecutor() as pool:  # SciPy's filters release the interpreter lock
-        blobs = list(pool.map(locate_blobs, images))
+    fixed = _cleaned(images[reference])
+    blobs = locate_blobs(fixed)
     rows = []
-    for number, found in enumerate(blobs):
+    for number, image in enumerate(images):
         if number == reference:
-            usable = len(images) == 1 or any(len(level) >= _MIN_MATCHES for level in found)
-            rows.append((number, 0.0, 0.0, 1.0, max(map(len, found)), 0.0, usable))
+            usable = len(images) == 1 or max(map(len, blobs)) >= _MIN_BEADS
+            rows.append((number, 0.0, 0.0, 1.0, max(map(len, blobs)), 0.0, usable))
         else:
-            rows.append((number, *_best_match(blobs[reference], found, images.shape[1:], max_drift)))
-    return pd.DataFrame(rows, columns=["round", "dy", "dx", "quality", "beads", "error", "ok"])
+            drift = _measure_one(fixed, blobs, _cleaned(image), max_drift)
+            rows.append((number, *drift, True) if drift else (number, np.nan, np.nan, 0.0, 0, np.nan, False))
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.ndarray) -> pd.DataFrame:
+    """Drift of a field's rounds from its beads or, where they do not tell, from the molecules that rounds share.
+
+    beads: (round, y, x), or (0, y, x) if none were imaged; bits: (bit, z, y, x); round_of_bit: (bit,) int.
+    Returns `measure_drift`'s table with a column ``source``: "beads" or "bits". Each word has its bits in several
+    rounds, so that a part of the molecules of any two rounds are the same.
+    """
+    n_rounds = int(np.max(round_of_bit)) + 1
+    drift = measure_drift(beads).assign(source="beads") if len(beads) else None
+    if drift is not None and drift["ok"].all():
+        return drift
+    molecules = np.zeros((n_rounds, *bits.shape[-2:]), np.float32)
+    for image, number in zip(bits, round_of_bit, strict=True):
+        flat = image.max(axis=0).astype(np.float32)
+        flat -= np.median(flat)
+        # bits differ in brightness; the brightest 0.1 % are molecules in all of them
+        flat /= max(float(np.quantile(flat, 0.999)), 1e-9)
+        np.maximum(molecules[number], flat, out=molecules[number])
+    from_bits = measure_drift(molecules).assign(source="bits")
+    if drift is None:
+        return from_bits
+    # Bits stand in for single rounds only if the reference's beads were seen, else for all.
+    return drift.where(drift["ok"] & drift["ok"].iloc[0], from_bits)
+
+
+def _measure_one(
+    fixed: np.ndarray, blobs: list[np.ndarray], moving: np.ndarray, max_drift: float
+) -> tuple[float, float, float, int, float] | None:
+    """(dy, dx, quality, beads, error) of one round against the reference image and its blobs, None if it fails."""
+    for _, level, shift, pairs in _coarse_matches(blobs, locate_blobs(moving), fixed.shape, max_drift):
+        refined = _refine_drift(fixed, moving, shift, blobs[level][pairs], level)
+        if refined is not None and np.abs(refined[0]).max() <= max_drift:
+            shift, count, error = refined
+            seen = _inside(blobs[level] + shift, fixed.shape).sum()
+            return float(shift[0]), float(shift[1]), min(1.0, count / max(1, seen)), count, error
+    return None
+
+
+def _cleaned(image: np.ndarray) -> np.ndarray:
+    out = np.empty(image.shape, np.float32)
+    remove_hot_pixels(image, out)
+    return out
 
 
 def locate_blobs(image: np.ndarray) -> list[np.ndarray]:
-    """Centres of bright blobs in an image (y, x) at each of three scales: a list of (blob, 2) y, x in pixel."""
-    level = np.empty(image.shape, np.float32)
-    remove_hot_pixels(image, level)
+    """Centres of bright blobs in an image (y, x) float32, a list of (blob, 2) y, x in pixel for each of three scales.
+
+    Good to a fraction of a blob's width: a start for `measure_drift`, not a localisation of molecules.
+    """
     found = []
     for number in range(_LEVELS):
         scale = 2**number
-        found.append((_blob_centers(level) + 0.5) * scale - 0.5)
-        height, width = level.shape[0] // 2, level.shape[1] // 2
+        found.append((_blob_centers(image) + 0.5) * scale - 0.5)
+        height, width = image.shape[0] // 2, image.shape[1] // 2
         if min(height, width) < 8:
             break
-        level = level[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean(axis=(1, 3))
+        image = image[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean(axis=(1, 3))
     return found
 
 
 def _blob_centers(image: np.ndarray) -> np.ndarray:
     """Sub-pixel maxima (blob, 2) of an image filtered for blobs of `_BLOB_SIGMA`, brightest first."""
-    # Where to look is decided on square roots, whose noise is nearly the same in bright and dark places.
-    rooted = _blob_filter(np.sqrt(image - image.min()))
-    # Noise from the many pixels without beads, so that beads do not raise the bar; 1.4826 MAD = sigma.
-    sample = rooted[:: max(1, image.shape[0] // 256)]
-    noise = 1.4826 * np.median(np.abs(sample - np.median(sample)))
-    peaks = (rooted == ndimage.maximum_filter(rooted, size=int(4 * _BLOB_SIGMA) | 1)) & (rooted > _DETECTION * noise)
+    # Square roots have nearly the same noise in bright and dark places.
+    blobs = _blob_filter(np.sqrt(image - image.min()))
+    # Noise as most pixels have it, beads being few: 1.4826 MAD = sigma.
+    sample = blobs[:: max(1, len(blobs) // 256)]
+    threshold = max(_DETECTION * 1.4826 * np.median(np.abs(sample - np.median(sample))), 1e-3)
     margin = int(np.ceil(2 * _BLOB_SIGMA))
-    inner = np.zeros_like(peaks)
-    inner[margin:-margin, margin:-margin] = True
-    y, x = np.nonzero(peaks & inner)
-    strongest = np.argsort(-rooted[y, x], kind="stable")[:_MAX_BLOBS]
-    return _refine(_blob_filter(image), y[strongest], x[strongest])
+    y, x = np.nonzero(blobs[margin:-margin, margin:-margin] > threshold)
+    y, x = y + margin, x + margin
+    reach = int(2 * _BLOB_SIGMA)
+    height = blobs[y, x]
+    top = np.ones(len(y), dtype=bool)
+    for v in range(-reach, reach + 1):
+        for u in range(-reach, reach + 1):
+            top &= height >= blobs[y + v, x + u]
+    y, x, height = y[top], x[top], height[top]
+    strongest = np.argsort(-height, kind="stable")[:_MAX_BLOBS]
+    return _tops(blobs, y[strongest], x[strongest])
 
 
 def _blob_filter(image: np.ndarray) -> np.ndarray:
-    return ndimage.gaussian_filter(image, _BLOB_SIGMA) - ndimage.gaussian_filter(image, 2 * _BLOB_SIGMA)
+    return gaussian(image, _BLOB_SIGMA) - gaussian(image, 2 * _BLOB_SIGMA)
 
 
-def _refine(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Top of the least-squares paraboloid over the 3 x 3 pixels around each maximum, at most 1 px away."""
+def gaussian(image: np.ndarray, sigma: float) -> np.ndarray:
+    """An image (y, x) smoothed with a Gaussian of ``sigma`` px, cut at 4 sigma, float32; mirrored at its edges."""
+    radius = int(np.ceil(4 * sigma))
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    taps = (taps / taps.sum()).astype(np.float32)[None]
+    out = np.empty((1, *image.shape), np.float32)
+    filter_planes(image[None], np.full((1, 2), -radius), taps, taps, out)
+    return out[0]
+
+
+def _tops(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Top (peak, 2) of the least-squares paraboloid over the 3 x 3 pixels around each maximum, if within 1 px."""
     v, u = np.mgrid[-1:2, -1:2]
     patch = image[y[:, None, None] + v, x[:, None, None] + u].astype(np.float64)
     gy, gx = (patch * v).sum((1, 2)) / 6, (patch * u).sum((1, 2)) / 6
@@ -100,59 +168,45 @@ def _refine(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     hxy = (patch * v * u).sum((1, 2)) / 4
     det = hyy * hxx - hxy**2
     good = (det > 0) & (hyy < 0)
-    det = np.where(good, det, 1)
-    shift = np.stack([hxy * gx - hxx * gy, hxy * gy - hyy * gx], axis=1) / det[:, None]
+    shift = np.stack([hxy * gx - hxx * gy, hxy * gy - hyy * gx], axis=1) / np.where(good, det, 1)[:, None]
     good &= (np.abs(shift) <= 1).all(axis=1)
     return (np.stack([y, x], axis=1) + shift)[good]
 
 
-def _best_match(
+def _coarse_matches(
     fixed: list[np.ndarray], moving: list[np.ndarray], shape: tuple[int, ...], max_drift: float
-) -> tuple[float, float, float, int, float, bool]:
-    """(dy, dx, quality, beads, error, ok) from the scale whose blobs tell the drift best."""
-    best = (np.nan, np.nan, 0.0, 0, np.nan, False)
-    for number, (a, b) in enumerate(zip(fixed, moving, strict=True)):
-        match = _match(a, b, shape, max_drift, 2.0**number)
-        if match[-1] and not (best[-1] and best[-2] <= match[-2]):
-            best = match
-    return best
+) -> list[tuple[float, int, np.ndarray, np.ndarray]]:
+    """(log of chance, level, shift (2,), rows of the level's ``fixed`` blobs found again), least likely chance first.
+
+    Matches that chance could bring are left out.
+    """
+    found = []
+    for level, (a, b) in enumerate(zip(fixed, moving, strict=True)):
+        scale = 2.0**level
+        shift = _vote(a, b, max_drift, 1.5 * scale) if min(len(a), len(b)) >= _MIN_BEADS else None
+        if shift is None:
+            continue
+        for radius in (1.5 * scale, 1.5 * scale, 0.75 * scale):
+            pairs = _pairs(a + shift, b, radius)
+            if len(pairs) < _MIN_BEADS:
+                break
+            shift = np.median(b[pairs[:, 1]] - a[pairs[:, 0]], axis=0)
+            shifts = 2 * (2 * max_drift) ** 2 / (np.pi * radius**2)  # shifts tried, at two radii
+            mean = _inside(a + shift, shape).sum() * _inside(b - shift, shape).sum() * np.pi * radius**2
+            mean /= np.prod(np.maximum(np.array(shape) - np.abs(shift), 1))
+            found.append((np.log(shifts) + _log_poisson_tail(len(pairs), mean), level, shift, pairs[:, 0]))
+    return sorted((match for match in found if match[0] < _LOG_CHANCE), key=lambda match: match[0])
 
 
-def _match(
-    fixed: np.ndarray, moving: np.ndarray, shape: tuple[int, ...], max_drift: float, scale: float
-) -> tuple[float, float, float, int, float, bool]:
-    failed = (np.nan, np.nan, 0.0, 0, np.nan, False)
-    if min(len(fixed), len(moving)) < _MIN_MATCHES:
-        return failed
-    shift = _vote(fixed, moving, max_drift, scale)
-    if shift is None:
-        return failed
-    for radius in (3.0 * scale, 1.5 * scale):
-        pairs = _pairs(fixed + shift, moving, radius)
-        if len(pairs) < _MIN_MATCHES:
-            return failed
-        shift = np.median(moving[pairs[:, 1]] - fixed[pairs[:, 0]], axis=0)
-    steps = moving[pairs[:, 1]] - fixed[pairs[:, 0]]
-    kept, spread = _agreeing(steps)
-    count = int(kept.sum())
-    if count < _MIN_MATCHES:
-        return failed
-    shift = steps[kept].mean(axis=0)
-    error = spread / np.sqrt(count - 1)
-    # How many pairs would chance bring within the same radius, at the best of all shifts tried?
-    seen = _inside(fixed + shift, shape).sum(), _inside(moving - shift, shape).sum()
-    area = np.prod(np.maximum(np.array(shape) - np.abs(shift), 1))
-    radius = min(1.5 * scale, max(3 * spread, 0.3 * scale))
-    by_chance = seen[0] * seen[1] * np.pi * radius**2 / area
-    tries = max(1.0, (2 * max_drift) ** 2 / (np.pi * radius**2))
-    ok = tries * special.gammainc(count, by_chance) < _CHANCE and np.abs(shift).max() <= max_drift
-    if not ok:
-        return failed
-    return float(shift[0]), float(shift[1]), count / max(1, min(seen)), count, float(error), True
+def _log_poisson_tail(count: int, mean: float) -> float:
+    """Log of a close bound on the probability that a Poisson number of that mean is ``count`` or more."""
+    if count <= mean:
+        return 0.0
+    return float(count * np.log(max(mean, 1e-9)) - mean - special.gammaln(count + 1) - np.log1p(-mean / (count + 1)))
 
 
 def _vote(fixed: np.ndarray, moving: np.ndarray, max_drift: float, scale: float) -> np.ndarray | None:
-    """The shift (2,) that brings most blobs together, to about 1.5 ``scale``."""
+    """The shift (2,), to about ``scale``, that brings most blobs together."""
     reach = max_drift + scale
     near = spatial.KDTree(fixed).sparse_distance_matrix(spatial.KDTree(moving), reach, p=np.inf, output_type="ndarray")
     if not len(near):
@@ -161,9 +215,10 @@ def _vote(fixed: np.ndarray, moving: np.ndarray, max_drift: float, scale: float)
     n_bins = 2 * int(np.ceil(reach / scale))
     bins = np.clip(((steps / scale) + n_bins / 2).astype(np.int64), 0, n_bins - 1)
     votes = np.bincount(bins[:, 0] * n_bins + bins[:, 1], minlength=n_bins**2).reshape(n_bins, n_bins)
-    votes = ndimage.uniform_filter(votes.astype(np.float64), 3, mode="constant")
-    best = np.array(np.unravel_index(np.argmax(votes), votes.shape))
-    return (best + 0.5 - n_bins / 2) * scale
+    around = ndimage.convolve(votes, np.ones((3, 3), np.int64), mode="constant")
+    best = np.unravel_index(np.argmax(around), around.shape)
+    here = (np.abs(bins - np.array(best)) <= 1).all(axis=1)
+    return np.median(steps[here], axis=0)
 
 
 def _pairs(a: np.ndarray, b: np.ndarray, radius: float) -> np.ndarray:
@@ -175,22 +230,45 @@ def _pairs(a: np.ndarray, b: np.ndarray, radius: float) -> np.ndarray:
     return np.stack([rows[mutual], to_b[rows][mutual]], axis=1)
 
 
-def _agreeing(steps: np.ndarray) -> tuple[np.ndarray, float]:
-    """Which displacements (pair, 2) agree with most others, and their spread (sigma along one axis, pixel)."""
-    kept = np.ones(len(steps), dtype=bool)
-    spread = 0.0
-    for _ in range(5):
-        off = np.abs(steps - np.median(steps[kept], axis=0))
-        # 1.4826 MAD = sigma; the floor keeps a few pairs that agree by luck from throwing out all others
-        spread = max(1.4826 * float(np.median(off[kept])), 0.02)
-        kept = (off < 3 * spread).all(axis=1)
-        if kept.sum() < _MIN_MATCHES:
+def _inside(points: np.ndarray, shape: tuple[int, ...], margin: float = 0.0) -> np.ndarray:
+    return np.asarray(((points >= margin) & (points <= np.array(shape) - 1 - margin)).all(axis=1))
+
+
+def _refine_drift(
+    fixed: np.ndarray, moving: np.ndarray, shift: np.ndarray, blobs: np.ndarray, level: int
+) -> tuple[np.ndarray, int, float] | None:
+    """Drift (2,), how many of the blobs (blob, 2) of ``fixed`` agree on it, its error; None if they do not agree."""
+    centers = np.rint(blobs).astype(np.int64)
+    steps, variances = np.empty((len(centers), 2)), np.empty(len(centers))
+    for _ in range(_REFINEMENTS):
+        aligned, _ = align(moving[None], shift[None])
+        size = np.array(fixed.shape)
+        low, high = np.maximum(1, np.ceil(1 - shift)), np.minimum(size - 1, np.floor(size - 1 - shift))
+        bounds = np.stack([low, high], axis=1).ravel().astype(np.int64)
+        patch_steps(fixed, aligned[0], bounds, centers, _PATCH_RADIUS * 2**level, steps, variances)
+        kept = _agreeing(steps)
+        if kept.sum() < _MIN_BEADS:
+            return None
+        weight = 1 / (variances[kept] + _FLOOR**2)
+        mean = weight @ steps[kept] / weight.sum()
+        shift = shift + mean
+        if np.abs(mean).max() < _CONVERGED:
             break
-    return kept, spread
+    off = steps[kept] - mean
+    error = float(np.sqrt((weight**2 @ off**2).mean()) / weight.sum() * np.sqrt(len(off) / (len(off) - 1)))
+    return (shift, len(off), error) if error <= _MAX_ERROR else None
 
 
-def _inside(points: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return ((points >= 0) & (points <= np.array(shape) - 1)).all(axis=1)
+def _agreeing(steps: np.ndarray) -> np.ndarray:
+    """Which displacements (bead, 2) agree with most others: within 3 sigma along both axes."""
+    kept = np.isfinite(steps).all(axis=1)
+    for _ in range(5):
+        if kept.sum() < _MIN_BEADS:
+            break
+        off = np.abs(steps - np.median(steps[kept], axis=0)).max(axis=1)
+        # 1.4826 MAD = sigma; a few pairs that agree by luck must not throw out all others
+        kept = off < 3 * max(1.4826 * float(np.median(off[kept])), 2 * _FLOOR)
+    return kept
 
 
 def align(images: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,11 +292,11 @@ def align(images: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarra
         raise InputError(f"shifts: expected finite pixels, got {shifts.tolist()}")
     per_image = int(np.prod(images.shape[1:-2], dtype=np.int64))
     whole = np.floor(shifts)
-    starts = np.repeat(whole.astype(np.int64) - (TAPS // 2 - 1), per_image, axis=0)
+    starts = np.repeat(whole.astype(np.int64) - (_TAPS // 2 - 1), per_image, axis=0)
     taps = np.repeat(spline_taps(shifts - whole), per_image, axis=0)
     out = np.empty(images.shape, np.float32)
     planes = images.reshape(-1, *images.shape[-2:])
-    shift_planes(planes, starts, taps[:, 0], taps[:, 1], out.reshape(planes.shape))
+    filter_planes(planes, starts, taps[:, 0], taps[:, 1], out.reshape(planes.shape))
     return out, seen_by_all(shifts, images.shape[-2:])
 
 
@@ -232,14 +310,14 @@ def seen_by_all(shifts: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def spline_taps(fraction: np.ndarray) -> np.ndarray:
-    """Weights (..., TAPS) float32 of the pixels around a place ``fraction`` (..., 0 to 1) beyond tap TAPS // 2 - 1.
+    """Weights (..., _TAPS) float32 of the pixels around a place ``fraction`` (..., 0 to 1) beyond tap _TAPS // 2 - 1.
 
     They are the cardinal cubic spline (Unser 1999, IEEE Signal Process. Mag. 16:22): the B-spline convolved with the
     inverse of its samples, sqrt(3) z^|k| with z = sqrt(3) - 2, cut after 8 pixels where it has fallen to 3e-5.
     """
-    place = np.arange(TAPS) - (TAPS // 2 - 1)
+    place = np.arange(_TAPS) - (_TAPS // 2 - 1)
     z = np.sqrt(3.0) - 2.0
-    k = np.arange(-TAPS, TAPS + 1)
+    k = np.arange(-_TAPS, _TAPS + 1)
     inverse = np.sqrt(3.0) * z ** np.abs(k)
     distance = np.abs(np.asarray(fraction)[..., None, None] - place[:, None] - k)
     spline = np.where(
