@@ -18,7 +18,7 @@ class Disturbances:
     autofluorescence: photons a pixel that cells add to the bead images.
     haze: out-of-focus light in the bit images, as a share of the light of all molecules, spread over 15
     pixels. bleaching: share of a spot's light lost with every round. dead_bit: number of a bit, from 0, that
-    shows nothing. saturated_fov: field whose camera gain is 100 times too high. hot_pixels: pixels of the
+    shows nothing. saturated_fov: field lit 300 times too strongly, beyond the range of the camera. hot_pixels: pixels of the
     camera that shine 2,000 counts in every frame.
     """
 

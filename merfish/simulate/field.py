@@ -84,7 +84,7 @@ def field_counts(
     light = np.concatenate(groups)
     light *= illumination(plan.shape, wrong.vignetting)
     if fov == wrong.saturated_fov:
-        light *= 100.0  # the camera's full range is 65,535 counts
+        light *= 300.0  # beyond the full range of the camera
     counts = expose(light, imaging, seed)
     heat_pixels(counts, plan.hot_pixels)
     ends = np.cumsum([len(group) for group in groups])[:-1]
