@@ -82,16 +82,17 @@ def decode_filtered(
     pixels = METHODS[method](rows, codebook, normalization)
     found = extract_molecules(pixels, rows, codebook, normalization, height=height)
     keep, z = merge_planes(found.word, found.x, found.y, found.plane, found.intensity * found.area)
+    in_bits = method == "hamming"
     return transcript_table(
         codebook,
         found.word[keep],
         x=found.x[keep],
         y=found.y[keep],
         z=z,
-        hamming_distance=found.hamming_distance[keep],
+        hamming_distance=(found.min_distance if in_bits else found.hamming_distance)[keep],
         intensity=found.intensity[keep],
         area=found.area[keep],
-        distance=found.distance[keep],
+        distance=np.nan if in_bits else found.distance[keep],
     )
 
 

@@ -128,8 +128,8 @@ def test_hamming_of_a_long_code_corrects_single_errors():
     lookup = CodeLookup(book)
     assert lookup.table is None
     for bit in range(22):
-        word, _ = lookup((book.codes ^ np.uint64(1 << bit)).reshape(-1, 2))
-        assert (word.ravel() == np.arange(book.n_words)).all()
+        word, _ = lookup((book.codes ^ np.uint64(1 << bit))[None])
+        assert (word[0] == np.arange(book.n_words)).all()
 
 
 @pytest.mark.parametrize("name", sorted(codebooks_16_bit()))
@@ -174,8 +174,8 @@ def field():
 def test_decode_finds_the_molecules(field, method):
     stack, truth = field
     score = score_calls(decode(stack, BOOK, method=method), truth, shape=stack.shape[-2:])
-    assert score["recall"] > {"pixels": 0.72, "hamming": 0.62}[method]
-    assert score["precision"] > 0.88
+    assert score["recall"] > 0.64
+    assert score["precision"] > 0.93
     assert score["median_error"] < 0.25
 
 
