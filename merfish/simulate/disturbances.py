@@ -16,10 +16,11 @@ class Disturbances:
     chromatic: shift of a bit's colour against the beads' colour at the corner of the field, pixels.
     vignetting: share of light lost in the corners of each frame.
     autofluorescence: photons a pixel that cells add to the bead images.
-    haze: out-of-focus light in the bit images, as a share of the light of all molecules, spread over 15
-    pixels. bleaching: share of a spot's light lost with every round. dead_bit: number of a bit, from 0, that
-    shows nothing. saturated_fov: field lit 300 times too strongly, beyond the range of the camera. hot_pixels: pixels of the
-    camera that shine 2,000 counts in every frame.
+    haze: out-of-focus light in the bit images, as a share of the light of all molecules, blurred by 15 pixels.
+    bleaching: share of a spot's light lost with every round.
+    dead_bit: number of a bit, from 0, that shows nothing.
+    saturated_fov: field lit 300 times too strongly, beyond the range of the camera.
+    hot_pixels: number of the camera's pixels that are 2,000 counts too bright in every frame.
     """
 
     stage_error: float = 0.0

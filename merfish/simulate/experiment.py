@@ -63,12 +63,10 @@ def simulate_experiment(
 
     - molecules.parquet: barcode_id, gene, is_blank, cell_id (-1 = in none), global_x, global_y, global_z
       (micrometre), brightness, shown (uint64, the bits that really shine, first least significant);
-    - cells.parquet: cell_id, domain, cell_type, center_x, center_y, area, visible, geometry (WKB), of the
-    part of
-      each cell that was imaged (visible: its share); cell_by_gene.h5ad: true counts of the same cells;
-    - drift.csv: dy, dx (pixels) by fov and round; fields.csv: true positions; bits.csv: PSF and brightness
-    of each
-      bit; chromatic.csv; settings.json.
+    - cells.parquet: cell_id, domain, cell_type, center_x, center_y, area, visible, geometry (WKB), of the part
+      of each cell that was imaged (visible: its share); cell_by_gene.h5ad: true counts of the same cells;
+    - drift.csv: dy, dx (pixels) by fov and round; fields.csv: true positions; bits.csv: PSF and brightness of
+      each bit; chromatic.csv: its affine map by colour; settings.json.
 
     A molecule is one thing: its bits, errors included, are the same in each field that sees it. In round 0
     nothing has drifted: global = position + pixel * microns_per_pixel.
@@ -83,7 +81,7 @@ def simulate_experiment(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists already; expected a new or an empty folder")
-    if min(*fields, planes) < 1 or min(shape) < 32 or density < 0 or drift < 0:
+    if min(*fields, planes) < 1 or min(shape) < 32 or not (density >= 0 and drift >= 0):
         raise InputError(
             f"expected at least one field and plane, frames of 32 pixels, density and drift >= 0; "
             f"got fields {fields}, planes {planes}, shape {shape}, density {density}, drift {drift}"

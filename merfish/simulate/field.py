@@ -29,9 +29,10 @@ BEAD_DENSITY = 1.5e-4  # beads a pixel
 class Plan:
     """How the tissue is imaged, as it really happens. Positions are of the centre of the first pixel, micrometre.
 
-    shape: (y, x). nominal, actual: (fov, 2) x, y written and true. drift: (fov, round, 2) dy, dx in pixels,
-    the round of the stains last. sigma, peak: (bit,); round_of_bit, color_of_bit: (bit,); chromatic: (color,
-    2, 3); hot_pixels: (pixel, 2) y, x.
+    shape: (y, x). nominal, actual: (fov, 2) x, y written and true.
+    drift: (fov, round, 2) dy, dx in pixels, the round of the stains last.
+    sigma, peak, round_of_bit, color_of_bit: (bit,). chromatic: (color, 2, 3), affine maps of (y, x, 1).
+    hot_pixels: (pixel, 2) y, x.
     """
 
     shape: tuple[int, int]
