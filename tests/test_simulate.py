@@ -216,38 +216,66 @@ def test_simulate_experiment__writes_what_its_tables_say(experiment):
     assert len(list(experiment.glob("*.tif"))) == 4 * 9
 
 
-def test_simulate_experiment__fields_show_truth_moved_by_drift(experiment):
-    channels = pd.read_csv(experiment / "data_organization.csv")
-    molecules = pd.read_parquet(experiment / "truth" / "molecules.parquet")
-    drift = pd.read_csv(experiment / "truth" / "drift.csv").set_index(["fov", "round"])
-    positions = np.loadtxt(experiment / "positions.csv", delimiter=",")
-    assert (drift.loc[(slice(None), 0), :] == 0).all(axis=None)
-    assert drift.abs().max().max() > 3
+def share_shining(folder):
+    """Share of molecules that shine where the tables of truth put them: place, stage error, drift, chromatic map."""
+    channels = pd.read_csv(folder / "data_organization.csv")
+    molecules = pd.read_parquet(folder / "truth" / "molecules.parquet")
+    fields = pd.read_csv(folder / "truth" / "fields.csv")
+    drift = pd.read_csv(folder / "truth" / "drift.csv").set_index(["fov", "round"])
+    chromatic = pd.read_csv(folder / "truth" / "chromatic.csv", index_col="color")
     bits = shown_bits(molecules)
-    for fov in range(4):
-        px, py = (((molecules[f"global_{a}"] - positions[fov, i]) / 0.108).to_numpy() for i, a in enumerate("xy"))
-        inside = (px > 10) & (px < 180) & (py > 10) & (py < 149)
-        for bit in (0, 7, 15):
-            row = channels[channels["bitNumber"] == bit + 1].iloc[0]
-            image = tifffile.imread(experiment / f"merfish_{fov:03d}_{row.imagingRound:02d}.tif")[row.frame]
-            dy, dx = drift.loc[(fov, row.imagingRound)]
-            shining = inside & (bits[:, bit] == 1)
-            at = image[np.round(py + dy).astype(int)[shining], np.round(px + dx).astype(int)[shining]]
-            dark = np.median(image)
-            assert shining.sum() > 10
-            assert np.mean(at > dark + 60) > 0.95
+    shares = []
+    for bit in (0, 7, 10, 15):
+        row = channels[channels["bitNumber"] == bit + 1].iloc[0]
+        yy, yx, y1, xy, xx, x1 = chromatic.loc[row.color]
+        for field in fields.itertuples():
+            image = tifffile.imread(folder / f"merfish_{field.fov:03d}_{row.imagingRound:02d}.tif")[row.frame]
+            dy, dx = drift.loc[(field.fov, row.imagingRound)]
+            y, x = (molecules["global_y"] - field.y) / 0.108 + dy, (molecules["global_x"] - field.x) / 0.108 + dx
+            y, x = np.round(yy * y + yx * x + y1).astype(int), np.round(xy * y + xx * x + x1).astype(int)
+            here = (bits[:, bit] == 1) & (x >= 0) & (x < image.shape[1]) & (y >= 0) & (y < image.shape[0])
+            assert here.sum() > 10
+            shares.append(np.mean(image[y[here], x[here]] > np.median(image) + 60))
+    return np.mean(shares)
+
+
+def test_simulate_experiment__fields_show_truth_moved_by_drift(experiment):
+    drift = pd.read_csv(experiment / "truth" / "drift.csv").set_index(["fov", "round"])
+    assert (drift.loc[(slice(None), 0), :] == 0).all(axis=None)
+    assert 4 < drift.abs().max().max() <= 5
+    assert share_shining(experiment) > 0.95
+    fields = pd.read_csv(experiment / "truth" / "fields.csv")
+    np.testing.assert_allclose(fields[["x", "y"]], np.loadtxt(experiment / "positions.csv", delimiter=","), atol=1e-4)
+
+
+def test_simulate_experiment__fields_show_truth_moved_by_all_that_disturbs(tmp_path):
+    moved = Disturbances(stage_error=2.0, chromatic=12.0)
+    folder = simulate_experiment(tmp_path / "e", drift=20.0, disturbances=moved, **SMALL)
+    assert share_shining(folder) > 0.95
+    chromatic = tmp_path / "e" / "truth" / "chromatic.csv"
+    pd.read_csv(chromatic).assign(yy=1, yx=0, y1=0, xy=0, xx=1, x1=0).to_csv(chromatic, index=False)
+    assert share_shining(folder) < 0.9  # without the map many are missed: it does what it says
+
+
+def test_simulate_experiment__loose_beads_leave_their_place(tmp_path):
+    folder = simulate_experiment(
+        tmp_path / "e", fields=(1, 1), shape=(256, 256), drift=0.0, disturbances=Disturbances(loose_beads=0.4), seed=1
+    )
+    first, later = (tifffile.imread(folder / f"merfish_000_{r:02d}.tif")[2].astype(float) for r in (0, 5))
+    bright = first > 1500
+    assert 0.25 < (later[bright] < 500).mean() < 0.6
 
 
 def test_simulate_experiment__beads_move_by_the_stated_drift(experiment):
     drift = pd.read_csv(experiment / "truth" / "drift.csv").set_index(["fov", "round"])
-    still = tifffile.imread(experiment / "merfish_001_00.tif")[2].astype(float)
+    still = np.minimum(tifffile.imread(experiment / "merfish_001_00.tif")[2].astype(float), 1000)
     for imaging_round in (3, 8):
         kind = "stains" if imaging_round == 8 else "merfish"
-        moved = tifffile.imread(experiment / f"{kind}_001_{imaging_round:02d}.tif")[2].astype(float)
+        moved = np.minimum(tifffile.imread(experiment / f"{kind}_001_{imaging_round:02d}.tif")[2].astype(float), 1000)
         spectrum = np.fft.fft2(still - np.median(still)).conj() * np.fft.fft2(moved - np.median(moved))
         peak = np.unravel_index(np.argmax(np.fft.ifft2(spectrum).real), still.shape)
         found = [(p + n // 2) % n - n // 2 for p, n in zip(peak, still.shape, strict=True)]
-        np.testing.assert_allclose(found, drift.loc[(1, imaging_round)], atol=0.75)
+        np.testing.assert_allclose(found, drift.loc[(1, imaging_round)], atol=1.0)
 
 
 def test_simulate_experiment__truth_agrees_with_itself(experiment):

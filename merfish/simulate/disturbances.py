@@ -15,6 +15,7 @@ class Disturbances:
     stage_error: sigma of the error of each field's true position about the written one, micrometre and axis.
     chromatic: shift of a bit's colour against the beads' colour at the corner of the field, pixels.
     vignetting: share of light lost in the corners of each frame.
+    loose_beads: share of beads that lie elsewhere, some 20 pixels away, in each round after the first.
     autofluorescence: photons a pixel that cells add to the bead images.
     haze: out-of-focus light in the bit images, as a share of the light of all molecules, blurred by 15 pixels.
     bleaching: share of a spot's light lost with every round.
@@ -26,6 +27,7 @@ class Disturbances:
     stage_error: float = 0.0
     chromatic: float = 0.0
     vignetting: float = 0.0
+    loose_beads: float = 0.0
     autofluorescence: float = 0.0
     haze: float = 0.0
     bleaching: float = 0.0

@@ -21,11 +21,10 @@ from merfish.codebook import Codebook, mhd4_codebook, write_codebook
 from merfish.errors import InputError
 from merfish.simulate.disturbances import Disturbances, draw_chromatic
 from merfish.simulate.field import (
-    BEAD_DENSITY,
-    BEAD_LIGHT,
     MICRONS_PER_PIXEL,
     Plan,
     Scene,
+    draw_beads,
     draw_stains,
     field_counts,
 )
@@ -66,7 +65,8 @@ def simulate_experiment(
     - cells.parquet: cell_id, domain, cell_type, center_x, center_y, area, visible, geometry (WKB), of the part
       of each cell that was imaged (visible: its share); cell_by_gene.h5ad: true counts of the same cells;
     - drift.csv: dy, dx (pixels) by fov and round; fields.csv: true positions; bits.csv: PSF and brightness of
-      each bit; chromatic.csv: its affine map by colour; settings.json.
+      each bit; chromatic.csv: where a colour shows what the beads show at (y, x):
+      y' = yy y + yx x + y1 and likewise x'; settings.json.
 
     A molecule is one thing: its bits, errors included, are the same in each field that sees it. In round 0
     nothing has drifted: global = position + pixel * microns_per_pixel.
@@ -144,7 +144,8 @@ def _draw_scene(
     plan: Plan, codebook: Codebook | None, genes: int, density: float, rng: np.random.Generator
 ) -> tuple[Codebook, Scene]:
     largest = np.abs(plan.drift).max() + plan.disturbances.chromatic + 10.0
-    beyond = largest * MICRONS_PER_PIXEL + 4.0 * plan.disturbances.stage_error
+    # Not less than 12, so that the same seed gives the same tissue with common disturbances and without.
+    beyond = max(largest * MICRONS_PER_PIXEL + 4.0 * plan.disturbances.stage_error, 12.0)
     x0, y0, x1, y1 = _imaged(plan)
     bounds = (x0 - beyond, y0 - beyond, x1 + beyond, y1 + beyond)
     coding = np.arange(genes) if codebook is None else np.flatnonzero(~codebook.is_blank)
@@ -162,15 +163,9 @@ def _draw_scene(
     shown = show_bits(codebook.words[molecules["barcode_id"]], imaging.lost, imaging.gained, rng)
     molecules["brightness"], bit_brightness = draw_brightness(imaging, shown, rng)
     molecules["shown"] = pack_bits(shown)
-    n_beads = round(BEAD_DENSITY * (bounds[2] - bounds[0]) * (bounds[3] - bounds[1]) / MICRONS_PER_PIXEL**2)
-    beads = np.column_stack(
-        [
-            rng.uniform(bounds[0], bounds[2], n_beads),
-            rng.uniform(bounds[1], bounds[3], n_beads),
-            BEAD_LIGHT * np.exp(rng.normal(0.0, 0.3, n_beads)),
-        ]
-    )
-    return codebook, Scene(molecules, bit_brightness, beads, tissue, *draw_stains(tissue, rng))
+    stains = draw_stains(tissue, rng)
+    beads = draw_beads(bounds, plan.drift.shape[1], plan.disturbances.loose_beads, rng)
+    return codebook, Scene(molecules, bit_brightness, *beads, tissue, *stains)
 
 
 def _imaged(plan: Plan) -> tuple[float, float, float, float]:

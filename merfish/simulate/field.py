@@ -68,6 +68,7 @@ class Scene:
     molecules: pd.DataFrame
     bit_brightness: np.ndarray  # (molecule, bit), 0 where dark
     beads: np.ndarray  # (bead, 3): x, y, light
+    bead_moves: np.ndarray  # (round, bead, 2): x, y in pixels, of loose beads
     tissue: Tissue
     stain_light: np.ndarray  # as from `draw_stains`
     grains: np.ndarray
@@ -118,16 +119,29 @@ def _bits(plan: Plan, scene: Scene, fov: int) -> np.ndarray:
 def _beads(plan: Plan, scene: Scene, fov: int) -> np.ndarray:
     drift = plan.drift[fov]
     image = np.full((len(drift), *plan.shape), plan.imaging.background, np.float32)
-    rows = plan.near(fov, scene.beads[:, 0], scene.beads[:, 1], 10.0 + np.abs(drift).max())
+    rows = plan.near(fov, scene.beads[:, 0], scene.beads[:, 1], 100.0 + np.abs(drift).max())
     px, py = plan.pixels(fov, scene.beads[rows, 0], scene.beads[rows, 1])
     flux = scene.beads[rows, 2] * 2.0 * np.pi * BEAD_SIGMA**2
-    for frame, (dy, dx) in zip(image, drift, strict=True):
-        for x, y, light in zip(px + dx, py + dy, flux, strict=True):
+    for frame, wander, (dy, dx) in zip(image, scene.bead_moves[:, rows], drift, strict=True):
+        for x, y, light in zip(px + wander[:, 0] + dx, py + wander[:, 1] + dy, flux, strict=True):
             add_spot(frame, y, x, light, BEAD_SIGMA)
         if plan.disturbances.autofluorescence:
             cells = _paint(plan, scene.tissue.outlines, np.ones(len(scene.tissue.outlines)), fov, dy, dx)
             frame += plan.disturbances.autofluorescence * gaussian_filter(cells, 2.0 * STAIN_BLUR)
     return image
+
+
+def draw_beads(
+    bounds: tuple[float, float, float, float], n_rounds: int, loose: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Beads (bead, 3) as x, y (micrometre) and light, and how far (round, bead, 2) loose ones have gone, pixels."""
+    x0, y0, x1, y1 = bounds
+    n = round(BEAD_DENSITY * (x1 - x0) * (y1 - y0) / MICRONS_PER_PIXEL**2)
+    light = BEAD_LIGHT * np.exp(rng.normal(0.0, 0.3, n))
+    beads = np.column_stack([rng.uniform(x0, x1, n), rng.uniform(y0, y1, n), light])
+    gone = rng.random((n_rounds, n, 1)) < loose
+    gone[0] = False
+    return beads, gone * rng.normal(0.0, 20.0, (n_rounds, n, 2))
 
 
 def draw_stains(tissue: Tissue, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
