@@ -22,6 +22,8 @@ CELL_AREA = (15.0, 4000.0)
 NUCLEUS_RADIUS = 1.8  # the middles of two nuclei are at least this far apart
 REACH = 8.0  # that a cell may extend beyond its nucleus
 REACH_UNSTAINED = 2.5  # the same where no stain shows the cytoplasm
+GAP = 1.0  # widest dark line between cells that counts as a line
+NECK = 0.35  # half the width below which a bridge is none
 MIN_CONTRAST = 10.0  # of anything stained over its surround, in sigma of the smoothed noise
 MIN_BRIGHTNESS = 0.15  # of anything stained, as a share of the 95th percentile of its neighbourhood
 SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
@@ -48,9 +50,12 @@ def segment(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel:
     if cytoplasm is None:
         return expand_labels(seeds, REACH_UNSTAINED / microns_per_pixel).astype(np.int32)
     signal, stained = _stained(cytoplasm, microns_per_pixel)
-    near = ndimage.distance_transform_edt(seeds == 0) <= REACH / microns_per_pixel
-    # Neighbours part along the darkest line between them.
-    labels = watershed(-signal, seeds, mask=(stained & near) | (seeds > 0))
+    reach = ndimage.distance_transform_edt(seeds == 0) * (microns_per_pixel / REACH)
+    # Neighbours part along the dark line between them, by its depth and not by how bright they are; where there is
+    # none, half-way between their nuclei.
+    filled = ndimage.grey_closing(signal, size=2 * round(GAP / microns_per_pixel) + 1)
+    valley = 1.0 - signal / np.maximum(filled, 1e-6)
+    labels = watershed(valley + 0.5 * reach, seeds, mask=(stained & (reach <= 1.0)) | (seeds > 0))
     edge = EDGE_LEVEL * _level(signal, labels, 50)
     labels[(signal < edge) & (seeds == 0)] = 0
     return _tidy(labels, CELL_AREA, microns_per_pixel)
@@ -101,9 +106,9 @@ def _stained(image: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, n
 def _neighbourhood(image: np.ndarray, percentile: float, microns_per_pixel: float) -> np.ndarray:
     """A smooth map (y, x) of a percentile of ``image`` within ``NEIGHBOURHOOD`` of each pixel.
 
-    Taken over the darkest (percentile 0) or the median pixels of blocks of 0.8 micrometre.
+    Taken over the darkest pixels (percentile 0) or the medians of blocks of 1.6 micrometre.
     """
-    step = max(round(0.8 / microns_per_pixel), 1)
+    step = max(round(1.6 / microns_per_pixel), 1)
     blocks = np.pad(image, [(0, -size % step) for size in image.shape], mode="edge")
     blocks = blocks.reshape(blocks.shape[0] // step, step, blocks.shape[1] // step, step)
     # A speck smaller than a block must not set the scale, but the background may be as narrow as a gap.
@@ -127,18 +132,24 @@ def _level(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndar
 def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: float) -> np.ndarray:
     """Keep the largest piece of each label, fill its holes, drop sizes out of range, number 1... by first pixel.
 
-    What the border of the field cuts may be a quarter as large: it is part of a cell that a neighbour sees.
+    Pieces that hang together by a neck narrower than twice ``NECK`` are two. What the border of the field cuts may
+    be a quarter as large: it is part of a cell that a neighbour sees.
     """
     smallest, largest = (limit / microns_per_pixel**2 for limit in area)
     height, width = labels.shape
+    neck = max(round(NECK / microns_per_pixel), 1)
+    lowest, highest = (
+        extreme(labels, size=2 * neck + 1) for extreme in (ndimage.minimum_filter, ndimage.maximum_filter)
+    )
+    inner = lowest == highest
     pieces = []
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:
             continue
-        parts, number = ndimage.label(labels[box] == label)
-        if number > 1:
-            parts = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-        piece = ndimage.binary_fill_holes(parts)
+        mask = labels[box] == label
+        core = _largest_part(mask & inner[box])
+        piece = ndimage.binary_dilation(core, iterations=2 * neck, mask=mask) if core.any() else _largest_part(mask)
+        piece = ndimage.binary_fill_holes(piece)
         rows, columns = box
         cut = rows.start == 0 or columns.start == 0 or rows.stop == height or columns.stop == width
         if (0.25 if cut else 1.0) * smallest <= piece.sum() <= largest:
@@ -149,6 +160,12 @@ def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: floa
     for number, (_, box, piece) in enumerate(sorted(pieces, key=lambda entry: entry[0]), start=1):
         out[box][piece & (out[box] == 0)] = number
     return out
+
+
+def _largest_part(mask: np.ndarray) -> np.ndarray:
+    """The largest 4-connected part of a mask (y, x)."""
+    parts, number = ndimage.label(mask)
+    return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if number > 1 else mask
 
 
 def outlines(labels: np.ndarray) -> dict[int, Polygon]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import uniform_filter
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ def illumination(shape: tuple[int, int], vignetting: float) -> np.ndarray:
 def add_haze(expected: np.ndarray, background: float, share: float) -> None:
     """Add to each frame of ``expected`` (bit, z, y, x) photons a blurred ``share`` of its light over ``background``."""
     for frame in expected.reshape(-1, *expected.shape[-2:]):
-        frame += share * gaussian_filter(frame - background, 15.0, mode="nearest")
+        light = frame - background
+        for _ in range(3):  # three boxes of 30 pixels are nearly a Gaussian of sigma 15, in a third of its time
+            light = uniform_filter(light, 30, mode="nearest")
+        frame += share * light
 
 
 def heat_pixels(counts: np.ndarray, pixels: np.ndarray) -> None:
