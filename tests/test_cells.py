@@ -176,6 +176,20 @@ def test_segment__finds_bright_and_dim_cells():
     assert agreement(labels, truth).min() > 0.9
 
 
+def test_segment__parts_cells_and_nuclei_that_touch():
+    rng = np.random.default_rng(3)
+    nuclei, bodies = np.full((160, 220), 60.0), np.full((160, 220), 60.0)
+    for x, strength in ((90, 1.0), (130, 0.6)):  # nuclei of radius 22 that share a lens of 4 pixels
+        nuclei[disk((80, x), 22)] = 60 + 500 * strength
+    bodies[disk((80, 90), 40)] = bodies[disk((80, 130), 40)] = 360
+    labels = segment(rng.poisson(gaussian_filter(nuclei, 2)), rng.poisson(gaussian_filter(bodies, 2)), MPP)
+    assert labels.max() == 2
+    left, right = (np.argwhere(labels == label) for label in np.unique(labels[80, [90, 130]]))
+    assert left[:, 1].max() < 110 + 8
+    assert right[:, 1].min() > 110 - 8
+    assert len(left) == pytest.approx(len(right), rel=0.15)
+
+
 def test_segment__without_cytoplasm_widens_nuclei():
     nuclei, _, _ = stained_field()
     labels = segment(nuclei, None, MPP)
