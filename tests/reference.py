@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-
 # --- decoding ---------------------------------------------------------------------------------------------------
 
 
@@ -70,3 +69,43 @@ def cell_of(x, y, polygons, cell_ids):
 
     return min((i for i, polygon in zip(cell_ids, polygons, strict=True) if polygon.intersects(shapely.Point(x, y))),
                default=-1)  # fmt: skip
+
+
+def filter_plane(plane, start, taps_y, taps_x):
+    """Sum of taps times the mirrored plane (y, x), pixel by pixel."""
+    height, width = plane.shape
+
+    def mirrored(index, size):
+        there_and_back = [*range(size), *range(size - 2, 0, -1)]
+        return there_and_back[index % len(there_and_back)]
+
+    out = np.zeros(plane.shape)
+    for y in range(height):
+        for x in range(width):
+            for s, weight_y in enumerate(taps_y):
+                for t, weight_x in enumerate(taps_x):
+                    row, column = mirrored(y + start[0] + s, height), mirrored(x + start[1] + t, width)
+                    out[y, x] += weight_y * weight_x * plane[row, column]
+    return out
+
+
+def remove_hot_pixels(image):
+    """A pixel that stands over its neighbours by 4 times their range becomes the highest of them."""
+    out = image.astype(float)
+    for y, x in np.ndindex(image.shape):
+        block = image[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].astype(float)
+        here = (min(y, 1), min(x, 1))
+        others = np.delete(block.ravel(), here[0] * block.shape[1] + here[1])
+        if image[y, x] - others.min() > 4 * np.ptp(others):
+            out[y, x] = others.max()
+    return out
+
+
+def patch_step(fixed, moving, center, radius):
+    """Step of one patch by numpy's least squares; see the kernel of the same name."""
+    v, u = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    y, x = (c + d[v**2 + u**2 <= radius**2] for c, d in zip(center, (v, u), strict=True))
+    mean = (fixed.astype(float) + moving) / 2
+    terms = [(mean[y + 1, x] - mean[y - 1, x]) / 2, (mean[y, x + 1] - mean[y, x - 1]) / 2, fixed[y, x], np.ones(len(y))]
+    fit, *_ = np.linalg.lstsq(np.stack(terms, axis=1), moving[y, x], rcond=None)
+    return -fit[:2] * (1 + fit[2]) / (2 * fit[2])

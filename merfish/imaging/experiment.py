@@ -287,10 +287,11 @@ def _find_files(root: Path, movies: Iterable[Movie], n_fovs: int, table: Path) -
         wanted = {(movie.image_type, movie.imaging_round): movie for movie in by_expression[regexp]}
         for name, found in groups.items():
             where = f"{root / name}: by {regexp}"
-            kind = found.get("imageType")
+            same_type = {r: m for (t, r), m in wanted.items() if found.get("imageType") in (None, t)}
+            if not same_type:
+                continue
             number = _name_number(where, "imagingRound", found.get("imagingRound"), NO_ROUND)
-            hits = [m for (t, r), m in wanted.items() if r == number and kind in (None, t)]
-            if not hits:
+            if number not in same_type:
                 continue
             fov = _name_number(where, "fov", found.get("fov"), None)
             if fov >= n_fovs:
@@ -298,10 +299,10 @@ def _find_files(root: Path, movies: Iterable[Movie], n_fovs: int, table: Path) -
                     f"{root / name}: field {fov}, but the positions list {n_fovs} fields, 0 to {n_fovs - 1}"
                 )
             _refuse_escape(root, entries[name])
-            for movie in hits:
-                other = files.setdefault((movie, fov), root / name)
-                if other != root / name:
-                    raise InputError(f"{other} and {name} are both {movie.image_type!r} field {fov} round {number}")
+            movie = same_type[number]
+            other = files.setdefault((movie, fov), root / name)
+            if other != root / name:
+                raise InputError(f"{other} and {name} are both {movie.image_type!r} field {fov} round {number}")
     if not files:
         raise InputError(f"{root}: none of its {len(names)} image files matches the expressions of {table}")
     return files

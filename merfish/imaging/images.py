@@ -10,7 +10,8 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _SAMPLE = 1 << 16  # bytes
+_MAX_FRAME = 1 << 32  # bytes; a header that asks for more is damaged
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     with _understood(path):
-        return _FORMATS[_suffix(path)][0](path)
+        header: Header = _FORMATS[_suffix(path)][0](path)
+        if header.shape[0] * header.shape[1] * header.dtype.itemsize > _MAX_FRAME:
+            raise InputError(f"{path}: its header asks for frames of {header.shape[1]} x {header.shape[0]} px")
+        return header
 
 
 def read_frames(path: str | os.PathLike[str], frames: Sequence[int]) -> np.ndarray:
@@ -53,12 +58,11 @@ def read_frames(path: str | os.PathLike[str], frames: Sequence[int]) -> np.ndarr
     """
     path = Path(path)
     with _understood(path):
-        header, read = _FORMATS[_suffix(path)]
-        found = header(path)
+        found = read_header(path)
         beyond = [frame for frame in frames if not 0 <= frame < found.frames]
         if found.problem or beyond:
             raise InputError(f"{path}: " + (found.problem or f"frame {beyond[0]} asked of {found.frames} frames"))
-        images = np.asarray(read(path, frames, found))
+        images = np.asarray(_FORMATS[_suffix(path)][1](path, frames, found))
     return images.astype(images.dtype.newbyteorder("="), copy=False)
 
 
@@ -211,19 +215,17 @@ def _in_order(path: Path, stack: np.ndarray, axes: str) -> np.ndarray:
     return stack
 
 
-class _understood:
-    """Turns whatever a reader raises on a file it cannot understand into an InputError that names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        if not self.path.exists():
-            raise InputError(f"{self.path}: no such file")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (InputError, MemoryError)):
-            raise InputError(f"{self.path}: cannot be read as an image: {error or type(error).__name__}") from error
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """Turn whatever a reader raises on a file that it cannot understand into an InputError that names the file."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read as an image: {error or type(error).__name__}") from error
 
 
 def _refuse(path: Path, problem: str) -> None:
