@@ -233,7 +233,8 @@ def test_align__undoes_drift():
 @given(st.lists(st.tuples(st.floats(-30, 30), st.floats(-30, 30)), min_size=1, max_size=4))
 def test_seen_by_all__exactly_where_no_image_is_left(shifts):
     steps = np.array(shifts)
-    inside = seen_by_all(steps, (12, 17))
+    maps = np.concatenate([np.tile(np.eye(2), (len(steps), 1, 1)), steps[:, :, None]], axis=2)
+    inside = seen_by_all(maps, (12, 17))
     y, x = np.mgrid[:12, :17]
     places = np.stack([y, x], axis=-1)[None] + steps[:, None, None]
     expected = ((places >= 0) & (places <= [11, 16])).all(axis=(0, -1))
@@ -309,3 +310,31 @@ def test_patch_steps__as_reference():
     assert np.abs(steps[0] - [0.3, -0.2]).max() < 0.1
     assert 0 < variances[0] < 0.001
     assert np.isnan(steps[1]).all() or variances[1] > 100 * variances[0]
+
+
+def test_align__affine_is_the_cubic_spline():
+    rng = np.random.default_rng(3)
+    images = rng.normal(size=(2, 2, 60, 50)).astype(np.float32)
+    maps = np.array([[[1.01, -0.004, 0.7], [0.006, 0.98, -1.2]], [[0.99, 0.01, -2.1], [0.0, 1.02, 0.3]]])
+    shifts = np.array([[1.25, -0.5], [0.0, 3.4]])
+    aligned, inside = align(images, shifts, maps)
+    for image, at, step, out in zip(images, maps, shifts, aligned, strict=True):
+        offset = at[:, :2] @ step + at[:, 2]
+        for plane, result in zip(image, out, strict=True):
+            expected = ndimage.affine_transform(plane, at[:, :2], offset, order=3, mode="mirror")
+            np.testing.assert_allclose(result, expected, atol=2e-4)
+    y, x = np.mgrid[:60, :50]
+    places = np.einsum("ijk,kyx->ijyx", maps[:, :, :2], np.stack([y, x])) + (
+        np.einsum("ijk,ik->ij", maps[:, :, :2], shifts) + maps[:, :, 2]
+    ).reshape(2, 2, 1, 1)
+    seen = (places >= 0) & (places <= np.array([59, 49]).reshape(1, 2, 1, 1))
+    np.testing.assert_array_equal(inside, seen.all(axis=(0, 1)))
+
+
+def test_align__identity_transform_is_plain_drift():
+    images = np.random.default_rng(4).normal(size=(2, 20, 20))
+    shifts = np.array([[0.2, 1.7], [-3.1, 0.9]])
+    plain, _ = align(images, shifts)
+    np.testing.assert_array_equal(align(images, shifts, np.tile(np.eye(2, 3), (2, 1, 1)))[0], plain)
+    nearly = np.tile(np.eye(2, 3), (2, 1, 1)) * (1 + 1e-12)
+    np.testing.assert_allclose(align(images, shifts, nearly)[0], plain, atol=2e-4)

@@ -130,3 +130,50 @@ def patch_steps(fixed, moving, bounds, centers, radius, steps, variances):
         residual = max(total - (solution * target).sum(), 0.0) / max(count - 4, 1)
         steps[k] = -solution[:2] * factor
         variances[k] = residual * (inverse[0, 0] + inverse[1, 1]) / 2 * factor**2
+
+
+@parallel_kernel
+def warp_planes(coefficients, maps, out):
+    """Resample planes (plane, y, x) of B-spline coefficients at maps[p] @ (y, x, 1) into ``out`` float32.
+
+    maps: (plane, 2, 3) float64. Beyond its edges a plane is mirrored about its outermost pixels.
+    """
+    n_planes, height, width = coefficients.shape
+    for task in prange(n_planes * height):
+        p = task // height
+        y = task % height
+        plane = coefficients[p]
+        at = maps[p]
+        weight_y = np.empty(4, np.float32)
+        weight_x = np.empty(4, np.float32)
+        for x in range(width):
+            v = at[0, 0] * y + at[0, 1] * x + at[0, 2]
+            u = at[1, 0] * y + at[1, 1] * x + at[1, 2]
+            row = int(np.floor(v))
+            column = int(np.floor(u))
+            _cubic_weights(np.float32(v - row), weight_y)
+            _cubic_weights(np.float32(u - column), weight_x)
+            inner = row >= 1 and column >= 1 and row < height - 2 and column < width - 2
+            value = np.float32(0.0)
+            for s in range(4):
+                r = row - 1 + s
+                if not inner:
+                    r = _mirror(r, height)
+                line = np.float32(0.0)
+                for t in range(4):
+                    c = column - 1 + t
+                    if not inner:
+                        c = _mirror(c, width)
+                    line += weight_x[t] * plane[r, c]
+                value += weight_y[s] * line
+            out[p, y, x] = value
+
+
+@kernel
+def _cubic_weights(fraction, weights):
+    """Cubic B-splines at a place ``fraction`` (0 to 1) beyond the second of four pixels."""
+    left = np.float32(1.0) - fraction
+    weights[0] = left * left * left / np.float32(6.0)
+    weights[3] = fraction * fraction * fraction / np.float32(6.0)
+    weights[1] = np.float32(2.0 / 3.0) - fraction * fraction * (np.float32(2.0) - fraction) / np.float32(2.0)
+    weights[2] = np.float32(2.0 / 3.0) - left * left * (np.float32(2.0) - left) / np.float32(2.0)

@@ -222,7 +222,7 @@ def _understood(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: no such file")
     try:
         yield
-    except (InputError, MemoryError):
+    except InputError:
         raise
     except Exception as error:
         raise InputError(f"{path}: cannot be read as an image: {error or type(error).__name__}") from error

@@ -7,7 +7,7 @@ import pandas as pd
 from scipy import ndimage, spatial, special
 
 from merfish.errors import InputError
-from merfish.imaging._kernels import filter_planes, patch_steps, remove_hot_pixels
+from merfish.imaging._kernels import filter_planes, patch_steps, remove_hot_pixels, warp_planes
 
 MAX_DRIFT = 40.0  # pixel, along y and along x
 # Beads are sought as blobs of this sigma in the image and in copies binned 2 x 2 and 4 x 4: sharp beads in the
@@ -141,7 +141,7 @@ def _blob_centers(image: np.ndarray) -> np.ndarray:
             top &= height >= blobs[y + v, x + u]
     y, x, height = y[top], x[top], height[top]
     strongest = np.argsort(-height, kind="stable")[:_MAX_BLOBS]
-    return _tops(blobs, y[strongest], x[strongest])
+    return paraboloid_tops(blobs, y[strongest], x[strongest])
 
 
 def _blob_filter(image: np.ndarray) -> np.ndarray:
@@ -158,7 +158,7 @@ def gaussian(image: np.ndarray, sigma: float) -> np.ndarray:
     return out[0]
 
 
-def _tops(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+def paraboloid_tops(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Top (peak, 2) of the least-squares paraboloid over the 3 x 3 pixels around each maximum, if within 1 px."""
     v, u = np.mgrid[-1:2, -1:2]
     patch = image[y[:, None, None] + v, x[:, None, None] + u].astype(np.float64)
@@ -271,16 +271,20 @@ def _agreeing(steps: np.ndarray) -> np.ndarray:
     return kept
 
 
-def align(images: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Undo drift: resample each image at (y + dy, x + dx), by cubic splines.
+def align(
+    images: np.ndarray, shifts: np.ndarray, transforms: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Undo drift, and chromatic distortion if given: resample each image once, by cubic splines.
 
     images: (image, y, x) or (image, z, y, x), any real dtype; shifts: (image, 2) dy, dx in pixel, as `measure_drift`
-    gives them. Shifts by whole pixels copy values exactly.
+    gives them; transforms: (image, 2, 3), where the image's colour shows what the reference colour shows at (y, x, 1),
+    as `merfish.imaging.chromatic.fit_chromatic` gives them. A pixel (y, x) of the result is the image at
+    transform @ (y + dy, x + dx, 1). Shifts by whole pixels alone copy values exactly.
 
     Returns the aligned images, float32 of the same shape, and where all of them were seen, bool (y, x): elsewhere
     some image shows only a mirrored edge, not the sample.
 
-    Raises InputError if shapes do not fit or a shift is not finite.
+    Raises InputError if shapes do not fit or a number is not finite.
     """
     images, shifts = np.asarray(images), np.asarray(shifts, dtype=np.float64)
     if images.ndim not in (3, 4) or shifts.shape != (len(images), 2):
@@ -288,25 +292,45 @@ def align(images: np.ndarray, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarra
             f"expected images (image, y, x) or (image, z, y, x) and shifts (image, 2), "
             f"got {images.shape} and {shifts.shape}"
         )
-    if not np.isfinite(shifts).all():
-        raise InputError(f"shifts: expected finite pixels, got {shifts.tolist()}")
-    per_image = int(np.prod(images.shape[1:-2], dtype=np.int64))
-    whole = np.floor(shifts)
-    starts = np.repeat(whole.astype(np.int64) - (_TAPS // 2 - 1), per_image, axis=0)
-    taps = np.repeat(spline_taps(shifts - whole), per_image, axis=0)
+    maps = np.tile(np.eye(2, 3), (len(images), 1, 1)) if transforms is None else np.array(transforms, np.float64)
+    if maps.shape != (len(images), 2, 3):
+        raise InputError(f"transforms: expected ({len(images)}, 2, 3), got {maps.shape}")
+    if not (np.isfinite(shifts).all() and np.isfinite(maps).all()):
+        raise InputError(f"shifts and transforms: expected finite numbers, got {shifts.tolist()} and {maps.tolist()}")
+    maps[:, :, 2] += np.einsum("ijk,ik->ij", maps[:, :, :2], shifts)
     out = np.empty(images.shape, np.float32)
-    planes = images.reshape(-1, *images.shape[-2:])
-    filter_planes(planes, starts, taps[:, 0], taps[:, 1], out.reshape(planes.shape))
-    return out, seen_by_all(shifts, images.shape[-2:])
+    for image, at, result in zip(images, maps, out, strict=True):
+        planes, results = image.reshape(-1, *image.shape[-2:]), result.reshape(-1, *image.shape[-2:])
+        if (at[:, :2] == np.eye(2)).all():
+            _translate(planes, at[:, 2], results)
+        else:
+            coefficients = np.empty(planes.shape, np.float32)
+            taps = _repeat(_inverse_spline(_TAPS).astype(np.float32), len(planes))
+            filter_planes(planes, np.full((len(planes), 2), -_TAPS), taps, taps, coefficients)
+            warp_planes(coefficients, _repeat(at, len(planes)), results)
+    return out, seen_by_all(maps, images.shape[-2:])
 
 
-def seen_by_all(shifts: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Bool (y, x): pixels whose place in every image, shifted by (image, 2) dy, dx, is within it."""
-    low, high = shifts.min(axis=0), shifts.max(axis=0)
-    rows, columns = np.arange(shape[0]), np.arange(shape[1])
-    seen_y = (rows + low[0] >= 0) & (rows + high[0] <= shape[0] - 1)
-    seen_x = (columns + low[1] >= 0) & (columns + high[1] <= shape[1] - 1)
-    return np.logical_and.outer(seen_y, seen_x)
+def _translate(planes: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
+    whole = np.floor(shift)
+    taps = spline_taps(shift - whole)
+    starts = _repeat(whole.astype(np.int64) - (_TAPS // 2 - 1), len(planes))
+    filter_planes(planes, starts, _repeat(taps[0], len(planes)), _repeat(taps[1], len(planes)), out)
+
+
+def _repeat(values: np.ndarray, times: int) -> np.ndarray:
+    return np.repeat(values[None], times, axis=0)
+
+
+def seen_by_all(maps: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Bool (y, x): pixels whose places in every image, maps (image, 2, 3) @ (y, x, 1), are within it."""
+    y, x = np.arange(shape[0])[:, None], np.arange(shape[1])
+    seen = np.ones(shape, dtype=bool)
+    for at in np.unique(maps, axis=0):
+        for (along_y, along_x, start), size in zip(at, shape, strict=True):
+            place = along_y * y + (along_x * x + start)
+            seen &= (place >= 0) & (place <= size - 1)
+    return seen
 
 
 def spline_taps(fraction: np.ndarray) -> np.ndarray:
@@ -316,12 +340,15 @@ def spline_taps(fraction: np.ndarray) -> np.ndarray:
     inverse of its samples, sqrt(3) z^|k| with z = sqrt(3) - 2, cut after 8 pixels where it has fallen to 3e-5.
     """
     place = np.arange(_TAPS) - (_TAPS // 2 - 1)
-    z = np.sqrt(3.0) - 2.0
     k = np.arange(-_TAPS, _TAPS + 1)
-    inverse = np.sqrt(3.0) * z ** np.abs(k)
     distance = np.abs(np.asarray(fraction)[..., None, None] - place[:, None] - k)
     spline = np.where(
         distance < 1, 2 / 3 - distance**2 + distance**3 / 2, np.where(distance < 2, (2 - distance) ** 3 / 6, 0)
     )
-    weights = (spline * inverse).sum(axis=-1)
+    weights = (spline * _inverse_spline(_TAPS)).sum(axis=-1)
     return (weights / weights.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+
+def _inverse_spline(reach: int) -> np.ndarray:
+    """The filter (2 reach + 1,) that turns pixels into cubic B-spline coefficients."""
+    return np.sqrt(3.0) * (np.sqrt(3.0) - 2.0) ** np.abs(np.arange(-reach, reach + 1))
