@@ -39,7 +39,7 @@ def overview(image: np.ndarray, calls: pd.DataFrame, crop: int = 160) -> Figure:
     """
     figure, (whole, detail) = new_figure(11, 5.4, 2)
     height, width = image.shape
-    crop = min(crop, height, width)
+    crop = min(crop, height // 2, width // 2)
     top, left = _densest(calls, image.shape, crop)
     for ax, size in ((whole, 1.5), (detail, 26)):
         ax.imshow(image, cmap="gray", interpolation="nearest")
@@ -107,21 +107,24 @@ def bit_brightness(scale: np.ndarray, background: np.ndarray, names: Sequence[st
     ax.plot(range(len(names)), background, "_", color="black", markersize=9, label="level without spots")
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     ax.set(ylabel="height of one molecule [counts]")
-    ax.legend(fontsize=8, frameon=False, title="colour [nm]" if any(kinds) else None, title_fontsize=8)
+    ax.set_ylim(top=1.3 * max(float(np.max(scale)), 1.0))
+    ax.legend(fontsize=8, frameon=False, ncols=3, title="colour [nm]" if any(kinds) else None, title_fontsize=8)
     return figure
 
 
-def words_called(calls: pd.DataFrame, names: Sequence[str], is_blank: np.ndarray) -> Figure:
-    """Molecules of each word, most abundant first, blanks in red."""
+def words_called(found: pd.DataFrame, kept: pd.DataFrame, names: Sequence[str], is_blank: np.ndarray) -> Figure:
+    """Molecules of each word, most abundant first, blanks in red; pale: found, but not kept."""
     figure, (ax,) = new_figure(11, 3.4)
-    counts = np.bincount(calls["barcode_id"], minlength=len(names))
-    order = np.argsort(-counts, kind="stable")
-    ax.bar(range(len(names)), counts[order], color=np.where(is_blank[order], BLANK, GENE), width=0.85)
+    before, counts = (np.bincount(calls["barcode_id"], minlength=len(names)) for calls in (found, kept))
+    order = np.lexsort((-before, -counts))
+    colours = np.where(is_blank[order], BLANK, GENE)
+    ax.bar(range(len(names)), before[order], color=colours, width=0.85, alpha=0.25)
+    ax.bar(range(len(names)), counts[order], color=colours, width=0.85)
     top = order[:8]
     ax.set_yscale("symlog", linthresh=1)
     ax.set(xlabel="words, most abundant first", ylabel="molecules", xlim=(-1, len(names)), xticks=[])
     first = ", ".join(f"{names[k]} {counts[k]:,}" for k in top)
-    ax.set_title(f"genes blue, blanks red; {first}", fontsize=9, loc="left")
+    ax.set_title(f"genes blue, blanks red, pale: found but not kept; {first}", fontsize=9, loc="left")
     return figure
 
 
@@ -157,7 +160,7 @@ def permuted_control(real: float, permuted: Sequence[float], label: str, title: 
     ax.hist(permuted, bins=10, color=MUTED, label=f"{len(permuted)} permuted codebooks")
     ax.axvline(real, color=GENE, linewidth=2.5, label="real codebook")
     ax.set(xlabel=label, ylabel="codebooks", title=title)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8, frameon=False, loc="upper center")
     return figure
 
 

@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+WIDE_INCHES = 8.0
+FEWEST_CELLS_DRAWN = 10  # fewer lie too far apart to be seen on one picture
+
+
 @dataclass(frozen=True)
 class Picture:
-    """A figure as PNG in base64, with its caption."""
+    """A figure as PNG in base64, with its caption; a wide one has a row to itself."""
 
     png: str
     caption: str
+    wide: bool
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ def picture(figure: Figure, caption: str) -> Picture:
     """Render a figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    return Picture(base64.b64encode(buffer.getvalue()).decode("ascii"), caption)
+    wide = figure.get_figwidth() > WIDE_INCHES
+    return Picture(base64.b64encode(buffer.getvalue()).decode("ascii"), caption, wide)
 
 
 def write_report(path: Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
@@ -117,8 +123,9 @@ def run_sections(out: Path) -> list[Section]:
     if len(cells):
         text = f"{len(cells):,} cells, {figures['transcripts_per_cell']:.1f} molecules a cell in the median; "
         text += f"{figures['share_in_cells']:.0%} of the molecules lie in cells."
-        outlines = picture(plots.cells(cells["geometry"].to_numpy()), "Cell outlines")
-        sections.append(Section("Cells", [text], figures=[outlines]))
+        drawn = len(cells) >= FEWEST_CELLS_DRAWN
+        outlines = [picture(plots.cells(cells["geometry"].to_numpy()), "Cell outlines")] if drawn else []
+        sections.append(Section("Cells", [text], figures=outlines))
     return sections
 
 
@@ -136,9 +143,10 @@ def _molecule_text(figures: dict[str, Any]) -> list[str]:
 
 def _molecule_pictures(out: Path, run: dict[str, Any], calls: pd.DataFrame) -> list[Picture]:
     book = run["codebook"]
+    found = read_transcripts(out / runfolder.ALL_TRANSCRIPTS)
     pictures = [
         picture(
-            plots.words_called(calls, book["names"], np.array(book["is_blank"])),
+            plots.words_called(found, calls, book["names"], np.array(book["is_blank"])),
             "Molecules of each word; blanks carry no RNA, so what they collect is error",
         )
     ]

@@ -60,7 +60,7 @@ def peak_normalization(filtered: np.ndarray) -> Normalization:
 
 
 def median_normalization(estimates: Sequence[Normalization], n_bits: int) -> Normalization:
-    """Median of the estimates of several fields, bit by bit; fields in which a bit shows no spot do not count for it."""
+    """Median over fields, bit by bit; fields in which a bit shows no spot do not count for it."""
     if not estimates:
         return Normalization(np.zeros(n_bits, np.float32), np.zeros(n_bits, np.float32))
     background = np.median([estimate.background for estimate in estimates], axis=0)
