@@ -59,7 +59,7 @@ def test_align__puts_colours_on_each_other():
     aligned, inside = align(bits, np.zeros((6, 2)), TRUE[COLORS])
     before = [np.corrcoef(bits[0][inside], image[inside])[0, 1] for image in bits[2:]]
     after = [np.corrcoef(aligned[0][inside], image[inside])[0, 1] for image in aligned[2:]]
-    assert min(after) > 0.97 > 0.92 > max(before)
+    assert min(after) > 0.95 > 0.92 > max(before)
 
 
 def test_fit_chromatic__outliers_count_for_little():

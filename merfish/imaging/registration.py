@@ -328,7 +328,8 @@ def seen_by_all(maps: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     seen = np.ones(shape, dtype=bool)
     for at in np.unique(maps, axis=0):
         for (along_y, along_x, start), size in zip(at, shape, strict=True):
-            place = along_y * y + (along_x * x + start)
+            # a map without rotation stays a row or a column here
+            place = (along_y * y if along_y else 0.0) + (along_x * x if along_x else 0.0) + start
             seen &= (place >= 0) & (place <= size - 1)
     return seen
 
