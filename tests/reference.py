@@ -109,3 +109,68 @@ def patch_step(fixed, moving, center, radius):
     terms = [(mean[y + 1, x] - mean[y - 1, x]) / 2, (mean[y, x + 1] - mean[y, x - 1]) / 2, fixed[y, x], np.ones(len(y))]
     fit, *_ = np.linalg.lstsq(np.stack(terms, axis=1), moving[y, x], rcond=None)
     return -fit[:2] * (1 + fit[2]) / (2 * fit[2])
+
+
+# --- spatialvae -------------------------------------------------------------------------------------------------
+
+
+def nearest_neighbours(coordinates, samples, k):
+    """List of sets of distances: those of each cell to its k nearest others of the same sample, sorted."""
+    out = []
+    for i, here in enumerate(coordinates):
+        others = [
+            np.linalg.norm(here - there)
+            for j, there in enumerate(coordinates)
+            if j != i and samples[j] == samples[i]
+        ]
+        out.append(sorted(others)[:k])
+    return out
+
+
+def smooth_part(laplacian, y, r, a, smooth, rough, noise):
+    """Posterior mean of the smooth field, one direction at a time, with dense matrices."""
+    one = np.eye(len(laplacian))
+    inverse = np.linalg.inv(one + r * laplacian)
+    field = smooth[:, None, None] * (inverse @ inverse)
+    rest = rough[:, None, None] * np.linalg.inv(one + a * laplacian) + noise[:, None, None] * one
+    return np.stack([field[d] @ np.linalg.solve(field[d] + rest[d], y[:, d]) for d in range(y.shape[1])], 1)
+
+
+def field_log_likelihood(laplacian, y, r, a, smooth, rough, noise):
+    """log N(y; 0, V) of one direction with dense matrices."""
+    from scipy.stats import multivariate_normal
+
+    one = np.eye(len(laplacian))
+    inverse = np.linalg.inv(one + r * laplacian)
+    covariance = smooth * (inverse @ inverse) + rough * np.linalg.inv(one + a * laplacian) + noise * one
+    return multivariate_normal(np.zeros(len(y)), covariance).logpdf(y)
+
+
+def niche_divergence(mean, variance, laplacian, r, prior_variance):
+    """KL of independent Gaussians (cell, dim) from the joint Gaussian field, summed over cells and dimensions."""
+    total = 0.0
+    root = np.eye(len(laplacian)) + r * laplacian
+    for d in range(mean.shape[1]):
+        precision = root @ root / prior_variance[d]
+        total += 0.5 * (
+            np.trace(precision @ np.diag(variance[:, d]))
+            + mean[:, d] @ precision @ mean[:, d]
+            - len(mean)
+            - np.linalg.slogdet(precision)[1]
+            - np.log(variance[:, d]).sum()
+        )
+    return total
+
+
+def cell_bound(x, shares, theta, mean, variance, prior_mean, prior_variance):
+    """(log likelihood, KL of z_cell) of one cell at a given draw, gene by gene and dimension by dimension."""
+    from scipy.stats import nbinom
+
+    depth = x.sum()
+    log_likelihood = 0.0
+    for count, share, t in zip(x, shares, theta, strict=True):
+        log_likelihood += nbinom.logpmf(count, t, t / (t + depth * share))
+    divergence = 0.0
+    for m, v, pm, pv in zip(mean, variance, prior_mean, prior_variance, strict=True):
+        divergence += 0.5 * (v / pv + (m - pm) ** 2 / pv - 1 + np.log(pv / v))
+    return log_likelihood, divergence

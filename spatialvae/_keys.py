@@ -1,0 +1,8 @@
+"""Every name that this package writes into or reads from an AnnData, once."""
+
+SETUP = "_spatialvae"  # uns: what setup_anndata was told
+LATENT = "X_spatialvae"  # obsm: niche dimensions, then cell dimensions
+LATENT_NAMES = "X_spatialvae_names"  # uns: one name per column of LATENT
+DOMAIN = "spatial_domain"  # obs
+DOMAIN_PROBABILITY = "spatial_domain_probability"  # obsm
+IS_BLANK = "is_blank"  # var: words of the codebook without a gene; never modelled

@@ -1,0 +1,146 @@
+"""``spatialvae``: train on a table, embed a table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spatialvae.errors import InputError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from spatialvae.model import SpatialVAE
+
+app = typer.Typer(help="Embeddings of cells and of their neighbourhoods.", no_args_is_help=True, add_completion=False)
+
+Table = Annotated[Path, typer.Argument(help="AnnData file with counts", metavar="TABLE.h5ad")]
+
+
+@app.command()
+def train(
+    table: Table,
+    out: Annotated[Path, typer.Option(help="folder for the model, the table and the plots")],
+    layer: Annotated[str | None, typer.Option(help="layer with counts; X if not given")] = None,
+    spatial_key: Annotated[str, typer.Option(help="obsm with coordinates; '' for none")] = "spatial",
+    sample_key: Annotated[str | None, typer.Option(help="obs naming the section of each cell")] = None,
+    batch_key: Annotated[str | None, typer.Option(help="obs naming batches to correct for")] = None,
+    domains: Annotated[int | None, typer.Option(min=1, help="spatial domains to find")] = None,
+    max_epochs: Annotated[int | None, typer.Option(min=1, help="epochs at most")] = None,
+    seed: Annotated[int, typer.Option(help="of weights, held-out cells and noise")] = 0,
+) -> None:
+    """Train a model on TABLE; write OUT/model, OUT/table.h5ad, history, plots and run.json."""
+    started = time.time()
+    adata = _read(table)
+    from spatialvae.model import SpatialVAE
+    from spatialvae.training import Plan
+
+    SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
+    model = SpatialVAE(adata, seed=seed)
+    model.train(max_epochs or Plan.max_epochs, seed=seed)
+    _embed(model, adata)
+    if domains is not None:
+        model.domains(domains, seed=seed)
+    _write_run(model, adata, table, out, domains, seed, started)
+    shape = model.module.shape
+    typer.echo(
+        f"{adata.n_obs} cells, {shape.n_genes} genes: {len(model.history)} epochs, {shape.n_niche} niche and "
+        f"{shape.n_cell} cell dimensions, ELBO {model.get_elbo():.2f} nats a cell. Written to {out}"
+    )
+
+
+@app.command()
+def embed(
+    table: Table,
+    model: Annotated[Path, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="where to write the table with its embedding", metavar="TABLE2.h5ad")],
+) -> None:
+    """Embed TABLE, which the model may never have seen, without training."""
+    adata = _read(table)
+    from spatialvae.model import SpatialVAE
+
+    folder = model / "model" if (model / "model").is_dir() else model
+    loaded = SpatialVAE.load(folder, adata)
+    _embed(loaded, adata)
+    _write_table(adata, out)
+    typer.echo(f"{adata.n_obs} cells embedded. Written to {out}")
+
+
+def main() -> None:
+    """Run the command line; exit with 2 and one message on bad input."""
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"spatialvae: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        typer.echo(f"spatialvae: {error.filename or ''}: {error.strerror or error}", err=True)
+        sys.exit(2)
+
+
+def _read(path: Path) -> AnnData:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    import anndata
+
+    try:
+        return anndata.read_h5ad(path)
+    except Exception as error:  # h5py and anndata raise many kinds for what is not a table
+        raise InputError(f"{path} cannot be read as an AnnData file: {error}") from error
+
+
+def _embed(model: SpatialVAE, adata: AnnData) -> None:
+    from spatialvae import _keys
+
+    adata.obsm[_keys.LATENT] = model.get_latent_representation()
+    adata.uns[_keys.LATENT_NAMES] = model.latent_names
+
+
+def _write_table(adata: AnnData, path: Path) -> None:
+    from spatialvae._files import whole
+
+    with whole(path) as part:
+        adata.write_h5ad(part, compression="gzip")
+
+
+def _write_run(
+    model: SpatialVAE, adata: AnnData, table: Path, out: Path, domains: int | None, seed: int, started: float
+) -> None:
+    from spatialvae import _keys, plots
+    from spatialvae._files import whole
+
+    model.save(out / "model")
+    _write_table(adata, out / "table.h5ad")
+    with whole(out / "history.csv") as part:
+        model.history.to_csv(part, index=False)
+    labels = adata.obs[_keys.DOMAIN].to_numpy() if domains is not None else None
+    latent = model.get_latent_representation(which="niche" if model.module.shape.n_niche else "cell")
+    figures = {"training": plots.training_curve(model.history), "latent": plots.latent_map(latent, labels)}
+    if labels is not None and model.setup.spatial_key is not None:
+        figures["domains"] = plots.domains_in_space(adata.obsm[model.setup.spatial_key], labels)
+    for name, figure in figures.items():
+        with whole(out / f"{name}.png") as part:
+            figure.savefig(part)
+    with whole(out / "run.json") as part:
+        part.write_text(json.dumps(_about(model, table, domains, seed, started), indent=1))
+
+
+def _about(model: SpatialVAE, table: Path, domains: int | None, seed: int, started: float) -> dict[str, Any]:
+    from dataclasses import asdict
+    from importlib.metadata import version
+
+    with table.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {
+        "versions": {name: version(name) for name in ("merfish", "numpy", "torch", "anndata")},
+        "input": {"path": str(table), "bytes": table.stat().st_size, "sha256": digest},
+        "parameters": asdict(model.setup) | asdict(model.module.shape) | {"domains": domains, "seed": seed},
+        "figures": {"epochs": len(model.history), "elbo": model.get_elbo()},
+        "seconds": round(time.time() - started, 2),
+    }

@@ -1,0 +1,9 @@
+"""The one exception for what users can mend."""
+
+
+class InputError(ValueError):
+    """Bad input: a table, key, option or model folder that cannot be used as it is.
+
+    The message names the key, row or file, the value received and what was expected. The command line prints it
+    alone and exits with 2.
+    """

@@ -1,0 +1,171 @@
+"""Neighbour graphs of cells: coordinates in, lists of bounded degree out, never across samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.spatial import Delaunay, cKDTree
+
+from spatialvae.errors import InputError
+
+MAX_DEGREE = 64  # of a radius graph; more means that the radius is in another unit than the coordinates
+
+
+@dataclass(frozen=True, eq=False)
+class NeighbourGraph:
+    """Neighbours of each cell, nearest first.
+
+    Attributes
+    ----------
+    index : int32 (cell, slot); -1 where a cell has fewer neighbours than slots
+    distance : float32 (cell, slot), in the unit of the coordinates; inf in empty slots
+    """
+
+    index: np.ndarray
+    distance: np.ndarray
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.index)
+
+    @property
+    def degree(self) -> np.ndarray:
+        """Number of neighbours, int64 (cell,)."""
+        return (self.index >= 0).sum(1)
+
+    def adjacency(self, symmetric: bool = False) -> sp.csr_array:
+        """Rows of ones, float32 (cell, cell); ``symmetric``: i ~ j if either lists the other."""
+        rows, slots = np.nonzero(self.index >= 0)
+        ones = np.ones(len(rows), np.float32)
+        matrix = sp.csr_array((ones, (rows, self.index[rows, slots])), shape=(self.n_cells, self.n_cells))
+        return sp.csr_array(matrix.maximum(matrix.T)) if symmetric else matrix
+
+
+def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None) -> NeighbourGraph:
+    """The ``k`` nearest cells of the same sample, without the cell itself.
+
+    Parameters
+    ----------
+    coordinates : float (cell, axis), 2 or 3 axes, any one unit
+    k : neighbours of each cell; a sample of n cells gives n - 1 at most
+    samples : int or str (cell,); one sample if not given
+    """
+    coordinates = _checked(coordinates)
+    if k < 1:
+        raise InputError(f"number of neighbours is {k}; expected at least 1")
+    index = np.full((len(coordinates), k), -1, np.int32)
+    distance = np.full((len(coordinates), k), np.inf, np.float32)
+    for rows in _rows_of_samples(len(coordinates), samples):
+        degree = min(k, len(rows) - 1)
+        if degree == 0:
+            continue
+        far, near = cKDTree(coordinates[rows]).query(coordinates[rows], degree + 1, workers=-1)
+        far, near = _without_self(far, near)
+        index[rows, :degree] = rows[near]
+        distance[rows, :degree] = far
+    return NeighbourGraph(index, distance)
+
+
+def radius_graph(
+    coordinates: np.ndarray, radius: float, samples: np.ndarray | None = None, max_degree: int = MAX_DEGREE
+) -> NeighbourGraph:
+    """All cells of the same sample within ``radius``. Cells may have no neighbour.
+
+    Raises InputError, before anything large is made, if a cell would have more than ``max_degree`` neighbours.
+    """
+    coordinates = _checked(coordinates)
+    if not radius > 0:
+        raise InputError(f"radius is {radius}; expected a positive length in the unit of the coordinates")
+    groups = _rows_of_samples(len(coordinates), samples)
+    trees = [cKDTree(coordinates[rows]) for rows in groups]
+    counts = [
+        tree.query_ball_point(coordinates[rows], radius, return_length=True, workers=-1) - 1
+        for tree, rows in zip(trees, groups, strict=True)
+    ]
+    most = max((int(c.max()) for c in counts), default=0)
+    if most > max_degree:
+        spacing = np.median(knn_graph(coordinates, 1, samples).distance)
+        raise InputError(
+            f"radius {radius:g} gives up to {most} neighbours a cell (at most {max_degree} expected): the median "
+            f"distance to the nearest cell is {spacing:.3g}; are radius and coordinates in the same unit?"
+        )
+    index = np.full((len(coordinates), max(most, 1)), -1, np.int32)
+    distance = np.full(index.shape, np.inf, np.float32)
+    for tree, rows in zip(trees, groups, strict=True):
+        pairs = tree.query_pairs(radius, output_type="ndarray")
+        _fill(index, distance, coordinates, rows[np.concatenate([pairs, pairs[:, ::-1]])])
+    return NeighbourGraph(index, distance)
+
+
+def delaunay_graph(coordinates: np.ndarray, samples: np.ndarray | None = None) -> NeighbourGraph:
+    """Cells that share an edge of the Delaunay triangulation of their sample.
+
+    Samples with too few cells, or with all cells on a line, have none.
+    """
+    coordinates = _checked(coordinates)
+    edges = [np.empty((0, 2), np.int64)]
+    for rows in _rows_of_samples(len(coordinates), samples):
+        if len(rows) <= coordinates.shape[1] + 1 or np.linalg.matrix_rank(np.ptp(coordinates[rows], 0)) == 0:
+            continue
+        simplices = Delaunay(coordinates[rows], qhull_options="QJ").simplices
+        corners = simplices.shape[1]
+        pairs = [simplices[:, [a, b]] for a in range(corners) for b in range(corners) if a != b]
+        edges.append(rows[np.unique(np.concatenate(pairs), axis=0)])
+    pairs_all = np.concatenate(edges)
+    most = int(np.bincount(pairs_all[:, 0], minlength=1).max())
+    index = np.full((len(coordinates), max(most, 1)), -1, np.int32)
+    distance = np.full(index.shape, np.inf, np.float32)
+    _fill(index, distance, coordinates, pairs_all)
+    return NeighbourGraph(index, distance)
+
+
+def symmetrised(graph: NeighbourGraph, coordinates: np.ndarray) -> NeighbourGraph:
+    """The same graph with every edge in both directions."""
+    matrix = graph.adjacency(symmetric=True).tocoo()
+    most = int(np.bincount(matrix.row, minlength=1).max()) if matrix.nnz else 1
+    index = np.full((graph.n_cells, most), -1, np.int32)
+    distance = np.full(index.shape, np.inf, np.float32)
+    _fill(index, distance, np.asarray(coordinates, float), np.stack([matrix.row, matrix.col], 1))
+    return NeighbourGraph(index, distance)
+
+
+def _checked(coordinates: np.ndarray) -> np.ndarray:
+    coordinates = np.asarray(coordinates, float)
+    if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
+        raise InputError(f"coordinates have shape {coordinates.shape}; expected (cell, 2) or (cell, 3)")
+    bad = np.flatnonzero(~np.isfinite(coordinates).all(1))
+    if len(bad):
+        raise InputError(f"coordinates of {len(bad)} cells are not finite, the first in row {bad[0]}")
+    return coordinates
+
+
+def _rows_of_samples(n: int, samples: np.ndarray | None) -> list[np.ndarray]:
+    if samples is None:
+        return [np.arange(n)] if n else []
+    samples = np.asarray(samples)
+    if len(samples) != n:
+        raise InputError(f"{len(samples)} sample names for {n} cells; expected one each")
+    code = np.unique(samples, return_inverse=True)[1]
+    order = np.argsort(code, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if n else []
+
+
+def _without_self(far: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drop each row's own number; where cells coincide it need not come first, or come at all."""
+    own = near == np.arange(len(near))[:, None]
+    own[~own.any(1), -1] = True
+    keep = ~own
+    shape = (len(near), near.shape[1] - 1)
+    return far[keep].reshape(shape), near[keep].reshape(shape)
+
+
+def _fill(index: np.ndarray, distance: np.ndarray, coordinates: np.ndarray, pairs: np.ndarray) -> None:
+    """Write directed ``pairs`` (edge, 2) into the slots of their first cell, nearest first."""
+    far = np.linalg.norm(coordinates[pairs[:, 0]] - coordinates[pairs[:, 1]], axis=1)
+    order = np.lexsort((pairs[:, 1], far, pairs[:, 0]))
+    rows = pairs[order, 0]
+    slot = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    index[rows, slot] = pairs[order, 1]
+    distance[rows, slot] = far[order]

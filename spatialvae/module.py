@@ -1,0 +1,247 @@
+r"""The model: tensors in, tensors out.
+
+    z_niche_.d ~ N(0, v_d (1 + r L)^-2)            a smooth field over the cells of a section, for each dimension d
+    z_cell_i   ~ N(A z_niche_i, diag S)            what the cell is, given where it sits
+    x_ig       ~ NB(l_i rho_ig, theta_g)           rho_i = softmax(decoder(z_cell_i, z_niche_i, s_i))
+
+l_i is the total count, s_i the batch. Everything linear is given by ``LinearStart``, so that before the first step of
+training the posterior means are principal components and their smooth part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spatialvae import likelihoods, loss
+from spatialvae.data import Cells, Graphs
+from spatialvae.decoder import Decoder
+from spatialvae.encoder import CellEncoder, NicheEncoder
+from spatialvae.field import Field, laplacian_of
+from spatialvae.linear import Components, LinearStart
+
+LIKELIHOODS = ("nb", "zinb", "poisson")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that fix the parameters."""
+
+    n_genes: int
+    n_batch: int
+    n_cell: int
+    n_niche: int
+    n_hidden: int
+    likelihood: str
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """A table as the model reads it: counts stay sparse, the rest are tensors over cells.
+
+    ``features`` (cell, F), ``smooth`` (cell, D); ``wide`` and ``near`` int64 (cell, slot), -1 where empty;
+    ``distance`` (cell, slot of wide), log(1 + d / median d).
+    """
+
+    cells: Cells
+    depth: Tensor
+    batch: Tensor
+    features: Tensor
+    smooth: Tensor
+    wide: Tensor
+    distance: Tensor
+    near: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """Means and log variances, (cell, dim)."""
+
+    cell_mean: Tensor
+    cell_log_variance: Tensor
+    niche_mean: Tensor
+    niche_log_variance: Tensor
+
+
+class SpatialModule(nn.Module):
+    """All parameters, and the buffers that a new section needs to be embedded."""
+
+    scale: Tensor
+    mean: Tensor
+    loadings: Tensor
+    batch_mean: Tensor
+    directions: Tensor
+    range: Tensor
+    smooth_variance: Tensor
+    rough_variance: Tensor
+    noise_variance: Tensor
+    gain: Tensor
+    log_det: Tensor
+    score_sd: Tensor
+
+    def __init__(self, shape: Shape, start: LinearStart | None = None, log_share: np.ndarray | None = None) -> None:
+        """Without ``start`` the module is made of zeros of the right shapes, to be filled from a file."""
+        super().__init__()
+        self.shape = shape
+        n, c, d = shape.n_genes, shape.n_cell, shape.n_niche
+        start = start or _blank_start(shape)
+        parts, field = start.components, start.field
+        given = {
+            "scale": np.array(parts.scale),
+            "mean": parts.mean,
+            "loadings": parts.loadings,
+            "batch_mean": parts.batch_mean,
+            "directions": field.directions if field else np.zeros((c, 0)),
+            "range": np.array(field.range if field else 0.0),
+            "smooth_variance": field.smooth if field else np.zeros(0),
+            "rough_variance": field.rough if field else np.zeros(0),
+            "noise_variance": field.noise if field else np.zeros(0),
+            "gain": field.gain if field else np.zeros(0),
+            "log_det": np.array(start.log_det),
+            "score_sd": np.sqrt(start.residual + 1e-8),
+        }
+        for name, value in given.items():
+            self.register_buffer(name, torch.tensor(np.asarray(value), dtype=torch.float32))
+        residual = torch.tensor(start.residual, dtype=torch.float32)
+        loadings = torch.tensor(parts.loadings)
+        self.niche_to_cell = nn.Parameter(torch.tensor(start.niche_to_cell, dtype=torch.float32))
+        self.log_residual = nn.Parameter(residual.log())
+        self.log_theta = nn.Parameter(torch.ones(n))
+        shares = torch.zeros(n) if log_share is None else torch.tensor(log_share, dtype=torch.float32)
+        self.cell_encoder = CellEncoder(
+            loadings.T, -torch.tensor(parts.mean) @ loadings, (0.1 * residual).log(), shape.n_hidden
+        )
+        self.decoder = Decoder(loadings, shares, d, shape.n_batch, shape.n_hidden, shape.likelihood == "zinb")
+        self.niche_encoder = NicheEncoder(c + d, self._niche_log_variance(), shape.n_hidden) if d else None
+
+    def _niche_log_variance(self) -> Tensor:
+        """log of the best independent posterior variance in the linear model, for a cell with 7 neighbours."""
+        own = 1 + 7 * self.range
+        prior = (own**2 + 7 * self.range**2) / self.smooth_variance.clamp(min=1e-6)
+        seen = (self.niche_to_cell.detach() ** 2 / self.log_residual.detach().exp()[:, None]).sum(0)
+        return -(prior + seen).log()
+
+    def section(self, cells: Cells, graphs: Graphs | None) -> Section:
+        """Project ``cells``, filter them on their graph, and lay everything out for gathers."""
+        components = Components(
+            float(self.scale), *(b.cpu().numpy() for b in (self.mean, self.loadings, self.batch_mean))
+        )
+        scores = components.scores(cells)
+        n = cells.n_cells
+        smooth, wide, near = np.zeros((n, 0), np.float32), np.zeros((n, 0), int), np.zeros((n, 0), int)
+        distance = np.zeros((n, 0), np.float32)
+        if graphs is not None and self.shape.n_niche:
+            smooth = self.field().smooth_part(laplacian_of(graphs.near.adjacency()), scores)
+            wide, near = graphs.wide.index, graphs.near.index
+            far = graphs.wide.distance
+            middle = np.median(far[np.isfinite(far)]) if np.isfinite(far).any() else 1.0
+            distance = np.log1p(np.where(np.isfinite(far), far, 0) / max(float(middle), 1e-12))
+        features = np.concatenate([scores / self.score_sd.cpu().numpy(), smooth], 1)
+        return Section(
+            cells,
+            torch.tensor(cells.depth),
+            torch.tensor(cells.batches),
+            torch.tensor(features, dtype=torch.float32),
+            torch.tensor(smooth),
+            torch.tensor(wide, dtype=torch.int64),
+            torch.tensor(distance, dtype=torch.float32),
+            torch.tensor(near, dtype=torch.int64),
+        )
+
+    def field(self) -> Field:
+        """The field as arrays."""
+        values = (self.smooth_variance, self.rough_variance, self.noise_variance, self.gain)
+        return Field(
+            self.directions.cpu().numpy().astype(float),
+            float(self.range),
+            *(v.cpu().numpy().astype(float) for v in values),
+        )
+
+    def counts(self, section: Section, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(section.cells.counts[rows].toarray()).to(self.mean.device)
+
+    def infer_cell(self, x: Tensor, depth: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """q(z_cell) of counts (B, gene)."""
+        y = torch.log1p(x * (self.scale / depth)[:, None])
+        mean, log_variance = self.cell_encoder(y)
+        return mean - self.batch_mean[batch], log_variance
+
+    def infer_niche(self, section: Section, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """q(z_niche) of ``rows`` (B,)."""
+        device = self.mean.device
+        if self.niche_encoder is None:
+            empty = torch.zeros(len(rows), 0, device=device)
+            return empty, empty
+        slots = section.wide[rows]
+        present = slots >= 0
+        nodes, place = torch.unique(torch.cat([rows, slots[present]]), return_inverse=True)
+        others = torch.zeros_like(slots)
+        others[present] = place[len(rows) :]
+        own = place[: len(rows)]
+        gathered = (section.smooth[rows], section.features[nodes], own, others, section.distance[rows], present)
+        return self.niche_encoder(*(g.to(device) for g in gathered))
+
+    def infer(self, section: Section, rows: np.ndarray) -> Posterior:
+        """Posteriors of ``rows``."""
+        index = torch.from_numpy(rows)
+        device = self.mean.device
+        cell = self.infer_cell(
+            self.counts(section, rows), section.depth[index].to(device), section.batch[index].to(device)
+        )
+        return Posterior(*cell, *self.infer_niche(section, index))
+
+    def log_likelihood(self, x: Tensor, depth: Tensor, batch: Tensor, z_cell: Tensor, z_niche: Tensor) -> Tensor:
+        """log p(x | z), (B,)."""
+        log_share, logit_zero = self.decoder(z_cell, z_niche, batch)
+        log_mu = log_share + depth.log()[:, None]
+        if self.shape.likelihood == "poisson":
+            return likelihoods.poisson(x, log_mu)
+        log_theta = self.log_theta.clamp(-8, 10)
+        if logit_zero is not None:
+            return likelihoods.zero_inflated_negative_binomial(x, log_mu, log_theta, logit_zero)
+        return likelihoods.negative_binomial(x, log_mu, log_theta)
+
+    def terms(self, section: Section, rows: np.ndarray, generator: torch.Generator | None = None) -> loss.Terms:
+        """The three terms of the bound for ``rows``, with one draw of each latent.
+
+        A neighbour that several rows share is encoded once.
+        """
+        device = self.mean.device
+        index = torch.from_numpy(rows)
+        near = section.near[index]
+        nodes, place = torch.unique(torch.cat([index, near[near >= 0]]), return_inverse=True)
+        mean, log_variance = self.infer_niche(section, nodes)
+        own = place[: len(rows)].to(device)
+        slot = torch.zeros_like(near)
+        slot[near >= 0] = place[len(rows) :]
+        slot, present = slot.to(device), (near >= 0).to(device)
+        variance = log_variance.exp()
+        niche_kl = loss.kl_niche(
+            mean[own], log_variance[own], mean[slot], variance[slot], present,
+            self.smooth_variance, self.range, self.log_det,
+        )  # fmt: skip
+        x = self.counts(section, rows)
+        depth, batch = section.depth[index].to(device), section.batch[index].to(device)
+        cell_mean, cell_log_variance = self.infer_cell(x, depth, batch)
+        z_niche = _draw(mean[own], log_variance[own], generator)
+        cell_kl = loss.kl_cell(cell_mean, cell_log_variance, z_niche @ self.niche_to_cell.T, self.log_residual)
+        z_cell = _draw(cell_mean, cell_log_variance, generator)
+        return loss.Terms(self.log_likelihood(x, depth, batch, z_cell, z_niche), cell_kl, niche_kl)
+
+
+def _draw(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None) -> Tensor:
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    return mean + noise * (0.5 * log_variance).exp()
+
+
+def _blank_start(shape: Shape) -> LinearStart:
+    g, c, d = shape.n_genes, shape.n_cell, shape.n_niche
+    components = Components(
+        1.0, np.zeros(g, np.float32), np.zeros((g, c), np.float32), np.zeros((shape.n_batch, c), np.float32)
+    )
+    ones = np.ones(d)
+    field = Field(np.zeros((c, d)), 1.0, ones, ones, ones, ones) if d else None
+    return LinearStart(components, field, np.zeros((c, d)), np.ones(c), 0.0)

@@ -1,0 +1,78 @@
+"""Figures of a trained model. Each function returns a matplotlib Figure that no window holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_LEGEND = 24
+
+
+def training_curve(history: pd.DataFrame) -> Figure:
+    """ELBO of training and held-out cells, and the two divergences, by epoch."""
+    figure, (left, right) = _figure(2)
+    names = {"elbo_train": "training cells", "elbo_validation": "held-out cells"}
+    for column, label in names.items():
+        if column in history:
+            left.plot(history["epoch"], history[column], label=label)
+    middle = history[[c for c in names if c in history]].to_numpy(float)
+    if len(middle) > 3:  # the first epochs would flatten the rest
+        left.set_ylim(np.percentile(middle, 8), middle.max() + 0.1 * np.ptp(middle[len(middle) // 2 :]) + 1e-6)
+    left.set(xlabel="epoch", ylabel="nats a cell", title="Evidence lower bound")
+    left.legend(frameon=False)
+    for column, label in {"kl_cell_validation": "z_cell", "kl_niche_validation": "z_niche"}.items():
+        if column in history:
+            right.plot(history["epoch"], history[column], label=label)
+    right.set(xlabel="epoch", ylabel="nats a cell", title="Divergence from the prior")
+    right.legend(frameon=False)
+    return figure
+
+
+def latent_map(latent: np.ndarray, labels: np.ndarray | None = None, title: str = "Latent space") -> Figure:
+    """First two principal components of ``latent`` (cell, dim), coloured by ``labels`` (cell,)."""
+    centred = latent - latent.mean(0)
+    _, _, right = np.linalg.svd(centred, full_matrices=False)
+    where = centred @ right[:2].T if right.shape[0] > 1 else np.c_[centred[:, 0], np.zeros(len(centred))]
+    figure, (axes,) = _figure(1)
+    _scatter(axes, where, labels)
+    axes.set(xlabel="component 1", ylabel="component 2", title=title, xticks=[], yticks=[])
+    return figure
+
+
+def domains_in_space(coordinates: np.ndarray, labels: np.ndarray, title: str = "Domains") -> Figure:
+    """Cells where they lie, coloured by ``labels``. coordinates (cell, 2 or 3): the first two axes are drawn."""
+    figure, (axes,) = _figure(1)
+    _scatter(axes, coordinates[:, :2], labels)
+    axes.set(title=title, aspect="equal", xticks=[], yticks=[])
+    axes.invert_yaxis()
+    return figure
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * panels, 4.6), layout="constrained", dpi=130)
+    return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
+
+
+def _scatter(axes: Axes, where: np.ndarray, labels: np.ndarray | None) -> None:
+    from matplotlib import colormaps
+
+    size = float(np.clip(8000 / max(len(where), 1), 0.5, 14))
+    if labels is None:
+        axes.scatter(where[:, 0], where[:, 1], s=size, lw=0, color="0.4")
+        return
+    labels = np.asarray(labels).astype(str)
+    names = sorted(set(labels), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+    colours = colormaps["tab20" if len(names) > 10 else "tab10"]
+    for i, name in enumerate(names):
+        of = labels == name
+        axes.scatter(where[of, 0], where[of, 1], s=size, lw=0, color=colours(i % colours.N), label=name)
+    if len(names) <= MAX_LEGEND:
+        axes.legend(frameon=False, markerscale=(30 / size) ** 0.5, bbox_to_anchor=(1, 1), loc="upper left", fontsize=8)

@@ -1,0 +1,129 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from spatialvae.data import along_curve, minibatches
+from spatialvae.module import Section, SpatialModule
+
+PATCH = 64  # cells that lie together in a minibatch
+SMALL = 2**18  # counts in a minibatch up to which one thread is as fast as two, and does not wait for busy cores
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train. ``warm_up`` epochs raise the weight of the KL terms from 0 to 1; training stops after ``patience``
+    epochs without a better ELBO on the ``held_out`` share of cells, and the best parameters are kept."""
+
+    max_epochs: int = 100
+    batch_size: int = 256
+    learning_rate: float = 5e-3
+    weight_decay: float = 1e-4
+    warm_up: int = 10
+    patience: int = 5
+    held_out: float = 0.1
+    seed: int = 0
+
+
+def train(
+    module: SpatialModule, section: Section, plan: Plan, report: Callable[[int, dict[str, float]], None]
+) -> list[dict[str, float]]:
+    """Fit ``module`` in place; return one row an epoch, which ``report`` also sees as it comes."""
+    with _threads(plan.batch_size * module.shape.n_genes):
+        return _train(module, section, plan, report)
+
+
+@contextmanager
+def _threads(work: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if work <= SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(
+    module: SpatialModule, section: Section, plan: Plan, report: Callable[[int, dict[str, float]], None]
+) -> list[dict[str, float]]:
+    rng = np.random.default_rng(plan.seed)
+    generator = torch.Generator().manual_seed(plan.seed)
+    n = section.cells.n_cells
+    held = np.zeros(n, bool)
+    held[rng.permutation(n)[: int(plan.held_out * n)]] = True
+    xyz = section.cells.coordinates
+    order = along_curve(xyz, section.cells.samples) if xyz is not None else rng.permutation(n)
+    patch = PATCH if xyz is not None else 1
+    rows, held_rows = order[~held[order]], np.flatnonzero(held)
+    optimiser = torch.optim.Adam(module.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
+    history: list[dict[str, float]] = []
+    best, best_state, waited = -np.inf, None, 0
+    for epoch in range(plan.max_epochs):
+        weight = min(1.0, (epoch + 1) / max(plan.warm_up, 1))
+        module.train()
+        total = 0.0
+        for batch in minibatches(rows, plan.batch_size, patch, rng):
+            bound = module.terms(section, batch, generator).elbo(weight)
+            optimiser.zero_grad(set_to_none=True)
+            (-bound.mean()).backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 100.0)
+            optimiser.step()
+            total += float(bound.detach().sum())
+        row = {"epoch": float(epoch), "kl_weight": weight, "elbo_train": total / max(len(rows), 1)}
+        if len(held_rows):
+            row |= evaluate(module, section, held_rows, plan.batch_size, plan.seed)
+        history.append(row)
+        report(epoch, row)
+        if not np.isfinite(row["elbo_train"]):
+            raise FloatingPointError(f"the bound is {row['elbo_train']} in epoch {epoch}")
+        score = row.get("elbo_validation", row["elbo_train"])
+        if score > best + 1e-4 * abs(best) if np.isfinite(best) else True:
+            best, waited = score, 0
+            best_state = copy.deepcopy(module.state_dict())
+        else:
+            waited += 1
+        if waited >= plan.patience and weight == 1.0:
+            break
+    if best_state is not None:
+        module.load_state_dict(best_state)
+    module.eval()
+    return history
+
+
+@torch.no_grad()
+def evaluate(module: SpatialModule, section: Section, rows: np.ndarray, batch_size: int, seed: int) -> dict[str, float]:
+    """Mean terms over ``rows`` in nats a cell, and how many latent dimensions are in use.
+
+    A dimension is in use if its posterior mean varies between cells by more than a hundredth of its prior's variance.
+    The same noise is drawn each time, so that epochs can be compared.
+    """
+    module.eval()
+    generator = torch.Generator().manual_seed(seed)
+    sums = np.zeros(3)
+    cell, niche = [], []
+    for batch in minibatches(rows, batch_size, 1, None):
+        terms = module.terms(section, batch, generator)
+        sums += [float(t.sum()) for t in (terms.log_likelihood, terms.kl_cell, terms.kl_niche)]
+        posterior = module.infer(section, batch)
+        cell.append(posterior.cell_mean)
+        niche.append(posterior.niche_mean)
+    likelihood, kl_cell, kl_niche = (float(v) for v in sums / len(rows))
+    spread = torch.cat(cell).var(0)
+    used_cell = float((spread > 0.01 * module.log_residual.exp()).sum())
+    used_niche = float((torch.cat(niche).var(0) > 0.01).sum()) if module.shape.n_niche else 0.0
+    return {
+        "elbo_validation": likelihood - kl_cell - kl_niche,
+        "log_likelihood_validation": likelihood,
+        "kl_cell_validation": kl_cell,
+        "kl_niche_validation": kl_niche,
+        "used_cell_dimensions": used_cell,
+        "used_niche_dimensions": used_niche,
+    }

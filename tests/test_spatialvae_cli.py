@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from spatialvae import cli
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("table") / "cells.h5ad"
+    anndata.AnnData(
+        rng.poisson(3, (80, 6)).astype(np.float32),
+        obs=pd.DataFrame(index=[f"c{i}" for i in range(80)]),
+        var=pd.DataFrame(index=list("abcdef")),
+        obsm={"spatial": rng.uniform(0, 9, (80, 2))},
+    ).write_h5ad(path)
+    return path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["spatialvae", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+def test_train_then_embed__write_whole_results(monkeypatch, tmp_path, table):
+    out = tmp_path / "run"
+    assert run(monkeypatch, "train", table, "--out", out, "--domains", 2, "--max-epochs", 2) == 0
+    written = {p.name for p in out.iterdir()}
+    assert written == {
+        "model", "table.h5ad", "history.csv", "run.json", "training.png", "latent.png", "domains.png",
+    }  # fmt: skip
+    first = anndata.read_h5ad(out / "table.h5ad")
+    assert first.obsm["X_spatialvae"].shape[1] == len(first.uns["X_spatialvae_names"])
+    assert set(first.obs["spatial_domain"]) == {"0", "1"}
+    assert json.loads((out / "run.json").read_text())["input"]["bytes"] == table.stat().st_size
+    assert run(monkeypatch, "embed", table, "--model", out, "--out", tmp_path / "again.h5ad") == 0
+    again = anndata.read_h5ad(tmp_path / "again.h5ad")
+    np.testing.assert_array_equal(again.obsm["X_spatialvae"], first.obsm["X_spatialvae"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.h5ad", "--out", "o"], "none.h5ad is not a file"),
+        (["train", "TABLE", "--out", "o", "--layer", "nope"], "no layer 'nope'"),
+        (["train", __file__, "--out", "o"], "cannot be read as an AnnData file"),
+        (["embed", "TABLE", "--model", "nowhere", "--out", "o.h5ad"], "not a saved model"),
+    ],
+)
+def test_bad_input__exits_2_with_one_message(monkeypatch, capsys, tmp_path, table, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *[table if a == "TABLE" else a for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error.replace("\n", " ")
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import__loads_nothing_heavy_and_prints_nothing():
+    code = "import sys, spatialvae, spatialvae.cli; print({'torch', 'anndata', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
