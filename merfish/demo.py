@@ -262,6 +262,7 @@ def embed_tissue(out: Path) -> list[Section]:
     by_row = {cell_id: domain_of.get(row, "") for row, cell_id in enumerate(cells.index)}
     truth = np.array([by_row[cell_id] for cell_id in table.obs["cell_id"]])[rows]
     section = embed("Embedding of the simulated tissue", table, TISSUE_DOMAINS, truth, "true domain")
+    table.write_h5ad(out / "tissue_embedded.h5ad")
     outlines = cells.loc[table.obs["cell_id"], "geometry"].to_numpy()
     found = plots.cells(outlines, table.obs["spatial_domain"].astype(str).tolist(), "domains found")
     return [Section(section.title, section.text, section.tables, [picture(found, "Cells by domain"), *section.figures])]

@@ -1,0 +1,46 @@
+"""The picture of the README, from the results of ``merfish demo``: python benchmarks/picture.py demo_output."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import shapely
+
+from merfish import plots, runfolder
+from merfish.cells.counts import read_cells
+from merfish.transcripts import read_transcripts
+
+
+def main(demo: Path) -> None:
+    """Draw molecules of one field, enlarged, beside the cells coloured by their domain."""
+    run = demo / "tissue_run"
+    calls = read_transcripts(run / runfolder.TRANSCRIPTS)
+    fov = int(calls["fov"].value_counts().idxmax())
+    image = np.load(runfolder.field_folder(run, fov) / "overview.npy", allow_pickle=False)
+    figure = plots.overview(image, calls[calls["fov"] == fov])
+    left, middle = figure.axes
+    left.set_title("one field, brightest bit, molecules called", fontsize=10)
+    middle.set_title("enlarged", fontsize=10)
+    figure.set_size_inches(15, 5)
+    right = figure.add_subplot(1, 3, 3)
+    for place, ax in enumerate((left, middle, right)):
+        ax.set_subplotspec(figure.add_gridspec(1, 3)[place])
+    cells = read_cells(run / runfolder.CELLS).set_index("cell_id")
+    table = anndata.read_h5ad(demo / "tissue_embedded.h5ad")
+    kinds = table.obs["spatial_domain"].astype(str).to_numpy()
+    for kind, colour in zip(sorted(set(kinds)), plots.CATEGORIES, strict=False):
+        for shape in cells.loc[table.obs["cell_id"].to_numpy()[kinds == kind], "geometry"]:
+            for part in shapely.get_parts(shape):
+                right.fill(*np.array(part.exterior.coords).T, color=colour, edgecolor="#334155", linewidth=0.3)
+    right.set(aspect="equal", xticks=[], yticks=[])
+    right.invert_yaxis()
+    right.spines[:].set_visible(False)
+    right.set_title("cells, coloured by the domain found from their counts and places", fontsize=10)
+    figure.savefig(Path(__file__).parent / "results" / "demo.png", metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo_output"))
