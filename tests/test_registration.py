@@ -202,6 +202,24 @@ def test_measure_field_drift__molecules_stand_in_for_beads():
     assert np.abs(drift_of(table) - drift).max() < 0.1
 
 
+@pytest.mark.parametrize("level", [0, 100, 65535])
+def test_measure_field_drift__field_without_anything(level):
+    images = np.random.default_rng(0).poisson(level, (4, 64, 64)) if level == 100 else np.full((4, 64, 64), level)
+    table = measure_field_drift(images[:2], images[:, None], np.array([0, 0, 1, 1]))
+    assert table["source"].tolist() == ["nothing"] * 2
+    assert table["ok"].all()
+    assert (drift_of(table) == 0).all()
+
+
+def test_measure_field_drift__one_dark_round_is_said():
+    rng = np.random.default_rng(8)
+    points = rng.uniform(0, 128, (100, 2))
+    bits = rng.poisson(100 + np.stack([draw(points, np.full(100, 500.0 * k), (128, 128)) for k in (1, 1, 0)]))
+    table = measure_field_drift(bits[:0], bits[:, None], np.arange(3))
+    assert table["ok"].tolist() == [True, True, False]
+    assert np.isnan(drift_of(table)[2]).all()
+
+
 @given(st.integers(-12, 12), st.integers(-12, 12))
 def test_align__whole_pixels_copy_exactly(dy, dx):
     image = np.random.default_rng(0).normal(size=(20, 15)).astype(np.float32)

@@ -67,14 +67,13 @@ def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.nd
     """Drift of a field's rounds from its beads or, where they do not tell, from the molecules that rounds share.
 
     beads: (round, y, x), or (0, y, x) if none were imaged; bits: (bit, z, y, x); round_of_bit: (bit,) int.
-    Returns `measure_drift`'s table with a column ``source``: "beads" or "bits". Each word has its bits in several
-    rounds, so that a part of the molecules of any two rounds are the same.
+    Returns `measure_drift`'s table with a column ``source``: "beads"; "bits", which works because each word has its
+    bits in several rounds; or "nothing", with no drift, if no round shows any molecule that it could misplace.
     """
-    n_rounds = int(np.max(round_of_bit)) + 1
     drift = measure_drift(beads).assign(source="beads") if len(beads) else None
     if drift is not None and drift["ok"].all():
         return drift
-    molecules = np.zeros((n_rounds, *bits.shape[-2:]), np.float32)
+    molecules = np.zeros((int(np.max(round_of_bit)) + 1, *bits.shape[-2:]), np.float32)
     for image, number in zip(bits, round_of_bit, strict=True):
         flat = image.max(axis=0).astype(np.float32)
         flat -= np.median(flat)
@@ -82,6 +81,8 @@ def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.nd
         flat /= max(float(np.quantile(flat, 0.999)), 1e-9)
         np.maximum(molecules[number], flat, out=molecules[number])
     from_bits = measure_drift(molecules).assign(source="bits")
+    if not from_bits["ok"].any() and not any(len(level) for image in molecules for level in locate_blobs(image)):
+        return from_bits.assign(dy=0.0, dx=0.0, error=np.nan, ok=True, source="nothing")
     if drift is None:
         return from_bits
     # Bits stand in for single rounds only if the reference's beads were seen, else for all.
