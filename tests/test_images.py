@@ -216,6 +216,22 @@ def test_read_stack__axes_by_name(axes, kind, tmp_path):
     np.testing.assert_array_equal(read_stack(path), expected)
 
 
+def test_read_stack__ome_tiff_opens_no_other_file(tmp_path):
+    """OME-XML may say that further channels stand in other files, wherever they are."""
+    (tmp_path / "in").mkdir()
+    path = write_tiff(tmp_path / "in" / "m.ome.tif", MOVIE, metadata={"axes": "CYX"})
+    other = write_tiff(tmp_path / "m.ome.tif", MOVIE + 1, metadata={"axes": "CYX"})
+    with tifffile.TiffFile(path) as tif:
+        xml = tif.pages[0].description
+    here, there = (f'<UUID FileName="{name}">urn:uuid:{name}</UUID>' for name in (path.name, "../m.ome.tif"))
+    data = f'<TiffData FirstC="0" IFD="0" PlaneCount="5">{here}</TiffData>'
+    data += f'<TiffData FirstC="5" IFD="0" PlaneCount="5">{there}</TiffData>'
+    xml = xml[: xml.index("<TiffData")] + data + "</Pixels></Image></OME>"
+    tifffile.tiffcomment(path, xml.replace('SizeC="5"', 'SizeC="10"').encode())
+    np.testing.assert_array_equal(tifffile.imread(path)[5:], tifffile.imread(other))  # tifffile alone follows it
+    np.testing.assert_array_equal(read_stack(path), MOVIE)
+
+
 @pytest.mark.parametrize("shape", [(8,), (8, 8), (2, 3, 4, 8, 8), (0, 8, 8)])
 def test_read_stack__rejects_other_shapes(shape, tmp_path):
     with pytest.raises(InputError, match="shape"):

@@ -244,14 +244,21 @@ def _suffix(path: Path) -> str:
 # series of its own, and a page-wise stack that was cut short shows as fewer pages without complaint.
 
 
+def _open_tiff(path: Path) -> Any:
+    import tifffile
+
+    # An OME-TIFF may name other files, anywhere; only this one is read.
+    return tifffile.TiffFile(path, _multifile=False)
+
+
 def _tiff_pages(tif: Any) -> list[Any]:
     return [page for page in tif.pages if not page.is_reduced]
 
 
 def _tiff_contiguous(tif: Any, pages: list[Any]) -> tuple[int, int] | None:
     """(frames, offset) if a single page's header stands for frames that follow each other (ImageJ, tifffile)."""
-    series = tif.series
-    if len(pages) == 1 and len(series) == 1 and series[0].dataoffset is not None:
+    series = tif.series if len(pages) == 1 else []
+    if len(series) == 1 and series[0].dataoffset is not None:
         frames = int(np.prod(series[0].shape, dtype=np.int64)) // int(np.prod(pages[0].shape, dtype=np.int64))
         if frames > 1:
             return frames, series[0].dataoffset
@@ -259,9 +266,7 @@ def _tiff_contiguous(tif: Any, pages: list[Any]) -> tuple[int, int] | None:
 
 
 def _tiff_header(path: Path) -> Header:
-    import tifffile
-
-    with tifffile.TiffFile(path) as tif:
+    with _open_tiff(path) as tif:
         pages = _tiff_pages(tif)
         if not pages:
             raise InputError(f"{path}: a TIFF file without images")
@@ -298,9 +303,7 @@ def _tiff_problem(pages: list[Any], size: int) -> str:
 
 
 def _tiff_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray:
-    import tifffile
-
-    with tifffile.TiffFile(path) as tif:
+    with _open_tiff(path) as tif:
         pages = _tiff_pages(tif)
         if contiguous := _tiff_contiguous(tif, pages):
             _, offset = contiguous
@@ -312,11 +315,9 @@ def _tiff_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarra
 
 def _tiff_stack(path: Path) -> tuple[np.ndarray, str]:
     """A whole TIFF as one array and the names of its axes, "" if it names none for all its pages."""
-    import tifffile
-
     header = _tiff_header(path)
     _refuse(path, header.problem)
-    with tifffile.TiffFile(path) as tif:
+    with _open_tiff(path) as tif:
         series = tif.series
         if len(series) == 1 and series[0].size == header.frames * header.shape[0] * header.shape[1]:
             named = series[0].axes if tif.is_ome or tif.is_imagej else ""
