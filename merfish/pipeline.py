@@ -29,7 +29,7 @@ from merfish.imaging.experiment import Experiment, open_experiment, preflight
 from merfish.imaging.images import read_bits, read_fiducials, read_stack, read_stain
 from merfish.imaging.normalize import Normalization, median_normalization, peak_normalization
 from merfish.imaging.preprocess import bandpass
-from merfish.imaging.registration import align, measure_drift
+from merfish.imaging.registration import align, measure_drift, measure_field_drift
 from merfish.transcripts import read_transcripts, transcript_table, write_transcripts
 
 if TYPE_CHECKING:
@@ -155,24 +155,13 @@ class RegisteredField:
 def register_field(experiment: Experiment, fov: int, config: RunConfig) -> RegisteredField:
     """Read a field, take out the drift of its rounds, filter. Raises InputError if a round cannot be registered."""
     beads, round_of_bit = read_fiducials(experiment, fov)
-    drift = field_drift(beads, int(round_of_bit.max()) + 1, fov)
-    shifts = drift[["dy", "dx"]].to_numpy()[round_of_bit]
-    aligned, valid = align(read_bits(experiment, fov), shifts)
-    return RegisteredField(bandpass(aligned, smoothing=config.smoothing, background=config.background), drift, valid)
-
-
-def field_drift(beads: np.ndarray, n_rounds: int, fov: int) -> pd.DataFrame:
-    """Drift of each round against round 0: round, dy, dx (pixel), quality, ok. Without beads (0, y, x) all are 0.
-
-    Raises InputError naming the rounds in which nothing agrees with round 0.
-    """
-    if not len(beads):
-        return pd.DataFrame({"round": range(n_rounds), "dy": 0.0, "dx": 0.0, "quality": np.nan, "ok": True})
-    drift = measure_drift(beads)
-    lost = drift.loc[~drift["ok"], "round"].tolist()
+    bits = read_bits(experiment, fov)
+    drift = measure_field_drift(beads, bits, round_of_bit)
+    lost = drift.loc[~drift["ok"].astype(bool), "round"].tolist()
     if lost:
-        raise InputError(f"field {fov}: the beads of rounds {', '.join(map(str, lost))} do not match those of round 0")
-    return drift
+        raise InputError(f"field {fov}: rounds {', '.join(map(str, lost))} do not match round 0 at any drift")
+    aligned, valid = align(bits, drift[["dy", "dx"]].to_numpy(float)[round_of_bit])
+    return RegisteredField(bandpass(aligned, smoothing=config.smoothing, background=config.background), drift, valid)
 
 
 def process_field(
@@ -337,14 +326,16 @@ def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> list[s
 
 
 def register_stain(experiment: Experiment, fov: int, name: str) -> np.ndarray:
-    """A stain (y, x), the brightest plane of each pixel, with the drift of its round taken out."""
+    """A stain (y, x), the brightest plane of each pixel, with the drift of its round taken out if its beads tell it."""
     planes, beads = read_stain(experiment, fov, name)
     image = planes.max(axis=0)
     references, _ = read_fiducials(experiment, fov)
     if beads is None or not len(references):
         return image
-    drift = field_drift(np.stack([references[0], beads]), 2, fov)
-    aligned, _ = align(image[None], drift[["dy", "dx"]].to_numpy()[1:])
+    drift = measure_drift(np.stack([references[0], beads])).iloc[1]
+    if not drift["ok"]:  # outlines bear a drift of some pixels, a field without cells helps nobody
+        return image
+    aligned, _ = align(image[None], drift[["dy", "dx"]].to_numpy(float)[None])
     return aligned[0]
 
 
