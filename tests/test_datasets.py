@@ -32,3 +32,10 @@ def test_codebooks__attribution_beside_them():
     assert len(paths) == 4
     notes = (paths["merlin_test"].parent / "README.md").read_text()
     assert all(path.name in notes for path in paths.values())
+
+
+def test_osmfish__cells_genes_regions():
+    table = datasets.osmfish()
+    assert table.shape == (4839, 33)
+    assert table.obs["Region"].nunique() == 11
+    assert table.obsm["spatial"].shape == (4839, 2)
