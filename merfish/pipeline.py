@@ -22,7 +22,7 @@ from merfish.codebook import Codebook, read_codebook
 from merfish.config import RunConfig, read_config
 from merfish.decoding.filtering import MISIDENTIFICATION_RATE, keep_calls, rate_calls
 from merfish.decoding.molecules import extract_molecules
-from merfish.decoding.overlap import duplicates_between_fields, merge_planes
+from merfish.decoding.overlap import duplicates_between_fields, halos, merge_planes
 from merfish.decoding.pixels import decode_hard, decode_soft
 from merfish.errors import InputError
 from merfish.imaging.experiment import Experiment, open_experiment, preflight
@@ -81,7 +81,10 @@ def decode_filtered(
     rows = stack.reshape(stack.shape[0], -1, stack.shape[-1])
     pixels = METHODS[method](rows, codebook, normalization)
     found = extract_molecules(pixels, rows, codebook, normalization, height=height)
-    keep, z = merge_planes(found.word, found.x, found.y, found.plane, found.intensity * found.area)
+    mass = found.intensity * found.area
+    whole = np.flatnonzero(~halos(found.word, found.x, found.y, found.plane, mass))
+    keep, z = merge_planes(*(values[whole] for values in (found.word, found.x, found.y, found.plane, mass)))
+    keep = whole[keep]
     in_bits = method == "hamming"
     return transcript_table(
         codebook,

@@ -8,6 +8,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 PLANE_RADIUS = 1.5  # pixel; a molecule's place wanders little from plane to plane
+HALO_RADIUS = 5.0  # pixel; how far the rings and rims of a bright molecule reach
+HALO_SHARE = 1 / 3  # of the molecule's mass; a molecule of its own is hardly ever that much weaker
 FIELD_RADIUS = 0.3  # micrometre; registration and stage error, below the distance between molecules of one gene
 
 
@@ -36,6 +38,20 @@ def merge_planes(
     z = np.bincount(group, brightness * plane) / np.where(weight > 0, weight, 1)
     sequence = np.argsort(keep)
     return keep[sequence], z[group[keep[sequence]]].astype(np.float32)
+
+
+def halos(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """Which patches are rims or rings of a brighter molecule of the same word; (molecule,) bool.
+
+    A patch is one if within 5 px, in the same or the next plane, lies one of its word with more than three times its
+    mass (brightness times area). All arrays (molecule,); x, y pixel.
+    """
+    i, j = same_molecule_pairs(word, x, y, HALO_RADIUS)
+    near = np.abs(plane[i] - plane[j]) <= 1
+    weak, strong = np.where(mass[i] < mass[j], (i, j), (j, i))[:, near]
+    halo = np.zeros(len(word), bool)
+    halo[weak[mass[weak] < HALO_SHARE * mass[strong]]] = True
+    return halo
 
 
 def duplicates_between_fields(
