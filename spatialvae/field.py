@@ -95,12 +95,13 @@ def fit_field(
     return Field(directions[:, chosen], float(r), smooth, rough, noise, gain)
 
 
-def log_determinant(laplacian: sp.csr_array, r: float, seed: int = 0) -> float:
-    """log det(1 + r L) divided by the number of cells."""
+def spectral_means(laplacian: sp.csr_array, r: float, seed: int = 0) -> tuple[float, float]:
+    """log det(1 + r L) and the trace of (1 + r L)^-2, each divided by the number of cells."""
     n = laplacian.shape[0]
     count = int(np.clip(400_000 // n, PROBES, 200))  # the error falls with cells and with probes
     nodes, weights = _spectral_measure(laplacian, np.random.default_rng(seed).choice([-1.0, 1.0], (n, count)))
-    return float((weights * np.log1p(r * nodes)).sum() / count)
+    log_det = (weights * np.log1p(r * nodes)).sum() / count
+    return float(log_det), float((weights * (1 + r * nodes) ** -2).sum() / count)
 
 
 def graph_filter(laplacian: sp.csr_array, values: np.ndarray, response: object) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from spatialvae.data import Cells, Graphs
-from spatialvae.field import Field, fit_field, laplacian_of, log_determinant
+from spatialvae.field import Field, fit_field, laplacian_of, spectral_means
 
 DENSE_GENES = 3000  # up to here the gene covariance is made in full
 
@@ -33,13 +33,15 @@ class Components:
 @dataclass(frozen=True, eq=False)
 class LinearStart:
     """What the network starts from. ``niche_to_cell`` (component, direction) predicts a cell's scores from its
-    niche; ``residual`` (component,) is the variance that remains; ``log_det`` per cell of (1 + range L)."""
+    niche; ``residual`` (component,) is the variance that remains; ``log_det`` per cell of (1 + range L);
+    ``spread`` the mean variance at a cell of a field of unit variance parameter."""
 
     components: Components
     field: Field | None
     niche_to_cell: np.ndarray
     residual: np.ndarray
     log_det: float
+    spread: float
 
 
 def log_normalised(counts: sp.csr_array, depth: np.ndarray, scale: float) -> sp.csr_array:
@@ -86,10 +88,11 @@ def fit_linear(cells: Cells, graphs: Graphs | None, n_components: int, max_niche
     scores = components.scores(cells).astype(float)
     variance = scores.var(0) + 1e-8
     if graphs is None:
-        return LinearStart(components, None, np.zeros((scores.shape[1], 0)), variance, 0.0)
+        return LinearStart(components, None, np.zeros((scores.shape[1], 0)), variance, 0.0, 1.0)
     laplacian = laplacian_of(graphs.near.adjacency())
     field = fit_field(scores, graphs.wide.adjacency(), laplacian, max_niche, seed)
     niche_to_cell = scores.T @ scores / len(scores) @ field.directions
     explained = np.einsum("cd,d,cd->c", niche_to_cell, 1 - field.noise.clip(0.02, 1), niche_to_cell)
     residual = np.maximum(variance - explained, 0.05 * variance)
-    return LinearStart(components, field, niche_to_cell, residual, log_determinant(laplacian, field.range, seed))
+    means = spectral_means(laplacian, field.range, seed)
+    return LinearStart(components, field, niche_to_cell, residual, *means)

@@ -198,14 +198,35 @@ class SpatialVAE:
         """Mean of -E_q log p(x | z), nats a cell, from one draw of each latent."""
         return float(-self._terms(adata, seed)[:, 0].mean())
 
-    def domains(self, k: int, adata: AnnData | None = None, seed: int = 0) -> np.ndarray:
+    @torch.no_grad()
+    def get_marginal_ll(self, adata: AnnData | None = None, n_mc_samples: int = 1000, seed: int = 0) -> float:
+        """Mean log p(x_i), nats a cell, of each cell by itself, its neighbours unknown; by importance sampling.
+
+        It can be compared with other models' marginal likelihood of the same counts given the same library sizes.
+        """
+        if n_mc_samples < 1:
+            raise InputError(f"n_mc_samples is {n_mc_samples}; expected at least 1")
+        section = self._read(adata)
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE, 1, None):
+            index = torch.from_numpy(rows)
+            x = self.module.counts(section, rows)
+            depth, batch = section.depth[index].to(x.device), section.batch[index].to(x.device)
+            found.append(self.module.marginal_log_likelihood(x, depth, batch, n_mc_samples, generator).cpu())
+        return float(torch.cat(found).double().mean())
+
+    def domains(self, k: int | None = None, adata: AnnData | None = None, seed: int = 0) -> np.ndarray:
         """Find ``k`` spatial domains by a Gaussian mixture on z_niche (z_cell without coordinates).
 
+        Without ``k`` the number with the best Bayesian information criterion is taken, 20 at most.
         Writes ``obs["spatial_domain"]`` and ``obsm["spatial_domain_probability"]``; returns int64 labels (cell,).
         """
         target = self.adata if adata is None else adata
         which = "niche" if self.module.shape.n_niche else "cell"
-        labels, probability = analysis.find_domains(self.get_latent_representation(adata, which), k, seed)
+        latent = self.get_latent_representation(adata, which)
+        k = analysis.choose_number(latent, seed) if k is None else k
+        labels, probability = analysis.find_domains(latent, k, seed)
         target.obs[_keys.DOMAIN] = pd.Categorical([str(label) for label in labels], [str(i) for i in range(k)])
         target.obsm[_keys.DOMAIN_PROBABILITY] = probability
         return labels

@@ -10,6 +10,7 @@ training the posterior means are principal components and their smooth part.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from spatialvae.encoder import CellEncoder, NicheEncoder
 from spatialvae.field import Field, laplacian_of
 from spatialvae.linear import Components, LinearStart
 
+LOG_2PI = math.log(2 * math.pi)
 LIKELIHOODS = ("nb", "zinb", "poisson")
 
 
@@ -80,6 +82,7 @@ class SpatialModule(nn.Module):
     noise_variance: Tensor
     gain: Tensor
     log_det: Tensor
+    spread: Tensor
     score_sd: Tensor
 
     def __init__(self, shape: Shape, start: LinearStart | None = None, log_share: np.ndarray | None = None) -> None:
@@ -101,6 +104,7 @@ class SpatialModule(nn.Module):
             "noise_variance": field.noise if field else np.zeros(0),
             "gain": field.gain if field else np.zeros(0),
             "log_det": np.array(start.log_det),
+            "spread": np.array(start.spread),
             "score_sd": np.sqrt(start.residual + 1e-8),
         }
         for name, value in given.items():
@@ -231,6 +235,36 @@ class SpatialModule(nn.Module):
         z_cell = _draw(cell_mean, cell_log_variance, generator)
         return loss.Terms(self.log_likelihood(x, depth, batch, z_cell, z_niche), cell_kl, niche_kl)
 
+    def marginal_log_likelihood(
+        self, x: Tensor, depth: Tensor, batch: Tensor, samples: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        r"""log p(x_i) of cells whose neighbours are not known, (B,), by importance sampling.
+
+        Without neighbours z_niche_i has its marginal prior N(0, diag M), M = v spread, and z_cell_i therefore
+        N(0, A M A' + S). z_cell is drawn from q(z_cell | x), z_niche from its exact conditional given z_cell:
+
+            log p(x) = log E_q [ p(x | z_cell, z_niche) p(z_cell) / q(z_cell | x) ]
+        """
+        mean, log_variance = self.infer_cell(x, depth, batch)
+        a, residual = self.niche_to_cell, self.log_residual.exp()
+        prior_variance = self.smooth_variance * self.spread
+        joint = torch.distributions.MultivariateNormal(
+            torch.zeros_like(residual), (a * prior_variance) @ a.T + residual.diag()
+        )
+        gain = (a / residual[:, None]).T  # A' S^-1
+        conditional = torch.linalg.inv(prior_variance.reciprocal().diag() + gain @ a)
+        factor = torch.linalg.cholesky(conditional)
+        weights = []
+        for _ in range(samples):
+            z_cell = _draw(mean, log_variance, generator)
+            off = (z_cell - mean) ** 2 * (-log_variance).exp()
+            log_q = -0.5 * (off + log_variance + LOG_2PI).sum(-1)
+            noise = torch.randn(len(x), len(factor), generator=generator).to(x.device)
+            z_niche = z_cell @ gain.T @ conditional + noise @ factor.T
+            likelihood = self.log_likelihood(x, depth, batch, z_cell, z_niche)
+            weights.append(likelihood + joint.log_prob(z_cell) - log_q)
+        return torch.logsumexp(torch.stack(weights), 0) - math.log(samples)
+
 
 def _draw(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None) -> Tensor:
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -244,4 +278,4 @@ def _blank_start(shape: Shape) -> LinearStart:
     )
     ones = np.ones(d)
     field = Field(np.zeros((c, d)), 1.0, ones, ones, ones, ones) if d else None
-    return LinearStart(components, field, np.zeros((c, d)), np.ones(c), 0.0)
+    return LinearStart(components, field, np.zeros((c, d)), np.ones(c), 0.0, 1.0)

@@ -32,7 +32,7 @@ def run(monkeypatch, *arguments):
     return stop.value.code
 
 
-def test_train_then_embed__write_whole_results(monkeypatch, tmp_path, table):
+def test_train_then_embed__write_whole_results(monkeypatch, capsys, tmp_path, table):
     out = tmp_path / "run"
     assert run(monkeypatch, "train", table, "--out", out, "--domains", 2, "--max-epochs", 2) == 0
     written = {p.name for p in out.iterdir()}
@@ -46,6 +46,10 @@ def test_train_then_embed__write_whole_results(monkeypatch, tmp_path, table):
     assert run(monkeypatch, "embed", table, "--model", out, "--out", tmp_path / "again.h5ad") == 0
     again = anndata.read_h5ad(tmp_path / "again.h5ad")
     np.testing.assert_array_equal(again.obsm["X_spatialvae"], first.obsm["X_spatialvae"])
+    scored = ["evaluate", out / "table.h5ad", "--model", out, "--labels", "spatial_domain", "--samples", 3]
+    capsys.readouterr()
+    assert run(monkeypatch, *scored) == 0
+    assert json.loads(capsys.readouterr().out)["ari"] == 1
 
 
 @pytest.mark.parametrize(

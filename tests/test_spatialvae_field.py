@@ -62,7 +62,9 @@ def test_smooth_part__of_a_pure_field_is_an_average_that_keeps_constants(section
     np.testing.assert_allclose(one.smooth_part(laplacian, np.ones((150, 1))), 1, atol=5e-3)
 
 
-def test_log_determinant__matches_dense(section):
+def test_spectral_means__match_dense(section):
     _, _, laplacian = section
-    exact = np.linalg.slogdet(np.eye(150) + 5 * laplacian.toarray())[1] / 150
-    assert field.log_determinant(laplacian, 5.0) == pytest.approx(exact, rel=0.02)
+    root = np.eye(150) + 5 * laplacian.toarray()
+    log_det, spread = field.spectral_means(laplacian, 5.0)
+    assert log_det == pytest.approx(np.linalg.slogdet(root)[1] / 150, rel=0.02)
+    assert spread == pytest.approx(np.trace(np.linalg.inv(root @ root)) / 150, rel=0.1)

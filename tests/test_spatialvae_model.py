@@ -190,6 +190,34 @@ def test_model__in_three_dimensions_with_a_cell_alone_in_its_section():
     assert np.isfinite(model.get_latent_representation()).all()
 
 
+def test_marginal_likelihood__matches_draws_from_the_prior():
+    """Two genes leave one dimension of each latent: the plain average over the prior converges."""
+    table = tissue(60, genes=2)
+    SpatialVAE.setup_anndata(table)
+    model = SpatialVAE(table)
+    model.train(3, batch_size=32, progress=False)
+    module, section = model.module, model._section
+    x = module.counts(section, np.arange(60))
+    generator = torch.Generator().manual_seed(0)
+    each = []
+    with torch.no_grad():
+        for _ in range(4000):
+            z_niche = torch.randn(60, module.shape.n_niche, generator=generator)
+            z_niche = z_niche * (module.smooth_variance * module.spread).sqrt()
+            noise = torch.randn(60, module.shape.n_cell, generator=generator)
+            z_cell = z_niche @ module.niche_to_cell.T + noise * (module.log_residual / 2).exp()
+            each.append(module.log_likelihood(x, section.depth, section.batch, z_cell, z_niche))
+    plain = (torch.logsumexp(torch.stack(each), 0) - np.log(4000)).mean().item()
+    assert model.get_marginal_ll(n_mc_samples=1000) == pytest.approx(plain, abs=0.03)
+
+
+def test_domains__number_is_chosen_when_not_given():
+    table = tissue(300)
+    SpatialVAE.setup_anndata(table)
+    model = SpatialVAE(table)
+    assert 2 <= len(set(model.domains())) <= 20
+
+
 def test_load__refuses_a_table_without_its_genes(trained, tmp_path):
     table, model = trained
     model.save(tmp_path / "model")
