@@ -10,7 +10,8 @@ import time
 import numpy as np
 from scipy import ndimage
 
-from merfish.imaging.registration import align, gaussian, measure_drift
+from merfish.imaging.preprocess import gaussian
+from merfish.imaging.registration import align, measure_drift
 
 BAD = ("dark", "noise", "out of range", "another field")
 ROUNDS = 8

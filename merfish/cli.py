@@ -31,6 +31,7 @@ BookFile = Annotated[Path, typer.Argument(help="Codebook file (CSV, or merfishto
 class Method(StrEnum):
     """How pixels or spots become words."""
 
+    spots = "spots"
     pixels = "pixels"
     hamming = "hamming"
 
@@ -64,7 +65,7 @@ def decode(
     ],
     codebook: Annotated[Path, typer.Option(help="Codebook file.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
-    method: Annotated[Method, typer.Option(help="Decoder.")] = Method.pixels,
+    method: Annotated[Method, typer.Option(help="Decoder.")] = Method.spots,
     preprocess: Annotated[
         bool, typer.Option(help="Filter and normalise the stack; --no-preprocess if that is done already.")
     ] = True,

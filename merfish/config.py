@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from merfish.decoding.filtering import MISIDENTIFICATION_RATE
+from merfish.decoding.methods import DEFAULT_METHOD, METHODS
 from merfish.errors import InputError
-from merfish.imaging.preprocess import BACKGROUND_SIGMA, SMOOTHING_SIGMA
 
 
 class RunConfig(BaseModel):
@@ -19,17 +18,33 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: Literal["pixels", "hamming"] = "pixels"
+    method: str = DEFAULT_METHOD
     # share of kept calls that may be wrong
     misidentification_rate: float = Field(default=MISIDENTIFICATION_RATE, gt=0, le=1)
-    # pixel, sigmas of the band-pass filter
-    smoothing: float = Field(default=SMOOTHING_SIGMA, ge=0)
-    background: float = Field(default=BACKGROUND_SIGMA, gt=0)
+    # pixel, sigmas of the band-pass filter; what the method wants when not given
+    smoothing: float | None = Field(default=None, ge=0)
+    background: float | None = Field(default=None, gt=0)
     # names of the stains, as channelName in the data organization; cells are not segmented without the first
     nuclei_stain: str = "DAPI"
     cytoplasm_stain: str = "polyT"
     # fields from which background and scale of the bits are estimated
     normalization_fields: int = Field(default=6, ge=1)
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"expected one of {', '.join(METHODS)}")
+        return name
+
+    @property
+    def filter_sigmas(self) -> tuple[float, float]:
+        """Smoothing and background sigma, pixel."""
+        method = METHODS[self.method]
+        return (
+            method.smoothing if self.smoothing is None else self.smoothing,
+            method.background if self.background is None else self.background,
+        )
 
 
 def read_config(path: str | os.PathLike[str] | None) -> RunConfig:

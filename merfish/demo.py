@@ -121,10 +121,12 @@ def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]
 
 
 def count_calls(bits: np.ndarray, codebook: Codebook, normalization: Any) -> dict[str, float]:
-    """Calls of genes and of blanks and their ratio, before any filtering."""
-    from merfish.pipeline import decode_filtered
+    """Calls of genes and of blanks that are more likely right than wrong, and their ratio."""
+    from merfish.decoding.filtering import rate_calls
+    from merfish.decoding.methods import decode_filtered
 
-    calls = decode_filtered(bits, codebook, normalization)
+    calls = rate_calls(decode_filtered(bits, codebook, normalization), codebook)
+    calls = calls[calls["probability"] > 0.5]
     blanks = int(calls["is_blank"].sum())
     return {"genes": len(calls) - blanks, "blanks": blanks, "ratio": (len(calls) - blanks) / max(blanks, 1)}
 

@@ -21,9 +21,8 @@ from merfish.cluster import map_fields
 from merfish.codebook import Codebook, read_codebook
 from merfish.config import RunConfig, read_config
 from merfish.decoding.filtering import MISIDENTIFICATION_RATE, keep_calls, rate_calls
-from merfish.decoding.molecules import extract_molecules
-from merfish.decoding.overlap import duplicates_between_fields, halos, merge_planes
-from merfish.decoding.pixels import decode_hard, decode_soft
+from merfish.decoding.methods import DEFAULT_METHOD, check_stack, decode_filtered, method_named
+from merfish.decoding.overlap import duplicates_between_fields
 from merfish.errors import InputError
 from merfish.imaging.experiment import Experiment, open_experiment, preflight
 from merfish.imaging.images import read_bits, read_fiducials, read_stack, read_stain
@@ -35,8 +34,6 @@ from merfish.transcripts import read_transcripts, transcript_table, write_transc
 if TYPE_CHECKING:
     from anndata import AnnData
 
-METHODS = {"pixels": decode_soft, "hamming": decode_hard}
-DEFAULT_METHOD = "pixels"
 OVERVIEW_WHITE = 1.5  # height, in molecules, that the overview picture shows as white
 
 
@@ -64,55 +61,11 @@ def decode_all(
     """As `decode`, with every molecule found, each with its probability to be right."""
     check_stack(stack, codebook)
     if preprocess:
-        stack = bandpass(stack)
+        stack = bandpass(stack, smoothing=method_named(method).smoothing, background=method_named(method).background)
         normalization = peak_normalization(stack)
     else:
         normalization = Normalization.identity(codebook.n_bits)
     return rate_calls(decode_filtered(stack, codebook, normalization, method=method), codebook)
-
-
-def decode_filtered(
-    stack: np.ndarray, codebook: Codebook, normalization: Normalization, *, method: str = DEFAULT_METHOD
-) -> pd.DataFrame:
-    """Every molecule found in a filtered stack (bit, y, x) or (bit, z, y, x), not yet rated nor filtered."""
-    if method not in METHODS:
-        raise InputError(f"method {method!r}: expected one of {', '.join(METHODS)}")
-    height = stack.shape[-2]
-    rows = stack.reshape(stack.shape[0], -1, stack.shape[-1])
-    pixels = METHODS[method](rows, codebook, normalization)
-    found = extract_molecules(pixels, rows, codebook, normalization, height=height)
-    mass = found.intensity * found.area
-    whole = np.flatnonzero(~halos(found.word, found.x, found.y, found.plane, mass))
-    keep, z = merge_planes(*(values[whole] for values in (found.word, found.x, found.y, found.plane, mass)))
-    keep = whole[keep]
-    in_bits = method == "hamming"
-    return transcript_table(
-        codebook,
-        found.word[keep],
-        x=found.x[keep],
-        y=found.y[keep],
-        z=z,
-        hamming_distance=(found.min_distance if in_bits else found.hamming_distance)[keep],
-        intensity=found.intensity[keep],
-        area=found.area[keep],
-        distance=np.nan if in_bits else found.distance[keep],
-    )
-
-
-def check_stack(stack: np.ndarray, codebook: Codebook) -> None:
-    """Raise InputError unless ``stack`` is (bit, [z,] y, x), real, finite, and has the codebook's bits."""
-    if stack.ndim not in (3, 4):
-        raise InputError(f"the stack has shape {stack.shape}, expected (bit, y, x) or (bit, z, y, x)")
-    if not (np.issubdtype(stack.dtype, np.floating) or np.issubdtype(stack.dtype, np.integer)):
-        raise InputError(f"the stack is of {stack.dtype}, expected integers or floats")
-    if stack.shape[0] != codebook.n_bits:
-        raise InputError(f"the stack has {stack.shape[0]} bits, the codebook has {codebook.n_bits}")
-    if not all(stack.shape):
-        raise InputError(f"the stack is empty: shape {stack.shape}")
-    if np.issubdtype(stack.dtype, np.floating):
-        for bit, name in enumerate(codebook.bit_names):
-            if not np.isfinite(stack[bit].sum(dtype=np.float64)):
-                raise InputError(f"bit {bit + 1} ({name}) of the stack holds NaN or infinity")
 
 
 def decode_file(
@@ -164,7 +117,9 @@ def register_field(experiment: Experiment, fov: int, config: RunConfig) -> Regis
     if lost:
         raise InputError(f"field {fov}: rounds {', '.join(map(str, lost))} do not match round 0 at any drift")
     aligned, valid = align(bits, drift[["dy", "dx"]].to_numpy(float)[round_of_bit])
-    return RegisteredField(bandpass(aligned, smoothing=config.smoothing, background=config.background), drift, valid)
+    return RegisteredField(
+        bandpass(aligned, smoothing=config.filter_sigmas[0], background=config.filter_sigmas[1]), drift, valid
+    )
 
 
 def process_field(

@@ -119,9 +119,7 @@ def nearest_neighbours(coordinates, samples, k):
     out = []
     for i, here in enumerate(coordinates):
         others = [
-            np.linalg.norm(here - there)
-            for j, there in enumerate(coordinates)
-            if j != i and samples[j] == samples[i]
+            np.linalg.norm(here - there) for j, there in enumerate(coordinates) if j != i and samples[j] == samples[i]
         ]
         out.append(sorted(others)[:k])
     return out
@@ -174,3 +172,21 @@ def cell_bound(x, shares, theta, mean, variance, prior_mean, prior_variance):
     for m, v, pm, pv in zip(mean, variance, prior_mean, prior_variance, strict=True):
         divergence += 0.5 * (v / pv + (m - pm) ** 2 / pv - 1 + np.log(pv / v))
     return log_likelihood, divergence
+
+
+def peaks(image, threshold):
+    """Pixels of an image (y, x) above a threshold that no neighbour exceeds, not on the border: (y, x) in scan order."""
+    return [
+        (y, x)
+        for y in range(1, image.shape[0] - 1)
+        for x in range(1, image.shape[1] - 1)
+        if image[y, x] > threshold and image[y, x] == image[y - 1 : y + 2, x - 1 : x + 2].max()
+    ]
+
+
+def word_scores(seen, ratio, log_prior, words):
+    """Log posterior odds of each word: its prior and what each of its on-bits shows."""
+    return [
+        log_prior[w] + sum(ratio[bit][seen[bit]] for bit in range(len(word)) if word[bit])
+        for w, word in enumerate(words)
+    ]

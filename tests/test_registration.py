@@ -14,9 +14,9 @@ from merfish.errors import InputError
 from merfish.imaging._kernels import filter_planes, patch_steps, remove_hot_pixels
 from merfish.imaging.experiment import open_experiment
 from merfish.imaging.images import read_fiducials
+from merfish.imaging.preprocess import gaussian
 from merfish.imaging.registration import (
     align,
-    gaussian,
     measure_drift,
     measure_field_drift,
     seen_by_all,

@@ -6,17 +6,28 @@ import numpy as np
 import pandas as pd
 
 from merfish.codebook import Codebook
+from merfish.decoding.spots import word_abundance
 
 MISIDENTIFICATION_RATE = 0.05  # share of kept calls that may be wrong; Chen et al. 2015 and MERlin aim at the same
 # What a few blanks cannot tell is taken from simulated fields of 0.003-0.03 molecules a pixel with known truth: log
-# odds of being wrong against log area, distance, log intensity and corrected bits, and the share that is wrong.
-PRIOR_SLOPES = np.array([-0.8, 4.0, 0.0, 2.0])
-PRIOR_WRONG = 0.08
-PRIOR_WEIGHT = 4.0  # of each slope, in calls; of the share, one quarter
+# odds of being wrong: constant, and slopes against log area, distance, log intensity and corrected bits.
+PRIOR_PIXELS = np.array([-3.5, -0.8, 4.0, 0.0, 2.0])
+# the same against the spot decoder's own log odds of being wrong, which are nearly right
+PRIOR_SPOTS = np.array([0.1, 0.83])
+# about the number of blanks that it takes to outweigh a prior's slopes; its constant weighs one quarter
+WEIGHT_PIXELS, WEIGHT_SPOTS = 4.0, 64.0
+# Of the spot decoder's wrong calls blanks get this share of what their abundance would have them get: 0.7-0.95 over
+# simulations of 30-130 genes, 0.003-0.03 molecules a pixel and 5-20 % of lost bits
+BLANK_DEFICIT = 0.8
+MAX_LOG_ODDS = 12.0
 
 
 def misidentification_probability(
-    features: np.ndarray, is_blank: np.ndarray, blank_fraction: float, prior_slopes: np.ndarray | None = None
+    features: np.ndarray,
+    is_blank: np.ndarray,
+    blank_fraction: float,
+    prior: np.ndarray | None = None,
+    weight: float = WEIGHT_PIXELS,
 ) -> np.ndarray:
     """Probability that each call is wrong.
 
@@ -25,8 +36,9 @@ def misidentification_probability(
     the features, which needs a few parameters where bins need as many as there are bins.
 
     features: (call, feature) float, anything that tells good calls from bad: brightness, area, distance.
-    is_blank: (call,) bool. blank_fraction: blank words over all words. prior_slopes: (feature,) expected change of
-    the log odds for each unit of a feature, 0 when not given; it fades as blanks are seen.
+    is_blank: (call,) bool. blank_fraction: blank words over all words. prior: (1 + feature,) expected log odds where
+    all features are 0 and their change for each unit of a feature, 0 when not given; weight: how many blanks it
+    takes to outweigh them.
     Returns (call,) float32 in [0, 1]; NaN for all calls if the codebook has no blanks.
     """
     n = len(is_blank)
@@ -35,28 +47,28 @@ def misidentification_probability(
     spread = features.std(axis=0)
     spread[spread == 0] = 1
     design = np.column_stack([np.ones(n), (features - features.mean(axis=0)) / spread])
-    prior = np.zeros(design.shape[1])
-    prior[0] = np.log(PRIOR_WRONG / (1 - PRIOR_WRONG))
-    if prior_slopes is not None:
-        prior[1:] = prior_slopes * spread
-    return _wrong_given_blanks(design, is_blank, blank_fraction, prior).astype(np.float32)
+    start = np.zeros(design.shape[1])
+    if prior is not None:
+        start[0] = prior[0] + features.mean(axis=0) @ prior[1:]
+        start[1:] = prior[1:] * spread
+    return _wrong_given_blanks(design, is_blank, blank_fraction, start, weight).astype(np.float32)
 
 
 def _wrong_given_blanks(
-    design: np.ndarray, is_blank: np.ndarray, blank_fraction: float, prior: np.ndarray
+    design: np.ndarray, is_blank: np.ndarray, blank_fraction: float, prior: np.ndarray, weight: float
 ) -> np.ndarray:
     """Logistic regression of a hidden label: P(wrong) = s(design @ slope), P(blank) = blank_fraction * P(wrong).
 
     Fisher scoring with a normal prior; the first column of ``design`` is the constant.
     """
-    weight = np.full(len(prior), PRIOR_WEIGHT)
-    weight[0] /= 4
+    stiffness = np.full(len(prior), weight)
+    stiffness[0] /= 4
     slope = prior.copy()
     for _ in range(100):
         wrong = 1 / (1 + np.exp(-np.clip(design @ slope, -30, 30)))
         blank = blank_fraction * wrong
-        gradient = design.T @ ((is_blank - blank) * (1 - wrong) / (1 - blank)) - weight * (slope - prior)
-        information = (design * (blank * (1 - wrong) ** 2 / (1 - blank))[:, None]).T @ design + np.diag(weight)
+        gradient = design.T @ ((is_blank - blank) * (1 - wrong) / (1 - blank)) - stiffness * (slope - prior)
+        information = (design * (blank * (1 - wrong) ** 2 / (1 - blank))[:, None]).T @ design + np.diag(stiffness)
         step = np.clip(np.linalg.solve(information, gradient), -1, 1)
         slope += step
         if np.abs(step).max() < 1e-8:
@@ -95,11 +107,21 @@ def call_features(calls: pd.DataFrame) -> np.ndarray:
 
 
 def rate_calls(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
-    """The same table with ``probability``, that each call is right, learnt from the blanks of all its rows."""
-    blank_fraction = float(codebook.is_blank.mean())
-    wrong = misidentification_probability(
-        call_features(calls), calls["is_blank"].to_numpy(bool), blank_fraction, PRIOR_SLOPES
-    )
+    """The same table with ``probability``, that each call is right, learnt from the blanks of all its rows.
+
+    A probability that the decoder has given is taken as the one feature, else there are those of `call_features`.
+    """
+    stated = calls["probability"].to_numpy(float)
+    if len(calls) and not np.isnan(stated).any():
+        odds = np.log(np.maximum(1 - stated, 1e-9)) - np.log(np.maximum(stated, 1e-9))
+        features, prior, weight = np.clip(odds, -MAX_LOG_ODDS, MAX_LOG_ODDS)[:, None], PRIOR_SPOTS, WEIGHT_SPOTS
+        abundance = word_abundance(calls["barcode_id"].to_numpy(), stated, codebook.is_blank)
+        blank_fraction = BLANK_DEFICIT * float(abundance[codebook.is_blank].sum())
+    else:
+        features, prior, weight = call_features(calls), PRIOR_PIXELS, WEIGHT_PIXELS
+        blank_fraction = float(codebook.is_blank.mean())
+    is_blank = calls["is_blank"].to_numpy(bool)
+    wrong = misidentification_probability(features, is_blank, blank_fraction, prior, weight)
     return calls.assign(probability=(1 - wrong).astype(np.float32))
 
 

@@ -54,6 +54,18 @@ def halos(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mas
     return halo
 
 
+def once(
+    word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mass: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each molecule of a field once: without `halos`, and with its sightings in several planes merged.
+
+    All arrays (molecule,). Returns keep and z as `merge_planes` does.
+    """
+    whole = np.flatnonzero(~halos(word, x, y, plane, mass))
+    keep, z = merge_planes(word[whole], x[whole], y[whole], plane[whole], mass[whole])
+    return whole[keep], z
+
+
 def duplicates_between_fields(
     word: np.ndarray, global_x: np.ndarray, global_y: np.ndarray, fov: np.ndarray, edge_distance: np.ndarray
 ) -> np.ndarray:

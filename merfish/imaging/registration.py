@@ -8,6 +8,7 @@ from scipy import ndimage, spatial, special
 
 from merfish.errors import InputError
 from merfish.imaging._kernels import filter_planes, patch_steps, remove_hot_pixels, warp_planes
+from merfish.imaging.preprocess import gaussian
 
 MAX_DRIFT = 40.0  # pixel, along y and along x
 # Beads are sought as blobs of this sigma in the image and in copies binned 2 x 2 and 4 x 4: sharp beads in the
@@ -147,16 +148,6 @@ def _blob_centers(image: np.ndarray) -> np.ndarray:
 
 def _blob_filter(image: np.ndarray) -> np.ndarray:
     return gaussian(image, _BLOB_SIGMA) - gaussian(image, 2 * _BLOB_SIGMA)
-
-
-def gaussian(image: np.ndarray, sigma: float) -> np.ndarray:
-    """An image (y, x) smoothed with a Gaussian of ``sigma`` px, cut at 4 sigma, float32; mirrored at its edges."""
-    radius = int(np.ceil(4 * sigma))
-    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    taps = (taps / taps.sum()).astype(np.float32)[None]
-    out = np.empty((1, *image.shape), np.float32)
-    filter_planes(image[None], np.full((1, 2), -radius), taps, taps, out)
-    return out[0]
 
 
 def paraboloid_tops(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,210 @@
+"""The loops of the spot decoder: plain arrays in, ``out`` arrays filled."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from merfish._jit import kernel
+
+
+@kernel
+def fill_grid(x, y, cell, n_across, start, order):
+    """Sort points into square cells: start (cells + 1,) int64 and order (point,) int64 list the points cell by cell."""
+    start[:] = 0
+    for i in range(len(x)):
+        start[int(y[i] / cell) * n_across + int(x[i] / cell) + 1] += 1
+    for c in range(1, len(start)):
+        start[c] += start[c - 1]
+    place = start[:-1].copy()
+    for i in range(len(x)):
+        c = int(y[i] / cell) * n_across + int(x[i] / cell)
+        order[place[c]] = i
+        place[c] += 1
+
+
+@kernel
+def sample(image, y, x, first_row, last_row):
+    """Value of an image (row, x) at a place between pixels, linear; outside, the nearest edge."""
+    width = image.shape[1]
+    y = min(max(y, first_row), last_row)
+    x = min(max(x, 0.0), width - 1.0)
+    row = min(int(y), last_row - 1)
+    column = min(int(x), width - 2)
+    v = y - row
+    u = x - column
+    upper = image[row, column] * (1 - u) + image[row, column + 1] * u
+    lower = image[row + 1, column] * (1 - u) + image[row + 1, column + 1] * u
+    return upper * (1 - v) + lower * v
+
+
+@kernel
+def observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, stack, height, members, seen):
+    """Gather around a peak the nearest free peak of each bit, and say what each bit shows.
+
+    px, py, pb, pa (peak,): place, bit and height; taken (peak,) bool. out: members (bit,) int64, peak or -1;
+    seen (bit,) int64: bin of what is observed, see `bin_of`. Returns centre x, y and brightness, the mean height of
+    the members but for the weakest and the brightest when there are four and more.
+    """
+    n_bits = len(members)
+    n_cells = len(start) - 1
+    cx, cy = px[seed], py[seed]
+    plane = int(cy) // height
+    best = np.empty(n_bits)
+    for _ in range(2):
+        members[:] = -1
+        best[:] = radius * radius
+        row, column = int(cy / cell), int(cx / cell)
+        for r in range(row - 1, row + 2):
+            for c in range(column - 1, column + 2):
+                if r < 0 or c < 0 or c >= n_across or r * n_across + c >= n_cells:
+                    continue
+                for k in range(start[r * n_across + c], start[r * n_across + c + 1]):
+                    i = order[k]
+                    if taken[i]:
+                        continue
+                    d = (px[i] - cx) ** 2 + (py[i] - cy) ** 2
+                    if d < best[pb[i]] and int(py[i]) // height == plane:
+                        best[pb[i]] = d
+                        members[pb[i]] = i
+        sx = sy = mass = 0.0
+        for bit in range(n_bits):
+            i = members[bit]
+            if i >= 0:
+                # what lies far off is more likely somebody else's
+                w = min(pa[i], 2.0) * np.exp(-best[bit] / (0.5 * radius * radius))
+                sx += w * px[i]
+                sy += w * py[i]
+                mass += w
+        if mass == 0.0:
+            break
+        cx, cy = sx / mass, sy / mass
+    total = 0.0
+    number = 0
+    low, high = np.inf, -np.inf
+    for bit in range(n_bits):
+        i = members[bit]
+        if i >= 0:
+            total += pa[i]
+            number += 1
+            low = min(low, pa[i])
+            high = max(high, pa[i])
+    bright = total / max(number, 1)
+    if number >= 4:
+        bright = (total - low - high) / (number - 2)
+    first_row = plane * height
+    for bit in range(n_bits):
+        i = members[bit]
+        if i >= 0:
+            d = np.sqrt((px[i] - cx) ** 2 + (py[i] - cy) ** 2)
+            seen[bit] = bin_of(d / radius, pa[i] / bright)
+        else:
+            v = sample(stack[bit], cy, cx, first_row, first_row + height - 1)
+            seen[bit] = bin_of(-1.0, v / bright)
+    return cx, cy, bright
+
+
+# Bins of distance and of height of a peak, and of brightness of a place without one.
+N_NEAR, N_HEIGHT, N_EMPTY = 6, 8, 10
+N_BINS = N_NEAR * N_HEIGHT + N_EMPTY
+LOWEST_LOG_HEIGHT, LOG_HEIGHT_STEP = -1.6, 0.4
+LOWEST_EMPTY, EMPTY_STEP = -0.1, 0.12
+
+
+@kernel
+def bin_of(near, height):
+    """Bin of an observation: a peak at ``near`` (share of the radius) of relative height, or (near < 0) no peak."""
+    if near >= 0:
+        a = int(np.floor((np.log(max(height, 1e-6)) - LOWEST_LOG_HEIGHT) / LOG_HEIGHT_STEP))
+        return min(int(near * N_NEAR), N_NEAR - 1) * N_HEIGHT + min(max(a, 0), N_HEIGHT - 1)
+    return N_NEAR * N_HEIGHT + min(max(int((height - LOWEST_EMPTY) / EMPTY_STEP), 0), N_EMPTY - 1)
+
+
+@kernel
+def best_word(seen, ratio, log_prior, word_bits, word_weight, score):
+    """Log posterior odds of each word (word,) into ``score``; returns the best word."""
+    best = 0
+    for w in range(len(word_weight)):
+        total = log_prior[w]
+        for k in range(word_weight[w]):
+            bit = word_bits[w, k]
+            total += ratio[bit, seen[bit]]
+        score[w] = total
+        if total > score[best]:
+            best = w
+    return best
+
+
+@kernel
+def call_molecules(
+    px, py, pb, pa, start, order, cell, n_across, radius, stack, height,
+    ratio, log_prior, word_bits, word_weight, words, floor, explained, table, evidence, observed,
+):  # fmt: skip
+    """Call molecules from the most certain on, each from peaks that no other has taken.
+
+    px, py, pb, pa (peak,) with their grid (see `fill_grid`); ratio (bit, bin) log of how much likelier an observation
+    is where the bit is on in the word; log_prior (word,); words (word, bit) uint8. Calls end at a score below
+    ``floor``. A call takes the peaks of its word's bits, and others within ``explained`` px: they are its errors.
+    out, a row a call: table (x, y, brightness, score, log odds against all other words), evidence (word, errors),
+    observed (bin of each bit). Returns the number of calls.
+    """
+    n_peaks = len(px)
+    n_bits = stack.shape[0]
+    taken = np.zeros(n_peaks, np.bool_)
+    members = np.empty(n_bits, np.int64)
+    seen = np.empty(n_bits, np.int64)
+    score = np.empty(len(word_weight))
+    heap = [(0.0, -1)]
+    for seed in range(n_peaks):
+        observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, stack, height, members, seen)
+        best = best_word(seen, ratio, log_prior, word_bits, word_weight, score)
+        if score[best] >= floor:
+            heap.append((-score[best], seed))
+    heapq.heapify(heap)
+    calls = 0
+    while len(heap) > 0:
+        negative, seed = heapq.heappop(heap)
+        if seed < 0 or taken[seed]:
+            continue
+        cx, cy, bright = observe(
+            seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, stack, height, members, seen
+        )
+        best = best_word(seen, ratio, log_prior, word_bits, word_weight, score)
+        if score[best] < floor:
+            continue
+        if score[best] < -negative - 1e-9:
+            heapq.heappush(heap, (-score[best], seed))
+            continue
+        others = 0.0
+        for w in range(len(word_weight)):
+            if w != best:
+                others += np.exp(score[w] - score[best])
+        errors = 0
+        sx = sy = mass = 0.0
+        for bit in range(n_bits):
+            i = members[bit]
+            on = words[best, bit] != 0
+            if i >= 0:
+                near = (px[i] - cx) ** 2 + (py[i] - cy) ** 2 <= explained * explained
+                if on or near:
+                    taken[i] = True
+                if on:
+                    sx += pa[i] * px[i]
+                    sy += pa[i] * py[i]
+                    mass += pa[i]
+                elif near:
+                    errors += 1
+            elif on:
+                errors += 1
+            observed[calls, bit] = seen[bit]
+        taken[seed] = True
+        if mass > 0:
+            cx, cy = sx / mass, sy / mass
+        table[calls, 0], table[calls, 1], table[calls, 2] = cx, cy, bright
+        table[calls, 3], table[calls, 4] = score[best], -np.log(max(others, 1e-30))
+        evidence[calls, 0], evidence[calls, 1] = best, errors
+        calls += 1
+        if calls == len(table):
+            break
+    return calls

@@ -1,0 +1,118 @@
+"""The decoders by name, and the filter that each wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from merfish.codebook import Codebook
+from merfish.decoding.molecules import extract_molecules
+from merfish.decoding.overlap import once
+from merfish.decoding.pixels import DecodedPixels, decode_hard, decode_soft
+from merfish.decoding.spots import decode_spots
+from merfish.errors import InputError
+from merfish.imaging.normalize import Normalization
+from merfish.transcripts import transcript_table
+
+Finder = Callable[[np.ndarray, Codebook, Normalization, int], pd.DataFrame]
+
+
+def find_by_pixels(stack: np.ndarray, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
+    """Molecules as patches of pixels nearest to one word, by angle."""
+    pixels = decode_soft(stack, codebook, normalization)
+    return _patches(pixels, stack, codebook, normalization, height)
+
+
+def find_by_hamming(stack: np.ndarray, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
+    """Molecules as patches of pixels whose binarised bits a word explains with a correctable error."""
+    pixels = decode_hard(stack, codebook, normalization)
+    calls = _patches(pixels, stack, codebook, normalization, height)
+    # what was measured is bits, not an angle
+    return calls.assign(hamming_distance=calls["distance"].round().astype(np.int8), distance=np.float32(np.nan))
+
+
+def _patches(
+    pixels: DecodedPixels, stack: np.ndarray, codebook: Codebook, normalization: Normalization, height: int
+) -> pd.DataFrame:
+    found = extract_molecules(pixels, stack, codebook, normalization, height=height)
+    keep, z = once(found.word, found.x, found.y, found.plane, found.intensity * found.area)
+    return transcript_table(
+        codebook,
+        found.word[keep],
+        x=found.x[keep],
+        y=found.y[keep],
+        z=z,
+        hamming_distance=found.hamming_distance[keep],
+        intensity=found.intensity[keep],
+        area=found.area[keep],
+        distance=found.distance[keep],
+    )
+
+
+def find_by_spots(stack: np.ndarray, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
+    """Molecules as spots linked across bits; ``probability`` is the posterior of the word."""
+    found = decode_spots(stack, codebook, normalization, height=height)
+    keep, z = once(found.word, found.x, found.y, found.plane, found.intensity)
+    return transcript_table(
+        codebook,
+        found.word[keep],
+        x=found.x[keep],
+        y=found.y[keep],
+        z=z,
+        hamming_distance=found.errors[keep],
+        intensity=found.intensity[keep],
+        probability=1 / (1 + np.exp(-found.log_odds[keep])),
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A decoder with the sigmas (pixel) of the band-pass filter before it (see `merfish.imaging.preprocess`)."""
+
+    find: Finder
+    smoothing: float
+    background: float
+
+
+METHODS = {
+    # spots gain from sharp images, in which neighbours stay apart
+    "spots": Method(find_by_spots, smoothing=0.7, background=1.6),
+    # pixels gain from smooth ones; the background is wider than any spot and narrower than cells' glow
+    "pixels": Method(find_by_pixels, smoothing=1.0, background=3.0),
+    "hamming": Method(find_by_hamming, smoothing=1.0, background=3.0),
+}
+DEFAULT_METHOD = "spots"
+
+
+def method_named(name: str) -> Method:
+    """The decoder of that name. Raises InputError listing those there are."""
+    if name not in METHODS:
+        raise InputError(f"method {name!r}: expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def decode_filtered(
+    stack: np.ndarray, codebook: Codebook, normalization: Normalization, *, method: str = DEFAULT_METHOD
+) -> pd.DataFrame:
+    """Every molecule found in a filtered stack (bit, y, x) or (bit, z, y, x), not yet rated nor filtered."""
+    rows = stack.reshape(stack.shape[0], -1, stack.shape[-1])
+    return method_named(method).find(rows, codebook, normalization, stack.shape[-2])
+
+
+def check_stack(stack: np.ndarray, codebook: Codebook) -> None:
+    """Raise InputError unless ``stack`` is (bit, [z,] y, x), real, finite, and has the codebook's bits."""
+    if stack.ndim not in (3, 4):
+        raise InputError(f"the stack has shape {stack.shape}, expected (bit, y, x) or (bit, z, y, x)")
+    if not (np.issubdtype(stack.dtype, np.floating) or np.issubdtype(stack.dtype, np.integer)):
+        raise InputError(f"the stack is of {stack.dtype}, expected integers or floats")
+    if stack.shape[0] != codebook.n_bits:
+        raise InputError(f"the stack has {stack.shape[0]} bits, the codebook has {codebook.n_bits}")
+    if not all(stack.shape):
+        raise InputError(f"the stack is empty: shape {stack.shape}")
+    if np.issubdtype(stack.dtype, np.floating):
+        for bit, name in enumerate(codebook.bit_names):
+            if not np.isfinite(stack[bit].sum(dtype=np.float64)):
+                raise InputError(f"bit {bit + 1} ({name}) of the stack holds NaN or infinity")

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import ndimage
+
+import reference
+from merfish import decode, mhd4_codebook, simulate_stack
+from merfish.decoding import _spot_kernels as kernels
+from merfish.decoding.filtering import keep_calls
+from merfish.decoding.overlap import halos
+from merfish.decoding.pixels import on_bits
+from merfish.decoding.spots import RADIUS, start_log_ratio, word_abundance
+from merfish.imaging.normalize import locate_peaks, weighted_median
+from merfish.pipeline import decode_all
+from merfish.simulate import match_calls, score_calls
+
+BOOK = mhd4_codebook([f"g{k}" for k in range(130)])
+
+
+@given(arrays(np.float32, (2, 8, 9), elements=st.floats(0, 9, width=16), unique=True))
+def test_locate_peaks_equals_the_reference(stack):
+    for image, (x, y, value) in zip(stack, locate_peaks(stack, 8, np.array([2.0, 5.0])), strict=True):
+        expected = reference.peaks(image, 2.0 if image is stack[0] or (image == stack[0]).all() else 5.0)
+        assert len(x) == len(expected)
+        for (row, column), px, py, top in zip(expected, x, y, value, strict=True):
+            assert abs(px - column) <= 1
+            assert abs(py - row) <= 1
+            assert top >= image[row, column]
+
+
+def test_locate_peaks_finds_the_middle_of_a_spot_and_keeps_planes_apart():
+    y, x = np.mgrid[:20, :20]
+    spot = np.exp(-((x - 9.3) ** 2 + (y - 11.6) ** 2) / (2 * 1.3**2)).astype(np.float32)
+    rows = np.concatenate([spot, 2 * spot])[None]
+    ((px, py, value),) = locate_peaks(rows, 20, np.array([0.5]))
+    assert px == pytest.approx([9.3, 9.3], abs=0.05)
+    assert py == pytest.approx([11.6, 31.6], abs=0.05)
+    assert value == pytest.approx([1, 2], rel=0.1)
+
+
+def test_locate_peaks_finds_more_than_it_has_room_for_at_first():
+    stack = np.zeros((1, 41, 41), np.float32)
+    stack[0, 1:-1:2, 1:-1:2] = np.arange(1, 401).reshape(20, 20)
+    assert len(locate_peaks(stack, 41, np.array([0.5]))[0][0]) == 400
+
+
+@given(st.data())
+def test_best_word_equals_the_reference(data):
+    seen = data.draw(arrays(np.int64, 16, elements=st.integers(0, kernels.N_BINS - 1)))
+    ratio = data.draw(arrays(np.float64, (16, kernels.N_BINS), elements=st.floats(-5, 5, width=16), fill=st.just(0)))
+    prior = np.log(np.full(BOOK.n_words, 1 / BOOK.n_words))
+    score = np.empty(BOOK.n_words)
+    best = kernels.best_word(seen, ratio, prior, *on_bits(BOOK), score)
+    expected = reference.word_scores(seen, ratio, prior, BOOK.words)
+    assert score == pytest.approx(expected)
+    assert best == int(np.argmax(score))
+
+
+@given(st.lists(st.tuples(st.floats(0, 9.9), st.floats(0, 5.9)), max_size=20))
+def test_fill_grid_lists_every_point_in_its_cell(points):
+    x, y = np.array(points, float).reshape(-1, 2).T
+    start, order = np.empty(5 * 3 + 1, np.int64), np.empty(len(x), np.int64)
+    kernels.fill_grid(x, y, 2.0, 5, start, order)
+    assert sorted(order.tolist()) == list(range(len(x)))
+    for cell in range(15):
+        for i in order[start[cell] : start[cell + 1]]:
+            assert int(y[i] / 2) * 5 + int(x[i] / 2) == cell
+
+
+@given(st.floats(0, 7), st.floats(0, 5))
+def test_sample_is_linear_interpolation(x, y):
+    image = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    expected = ndimage.map_coordinates(image.astype(float), [[y], [x]], order=1, mode="nearest")[0]
+    assert kernels.sample(image, y, x, 0, 5) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_start_favours_near_peaks_of_like_height_and_dark_places_least():
+    ratio = start_log_ratio()
+    near = ratio[kernels.bin_of(0.05, 1.0)]
+    assert near > ratio[kernels.bin_of(0.05, 0.3)]
+    assert near > ratio[kernels.bin_of(0.9, 1.0)]
+    assert near > 2
+    assert ratio[kernels.bin_of(-1.0, 0.0)] < -1
+
+
+def test_blanks_get_the_abundance_of_the_median_gene():
+    is_blank = np.array([False, False, False, True])
+    share = word_abundance(np.repeat([0, 1, 2], [95, 15, 5]), np.ones(115), is_blank)
+    assert share.sum() == pytest.approx(1)
+    assert share[3] == pytest.approx(share[1])
+
+
+@pytest.fixture(scope="module")
+def field():
+    return simulate_stack(BOOK, shape=(384, 384), density=0.01, seed=4)
+
+
+def test_spots_find_more_than_pixels_and_say_how_sure_they_are(field):
+    stack, truth = field
+    found = decode_all(stack, BOOK, method="spots")
+    score = score_calls(keep_calls(found), truth, shape=(384, 384))
+    assert score["recall"] > 0.78
+    assert score["precision"] > 0.92
+    assert score["median_error"] < 0.1
+    assert score["recall"] > score_calls(decode(stack, BOOK, method="pixels"), truth, shape=(384, 384))["recall"]
+    right = np.zeros(len(found), bool)
+    right[match_calls(found, truth)[0]] = True
+    for low, high in ((0.5, 0.9), (0.9, 1.01)):
+        chosen = found["probability"].between(low, high, inclusive="left")
+        assert right[chosen].mean() == pytest.approx(found.loc[chosen, "probability"].mean(), abs=0.06)
+
+
+def test_spots_are_deterministic_and_do_not_care_about_the_order_of_bits(field):
+    stack = field[0][:, :192, :192]
+    first, again = (decode(stack, BOOK, method="spots") for _ in range(2))
+    assert first.equals(again)
+    order = np.random.default_rng(0).permutation(16)
+    permuted = decode(stack[order], BOOK.permuted(order), method="spots")
+    keys = ["barcode_id", "x", "y"]
+    assert len(permuted) == pytest.approx(len(first), abs=2)
+    merged = first[keys].round(2).merge(permuted[keys].round(2))
+    assert len(merged) > 0.97 * len(first)
+
+
+def test_spots_of_planes_see_a_molecule_once(field):
+    stack = field[0][:, :192, :192]
+    planes = np.stack([stack, stack], axis=1)
+    single, double = decode(stack, BOOK), decode(planes, BOOK)
+    assert len(double) == pytest.approx(len(single), rel=0.1)
+    assert double["z"].median() == pytest.approx(0.5, abs=0.1)
+
+
+def test_no_two_calls_share_a_peak(field):
+    calls = decode_all(field[0], BOOK, method="spots")
+    same = calls.groupby("barcode_id")[["x", "y"]].apply(
+        lambda group: len(group) - len(group.round(1).drop_duplicates())
+    )
+    assert same.sum() == 0
+
+
+def test_halos_are_weak_near_a_strong_molecule_of_their_word():
+    word, plane = np.array([1, 1, 1, 2, 1]), np.array([0, 0, 0, 0, 2])
+    x = np.array([10.0, 13.0, 14.0, 12.0, 11.0])
+    halo = halos(word, x, np.zeros(5), plane, np.array([10.0, 1.0, 9.0, 1.0, 1.0]))
+    assert halo.tolist() == [False, True, False, False, False]
+
+
+def test_weighted_median_is_not_moved_by_many_small_values():
+    heights = np.concatenate([np.full(50, 10.0), np.full(200, 0.5)])
+    assert weighted_median(heights) == 10.0
+    assert np.median(heights) == 0.5
+
+
+def test_radius_fits_the_grid():
+    from merfish.decoding.spots import GRID
+
+    assert RADIUS <= GRID  # only neighbouring cells are searched
