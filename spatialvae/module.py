@@ -44,7 +44,8 @@ class Shape:
 class Section:
     """A table as the model reads it: counts stay sparse, the rest are tensors over cells.
 
-    ``features`` (cell, F), ``smooth`` (cell, D); ``wide`` and ``near`` int64 (cell, slot), -1 where empty;
+    ``features`` (cell, F), ``smooth`` (cell, D), ``local`` (cell, D), the field's directions averaged over the cell and
+    its wide neighbours; ``wide`` and ``near`` int64 (cell, slot), -1 where empty;
     ``distance`` (cell, slot of wide), log(1 + d / median d).
     """
 
@@ -53,6 +54,7 @@ class Section:
     batch: Tensor
     features: Tensor
     smooth: Tensor
+    local: Tensor
     wide: Tensor
     distance: Tensor
     near: Tensor
@@ -136,9 +138,12 @@ class SpatialModule(nn.Module):
         scores = components.scores(cells)
         n = cells.n_cells
         smooth, wide, near = np.zeros((n, 0), np.float32), np.zeros((n, 0), int), np.zeros((n, 0), int)
-        distance = np.zeros((n, 0), np.float32)
+        distance, local = np.zeros((n, 0), np.float32), smooth
         if graphs is not None and self.shape.n_niche:
-            smooth = self.field().smooth_part(laplacian_of(graphs.near.adjacency()), scores)
+            field = self.field()
+            smooth = field.smooth_part(laplacian_of(graphs.near.adjacency()), scores)
+            y = np.asarray(scores @ field.directions, np.float32)
+            local = (y + graphs.wide.adjacency() @ y) / (1 + graphs.wide.degree)[:, None]
             wide, near = graphs.wide.index, graphs.near.index
             far = graphs.wide.distance
             middle = np.median(far[np.isfinite(far)]) if np.isfinite(far).any() else 1.0
@@ -150,6 +155,7 @@ class SpatialModule(nn.Module):
             torch.tensor(cells.batches),
             torch.tensor(features, dtype=torch.float32),
             torch.tensor(smooth),
+            torch.tensor(local, dtype=torch.float32),
             torch.tensor(wide, dtype=torch.int64),
             torch.tensor(distance, dtype=torch.float32),
             torch.tensor(near, dtype=torch.int64),

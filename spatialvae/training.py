@@ -63,7 +63,7 @@ def _train(
     order = along_curve(xyz, section.cells.samples) if xyz is not None else rng.permutation(n)
     patch = PATCH if xyz is not None else 1
     rows, held_rows = order[~held[order]], np.flatnonzero(held)
-    optimiser = torch.optim.Adam(module.parameters(), plan.learning_rate, weight_decay=plan.weight_decay)
+    optimiser = torch.optim.Adam(module.parameters(), plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
     history: list[dict[str, float]] = []
     best, best_state, waited = -np.inf, None, 0
     for epoch in range(plan.max_epochs):
@@ -71,12 +71,12 @@ def _train(
         module.train()
         total = 0.0
         for batch in minibatches(rows, plan.batch_size, patch, rng):
-            bound = module.terms(section, batch, generator).elbo(weight)
+            terms = module.terms(section, batch, generator)
             optimiser.zero_grad(set_to_none=True)
-            (-bound.mean()).backward()
+            (-terms.elbo(weight).mean()).backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 100.0)
             optimiser.step()
-            total += float(bound.detach().sum())
+            total += float(terms.elbo().detach().sum())
         row = {"epoch": float(epoch), "kl_weight": weight, "elbo_train": total / max(len(rows), 1)}
         if len(held_rows):
             row |= evaluate(module, section, held_rows, plan.batch_size, plan.seed)

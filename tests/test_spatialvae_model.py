@@ -105,8 +105,12 @@ def test_untrained_latents__are_components_and_their_smooth_part():
     logs = np.log1p(x / x.sum(1, keepdims=True) * np.median(x.sum(1)))
     left, values, _ = np.linalg.svd(logs - logs.mean(0), full_matrices=False)
     np.testing.assert_allclose(np.abs(cell), np.abs(left * values)[:, : cell.shape[1]], atol=2e-3)
-    smooth = model.module.field().smooth_part(laplacian_of(_near(model)), cell.astype(np.float32))
-    np.testing.assert_allclose(model.get_latent_representation(which="niche"), smooth, atol=2e-3)
+    field = model.module.field()
+    smooth = field.smooth_part(laplacian_of(_near(model)), cell)
+    near = model._section.wide.numpy()
+    average = np.stack([cell[[i, *near[i]]].mean(0) for i in range(len(cell))]) @ field.directions
+    niche = model.get_latent_representation(which="niche")
+    np.testing.assert_allclose(niche, (smooth + average) / 2, atol=2e-3)
 
 
 def _near(model):
