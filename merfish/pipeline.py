@@ -20,6 +20,7 @@ from merfish._files import whole_file
 from merfish.cluster import map_fields
 from merfish.codebook import Codebook, read_codebook
 from merfish.config import RunConfig, read_config
+from merfish.decoding.error_model import bit_error_rates, word_statistics
 from merfish.decoding.filtering import MISIDENTIFICATION_RATE, keep_calls, rate_calls
 from merfish.decoding.methods import DEFAULT_METHOD, check_stack, decode_filtered, method_named
 from merfish.decoding.overlap import duplicates_between_fields
@@ -92,6 +93,7 @@ def decode_file(
                 "misidentification_rate": misidentification_rate,
             },
             "inputs": inputs,
+            "bit_error_rates": bit_error_rates(found, book).to_dict("list"),
             "figures": call_figures(found, kept),
             "seconds": {"total": time.perf_counter() - started},
         }
@@ -326,6 +328,8 @@ def combine(
         cells["cell_id"].to_numpy(),
     )
     table = count_table(distinct, cells, experiment.codebook)
+    words = word_statistics(found, kept, experiment.codebook).set_index("gene")
+    table.var[["detection_efficiency", "confidence_ratio"]] = words[["detection_efficiency", "confidence_ratio"]]
     cells["n_transcripts"] = table.obs["n_transcripts"].to_numpy()
 
     write_transcripts(found, out / runfolder.ALL_TRANSCRIPTS)
@@ -344,6 +348,7 @@ def combine(
             "background": normalization.background.tolist(),
             "scale": normalization.scale.tolist(),
         },
+        "bit_error_rates": bit_error_rates(found, experiment.codebook).to_dict("list"),
         "fields": fields,
         "failed": failed,
         "figures": {

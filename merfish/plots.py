@@ -112,6 +112,27 @@ def bit_brightness(scale: np.ndarray, background: np.ndarray, names: Sequence[st
     return figure
 
 
+def error_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
+    """1->0 and 0->1 rates of each bit with their intervals (see `merfish.decoding.error_model.bit_error_rates`)."""
+    figure, (ax,) = new_figure(6.4, 3.6)
+    places = np.arange(len(rates["bit"]))
+    for kind, label, colour, shift in (("lost", "1→0", GENE, -0.12), ("gained", "0→1", BLANK, 0.12)):
+        rate, low, high = (np.array(rates[kind + end], dtype=float) for end in ("", "_low", "_high"))
+        ax.errorbar(
+            places + shift,
+            rate,
+            np.maximum([rate - low, high - rate], 0),
+            fmt="o",
+            markersize=4,
+            color=colour,
+            label=label,
+        )
+    ax.set_xticks(places, [str(name) for name in rates["bit"]], rotation=90, fontsize=8)
+    ax.set(ylabel="error rate, 95 % interval", ylim=(0, None))
+    ax.legend(fontsize=8, frameon=False, ncols=2)
+    return figure
+
+
 def words_called(found: pd.DataFrame, kept: pd.DataFrame, names: Sequence[str], is_blank: np.ndarray) -> Figure:
     """Molecules of each word, most abundant first, blanks in red; pale: found, but not kept."""
     figure, (ax,) = new_figure(11, 3.4)

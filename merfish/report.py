@@ -113,6 +113,7 @@ def run_sections(out: Path) -> list[Section]:
                     ),
                     "Brightness of a molecule in each bit",
                 ),
+                picture(plots.error_rates(run["bit_error_rates"]), "How often a bit is lost or gained, from the calls"),
             ],
         ),
     ]

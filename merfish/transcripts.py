@@ -14,7 +14,8 @@ from merfish.codebook import Codebook
 from merfish.errors import InputError
 
 # Units: x, y pixel in the field, centre of the first pixel = 0; z plane index; global_* micrometre in the stage
-# frame; intensity in molecules' mean height; area pixels; distance between unit vectors.
+# frame; intensity in molecules' mean height; area pixels; distance between unit vectors; shown: the bits that were
+# seen on, the first the least significant.
 COLUMNS: dict[str, str] = {
     "transcript_id": "int64",
     "barcode_id": "int32",
@@ -33,6 +34,7 @@ COLUMNS: dict[str, str] = {
     "area": "int16",
     "cell_id": "int64",
     "distance": "float32",
+    "shown": "uint64",
 }
 
 
@@ -40,7 +42,8 @@ def transcript_table(codebook: Codebook, word: np.ndarray, **columns: Any) -> pd
     """One row a molecule with every column of `COLUMNS`, in that order and of those dtypes.
 
     word: (molecule,) row of the codebook. columns: arrays (molecule,) or scalars for any other column; what is not
-    given is fov 0, z 0, cell_id -1, NaN for micrometres and probability, and ids in the order of rows.
+    given is fov 0, z 0, cell_id -1, NaN for micrometres and probability, ids in the order of rows, and
+    shown as the word has it.
     """
     word = np.asarray(word, dtype=np.int32)
     n = len(word)
@@ -58,6 +61,7 @@ def transcript_table(codebook: Codebook, word: np.ndarray, **columns: Any) -> pd
         "area": 0,
         "cell_id": -1,
         "distance": np.nan,
+        "shown": codebook.codes[word],
         **columns,
     }
     given["area"] = np.minimum(given["area"], np.iinfo(np.int16).max)

@@ -175,7 +175,7 @@ def cell_bound(x, shares, theta, mean, variance, prior_mean, prior_variance):
 
 
 def peaks(image, threshold):
-    """Pixels of an image (y, x) above a threshold that no neighbour exceeds, not on the border: (y, x) in scan order."""
+    """Inner pixels (y, x) of an image above a threshold that no neighbour exceeds, in scan order."""
     return [
         (y, x)
         for y in range(1, image.shape[0] - 1)

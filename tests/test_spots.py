@@ -10,13 +10,14 @@ from scipy import ndimage
 import reference
 from merfish import decode, mhd4_codebook, simulate_stack
 from merfish.decoding import _spot_kernels as kernels
+from merfish.decoding.error_model import bit_error_rates, wilson, word_statistics
 from merfish.decoding.filtering import keep_calls
 from merfish.decoding.overlap import halos
 from merfish.decoding.pixels import on_bits
 from merfish.decoding.spots import RADIUS, start_log_ratio, word_abundance
 from merfish.imaging.normalize import locate_peaks, weighted_median
 from merfish.pipeline import decode_all
-from merfish.simulate import match_calls, score_calls
+from merfish.simulate import Imaging, match_calls, score_calls
 
 BOOK = mhd4_codebook([f"g{k}" for k in range(130)])
 
@@ -159,3 +160,30 @@ def test_radius_fits_the_grid():
     from merfish.decoding.spots import GRID
 
     assert RADIUS <= GRID  # only neighbouring cells are searched
+
+
+def test_bit_error_rates_are_those_put_in():
+    imaging = Imaging(lost=0.15, gained=0.03)
+    stack, _ = simulate_stack(BOOK, shape=(512, 512), density=0.004, seed=8, imaging=imaging)
+    found = decode_all(stack, BOOK)
+    rates = bit_error_rates(found, BOOK)
+    assert rates["lost"].mean() == pytest.approx(0.15, abs=0.02)
+    assert rates["gained"].mean() == pytest.approx(0.03, abs=0.01)
+    assert rates["lost"].between(rates["lost_low"], rates["lost_high"]).all()
+    assert (rates["lost_low"] <= 0.15).sum() + (rates["lost_high"] >= 0.15).sum() >= 28
+
+
+def test_detection_efficiency_is_the_share_found():
+    stack, truth = simulate_stack(BOOK, shape=(512, 512), density=0.004, seed=9)
+    found = decode_all(stack, BOOK)
+    kept = keep_calls(found)
+    efficiency = word_statistics(found, kept, BOOK)["detection_efficiency"]
+    assert efficiency.mean() == pytest.approx(len(match_calls(kept, truth)[0]) / len(truth), abs=0.06)
+
+
+def test_wilson_holds_its_extremes():
+    assert wilson(0, 0) == pytest.approx((np.nan,) * 3, nan_ok=True)
+    assert wilson(0, 10)[1] == 0
+    assert wilson(10, 0)[2] == 1
+    share, low, high = wilson(10, 90)
+    assert (share, low, high) == pytest.approx((0.1, 0.0552, 0.1744), abs=1e-3)

@@ -110,6 +110,8 @@ N_NEAR, N_HEIGHT, N_EMPTY = 6, 8, 10
 N_BINS = N_NEAR * N_HEIGHT + N_EMPTY
 LOWEST_LOG_HEIGHT, LOG_HEIGHT_STEP = -1.6, 0.4
 LOWEST_EMPTY, EMPTY_STEP = -0.1, 0.12
+# a place as bright as half the molecule shows the bit, though its peak is hidden in a neighbour's
+HIDDEN = N_NEAR * N_HEIGHT + int((0.5 - LOWEST_EMPTY) / EMPTY_STEP)
 
 
 @kernel
@@ -146,8 +148,8 @@ def call_molecules(
     px, py, pb, pa (peak,) with their grid (see `fill_grid`); ratio (bit, bin) log of how much likelier an observation
     is where the bit is on in the word; log_prior (word,); words (word, bit) uint8. Calls end at a score below
     ``floor``. A call takes the peaks of its word's bits, and others within ``explained`` px: they are its errors.
-    out, a row a call: table (x, y, brightness, score, log odds against all other words), evidence (word, errors),
-    observed (bin of each bit). Returns the number of calls.
+    out, a row a call: table (x, y, brightness, score, log odds against all other words), evidence uint64 (word, its
+    bits that are wrong), observed (bin of each bit). Returns the number of calls.
     """
     n_peaks = len(px)
     n_bits = stack.shape[0]
@@ -180,7 +182,7 @@ def call_molecules(
         for w in range(len(word_weight)):
             if w != best:
                 others += np.exp(score[w] - score[best])
-        errors = 0
+        errors = np.uint64(0)
         sx = sy = mass = 0.0
         for bit in range(n_bits):
             i = members[bit]
@@ -194,9 +196,9 @@ def call_molecules(
                     sy += pa[i] * py[i]
                     mass += pa[i]
                 elif near:
-                    errors += 1
-            elif on:
-                errors += 1
+                    errors |= np.uint64(1) << np.uint64(bit)
+            elif on and seen[bit] < HIDDEN:
+                errors |= np.uint64(1) << np.uint64(bit)
             observed[calls, bit] = seen[bit]
         taken[seed] = True
         if mass > 0:

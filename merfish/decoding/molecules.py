@@ -21,7 +21,7 @@ class Molecules:
     word: int32, row of the codebook. x, y: float64 pixel, centroid weighted by brightness. plane: int32.
     area: int32 pixels. distance, min_distance: float32, mean and smallest over the pixels.
     spectrum: float32, mean normalised value of each bit. intensity: float32, mean over the word's on-bits.
-    hamming_distance: int8, bits of the spectrum that differ from the word.
+    shown: uint64, the bits that are on in the spectrum.
     """
 
     word: np.ndarray
@@ -33,7 +33,7 @@ class Molecules:
     min_distance: np.ndarray
     spectrum: np.ndarray
     intensity: np.ndarray
-    hamming_distance: np.ndarray
+    shown: np.ndarray
 
 
 def extract_molecules(
@@ -81,7 +81,7 @@ def extract_molecules(
         min_distance=table[:, 6].astype(np.float32),
         spectrum=spectrum,
         intensity=intensity.astype(np.float32),
-        hamming_distance=(shown != on).sum(axis=1).astype(np.int8),
+        shown=shown.astype(np.uint64) @ (np.uint64(1) << np.arange(codebook.n_bits, dtype=np.uint64)),
     )
 
 

@@ -39,7 +39,7 @@ class Spots:
     """Molecules called; arrays (molecule,).
 
     word: int32. x, y: float64 pixel, y within the plane. plane: int32. intensity: float32, mean height of its peaks.
-    log_odds: float64, of the word against all other words. errors: int8, bits that differ from the word.
+    log_odds: float64, of the word against all other words. errors: uint64, the bits that differ from the word.
     """
 
     word: np.ndarray
@@ -81,7 +81,7 @@ def decode_spots(stack: np.ndarray, codebook: Codebook, normalization: Normaliza
     for _ in range(ROUNDS - 1):
         table, evidence, observed = _call(values, height, peaks, codebook, ratio, abundance)
         weight = 1 / (1 + np.exp(-np.clip(table[:, 4], -30, 30)))
-        abundance = word_abundance(evidence[:, 0], weight, codebook.is_blank)
+        abundance = word_abundance(evidence[:, 0].astype(np.int64), weight, codebook.is_blank)
         ratio = np.tile(_log_ratio(observed, codebook.words[evidence[:, 0]], weight), (codebook.n_bits, 1))
     table, evidence, _ = _call(values, height, peaks, codebook, ratio, abundance)
     plane = (table[:, 1] / height).astype(np.int32)
@@ -92,7 +92,7 @@ def decode_spots(stack: np.ndarray, codebook: Codebook, normalization: Normaliza
         plane=plane,
         intensity=table[:, 2].astype(np.float32),
         log_odds=table[:, 4],
-        errors=evidence[:, 1].astype(np.int8),
+        errors=evidence[:, 1],
     )
 
 
@@ -122,9 +122,9 @@ def gather_peaks(values: np.ndarray, height: int) -> Peaks:
 def _call(
     values: np.ndarray, height: int, peaks: Peaks, codebook: Codebook, ratio: np.ndarray, abundance: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One round of calls: table (x, y, brightness, score, log odds), evidence (word, errors), observed (bit) bins."""
+    """One round of calls: table (x, y, brightness, score, log odds), evidence (word, wrong bits), bins observed."""
     most = len(peaks.x)
-    table, evidence = np.empty((most, 5)), np.empty((most, 2), np.int64)
+    table, evidence = np.empty((most, 5)), np.empty((most, 2), np.uint64)
     observed = np.empty((most, codebook.n_bits), np.int16)
     n = kernels.call_molecules(
         peaks.x,
