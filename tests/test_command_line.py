@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+
+from merfish import cli, mhd4_codebook, simulate_stack, write_codebook
+from merfish._files import whole_file
+from merfish.transcripts import read_transcripts
+
+
+def call(monkeypatch, *arguments):
+    """Exit code of ``merfish arguments``."""
+    monkeypatch.setattr(sys, "argv", ["merfish", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    path = tmp_path_factory.mktemp("book") / "codebook.csv"
+    write_codebook(mhd4_codebook([f"g{k}" for k in range(120)]), path)
+    return path
+
+
+def test_codebook_commands(monkeypatch, tmp_path, capsys):
+    (tmp_path / "genes.csv").write_text("gene,expression\nACTB,100\nMALAT1,500\nCD4,1\n")
+    assert call(monkeypatch, "codebook", "make", tmp_path / "genes.csv", "--out", tmp_path / "b.csv") == 0
+    assert "3 genes and 137 blanks" in capsys.readouterr().out
+    assert call(monkeypatch, "codebook", "check", tmp_path / "b.csv") == 0
+    assert "minimum distance  4: corrects 1, detects 2" in capsys.readouterr().out
+    assert call(monkeypatch, "codebook", "show", tmp_path / "b.csv") == 0
+    assert capsys.readouterr().out.count("\n") == 140
+
+
+def test_codebook_check_of_a_faulty_book_names_its_rows(monkeypatch, tmp_path, capsys):
+    (tmp_path / "b.csv").write_text("name,id,barcode\nA,,110011\nB,,110011\nA,,001111\n")
+    assert call(monkeypatch, "codebook", "check", tmp_path / "b.csv") == 2
+    out, err = capsys.readouterr()
+    assert "words             3" in out
+    assert "name 'A' stands 2 times: words 1, 3" in err
+    assert "110011 stands for A, B" in err
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".tif"])
+def test_decode_a_file(monkeypatch, tmp_path, book, suffix):
+    stack, _ = simulate_stack(mhd4_codebook([f"g{k}" for k in range(120)]), shape=(128, 128), density=0.004)
+    path = tmp_path / f"stack{suffix}"
+    if suffix == ".npy":
+        np.save(path, stack)
+    else:
+        tifffile.imwrite(path, stack, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
+    assert call(monkeypatch, "decode", path, "--codebook", book, "--out", tmp_path / "out") == 0
+    calls = read_transcripts(tmp_path / "out" / "transcripts.parquet")
+    assert len(calls) > 30
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["inputs"][path.name]["bytes"] == path.stat().st_size
+    assert record["parameters"]["method"] == "spots"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode", "{tmp}/none.npy", "--codebook", "{book}", "--out", "{tmp}/out"], "none.npy"),
+        (["decode", "{tmp}/short.npy", "--codebook", "{book}", "--out", "{tmp}/out"], "15 bits, the codebook has 16"),
+        (["run", "{tmp}/nowhere", "--out", "{tmp}/out"], "nowhere"),
+        (["run", "{tmp}", "--out", "{tmp}/out", "--fov", "1;2"], "expected numbers and ranges"),
+        (["run", "{tmp}", "--out", "{tmp}/out", "--workers", "2", "--scheduler", "tcp://x"], "exclude each other"),
+        (["report", "{tmp}"], "run.json"),
+        (["simulate", "{tmp}", "--fields", "4"], "expected two numbers such as 4x4"),
+        (["codebook", "show", "{tmp}"], "codebook"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(monkeypatch, tmp_path, capsys, book, arguments, message):
+    np.save(tmp_path / "short.npy", np.zeros((15, 8, 8), np.uint16))
+    assert call(monkeypatch, *(text.format(tmp=tmp_path, book=book) for text in arguments)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["merfish", "merfish.cli", "spatialvae"])
+def test_import_is_light_and_silent(name):
+    heavy = "{'numba', 'torch', 'anndata', 'matplotlib', 'skimage', 'torch_geometric', 'sklearn'}"
+    code = (
+        f"import sys, threading, {name}; assert threading.active_count() == 1; "
+        f"print(sorted({heavy} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_merfish_never_imports_torch():
+    code = "import sys, merfish.pipeline, merfish.report, merfish.demo; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_whole_file_leaves_the_old_and_no_litter_when_writing_fails(tmp_path):
+    def half_way():
+        with whole_file(tmp_path / "a") as part:
+            part.write_text("half")
+            raise ZeroDivisionError
+
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        half_way()
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_whole_file_replaces_a_folder_whole(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("")
+    with whole_file(tmp_path / "a") as part:
+        part.mkdir()
+        (part / "new").write_text("")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["new"]

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+import merfish
+from merfish import InputError, pipeline, runfolder
+from merfish.cells.counts import read_cells
+from merfish.config import RunConfig, read_config
+from merfish.demo import run_demo, score_run
+from merfish.simulate import simulate_experiment
+from merfish.transcripts import COLUMNS, read_transcripts
+
+TABLES = [runfolder.TRANSCRIPTS, runfolder.ALL_TRANSCRIPTS, runfolder.CELLS]
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory):
+    return simulate_experiment(tmp_path_factory.mktemp("raw") / "tissue", fields=(2, 2), shape=(256, 256), seed=2)
+
+
+@pytest.fixture(scope="session")
+def done(raw, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    merfish.run(raw, out=out)
+    return out
+
+
+@pytest.fixture
+def copy(raw, tmp_path):
+    return shutil.copytree(raw, tmp_path / "copy")
+
+
+def same_results(a, b):
+    for name in TABLES:
+        pd.testing.assert_frame_equal(pd.read_parquet(a / name), pd.read_parquet(b / name))
+    one, other = (anndata.read_h5ad(folder / runfolder.CELL_BY_GENE) for folder in (a, b))
+    assert (one.X != other.X).nnz == 0
+
+
+def test_run_writes_what_it_promises(done):
+    calls, found = (read_transcripts(done / name) for name in TABLES[:2])
+    assert calls.dtypes.astype(str).to_dict() == COLUMNS
+    assert len(found) > len(calls) > 100
+    assert calls["transcript_id"].is_unique
+    cells = read_cells(done / runfolder.CELLS)
+    assert {"cell_id", "fov", "center_x", "center_y", "volume", "n_transcripts", "geometry"} <= set(cells.columns)
+    table = anndata.read_h5ad(done / runfolder.CELL_BY_GENE)
+    assert table.X.sum() == (calls["cell_id"] >= 0).sum() == cells["n_transcripts"].sum()
+    assert table.obsm["spatial"].shape == (len(cells), 2)
+    assert table.var["detection_efficiency"].between(0.3, 1).all()
+    record = json.loads((done / runfolder.RUN).read_text())
+    assert {"versions", "parameters", "inputs", "figures", "fields", "bit_error_rates", "seconds"} <= set(record)
+    assert not list(done.glob("**/.*.*"))  # nothing half-written
+
+
+def test_run_recovers_the_simulated_truth(done, raw):
+    score = score_run(done, raw)
+    assert score["recall"] > 0.75
+    assert score["precision"] > 0.9
+    assert score["cells_found"] > 0.75  # slivers at the outer border included
+    assert score["count_r"] > 0.9
+
+
+def test_report_loads_nothing_from_elsewhere(done):
+    page = (done / runfolder.REPORT).read_text()
+    assert page.count("data:image/png;base64,") >= 5
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+def test_run_resumes_to_the_same_result(raw, done, tmp_path, monkeypatch):
+    work, seen = pipeline.process_field, []
+
+    def interrupted(experiment, fov, *rest):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(fov)
+        work(experiment, fov, *rest)
+
+    monkeypatch.setattr(pipeline, "process_field", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merfish.run(raw, out=tmp_path / "out")
+    assert not (tmp_path / "out" / runfolder.RUN).exists()
+    monkeypatch.setattr(pipeline, "process_field", lambda e, fov, *rest: seen.append(fov) or work(e, fov, *rest))
+    merfish.run(raw, out=tmp_path / "out")
+    assert sorted(seen) == [0, 1, 2, 3]  # none twice
+    same_results(done, tmp_path / "out")
+
+
+def test_workers_give_the_same_result(raw, done, tmp_path):
+    merfish.run(raw, out=tmp_path / "out", workers=2)
+    same_results(done, tmp_path / "out")
+
+
+def test_run__refuses_a_folder_of_other_parameters(raw, done):
+    with pytest.raises(InputError, match="method was 'spots', is 'pixels'"):
+        merfish.run(raw, out=done, config=RunConfig(method="pixels"))
+
+
+def test_run__refuses_a_folder_that_another_run_holds(raw, tmp_path):
+    with runfolder.owned(tmp_path / "out"), pytest.raises(InputError, match="another run is writing here: process"):
+        merfish.run(raw, out=tmp_path / "out")
+
+
+def test_run__names_a_missing_file_before_any_work(copy, tmp_path):
+    next(copy.glob("merfish_001_03.tif")).unlink()
+    with pytest.raises(InputError, match="field 1: "):
+        merfish.run(copy, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_run_keep_going_leaves_out_faulty_fields(copy, tmp_path):
+    broken = copy / "merfish_001_03.tif"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    table = merfish.run(copy, out=tmp_path / "out", keep_going=True)
+    assert table.n_obs > 0
+    summary = pipeline.run_summary(tmp_path / "out")
+    assert list(summary["failed"]) == ["1"]
+    assert set(read_transcripts(tmp_path / "out" / runfolder.TRANSCRIPTS)["fov"]) == {0, 2, 3}
+
+
+def test_run__marks_a_field_whose_rounds_do_not_match(copy, tmp_path):
+    import tifffile
+
+    from merfish.imaging.images import read_frames
+
+    rng = np.random.default_rng(0)
+    path = copy / "merfish_002_04.tif"
+    frames = read_frames(path, [0, 1, 2])
+    tifffile.imwrite(path, rng.poisson(100, frames.shape).astype(np.uint16), photometric="minisblack")
+    merfish.run(copy, out=tmp_path / "out")
+    failed = pipeline.run_summary(tmp_path / "out")["failed"]
+    assert list(failed) == ["2"]
+    assert "rounds 4 do not match" in failed["2"]
+
+
+def test_run_of_an_empty_sample_is_empty_and_whole(tmp_path):
+    raw = simulate_experiment(tmp_path / "raw", fields=(1, 1), shape=(128, 128), density=0.0)
+    table = merfish.run(raw, out=tmp_path / "out")
+    assert table.X.sum() == 0
+    calls = read_transcripts(tmp_path / "out" / runfolder.TRANSCRIPTS)
+    assert calls.dtypes.astype(str).to_dict() == COLUMNS
+    assert (tmp_path / "out" / runfolder.REPORT).is_file()
+
+
+def test_run_without_stains_has_no_cells(copy, tmp_path):
+    rows = (copy / "data_organization.csv").read_text().splitlines(keepends=True)
+    (copy / "data_organization.csv").write_text("".join(row for row in rows if not row.startswith(("DAPI", "polyT"))))
+    table = merfish.run(copy, out=tmp_path / "out", fovs=[0])
+    assert table.n_obs == 0
+    assert (read_transcripts(tmp_path / "out" / runfolder.TRANSCRIPTS)["cell_id"] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour: red", "colour: Extra inputs"),
+        ("misidentification_rate: 2", "misidentification_rate: .* got 2"),
+        ("method: magic", "expected one of spots"),
+        ("- a", "expected 'name: value' lines"),
+        ("a: [", "cannot read the configuration"),
+    ],
+)
+def test_read_config__rejects(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config(tmp_path / "run.yaml")
+
+
+def test_the_demo_runs_and_the_real_codebook_stands_clear(tmp_path, capsys):
+    page = run_demo(tmp_path / "demo", fields=(2, 2), shape=(256, 256))
+    text = page.read_text()
+    table = re.search(r"<th>stands clear</th>.*?</table>", text, re.S)[0]
+    assert table.count("<td>yes</td>") == 2
+    assert "adjusted Rand index" in capsys.readouterr().out
