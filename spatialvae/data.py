@@ -149,7 +149,9 @@ def minibatches(rows: np.ndarray, size: int, patch: int, rng: np.random.Generato
     inside a patch while a minibatch still sees the whole section. Every row comes exactly once. Without ``rng`` the
     order is that of ``rows``.
     """
-    if rng is not None:
+    if rng is not None and patch == 1:
+        rows = rng.permutation(rows)
+    elif rng is not None:
         start = int(rng.integers(patch))
         patches = [piece for piece in np.split(rows, range(start, len(rows), patch)) if len(piece)]
         rng.shuffle(patches)

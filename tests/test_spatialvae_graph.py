@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from spatialvae import InputError, graph
+from spatialvae import InputError, data, graph
 
 
 def cells(n, seed, axes=2):
@@ -60,3 +60,15 @@ def test_symmetrised__has_each_edge_twice():
 def test_knn_graph__rejects_coordinates_that_are_not_finite(bad):
     with pytest.raises(InputError, match="not finite"):
         graph.knn_graph(np.array([[0, 0], [1, bad]]), 1)
+
+
+@pytest.mark.parametrize("patch", [1, 8])
+def test_minibatches__see_every_row_once_in_coherent_patches(patch):
+    rng = np.random.default_rng(0)
+    xyz = rng.uniform(0, 1, (203, 2))
+    rows = data.along_curve(xyz, np.zeros(203))
+    batches = list(data.minibatches(rows, 32, patch, rng))
+    assert sorted(np.concatenate(batches)) == list(range(203))
+    assert [len(b) for b in batches] == [32] * 6 + [11]
+    apart = np.linalg.norm(np.diff(xyz[np.concatenate(batches)], axis=0), axis=1)
+    assert (np.median(apart) < 0.15) == (patch > 1)
