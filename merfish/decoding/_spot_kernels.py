@@ -52,9 +52,11 @@ def observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, s
     cx, cy = px[seed], py[seed]
     plane = int(cy) // height
     best = np.empty(n_bits)
+    used = np.empty(n_bits)
     for _ in range(2):
         members[:] = -1
         best[:] = radius * radius
+        used[:] = radius * radius
         row, column = int(cy / cell), int(cx / cell)
         for r in range(row - 1, row + 2):
             for c in range(column - 1, column + 2):
@@ -62,9 +64,11 @@ def observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, s
                     continue
                 for k in range(start[r * n_across + c], start[r * n_across + c + 1]):
                     i = order[k]
-                    if taken[i]:
-                        continue
                     d = (px[i] - cx) ** 2 + (py[i] - cy) ** 2
+                    if taken[i]:
+                        if d < used[pb[i]] and int(py[i]) // height == plane:
+                            used[pb[i]] = d
+                        continue
                     if d < best[pb[i]] and int(py[i]) // height == plane:
                         best[pb[i]] = d
                         members[pb[i]] = i
@@ -102,16 +106,18 @@ def observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, s
         else:
             v = sample(stack[bit], cy, cx, first_row, first_row + height - 1)
             seen[bit] = bin_of(-1.0, v / bright)
+            if used[bit] < radius * radius:
+                seen[bit] += N_EMPTY * (1 + int(np.sqrt(used[bit]) / radius * N_USED))
     return cx, cy, bright
 
 
 # Bins of distance and of height of a peak, and of brightness of a place without one.
-N_NEAR, N_HEIGHT, N_EMPTY = 6, 8, 10
-N_BINS = N_NEAR * N_HEIGHT + N_EMPTY
+N_NEAR, N_HEIGHT, N_EMPTY, N_USED = 6, 8, 10, 3
+N_BINS = N_NEAR * N_HEIGHT + N_EMPTY * (1 + N_USED)
 LOWEST_LOG_HEIGHT, LOG_HEIGHT_STEP = -1.6, 0.4
 LOWEST_EMPTY, EMPTY_STEP = -0.1, 0.12
 # a place as bright as half the molecule shows the bit, though its peak is hidden in a neighbour's
-HIDDEN = N_NEAR * N_HEIGHT + int((0.5 - LOWEST_EMPTY) / EMPTY_STEP)
+HIDDEN = int((0.5 - LOWEST_EMPTY) / EMPTY_STEP)
 
 
 @kernel
@@ -197,7 +203,7 @@ def call_molecules(
                     mass += pa[i]
                 elif near:
                     errors |= np.uint64(1) << np.uint64(bit)
-            elif on and seen[bit] < HIDDEN:
+            elif on and (seen[bit] - N_NEAR * N_HEIGHT) % N_EMPTY < HIDDEN:
                 errors |= np.uint64(1) << np.uint64(bit)
             observed[calls, bit] = seen[bit]
         taken[seed] = True

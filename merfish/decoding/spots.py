@@ -185,6 +185,9 @@ def start_histograms() -> tuple[np.ndarray, np.ndarray]:
     hidden = 0.05 / kernels.N_EMPTY  # a peak that another one swallowed
     seen = 0.95 * np.outer(near, own)
     stray = np.outer(accidental, any_height)
-    on = np.append((1 - START_LOST) * seen + START_LOST * stray + 1e-4, START_LOST * dark + hidden)
-    off = np.append(START_GAINED * seen + stray + 1e-4, 0.9 * (1 - START_GAINED - accidental.sum()) * dark + hidden)
+    both = np.full(kernels.N_USED * kernels.N_EMPTY, hidden)  # a peak that another molecule has taken
+    on = np.concatenate([((1 - START_LOST) * seen + START_LOST * stray + 1e-4).ravel(), START_LOST * dark + hidden, both])
+    off = np.concatenate(
+        [(START_GAINED * seen + stray + 1e-4).ravel(), 0.9 * (1 - START_GAINED - accidental.sum()) * dark + hidden, both]
+    )
     return on / on.sum(), off / off.sum()
