@@ -157,9 +157,9 @@ def test_weighted_median_is_not_moved_by_many_small_values():
 
 
 def test_radius_fits_the_grid():
-    from merfish.decoding.spots import GRID
+    from merfish.decoding.spots import CELL
 
-    assert RADIUS <= GRID  # only neighbouring cells are searched
+    assert RADIUS <= CELL  # only neighbouring cells are searched
 
 
 def test_bit_error_rates_are_those_put_in():

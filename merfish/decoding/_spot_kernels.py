@@ -145,6 +145,24 @@ def best_word(seen, ratio, log_prior, word_bits, word_weight, score):
 
 
 @kernel
+def called_before(cx, cy, word, radius, px, py, start, order, cell, n_across, owner, table, evidence):
+    """Whether a call of the same word lies within the radius: then this is its rest, not a second molecule."""
+    n_cells = len(start) - 1
+    row, column = int(cy / cell), int(cx / cell)
+    for r in range(row - 1, row + 2):
+        for c in range(column - 1, column + 2):
+            if r < 0 or c < 0 or c >= n_across or r * n_across + c >= n_cells:
+                continue
+            for k in range(start[r * n_across + c], start[r * n_across + c + 1]):
+                call = owner[order[k]]
+                if call < 0 or evidence[call, 0] != word:
+                    continue
+                if (table[call, 0] - cx) ** 2 + (table[call, 1] - cy) ** 2 < radius * radius:
+                    return True
+    return False
+
+
+@kernel
 def call_molecules(
     px, py, pb, pa, start, order, cell, n_across, radius, stack, height,
     ratio, log_prior, word_bits, word_weight, words, floor, explained, table, evidence, observed,
@@ -160,6 +178,7 @@ def call_molecules(
     n_peaks = len(px)
     n_bits = stack.shape[0]
     taken = np.zeros(n_peaks, np.bool_)
+    owner = np.full(n_peaks, -1)
     members = np.empty(n_bits, np.int64)
     seen = np.empty(n_bits, np.int64)
     score = np.empty(len(word_weight))
@@ -184,6 +203,9 @@ def call_molecules(
         if score[best] < -negative - 1e-9:
             heapq.heappush(heap, (-score[best], seed))
             continue
+        if called_before(cx, cy, best, radius, px, py, start, order, cell, n_across, owner, table, evidence):
+            taken[seed] = True
+            continue
         others = 0.0
         for w in range(len(word_weight)):
             if w != best:
@@ -197,6 +219,7 @@ def call_molecules(
                 near = (px[i] - cx) ** 2 + (py[i] - cy) ** 2 <= explained * explained
                 if on or near:
                     taken[i] = True
+                    owner[i] = calls
                 if on:
                     sx += pa[i] * px[i]
                     sy += pa[i] * py[i]

@@ -12,21 +12,21 @@ peaks; the others are scored again without them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from merfish.codebook import Codebook
 from merfish.decoding import _spot_kernels as kernels
+from merfish.decoding.peaks import Peaks, fit_peaks
 from merfish.decoding.pixels import on_bits
-from merfish.imaging.normalize import EVERY, NOISE_TO_SIGMA, Normalization, locate_peaks
+from merfish.imaging.normalize import Normalization
 
 RADIUS = 1.5  # pixel; peaks of one molecule lie nearer to its centre, registration error included
 EXPLAINED = 0.6  # pixel; a peak of another bit this near is the molecule's own 0->1 error
-PEAK_SIGMAS = 5.0  # height of a peak over the noise
-PEAK_HEIGHT = 0.15  # and over a typical molecule's height
 FLOOR = -4.0  # log odds of a candidate against no molecule below which it is not worth a call
 ROUNDS = 3  # of expectation-maximisation; a fourth changes recall and precision by less than 0.003
-GRID = 2.0  # pixel, at least RADIUS
+CELL = 2.0  # pixel, of the grid, at least RADIUS
 # where the histograms start from: Chen et al. 2015, and peaks located to 0.22 px
 START_LOST, START_GAINED, START_SIGMA, START_SPREAD, START_CROWD = 0.10, 0.04, 0.22, 0.3, 0.04
 # of every word before any is seen: in a field of few molecules chance must not make its own abundant genes
@@ -51,19 +51,6 @@ class Spots:
     errors: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class Peaks:
-    """Peaks of all bits, one after the other: x, y (rows), height float64, bit int64, and their grid."""
-
-    x: np.ndarray
-    y: np.ndarray
-    height: np.ndarray
-    bit: np.ndarray
-    start: np.ndarray
-    order: np.ndarray
-    n_across: int
-
-
 def decode_spots(stack: np.ndarray, codebook: Codebook, normalization: Normalization, *, height: int) -> Spots:
     """Call molecules from whole spots.
 
@@ -74,16 +61,17 @@ def decode_spots(stack: np.ndarray, codebook: Codebook, normalization: Normaliza
     for bit in range(len(stack)):
         np.subtract(stack[bit], normalization.background[bit], out=values[bit])
         values[bit] *= normalization.gain[bit]
-    peaks = gather_peaks(values, height)
+    peaks = fit_peaks(values, height)
+    grid = make_grid(peaks, values.shape)
     start = start_log_ratio()
     ratio = np.tile(start, (codebook.n_bits, 1))
     abundance = np.full(codebook.n_words, 1 / codebook.n_words)
     for _ in range(ROUNDS - 1):
-        table, evidence, observed = _call(values, height, peaks, codebook, ratio, abundance)
+        table, evidence, observed = _call(values, height, peaks, grid, codebook, ratio, abundance)
         weight = 1 / (1 + np.exp(-np.clip(table[:, 4], -30, 30)))
         abundance = word_abundance(evidence[:, 0].astype(np.int64), weight, codebook.is_blank)
         ratio = np.tile(_log_ratio(observed, codebook.words[evidence[:, 0]], weight), (codebook.n_bits, 1))
-    table, evidence, _ = _call(values, height, peaks, codebook, ratio, abundance)
+    table, evidence, _ = _call(values, height, peaks, grid, codebook, ratio, abundance)
     plane = (table[:, 1] / height).astype(np.int32)
     return Spots(
         word=evidence[:, 0].astype(np.int32),
@@ -107,20 +95,30 @@ def word_abundance(word: np.ndarray, weight: np.ndarray, is_blank: np.ndarray) -
     return abundance / abundance.sum()
 
 
-def gather_peaks(values: np.ndarray, height: int) -> Peaks:
-    """Sub-pixel peaks of all bits of a normalised stack (bit, plane * height, x) float32, in their grid."""
-    noise = np.array([NOISE_TO_SIGMA * np.median(np.abs(bit[::EVERY])) for bit in values])
-    found = locate_peaks(values, height, np.maximum(PEAK_SIGMAS * noise, PEAK_HEIGHT))
-    x, y, top = (np.concatenate(parts).astype(np.float64) for parts in zip(*found, strict=True))
-    bit = np.repeat(np.arange(len(values)), [len(part[0]) for part in found])
-    n_across, n_down = int(values.shape[2] / GRID) + 1, int(values.shape[1] / GRID) + 1
-    start, order = np.empty(n_across * n_down + 1, np.int64), np.empty(len(bit), np.int64)
-    kernels.fill_grid(x, y, GRID, n_across, start, order)
-    return Peaks(x, y, top, bit, start, order, n_across)
+class Grid(NamedTuple):
+    """Square cells: order (peak,) int64 lists the peaks cell by cell, start (cell + 1,) int64 where each begins."""
+
+    start: np.ndarray
+    order: np.ndarray
+    n_across: int
+
+
+def make_grid(peaks: Peaks, shape: tuple[int, ...]) -> Grid:
+    """The grid of the peaks of a stack of a shape (bit, row, x)."""
+    n_across, n_down = int(shape[2] / CELL) + 1, int(shape[1] / CELL) + 1
+    start, order = np.empty(n_across * n_down + 1, np.int64), np.empty(len(peaks.bit), np.int64)
+    kernels.fill_grid(peaks.x, peaks.y, CELL, n_across, start, order)
+    return Grid(start, order, n_across)
 
 
 def _call(
-    values: np.ndarray, height: int, peaks: Peaks, codebook: Codebook, ratio: np.ndarray, abundance: np.ndarray
+    values: np.ndarray,
+    height: int,
+    peaks: Peaks,
+    grid: Grid,
+    codebook: Codebook,
+    ratio: np.ndarray,
+    abundance: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One round of calls: table (x, y, brightness, score, log odds), evidence (word, wrong bits), bins observed."""
     most = len(peaks.x)
@@ -131,10 +129,10 @@ def _call(
         peaks.y,
         peaks.bit,
         peaks.height,
-        peaks.start,
-        peaks.order,
-        GRID,
-        peaks.n_across,
+        grid.start,
+        grid.order,
+        CELL,
+        grid.n_across,
         RADIUS,
         values,
         height,
@@ -186,8 +184,14 @@ def start_histograms() -> tuple[np.ndarray, np.ndarray]:
     seen = 0.95 * np.outer(near, own)
     stray = np.outer(accidental, any_height)
     both = np.full(kernels.N_USED * kernels.N_EMPTY, hidden)  # a peak that another molecule has taken
-    on = np.concatenate([((1 - START_LOST) * seen + START_LOST * stray + 1e-4).ravel(), START_LOST * dark + hidden, both])
+    on = np.concatenate(
+        [((1 - START_LOST) * seen + START_LOST * stray + 1e-4).ravel(), START_LOST * dark + hidden, both]
+    )
     off = np.concatenate(
-        [(START_GAINED * seen + stray + 1e-4).ravel(), 0.9 * (1 - START_GAINED - accidental.sum()) * dark + hidden, both]
+        [
+            (START_GAINED * seen + stray + 1e-4).ravel(),
+            0.9 * (1 - START_GAINED - accidental.sum()) * dark + hidden,
+            both,
+        ]
     )
     return on / on.sum(), off / off.sum()

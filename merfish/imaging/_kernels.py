@@ -179,49 +179,54 @@ def _cubic_weights(fraction, weights):
     weights[2] = np.float32(2.0 / 3.0) - left * left * (np.float32(2.0) - left) / np.float32(2.0)
 
 
+@kernel
+def find_peaks_in(image, height, threshold, x, y, value):
+    """Local maxima of an image (row, x) above a threshold, sub-pixel; planes of ``height`` rows below each other.
+
+    out: x, y (rows), value (capacity,) float32. The top is that of the least-squares paraboloid over 3 x 3 pixels, at
+    most 1 px away. Returns the number of maxima, also of those that find no place.
+    """
+    n_rows, width = image.shape
+    found = 0
+    for row in range(n_rows):
+        inside = row % height
+        if inside == 0 or inside == height - 1:
+            continue
+        for column in range(1, width - 1):
+            centre = image[row, column]
+            if not centre > threshold:
+                continue
+            top = True
+            gx = gy = hxx = hyy = hxy = mean = 0.0
+            for dy in range(-1, 2):
+                for dx in range(-1, 2):
+                    v = image[row + dy, column + dx]
+                    if v > centre or (v == centre and (dy < 0 or (dy == 0 and dx < 0))):
+                        top = False
+                    mean += v / 9.0
+                    gx += dx * v / 6.0
+                    gy += dy * v / 6.0
+                    hxx += (3 * dx * dx - 2) * v / 3.0
+                    hyy += (3 * dy * dy - 2) * v / 3.0
+                    hxy += dx * dy * v / 4.0
+            if not top:
+                continue
+            found += 1
+            if found > len(x):
+                continue
+            ox = oy = 0.0
+            det = hxx * hyy - hxy * hxy
+            if det > 0 and hxx < 0:
+                ox = min(max((hxy * gy - hyy * gx) / det, -1.0), 1.0)
+                oy = min(max((hxy * gx - hxx * gy) / det, -1.0), 1.0)
+            x[found - 1] = column + ox
+            y[found - 1] = row + oy
+            value[found - 1] = max(centre, mean + (gx * ox + gy * oy) / 2 - (hxx + hyy) / 3)
+    return found
+
+
 @parallel_kernel
 def find_peaks(stack, height, threshold, count, x, y, value):
-    """Local maxima of each bit, sub-pixel.
-
-    stack (bit, row, x), planes of ``height`` rows below each other; threshold (bit,).
-    out: count (bit,) int64, also of what finds no place; x, y, value (bit, capacity) float32, y in rows. The top is
-    that of the least-squares paraboloid over 3 x 3 pixels, at most 1 px away.
-    """
-    n_bits, n_rows, width = stack.shape
-    for bit in prange(n_bits):
-        found = 0
-        for row in range(n_rows):
-            inside = row % height
-            if inside == 0 or inside == height - 1:
-                continue
-            for column in range(1, width - 1):
-                centre = stack[bit, row, column]
-                if not centre > threshold[bit]:
-                    continue
-                top = True
-                gx = gy = hxx = hyy = hxy = mean = 0.0
-                for dy in range(-1, 2):
-                    for dx in range(-1, 2):
-                        v = stack[bit, row + dy, column + dx]
-                        if v > centre or (v == centre and (dy < 0 or (dy == 0 and dx < 0))):
-                            top = False
-                        mean += v / 9.0
-                        gx += dx * v / 6.0
-                        gy += dy * v / 6.0
-                        hxx += (3 * dx * dx - 2) * v / 3.0
-                        hyy += (3 * dy * dy - 2) * v / 3.0
-                        hxy += dx * dy * v / 4.0
-                if not top:
-                    continue
-                found += 1
-                if found > x.shape[1]:
-                    continue
-                ox = oy = 0.0
-                det = hxx * hyy - hxy * hxy
-                if det > 0 and hxx < 0:
-                    ox = min(max((hxy * gy - hyy * gx) / det, -1.0), 1.0)
-                    oy = min(max((hxy * gx - hxx * gy) / det, -1.0), 1.0)
-                x[bit, found - 1] = column + ox
-                y[bit, found - 1] = row + oy
-                value[bit, found - 1] = max(centre, mean + (gx * ox + gy * oy) / 2 - (hxx + hyy) / 3)
-        count[bit] = found
+    """`find_peaks_in` of each bit: stack (bit, row, x), threshold, count (bit,), x, y, value (bit, capacity)."""
+    for bit in prange(stack.shape[0]):
+        count[bit] = find_peaks_in(stack[bit], height, threshold[bit], x[bit], y[bit], value[bit])

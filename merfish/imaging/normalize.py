@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from merfish.imaging._kernels import find_peaks
+from merfish.imaging._kernels import find_peaks, find_peaks_in
 
 NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
 EVERY = 4  # rows; a quarter of them tells the noise
@@ -76,6 +76,17 @@ def locate_peaks(
         if count.max(initial=0) <= capacity:
             return [(x[bit, :n], y[bit, :n], value[bit, :n]) for bit, n in enumerate(count)]
         capacity = int(count.max())
+
+
+def locate_peaks_in(image: np.ndarray, height: int, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sub-pixel local maxima of one bit (plane * height, x) float32: x, y (rows) and value, float64 (peak,)."""
+    capacity = max(image.size // 64, 1)
+    while True:
+        x, y, value = (np.empty(capacity) for _ in range(3))
+        n = find_peaks_in(image, height, threshold, x, y, value)
+        if n <= capacity:
+            return x[:n], y[:n], value[:n]
+        capacity = n
 
 
 def weighted_median(heights: np.ndarray) -> float:

@@ -1,0 +1,91 @@
+"""The loops of the joint fit of peaks: plain arrays in, ``out`` arrays filled."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merfish._jit import kernel
+
+
+@kernel
+def at(profile, place):
+    """A radial profile (bin,) between its bins, linear; 0 beyond."""
+    i = int(place)
+    if i + 1 >= len(profile):
+        return 0.0
+    return profile[i] + (place - i) * (profile[i + 1] - profile[i])
+
+
+@kernel
+def add_spot(image, first_row, last_row, x, y, height, profile, bins):
+    """Add a spot of radial ``profile`` (``bins`` a pixel) to the rows of its plane in an image (row, x) float32."""
+    reach = (len(profile) - 1) / bins
+    for row in range(max(first_row, int(np.ceil(y - reach))), min(last_row, int(y + reach)) + 1):
+        for column in range(max(0, int(np.ceil(x - reach))), min(image.shape[1] - 1, int(x + reach)) + 1):
+            d = np.sqrt((row - y) ** 2 + (column - x) ** 2)
+            image[row, column] += np.float32(height * at(profile, d * bins))
+
+
+@kernel
+def refit_spot(image, first_row, last_row, x, y, height, profile, slope, bins, core, stiffness, most_step):
+    """New x, y, height of a spot: least squares over ``core`` pixels around it against what all others leave.
+
+    image (row, x): the light that no spot explains; slope (bin,): the profile's change a pixel. The place moves along
+    its linear approximation; ``stiffness`` keeps a spot that hardly determines it where it is.
+    """
+    pp = px = py = xx = xy = yy = vp = vx = vy = 0.0
+    for row in range(max(first_row, int(np.ceil(y - core))), min(last_row, int(y + core)) + 1):
+        for column in range(max(0, int(np.ceil(x - core))), min(image.shape[1] - 1, int(x + core)) + 1):
+            dx, dy = column - x, row - y
+            d = np.sqrt(dx * dx + dy * dy)
+            if d > core:
+                continue
+            p = at(profile, d * bins)
+            value = image[row, column] + height * p
+            fall = -at(slope, d * bins) / max(d, 1e-6)
+            gx, gy = fall * dx, fall * dy
+            pp += p * p
+            px += p * gx
+            py += p * gy
+            xx += gx * gx
+            xy += gx * gy
+            yy += gy * gy
+            vp += value * p
+            vx += value * gx
+            vy += value * gy
+    xx += stiffness
+    yy += stiffness
+    # Cramer's rule for height, height * step in x, height * step in y
+    a, b, c = xx * yy - xy * xy, py * xy - px * yy, px * xy - py * xx
+    e, f, g = pp * yy - py * py, px * py - pp * xy, pp * xx - px * px
+    det = pp * a + px * b + py * c
+    top = (vp * a + vx * b + vy * c) / det if det > 0.0 else 0.0
+    if not top > 0.0:
+        return x, y, 0.0
+    step_x = (vp * b + vx * e + vy * f) / det / top
+    step_y = (vp * c + vx * f + vy * g) / det / top
+    new_x = min(max(x + min(max(step_x, -most_step), most_step), 0.0), image.shape[1] - 1.0)
+    new_y = min(max(y + min(max(step_y, -most_step), most_step), np.float64(first_row)), np.float64(last_row))
+    return new_x, new_y, top
+
+
+@kernel
+def fit_spots(image, plane_height, fresh, x, y, top, profile, slope, bins, core, stiffness, most_step, sweeps):
+    """Fit spots together: one after the other against what the others leave, ``sweeps`` times.
+
+    image (row, x) float32, the light that no spot explains, and the spots' x, y (rows), top (spot,) float64 are
+    updated; the light of spots from ``fresh`` on is still in the image. profile, slope (bin,).
+    """
+    for i in range(fresh, len(x)):
+        first = int(y[i]) // plane_height * plane_height
+        add_spot(image, first, first + plane_height - 1, x[i], y[i], -top[i], profile, bins)
+    for _ in range(sweeps):
+        for i in range(len(x)):
+            first = int(y[i]) // plane_height * plane_height
+            last = first + plane_height - 1
+            new_x, new_y, new_top = refit_spot(
+                image, first, last, x[i], y[i], top[i], profile, slope, bins, core, stiffness, most_step
+            )
+            add_spot(image, first, last, x[i], y[i], top[i], profile, bins)
+            add_spot(image, first, last, new_x, new_y, -new_top, profile, bins)
+            x[i], y[i], top[i] = new_x, new_y, new_top
