@@ -190,3 +190,23 @@ def word_scores(seen, ratio, log_prior, words):
         log_prior[w] + sum(ratio[bit][seen[bit]] for bit in range(len(word)) if word[bit])
         for w, word in enumerate(words)
     ]
+
+
+def refit_spot(image, x, y, height, profile, slope, bins, core, stiffness):
+    """Least squares of height, height * step in x and y of one spot, by NumPy's solver; returns x, y, height."""
+    places = np.arange(len(profile)) / bins
+    rows, values = [], []
+    for row in range(image.shape[0]):
+        for column in range(image.shape[1]):
+            dx, dy = column - x, row - y
+            d = np.hypot(dx, dy)
+            if d > core:
+                continue
+            p, fall = np.interp(d, places, profile), -np.interp(d, places, slope)
+            rows.append([p, fall * dx / d, fall * dy / d])
+            values.append(image[row, column] + height * p)
+    for k in (1, 2):
+        rows.append([np.sqrt(stiffness) * (j == k) for j in range(3)])
+        values.append(0.0)
+    top, along_x, along_y = np.linalg.lstsq(np.array(rows), np.array(values), rcond=None)[0]
+    return x + along_x / top, y + along_y / top, top

@@ -88,11 +88,13 @@ def test_the_start_favours_near_peaks_of_like_height_and_dark_places_least():
     assert ratio[kernels.bin_of(-1.0, 0.0)] < -1
 
 
-def test_blanks_get_the_abundance_of_the_median_gene():
-    is_blank = np.array([False, False, False, True])
-    share = word_abundance(np.repeat([0, 1, 2], [95, 15, 5]), np.ones(115), is_blank)
+def test_blanks_are_spread_over_the_abundances_of_genes():
+    is_blank = np.array([False, False, False, False, True, True])
+    share = word_abundance(np.repeat([0, 1, 2, 3], [95, 15, 5, 35]), np.ones(150), is_blank)
     assert share.sum() == pytest.approx(1)
-    assert share[3] == pytest.approx(share[1])
+    assert share[4] == pytest.approx((share[1] + share[2]) / 2)
+    assert share[5] == pytest.approx((share[0] + share[3]) / 2)
+    assert share[is_blank].mean() == pytest.approx(share[~is_blank].mean())
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,7 @@ def test_spots_find_more_than_pixels_and_say_how_sure_they_are(field):
     stack, truth = field
     found = decode_all(stack, BOOK, method="spots")
     score = score_calls(keep_calls(found), truth, shape=(384, 384))
-    assert score["recall"] > 0.78
+    assert score["recall"] > 0.8
     assert score["precision"] > 0.92
     assert score["median_error"] < 0.1
     assert score["recall"] > score_calls(decode(stack, BOOK, method="pixels"), truth, shape=(384, 384))["recall"]
@@ -135,12 +137,11 @@ def test_spots_of_planes_see_a_molecule_once(field):
     assert double["z"].median() == pytest.approx(0.5, abs=0.1)
 
 
-def test_no_two_calls_share_a_peak(field):
+def test_a_molecule_is_called_once(field):
     calls = decode_all(field[0], BOOK, method="spots")
-    same = calls.groupby("barcode_id")[["x", "y"]].apply(
-        lambda group: len(group) - len(group.round(1).drop_duplicates())
-    )
-    assert same.sum() == 0
+    for _, group in calls.groupby("barcode_id"):
+        distance = np.hypot(*(np.subtract.outer(group[axis].to_numpy(), group[axis].to_numpy()) for axis in ("x", "y")))
+        assert (distance[np.triu_indices(len(group), 1)] > 0.9 * RADIUS).all()
 
 
 def test_halos_are_weak_near_a_strong_molecule_of_their_word():

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from merfish.codebook import Codebook
-from merfish.decoding.spots import word_abundance
 
 MISIDENTIFICATION_RATE = 0.05  # share of kept calls that may be wrong; Chen et al. 2015 and MERlin aim at the same
 # What a few blanks cannot tell is taken from simulated fields of 0.003-0.03 molecules a pixel with known truth: log
@@ -16,9 +15,6 @@ PRIOR_PIXELS = np.array([-3.5, -0.8, 4.0, 0.0, 2.0])
 PRIOR_SPOTS = np.array([0.1, 0.83])
 # about the number of blanks that it takes to outweigh a prior's slopes; its constant weighs one quarter
 WEIGHT_PIXELS, WEIGHT_SPOTS = 4.0, 64.0
-# Of the spot decoder's wrong calls blanks get this share of what their abundance would have them get: 0.7-0.95 over
-# simulations of 30-130 genes, 0.003-0.03 molecules a pixel and 5-20 % of lost bits
-BLANK_DEFICIT = 0.8
 MAX_LOG_ODDS = 12.0
 
 
@@ -115,13 +111,10 @@ def rate_calls(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
     if len(calls) and not np.isnan(stated).any():
         odds = np.log(np.maximum(1 - stated, 1e-9)) - np.log(np.maximum(stated, 1e-9))
         features, prior, weight = np.clip(odds, -MAX_LOG_ODDS, MAX_LOG_ODDS)[:, None], PRIOR_SPOTS, WEIGHT_SPOTS
-        abundance = word_abundance(calls["barcode_id"].to_numpy(), stated, codebook.is_blank)
-        blank_fraction = BLANK_DEFICIT * float(abundance[codebook.is_blank].sum())
     else:
         features, prior, weight = call_features(calls), PRIOR_PIXELS, WEIGHT_PIXELS
-        blank_fraction = float(codebook.is_blank.mean())
     is_blank = calls["is_blank"].to_numpy(bool)
-    wrong = misidentification_probability(features, is_blank, blank_fraction, prior, weight)
+    wrong = misidentification_probability(features, is_blank, float(codebook.is_blank.mean()), prior, weight)
     return calls.assign(probability=(1 - wrong).astype(np.float32))
 
 

@@ -22,7 +22,7 @@ PEAK_HEIGHT = 0.15  # and over a typical molecule's height
 HIDDEN_HEIGHT = 0.25  # the same for peaks found when the others are taken out: a profile that fits badly leaves some
 PASSES = 3  # of fitting all peaks; before each but the first, hidden ones are looked for
 SWEEPS = 2  # over the peaks in each pass
-CORE = 2.0  # pixel; around a peak, what its fit looks at
+CORE = 1.5  # pixel; around a peak, what its fit looks at
 STIFFNESS = 0.02  # holds the place of a peak that is cut off by the border; a whole peak has about 2
 MOST_STEP = 0.3  # pixel; a peak moves at most in one sweep
 BINS = 4.0  # of the profile, a pixel
@@ -55,8 +55,7 @@ def fit_peaks(values: np.ndarray, height: int) -> Peaks:
 
 def fit_bit(image: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Peaks of one bit (plane * height, x) float32, normalised, whose light is taken out: x, y, height (peak,)."""
-    noise = NOISE_TO_SIGMA * np.median(np.abs(image[::EVERY]))
-    threshold = max(PEAK_SIGMAS * noise, PEAK_HEIGHT)
+    threshold = max(PEAK_SIGMAS * noise_of(image), PEAK_HEIGHT)
     x, y, top = locate_peaks_in(image, height, threshold)
     profile = measure_profile(image, height, x, y, top)
     if profile is None:
@@ -67,11 +66,18 @@ def fit_bit(image: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray, np.
     for step in range(PASSES):
         if step:
             fresh = len(x)
+            # what the crowd added to the noise is gone
+            threshold = max(PEAK_SIGMAS * noise_of(image), PEAK_HEIGHT)
             more = locate_peaks_in(image, height, max(threshold, HIDDEN_HEIGHT))
             x, y, top = (np.append(old, new) for old, new in zip((x, y, top), more, strict=True))
         kernels.fit_spots(image, height, fresh, x, y, top, profile, slope, BINS, CORE, STIFFNESS, MOST_STEP, SWEEPS)
     stay = top > threshold * STAY
     return x[stay], y[stay], top[stay]
+
+
+def noise_of(image: np.ndarray) -> float:
+    """Sigma of what is not spots in a filtered image (row, x)."""
+    return float(NOISE_TO_SIGMA * np.median(np.abs(image[::EVERY])))
 
 
 def measure_profile(image: np.ndarray, height: int, x: np.ndarray, y: np.ndarray, top: np.ndarray) -> np.ndarray | None:

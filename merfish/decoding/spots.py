@@ -85,13 +85,16 @@ def decode_spots(stack: np.ndarray, codebook: Codebook, normalization: Normaliza
 
 
 def word_abundance(word: np.ndarray, weight: np.ndarray, is_blank: np.ndarray) -> np.ndarray:
-    """Share of each word (word,) among weighted calls; every blank is given that of the median gene.
+    """Share of each word (word,) among weighted calls; the blanks are spread over the abundances that genes have.
 
-    Were blanks given their own, hardly any wrong call would fall on them, and they could not serve as controls.
+    Were blanks given their own, hardly any wrong call would fall on them. As it is, chance meets a blank as often as a
+    gene, however it depends on abundance: the blanks' share of the wrong calls is their share of the words.
     """
     abundance = np.bincount(word, weight, len(is_blank)) + PRIOR_CALLS
-    if is_blank.any() and not is_blank.all():
-        abundance[is_blank] = np.median(abundance[~is_blank])
+    n_blanks = int(is_blank.sum())
+    if 0 < n_blanks < len(is_blank):
+        genes = np.sort(abundance[~is_blank])
+        abundance[is_blank] = np.repeat(genes, n_blanks).reshape(n_blanks, -1).mean(axis=1)
     return abundance / abundance.sum()
 
 

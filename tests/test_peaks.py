@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import reference
+from merfish.decoding import _peak_kernels as kernels
+from merfish.decoding.peaks import BINS, CORE, MOST_STEP, STIFFNESS, fit_bit, fit_peaks, measure_profile
+from merfish.imaging.normalize import locate_peaks_in
+
+SIGMA = 1.35
+PROFILE = np.append(np.exp(-((np.arange(18) / BINS) ** 2) / (2 * SIGMA**2)), 0.0)
+SLOPE = np.append(0.0, np.gradient(PROFILE)[1:]) * BINS
+
+
+def render(x, y, top, shape):
+    row, column = np.mgrid[: shape[0], : shape[1]]
+    spots = zip(x, y, top, strict=True)
+    return sum(c * np.exp(-((row - b) ** 2 + (column - a) ** 2) / (2 * SIGMA**2)) for a, b, c in spots)
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    """300 x 300 px with lone spots on a lattice, and pairs 2.2 px apart."""
+    rng = np.random.default_rng(0)
+    lattice = np.stack(np.meshgrid(np.arange(15, 290, 20.0), np.arange(15, 290, 20.0)), -1).reshape(-1, 2)
+    x, y = (lattice + rng.uniform(-2, 2, lattice.shape)).T
+    top = rng.uniform(0.6, 1.5, len(x))
+    pair = np.arange(0, len(x), 3)
+    angle = rng.uniform(0, 2 * np.pi, len(pair))
+    x, y = np.append(x, x[pair] + 2.2 * np.cos(angle)), np.append(y, y[pair] + 2.2 * np.sin(angle))
+    top = np.append(top, 0.8 * top[pair])
+    image = render(x, y, top, (300, 300)) + rng.normal(0, 0.01, (300, 300))
+    return image.astype(np.float32), x, y, top
+
+
+def test_pairs_that_show_one_peak_are_told_apart(crowd):
+    image, x, y, top = crowd
+    assert len(locate_peaks_in(image, 300, 0.15)[0]) < 0.95 * len(x)
+    found_x, found_y, found_top = fit_bit(image.copy(), 300)
+    assert len(x) <= len(found_x) <= 1.03 * len(x)
+    distance = np.hypot(found_x[:, None] - x, found_y[:, None] - y)
+    nearest = distance.argmin(axis=0)
+    assert len(set(nearest)) == len(x)
+    assert np.median(distance.min(axis=0)) < 0.03
+    assert distance.min(axis=0).max() < 0.4
+    assert found_top[nearest] == pytest.approx(top, rel=0.25)
+    assert np.median(found_top[nearest] / top) == pytest.approx(1, abs=0.03)
+
+
+def test_the_light_of_the_peaks_is_taken_out(crowd):
+    image = crowd[0].copy()
+    fit_bit(image, 300)
+    assert image.std() < 0.1 * crowd[0].std()
+
+
+def test_the_profile_is_measured_in_spite_of_neighbours(crowd):
+    image = crowd[0]
+    profile = measure_profile(image, 300, *locate_peaks_in(image, 300, 0.15))
+    assert profile == pytest.approx(PROFILE, abs=0.06)
+
+
+def test_refit_spot_equals_least_squares():
+    x, y, top = 10.2, 9.7, 1.1
+    image = render([10.35], [9.6], [1.3], (20, 20)).astype(np.float32)
+    kernels.add_spot(image, 0, 19, x, y, -top, PROFILE, BINS)
+    got = kernels.refit_spot(image, 0, 19, x, y, top, PROFILE, SLOPE, BINS, CORE, STIFFNESS, MOST_STEP)
+    expected = reference.refit_spot(image, x, y, top, PROFILE, SLOPE, BINS, CORE, STIFFNESS)
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert got == pytest.approx((10.35, 9.6, 1.3), abs=0.03)
+
+
+def test_planes_do_not_touch():
+    spot = render([15.0], [3.0], [1.0], (30, 30)).astype(np.float32)
+    rows = np.concatenate([spot, np.zeros((30, 30), np.float32)])
+    kernels.add_spot(rows, 0, 29, 15.0, 29.0, 1.0, PROFILE, BINS)
+    assert not rows[30:].any()
+
+
+def test_fit_peaks__few_peaks_or_none():
+    values = np.zeros((2, 40, 40), np.float32)
+    values[1] += render([20.3], [19.8], [1.0], (40, 40)).astype(np.float32)
+    peaks = fit_peaks(values, 40)
+    assert peaks.bit.tolist() == [1]
+    assert (peaks.x[0], peaks.y[0]) == pytest.approx((20.3, 19.8), abs=0.05)
