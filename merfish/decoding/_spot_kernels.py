@@ -6,7 +6,7 @@ import heapq
 
 import numpy as np
 
-from merfish._jit import kernel
+from merfish._jit import kernel, parallel_kernel, prange
 
 
 @kernel
@@ -111,6 +111,8 @@ def observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, s
     return cx, cy, bright
 
 
+CHUNK = 1024  # seeds that one thread scores in a row
+
 # Bins of distance and of height of a peak, and of brightness of a place without one.
 N_NEAR, N_HEIGHT, N_EMPTY, N_USED = 6, 8, 10, 3
 N_BINS = N_NEAR * N_HEIGHT + N_EMPTY * (1 + N_USED)
@@ -162,16 +164,36 @@ def called_before(cx, cy, word, radius, px, py, start, order, cell, n_across, ow
     return False
 
 
+@parallel_kernel
+def score_seeds(
+    px, py, pb, pa, start, order, cell, n_across, radius, stack, height, ratio, log_prior, word_bits, word_weight, first
+):  # fmt: skip
+    """Score of the best word around each peak while all peaks are free, into ``first`` (peak,) float64.
+
+    The other arrays are those of `call_molecules`.
+    """
+    free = np.zeros(len(px), np.bool_)
+    chunks = (len(px) + CHUNK - 1) // CHUNK
+    for chunk in prange(chunks):
+        members = np.empty(stack.shape[0], np.int64)
+        seen = np.empty(stack.shape[0], np.int64)
+        score = np.empty(len(word_weight))
+        for seed in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(px))):
+            observe(seed, px, py, pb, pa, free, start, order, cell, n_across, radius, stack, height, members, seen)
+            first[seed] = score[best_word(seen, ratio, log_prior, word_bits, word_weight, score)]
+
+
 @kernel
 def call_molecules(
     px, py, pb, pa, start, order, cell, n_across, radius, stack, height,
-    ratio, log_prior, word_bits, word_weight, words, floor, explained, table, evidence, observed,
+    ratio, log_prior, word_bits, word_weight, words, first, floor, explained, table, evidence, observed,
 ):  # fmt: skip
     """Call molecules from the most certain on, each from peaks that no other has taken.
 
     px, py, pb, pa (peak,) with their grid (see `fill_grid`); ratio (bit, bin) log of how much likelier an observation
-    is where the bit is on in the word; log_prior (word,); words (word, bit) uint8. Calls end at a score below
-    ``floor``. A call takes the peaks of its word's bits, and others within ``explained`` px: they are its errors.
+    is where the bit is on in the word; log_prior (word,); words (word, bit) uint8; first (peak,) from
+    `score_seeds`. Calls end at a score below ``floor``. A call takes the peaks of its word's bits, and others within
+    ``explained`` px: they are its errors.
     out, a row a call: table (x, y, brightness, score, log odds against all other words), evidence uint64 (word, its
     bits that are wrong), observed (bin of each bit). Returns the number of calls.
     """
@@ -184,10 +206,8 @@ def call_molecules(
     score = np.empty(len(word_weight))
     heap = [(0.0, -1)]
     for seed in range(n_peaks):
-        observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, stack, height, members, seen)
-        best = best_word(seen, ratio, log_prior, word_bits, word_weight, score)
-        if score[best] >= floor:
-            heap.append((-score[best], seed))
+        if first[seed] >= floor:
+            heap.append((-first[seed], seed))
     heapq.heapify(heap)
     calls = 0
     while len(heap) > 0:

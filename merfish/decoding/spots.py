@@ -127,27 +127,12 @@ def _call(
     most = len(peaks.x)
     table, evidence = np.empty((most, 5)), np.empty((most, 2), np.uint64)
     observed = np.empty((most, codebook.n_bits), np.int16)
+    scene = (peaks.x, peaks.y, peaks.bit, peaks.height, grid.start, grid.order, CELL, grid.n_across, RADIUS, values)
+    model = (ratio, np.log(abundance), *on_bits(codebook))
+    first = np.empty(most)
+    kernels.score_seeds(*scene, height, *model, first)
     n = kernels.call_molecules(
-        peaks.x,
-        peaks.y,
-        peaks.bit,
-        peaks.height,
-        grid.start,
-        grid.order,
-        CELL,
-        grid.n_across,
-        RADIUS,
-        values,
-        height,
-        ratio,
-        np.log(abundance),
-        *on_bits(codebook),
-        codebook.words,
-        FLOOR,
-        EXPLAINED,
-        table,
-        evidence,
-        observed,
+        *scene, height, *model, codebook.words, first, FLOOR, EXPLAINED, table, evidence, observed
     )
     return table[:n], evidence[:n], observed[:n]
 
