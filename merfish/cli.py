@@ -74,9 +74,9 @@ def decode(
     ] = 0.05,
 ) -> None:
     """Decode one registered stack into OUT/transcripts.parquet."""
-    from merfish.pipeline import decode_file
+    from merfish.pipeline import decode_file, molecule_lines
 
-    calls = decode_file(
+    figures = decode_file(
         stack,
         codebook,
         out,
@@ -84,8 +84,7 @@ def decode(
         preprocess=preprocess,
         misidentification_rate=misidentification_rate,
     )
-    n_blank = int(calls["is_blank"].sum())
-    print(f"{len(calls):,} molecules ({n_blank:,} blanks) in {out / 'transcripts.parquet'}")
+    print(*molecule_lines(figures), f"results in {out}", sep="\n")
 
 
 @app.command()

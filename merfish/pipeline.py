@@ -20,8 +20,8 @@ from merfish._files import whole_file
 from merfish.cluster import map_fields
 from merfish.codebook import Codebook, read_codebook
 from merfish.config import RunConfig, read_config
-from merfish.decoding.error_model import bit_error_rates, word_statistics
-from merfish.decoding.filtering import MISIDENTIFICATION_RATE, keep_calls, rate_calls
+from merfish.decoding.error_model import bit_error_rates, held_out_rate, misidentification_rate, word_statistics
+from merfish.decoding.filtering import MISIDENTIFICATION_RATE, few_blanks, keep_calls, rate_calls
 from merfish.decoding.methods import DEFAULT_METHOD, check_stack, decode_filtered, method_named
 from merfish.decoding.overlap import duplicates_between_fields
 from merfish.errors import InputError
@@ -71,8 +71,8 @@ def decode_all(
 
 def decode_file(
     stack: Path, codebook: Path, out: Path, *, method: str, preprocess: bool, misidentification_rate: float
-) -> pd.DataFrame:
-    """Decode an image file; write transcripts before and after filtering, and ``run.json``. Returns the kept ones."""
+) -> dict[str, Any]:
+    """Decode an image file; write transcripts before and after filtering, and ``run.json``. Returns its figures."""
     started = time.perf_counter()
     book = read_codebook(codebook)
     found = decode_all(read_stack(stack), book, method=method, preprocess=preprocess)
@@ -98,7 +98,7 @@ def decode_file(
             "seconds": {"total": time.perf_counter() - started},
         }
         runfolder.write_json(out / runfolder.RUN, record)
-    return kept
+    return call_figures(found, kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,7 +315,8 @@ def combine(
 
     folders = {fov: runfolder.field_folder(out, fov) for fov in fovs}
     fields = {fov: runfolder.read_json(folder / "field.json") for fov, folder in folders.items()}
-    found = gather_calls(experiment, folders, fields)
+    unrated = gather_calls(experiment, folders)
+    found = rate_calls(unrated, experiment.codebook)
     kept = keep_calls(found, config.misidentification_rate)
     distinct = kept[~seen_in_two_fields(kept, fields)].reset_index(drop=True)
     outlines = {fov: read_outlines(folder / "outlines.parquet") for fov, folder in folders.items()}
@@ -329,7 +330,8 @@ def combine(
     )
     table = count_table(distinct, cells, experiment.codebook)
     words = word_statistics(found, kept, experiment.codebook).set_index("gene")
-    table.var[["detection_efficiency", "confidence_ratio"]] = words[["detection_efficiency", "confidence_ratio"]]
+    stated = ["detection_efficiency", "confidence_ratio", "misidentification_rate"]
+    table.var[stated] = words[stated]
     cells["n_transcripts"] = table.obs["n_transcripts"].to_numpy()
 
     write_transcripts(found, out / runfolder.ALL_TRANSCRIPTS)
@@ -353,6 +355,8 @@ def combine(
         "failed": failed,
         "figures": {
             **call_figures(found, kept),
+            "by_blanks": interval(misidentification_rate(kept, experiment.codebook)),
+            "held_out": interval(held_out_rate(unrated, experiment.codebook, config.misidentification_rate)),
             "n_fields": len(fovs),
             "n_duplicates": len(kept) - len(distinct),
             "n_kept": len(distinct),
@@ -372,12 +376,12 @@ def read_outlines(path: Path) -> dict[int, shapely.Polygon]:
     return dict(enumerate(shapely.from_wkb(pd.read_parquet(path)["geometry"].to_numpy()), start=1))
 
 
-def gather_calls(experiment: Experiment, folders: Mapping[int, Path], fields: Mapping[int, Any]) -> pd.DataFrame:
-    """Every molecule of all fields, rated together, with ids that are unique in the run."""
+def gather_calls(experiment: Experiment, folders: Mapping[int, Path]) -> pd.DataFrame:
+    """Every molecule of all fields, not yet rated, with ids that are unique in the run."""
     empty = transcript_table(experiment.codebook, np.empty(0, np.int32), x=[], y=[], hamming_distance=[], intensity=[])
     parts = [calls for folder in folders.values() if len(calls := read_transcripts(folder / "calls.parquet"))]
     found = pd.concat(parts, ignore_index=True) if parts else empty
-    return rate_calls(found.assign(transcript_id=np.arange(len(found))), experiment.codebook)
+    return found.assign(transcript_id=np.arange(len(found)))
 
 
 def seen_in_two_fields(calls: pd.DataFrame, fields: Mapping[int, Any]) -> np.ndarray:
@@ -406,6 +410,11 @@ def call_figures(found: pd.DataFrame, kept: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def interval(rate: tuple[float, float, float]) -> dict[str, float] | None:
+    """A rate and the ends of its interval for a record, None where it is not known."""
+    return None if np.isnan(rate[0]) else dict(zip(("rate", "low", "high"), rate, strict=True))
+
+
 def describe_inputs(experiment: Experiment, fovs: Sequence[int]) -> dict[str, Any]:
     """The tables with their hashes, and the images with their sizes."""
     images = {
@@ -422,14 +431,22 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("merfish", "numpy", "scipy", "numba", "scikit-image")}
 
 
+def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
+    """How many molecules were found, and how many of them are wrong, for a terminal."""
+    rate = figures["misidentification_rate"]
+    line = f"{figures['n_kept']:,} molecules ({figures['n_blank']:,} blanks) of {figures['n_found']:,} found"
+    if rate is None:
+        return [f"{line}; no blanks in the codebook, so how many are wrong is not known"]
+    few = few_blanks(figures["n_found_blank"])
+    return [f"{line}, {rate:.1%} expected wrong", *([few] if few else [])]
+
+
 def run_summary(out: str | os.PathLike[str]) -> dict[str, Any]:
     """A finished run in a few lines, and the fields that failed."""
     record = runfolder.read_json(Path(out) / runfolder.RUN)
     figures, failed = record["figures"], record["failed"]
-    rate = figures["misidentification_rate"]
     lines = [
-        f"{figures['n_kept']:,} molecules ({figures['n_blank']:,} blanks) of {figures['n_found']:,} found"
-        + (f", {rate:.1%} expected wrong" if rate is not None else ""),
+        *molecule_lines(figures),
         f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules a cell in the median",
         *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),
         f"results in {out}, report in {Path(out) / runfolder.REPORT}",

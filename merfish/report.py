@@ -15,6 +15,7 @@ import pandas as pd
 
 from merfish import plots, runfolder
 from merfish._files import whole_file
+from merfish.decoding.filtering import few_blanks
 from merfish.errors import InputError
 from merfish.transcripts import read_transcripts
 
@@ -132,14 +133,22 @@ def run_sections(out: Path) -> list[Section]:
 
 def _molecule_text(figures: dict[str, Any]) -> list[str]:
     rate = figures["misidentification_rate"]
-    known = (
-        f"{rate:.1%} of them are expected to be wrong, by the blanks." if rate is not None else "No blanks, no rate."
-    )
+    known = "No blanks, no rate."
+    if rate is not None:
+        known = f"{rate:.1%} of them are expected to be wrong, by the blanks"
+        known += _interval(" (by the kept blanks alone {})", figures["by_blanks"])
+        known += _interval("; where the filter was not fitted, {}", figures["held_out"]) + "."
+        if few := few_blanks(figures["n_found_blank"]):
+            known += f" But {few}."
     return [
         f"{figures['n_found']:,} molecules found, {figures['n_kept']:,} kept ({figures['n_blank']:,} of them blanks). "
         + known,
         f"{figures['n_duplicates']:,} seen in two overlapping fields were counted once.",
     ]
+
+
+def _interval(text: str, value: dict[str, float] | None) -> str:
+    return text.format("{rate:.1%}, 95 % interval {low:.1%} to {high:.1%}".format(**value)) if value else ""
 
 
 def _molecule_pictures(out: Path, run: dict[str, Any], calls: pd.DataFrame) -> list[Picture]:

@@ -57,6 +57,9 @@ def test_run_writes_what_it_promises(done):
     assert table.var["detection_efficiency"].between(0.3, 1).all()
     record = json.loads((done / runfolder.RUN).read_text())
     assert {"versions", "parameters", "inputs", "figures", "fields", "bit_error_rates", "seconds"} <= set(record)
+    figures = record["figures"]
+    assert figures["by_blanks"]["low"] <= figures["misidentification_rate"] <= figures["by_blanks"]["high"]
+    assert figures["held_out"]["low"] <= 0.05 <= figures["held_out"]["high"]
     assert not list(done.glob("**/.*.*"))  # nothing half-written
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,8 +11,8 @@ from scipy import ndimage
 import reference
 from merfish import decode, mhd4_codebook, simulate_stack
 from merfish.decoding import _spot_kernels as kernels
-from merfish.decoding.error_model import bit_error_rates, wilson, word_statistics
-from merfish.decoding.filtering import keep_calls
+from merfish.decoding.error_model import bit_error_rates, held_out_rate, misidentification_rate, wilson, word_statistics
+from merfish.decoding.filtering import few_blanks, keep_at_rate, keep_calls, rate_calls
 from merfish.decoding.overlap import halos
 from merfish.decoding.pixels import on_bits
 from merfish.decoding.spots import RADIUS, start_log_ratio, word_abundance
@@ -180,6 +181,37 @@ def test_detection_efficiency_is_the_share_found():
     kept = keep_calls(found)
     efficiency = word_statistics(found, kept, BOOK)["detection_efficiency"]
     assert efficiency.mean() == pytest.approx(len(match_calls(kept, truth)[0]) / len(truth), abs=0.06)
+
+
+def test_held_out_rate_is_that_of_calls_rated_by_others():
+    rng = np.random.default_rng(3)
+    n = 60_000
+    odds = rng.normal(2.5, 3, n)
+    wrong = rng.random(n) < 1 / (1 + np.exp(odds))
+    genes, blanks = np.flatnonzero(~BOOK.is_blank), np.flatnonzero(BOOK.is_blank)
+    word = np.where(wrong, rng.integers(BOOK.n_words, size=n), rng.choice(genes, n))
+    calls = pd.DataFrame(
+        {
+            "barcode_id": word,
+            "is_blank": np.isin(word, blanks),
+            "probability": 1 / (1 + np.exp(-odds)),
+            "fov": rng.integers(4, size=n),
+            "x": rng.random(n),
+        }
+    )
+    for table in (calls, calls.assign(fov=0)):
+        rate, low, high = held_out_rate(table, BOOK, 0.05)
+        assert low < 0.05 < high
+        assert rate == pytest.approx(0.05, abs=0.01)
+    kept = keep_calls(rate_calls(calls, BOOK))
+    chosen = keep_at_rate(1 - rate_calls(calls, BOOK)["probability"].to_numpy())
+    assert wrong[chosen].mean() == pytest.approx(0.05, abs=0.01)
+    assert misidentification_rate(kept, BOOK)[0] == pytest.approx(0.05, abs=0.01)
+
+
+def test_few_blanks_are_told():
+    assert "only 3 blanks" in few_blanks(3)
+    assert few_blanks(30) is None
 
 
 def test_wilson_holds_its_extremes():

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from merfish.codebook import Codebook
+from merfish.decoding.filtering import keep_calls, rate_calls
 
 LEVEL = 1.96  # normal quantile of a 95 % interval
 
@@ -46,13 +47,45 @@ def wilson(hits: float, others: float) -> tuple[float, float, float]:
     return share, max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+def misidentification_rate(calls: pd.DataFrame, codebook: Codebook) -> tuple[float, float, float]:
+    """Share of wrong calls, from the blanks among them alone, with its 95 % interval.
+
+    Wrong calls fall on any word alike, so there are as many as blanks called times words over blank words. NaN without
+    blanks in the codebook or without calls.
+    """
+    n_blank = int(calls["is_blank"].sum())
+    n_words, n_blank_words = codebook.n_words, int(codebook.is_blank.sum())
+    if not n_blank_words:
+        return np.nan, np.nan, np.nan
+    rate, low, high = (share * n_words / n_blank_words for share in wilson(n_blank, len(calls) - n_blank))
+    return rate, low, min(high, 1.0)
+
+
+def held_out_rate(unrated: pd.DataFrame, codebook: Codebook, rate: float) -> tuple[float, float, float]:
+    """The misidentification rate, with its interval, that filtering for ``rate`` reaches where it was not fitted.
+
+    Each half of the fields (of one field, its left and its right half) is rated by the blanks of the other half.
+    unrated: every call found, as decoders give them: `rate_calls` was not applied yet.
+    """
+    if unrated.empty:
+        return np.nan, np.nan, np.nan
+    fov = unrated["fov"].to_numpy()
+    place = fov if len(np.unique(fov)) > 1 else unrated["x"].to_numpy()
+    second = np.searchsorted(np.unique(place), place) % 2 == 1 if place is fov else place > np.median(place)
+    kept = [keep_calls(rate_calls(unrated, codebook, learn_from=~half)[half], rate) for half in (second, ~second)]
+    return misidentification_rate(pd.concat(kept), codebook)
+
+
 def word_statistics(found: pd.DataFrame, kept: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
     """One row a word: what was called, how exactly, and which share of its molecules is detected.
 
     found, kept: transcript tables before and after filtering, ``shown`` in both.
     confidence_ratio: exact calls over exact and corrected ones (Chen et al. 2015; blanks show what chance gives);
+    misidentification_rate: expected share of wrong ones among the kept; its interval is that of all words, as it comes
+    from the same blanks;
     detection_efficiency: probability that a molecule of this word survives errors and filtering. Molecules are
-    counted by their exact calls over the probability of being exact, which follows from the rates of the bits.
+    counted by their exact calls over the probability of being exact, which follows from the rates of the bits. In
+    crowds that is too high: molecules whose bits hide in several neighbours count nowhere.
     """
     rates = bit_error_rates(found, codebook)
     lost, gained = (np.nan_to_num(rates[name].to_numpy()) for name in ("lost", "gained"))
@@ -66,6 +99,11 @@ def word_statistics(found: pd.DataFrame, kept: pd.DataFrame, codebook: Codebook)
     with np.errstate(invalid="ignore"):
         efficiency = probability_exact * right / exact.sum() if exact.sum() else np.full(codebook.n_words, np.nan)
         confidence = exact / calls
+    wrong = np.bincount(word, 1 - kept["probability"].to_numpy(float), codebook.n_words)
+    _, low, high = misidentification_rate(kept, codebook)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rate = wrong / calls
+        of_all = wrong.sum() / calls.sum()
     return pd.DataFrame(
         {
             "gene": codebook.names,
@@ -73,6 +111,9 @@ def word_statistics(found: pd.DataFrame, kept: pd.DataFrame, codebook: Codebook)
             "n_kept": calls,
             "n_exact": exact,
             "confidence_ratio": confidence,
+            "misidentification_rate": rate,
+            "misidentification_low": np.minimum(rate * low / of_all, 1.0),
+            "misidentification_high": np.minimum(rate * high / of_all, 1.0),
             "detection_efficiency": np.minimum(efficiency, 1.0),
         }
     )

@@ -16,6 +16,7 @@ PRIOR_SPOTS = np.array([0.1, 0.83])
 # about the number of blanks that it takes to outweigh a prior's slopes; its constant weighs one quarter
 WEIGHT_PIXELS, WEIGHT_SPOTS = 4.0, 64.0
 MAX_LOG_ODDS = 12.0
+FEWEST_BLANKS = 10  # called; with fewer the 95 % interval of the rate spans more than a factor of 3
 
 
 def misidentification_probability(
@@ -24,6 +25,7 @@ def misidentification_probability(
     blank_fraction: float,
     prior: np.ndarray | None = None,
     weight: float = WEIGHT_PIXELS,
+    learn_from: np.ndarray | None = None,
 ) -> np.ndarray:
     """Probability that each call is wrong.
 
@@ -34,7 +36,7 @@ def misidentification_probability(
     features: (call, feature) float, anything that tells good calls from bad: brightness, area, distance.
     is_blank: (call,) bool. blank_fraction: blank words over all words. prior: (1 + feature,) expected log odds where
     all features are 0 and their change for each unit of a feature, 0 when not given; weight: how many blanks it
-    takes to outweigh them.
+    takes to outweigh them. learn_from: (call,) bool, the calls whose blanks are looked at, all when not given.
     Returns (call,) float32 in [0, 1]; NaN for all calls if the codebook has no blanks.
     """
     n = len(is_blank)
@@ -47,7 +49,13 @@ def misidentification_probability(
     if prior is not None:
         start[0] = prior[0] + features.mean(axis=0) @ prior[1:]
         start[1:] = prior[1:] * spread
-    return _wrong_given_blanks(design, is_blank, blank_fraction, start, weight).astype(np.float32)
+    seen = slice(None) if learn_from is None else learn_from
+    slope = _wrong_given_blanks(design[seen], is_blank[seen], blank_fraction, start, weight)
+    return _logistic(design @ slope).astype(np.float32)
+
+
+def _logistic(log_odds: np.ndarray) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -30, 30))))
 
 
 def _wrong_given_blanks(
@@ -55,13 +63,13 @@ def _wrong_given_blanks(
 ) -> np.ndarray:
     """Logistic regression of a hidden label: P(wrong) = s(design @ slope), P(blank) = blank_fraction * P(wrong).
 
-    Fisher scoring with a normal prior; the first column of ``design`` is the constant.
+    Fisher scoring with a normal prior; the first column of ``design`` is the constant. Returns the slopes.
     """
     stiffness = np.full(len(prior), weight)
     stiffness[0] /= 4
     slope = prior.copy()
     for _ in range(100):
-        wrong = 1 / (1 + np.exp(-np.clip(design @ slope, -30, 30)))
+        wrong = _logistic(design @ slope)
         blank = blank_fraction * wrong
         gradient = design.T @ ((is_blank - blank) * (1 - wrong) / (1 - blank)) - stiffness * (slope - prior)
         information = (design * (blank * (1 - wrong) ** 2 / (1 - blank))[:, None]).T @ design + np.diag(stiffness)
@@ -69,7 +77,7 @@ def _wrong_given_blanks(
         slope += step
         if np.abs(step).max() < 1e-8:
             break
-    return 1 / (1 + np.exp(-np.clip(design @ slope, -30, 30)))
+    return slope
 
 
 def keep_at_rate(probability_wrong: np.ndarray, rate: float = MISIDENTIFICATION_RATE) -> np.ndarray:
@@ -102,8 +110,10 @@ def call_features(calls: pd.DataFrame) -> np.ndarray:
     )
 
 
-def rate_calls(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
-    """The same table with ``probability``, that each call is right, learnt from the blanks of all its rows.
+def rate_calls(calls: pd.DataFrame, codebook: Codebook, learn_from: np.ndarray | None = None) -> pd.DataFrame:
+    """The same table with ``probability``, that each call is right, learnt from the blanks.
+
+    learn_from: (call,) bool, the rows whose blanks are looked at; all when not given.
 
     A probability that the decoder has given is taken as the one feature, else there are those of `call_features`.
     """
@@ -114,10 +124,21 @@ def rate_calls(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
     else:
         features, prior, weight = call_features(calls), PRIOR_PIXELS, WEIGHT_PIXELS
     is_blank = calls["is_blank"].to_numpy(bool)
-    wrong = misidentification_probability(features, is_blank, float(codebook.is_blank.mean()), prior, weight)
+    blank_fraction = float(codebook.is_blank.mean())
+    wrong = misidentification_probability(features, is_blank, blank_fraction, prior, weight, learn_from)
     return calls.assign(probability=(1 - wrong).astype(np.float32))
 
 
 def keep_calls(calls: pd.DataFrame, rate: float = MISIDENTIFICATION_RATE) -> pd.DataFrame:
     """The rated calls that may be kept at a misidentification rate, in their order."""
     return calls[keep_at_rate(1 - calls["probability"].to_numpy(float), rate)].reset_index(drop=True)
+
+
+def few_blanks(n_called: int) -> str | None:
+    """What to know of a misidentification rate that hardly any blank has told; None if there are enough."""
+    if n_called >= FEWEST_BLANKS:
+        return None
+    return (
+        f"only {n_called} blanks were called, too few to know how many molecules are wrong: "
+        "the rate rests on simulated fields"
+    )
