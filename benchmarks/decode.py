@@ -1,6 +1,6 @@
 """Accuracy, speed, memory and drift error of the decoders, measured side by side: python benchmarks/decode.py.
 
-Writes benchmarks/results/decode.md, decode.json and decode.png. ``--quick`` is a smoke run of a minute.
+Writes benchmarks/results/decode.md, decode.json, decode.png and decode_calibration.png. ``--quick`` is a smoke run.
 """
 
 from __future__ import annotations
@@ -40,41 +40,60 @@ BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 PRECISION = {0.003: 0.945, 0.01: 0.94, 0.03: 0.92, 0.1: 0.9}
 
 
-def accuracy(shape: tuple[int, int], seeds: int) -> pd.DataFrame:
-    """Every method with its defaults on raw simulated stacks, one row a density, seed and method."""
-    rows = []
+def accuracy(shape: tuple[int, int], seeds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every method with its defaults on raw simulated stacks: scores, one row a density, seed and method, and calls."""
+    rows, calls = [], []
     for density in DENSITIES:
         for seed in range(100, 100 + seeds):
             stack, truth = simulate_stack(BOOK, shape=shape, density=density, seed=seed)
             for method in METHODS:
                 found = decode_all(stack, BOOK, method=method)
                 score = score_calls(decode(stack, BOOK, method=method), truth, shape=shape)
-                right = np.zeros(len(found), bool)
-                right[match_calls(found, truth)[0]] = True
-                stated = found["probability"].to_numpy(float)
-                ece = sum(
-                    abs(right[chosen].sum() - stated[chosen].sum())
-                    for low in np.arange(10) / 10
-                    for chosen in [(stated >= low) & (stated < low + 0.1 + (low > 0.85))]
-                ) / max(len(found), 1)
-                at = recall_at_precision(found, truth, shape, PRECISION[density])
-                rows.append({"density": density, "seed": seed, "method": method, "ece": ece, "recall_at": at, **score})
-    return pd.DataFrame(rows)
+                labels = {"density": density, "seed": seed, "method": method}
+                calls.append(judge(found, truth, shape).assign(**labels))
+                ece = calibration_error(calls[-1])
+                at = recall_at_precision(calls[-1], score["n_truth"], PRECISION[density])
+                rows.append({**labels, "ece": ece, "recall_at": at, **score})
+    return pd.DataFrame(rows), pd.concat(calls, ignore_index=True)
 
 
-def recall_at_precision(found: pd.DataFrame, truth: pd.DataFrame, shape: tuple[int, int], precision: float) -> float:
-    """Largest recall at a precision when calls are kept from the most probable on, 10 px margin."""
-    ranked = found.sort_values("probability", ascending=False, kind="stable").reset_index(drop=True)
+def judge(found: pd.DataFrame, truth: pd.DataFrame, shape: tuple[int, int]) -> pd.DataFrame:
+    """One row a call: probability stated, whether it is right, whether it lies (its molecule lies) 10 px inside."""
     height, width = shape
     inner, inner_truth = (
-        table["x"].between(9.5, width - 10.5).to_numpy() & table["y"].between(9.5, height - 10.5).to_numpy()
-        for table in (ranked, truth)
+        (table["x"].between(9.5, width - 10.5) & table["y"].between(9.5, height - 10.5)).to_numpy()
+        for table in (found, truth)
     )
-    call, real = match_calls(ranked, truth)
-    right, found_truth = np.zeros(len(ranked), bool), np.zeros(len(ranked), bool)
-    right[call], found_truth[call] = True, inner_truth[real]
-    reached = np.cumsum(right & inner) / np.maximum(np.cumsum(inner), 1) >= precision
-    return float((np.cumsum(found_truth) / inner_truth.sum())[reached].max(initial=0.0))
+    call, real = match_calls(found, truth)
+    right, finds = np.zeros(len(found), bool), np.zeros(len(found), bool)
+    right[call], finds[call] = True, inner_truth[real]
+    stated = found["probability"].to_numpy(float)
+    return pd.DataFrame({"probability": stated, "right": right, "inner": inner, "finds": finds})
+
+
+def calibration(calls: pd.DataFrame) -> pd.DataFrame:
+    """Judged calls in ten bins of stated probability: n, and the mean of ``stated`` and ``right``."""
+    groups = calls.groupby(np.minimum((calls["probability"] * 10).astype(int), 9))
+    return groups.agg(n=("right", "size"), stated=("probability", "mean"), right=("right", "mean"))
+
+
+def calibration_error(calls: pd.DataFrame) -> float:
+    """Expected calibration error: the mean distance of stated and right over the calls, bin by bin."""
+    bins = calibration(calls)
+    return float((bins["n"] * (bins["stated"] - bins["right"]).abs()).sum() / max(len(calls), 1))
+
+
+def ranked(calls: pd.DataFrame, n_truth: float) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and precision (call,) when judged calls are kept from the most probable on."""
+    order = calls.sort_values("probability", ascending=False, kind="stable")
+    precision = (order["right"] & order["inner"]).cumsum() / order["inner"].cumsum().clip(lower=1)
+    return (order["finds"].cumsum() / n_truth).to_numpy(), precision.to_numpy()
+
+
+def recall_at_precision(calls: pd.DataFrame, n_truth: float, precision: float) -> float:
+    """Largest recall at a precision when judged calls are kept from the most probable on, 10 px margin."""
+    recall, reached = ranked(calls, n_truth)
+    return float(recall[reached >= precision].max(initial=0.0))
 
 
 def best_of(work: Callable[[], Any], repeats: int = 3) -> float:
@@ -201,19 +220,38 @@ def spots(places: np.ndarray, light: np.ndarray, size: int = 512, sigma: float =
     return (profile[0] * light) @ profile[1].T
 
 
-def draw(scores: pd.DataFrame, path: Path) -> None:
-    """Recall against precision by density, with the best that is possible when places and bits are known."""
-    figure, axes = plots.new_figure(12, 3.6, len(DENSITIES))
+def draw(scores: pd.DataFrame, calls: pd.DataFrame, path: Path) -> None:
+    """Recall against precision of ranked calls by density, with the best possible when places and bits are known."""
+    figure, axes = plots.new_figure(13, 3.8, len(DENSITIES))
     best = {0.003: (0.943, 0.853), 0.01: (0.949, 0.857), 0.03: (0.949, 0.869)}
     for ax, density in zip(axes, DENSITIES, strict=True):
         for method, colour in zip(METHODS, plots.CATEGORIES, strict=False):
-            chosen = scores[(scores["density"] == density) & (scores["method"] == method)]
-            ax.plot(chosen["precision"], chosen["recall"], "o", color=colour, label=method, markersize=5, alpha=0.7)
+            score, judged = (t[(t["density"] == density) & (t["method"] == method)] for t in (scores, calls))
+            recall, precision = ranked(judged, score["n_truth"].sum())
+            some = recall > 0.02  # the share of right ones among a few calls is no precision
+            ax.plot(precision[some], recall[some], color=colour, label=method)
+            ax.plot(score["precision"].mean(), score["recall"].mean(), "o", color=colour, markersize=6)
+        ax.axvline(PRECISION[density], color=plots.MUTED, linewidth=0.8, linestyle=":")
         if density in best:
             ax.plot(*best[density], "k*", markersize=11, label="best possible")
         ax.set(title=f"{density} molecules/px", xlabel="precision", xlim=(0.7, 1), ylim=(0, 1))
     axes[0].set_ylabel("recall")
-    axes[0].legend(fontsize=8, frameon=False, loc="lower left")
+    axes[0].legend(fontsize=8, frameon=False, loc="lower left", title="dots: kept at 5 %", title_fontsize=8)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def draw_calibration(calls: pd.DataFrame, path: Path) -> None:
+    """Share of right calls against the probability stated, by method and density; bins of fewer than 50 left out."""
+    figure, axes = plots.new_figure(11, 3.8, len(METHODS))
+    for ax, method in zip(axes, METHODS, strict=True):
+        for density, colour in zip(DENSITIES, plots.CATEGORIES, strict=False):
+            bins = calibration(calls[(calls["density"] == density) & (calls["method"] == method)])
+            bins = bins[bins["n"] >= 50]
+            ax.plot(bins["stated"], bins["right"], "o-", color=colour, label=f"{density} molecules/px", markersize=4)
+        ax.plot([0, 1], [0, 1], color=plots.MUTED, linewidth=1)
+        ax.set(title=method, xlabel="probability stated", xlim=(0, 1), ylim=(0, 1))
+    axes[0].set_ylabel("share right")
+    axes[0].legend(fontsize=8, frameon=False)
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -227,7 +265,7 @@ def as_markdown(table: pd.DataFrame) -> str:
 def main(quick: bool) -> None:
     """Measure everything and write the tables."""
     shape, seeds, side, rounds = ((256, 256), 1, 512, 10) if quick else ((768, 768), 3, 2048, 100)
-    scores = accuracy(shape, seeds)
+    scores, calls = accuracy(shape, seeds)
     mean = scores.groupby(["density", "method"], sort=False).mean().drop(columns="seed")
     error = scores.groupby(["density", "method"], sort=False)["recall"].sem().rename("recall_se")
     times, floor = speed(side)
@@ -266,7 +304,8 @@ median {drift.median():.3f} px, largest {drift.max():.3f} px
     tables = {"accuracy": scores, "times": times, "memory": memory}
     record = {name: table.to_dict("list") for name, table in tables.items()}
     (RESULTS / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw(scores, RESULTS / "decode.png")
+    draw(scores, calls, RESULTS / "decode.png")
+    draw_calibration(calls, RESULTS / "decode_calibration.png")
     print(text)
 
 

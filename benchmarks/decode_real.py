@@ -297,11 +297,11 @@ def of_molecules(path: Path, codebook: Codebook, name: str, quick: bool) -> tupl
         crowding[method] = recall_by_crowding(calls, sample)
     by_crowding = crowding["spots"].assign(**{method: table["recall"] for method, table in crowding.items()})
     density = count_cells(sample.molecules, sample, codebook.n_words)[0].sum(axis=1) / shapely.area(sample.cells)
+    n_genes = len(np.unique(sample.molecules["barcode_id"]))
     text = f"""### {name.capitalize()}
 
-{len(sample.molecules):,} molecules of {len(np.unique(sample.molecules["barcode_id"]))} genes, {magnification} px to a pixel of the table,
-{len(stacks)} fields of {FIELD} px: {density.max():.3f} molecules/px in the brightest cell, {np.median(density):.3f} in
-the median cell.
+{len(sample.molecules):,} molecules of {n_genes} genes, {magnification} px to a pixel of the table, {len(stacks)} fields
+of {FIELD} px: {density.max():.3f} molecules/px in the brightest cell, {np.median(density):.3f} in the median cell.
 
 {as_markdown(pd.DataFrame(rows).set_index("method").T.reset_index(names=""))}
 
