@@ -28,7 +28,7 @@ from merfish.errors import InputError
 from merfish.imaging.experiment import Experiment, open_experiment, preflight
 from merfish.imaging.images import read_bits, read_fiducials, read_stack, read_stain
 from merfish.imaging.normalize import Normalization, median_normalization, peak_normalization
-from merfish.imaging.preprocess import bandpass
+from merfish.imaging.preprocess import Bandpassed, bandpass
 from merfish.imaging.registration import align, measure_drift, measure_field_drift
 from merfish.transcripts import read_transcripts, transcript_table, write_transcripts
 
@@ -61,12 +61,13 @@ def decode_all(
 ) -> pd.DataFrame:
     """As `decode`, with every molecule found, each with its probability to be right."""
     check_stack(stack, codebook)
-    if preprocess:
-        stack = bandpass(stack, smoothing=method_named(method).smoothing, background=method_named(method).background)
-        normalization = peak_normalization(stack)
+    if not preprocess:
+        calls = decode_filtered(stack, codebook, Normalization.identity(codebook.n_bits), method=method)
     else:
-        normalization = Normalization.identity(codebook.n_bits)
-    return rate_calls(decode_filtered(stack, codebook, normalization, method=method), codebook)
+        chosen = method_named(method)
+        filtered = Bandpassed(stack, smoothing=chosen.smoothing, background=chosen.background)
+        calls = decode_filtered(filtered, codebook, peak_normalization(filtered), method=method)
+    return rate_calls(calls, codebook)
 
 
 def decode_file(

@@ -14,7 +14,7 @@ from merfish.codebook import Codebook
 from merfish.decoding import _kernels
 from merfish.decoding.filtering import keep_at_rate, misidentification_probability
 from merfish.decoding.overlap import duplicates_between_fields, merge_planes
-from merfish.decoding.pixels import CodeLookup, decode_soft, distance_threshold, on_bits
+from merfish.decoding.pixels import CodeLookup, decode_hard, decode_soft, distance_threshold, on_bits
 from merfish.imaging.normalize import Normalization
 from merfish.simulate import score_calls
 from merfish.transcripts import COLUMNS
@@ -25,6 +25,7 @@ SMALL = Codebook(
     np.array([[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]], np.uint8),
     tuple("abcdefgh"),
 )
+BOOK = mhd4_codebook([f"g{k}" for k in range(120)])
 
 
 @given(arrays(np.float32, (8, 3, 5), elements=st.floats(0, 2, width=16) | st.just(0.0)))
@@ -45,6 +46,28 @@ def test_decode_rows_equals_the_reference(stack):
             assert min(others) >= distance - 1e-3
 
 
+@pytest.mark.parametrize("weights", [(4,), (1, 2, 3), (5, 6)])
+def test_pruning_leaves_out_no_word_that_wins(weights):
+    rng = np.random.default_rng(1)
+    words = np.zeros((60, 12), np.uint8)
+    for k, word in enumerate(words):
+        word[rng.permutation(12)[: weights[k % len(weights)]]] = 1
+    words = np.unique(words, axis=0)
+    book = Codebook(tuple(f"g{k}" for k in range(len(words))), ("",) * len(words), words, tuple("abcdefghijkl"))
+    stack = (rng.gamma(0.5, 1, (12, 40, 40)) * rng.integers(0, 2, (12, 40, 40))).astype(np.float32)
+    pixels = decode_soft(stack, book, Normalization.identity(12), max_distance=0.8, min_magnitude=0.3)
+    unit = words / np.linalg.norm(words, axis=1, keepdims=True)
+    magnitude = np.linalg.norm(stack, axis=0)
+    cosine = np.tensordot(unit, stack, 1) / np.maximum(magnitude, 1e-9)
+    distance = np.sqrt(np.maximum(2 - 2 * cosine.max(axis=0), 0))
+    sure = (np.abs(distance - 0.8) > 1e-4) & (np.abs(magnitude - 0.3) > 1e-4)
+    called = (distance < 0.8) & (magnitude > 0.3)
+    assert (called == (pixels.word >= 0))[sure].all()
+    assert called.mean() > 0.1
+    chosen = np.take_along_axis(cosine, np.maximum(pixels.word, 0)[None], 0)[0]
+    assert chosen[called & sure] == pytest.approx(cosine.max(axis=0)[called & sure], abs=1e-5)
+
+
 @given(arrays(np.int32, (8, 9), elements=st.integers(-1, 2)), st.sampled_from([4, 8]))
 def test_label_components_equals_the_reference(word, height):
     label = np.empty(word.shape, np.int32)
@@ -63,9 +86,9 @@ def test_measure_components_equals_the_reference(data):
     stack = data.draw(arrays(np.uint16, (8, 4, 6), elements=st.integers(0, 9)))
     label = np.empty(word.shape, np.int32)
     count = _kernels.label_components(word, 4, label)
-    out, spectrum = np.empty((count, 7)), np.empty((count, 8), np.float32)
-    offset, gain = np.full(8, 1, np.float32), np.full(8, 0.5, np.float32)
-    _kernels.measure_components(label, word, weight, weight, stack, offset, gain, 4, out, spectrum)
+    out, total = np.empty((count, 7)), np.empty(count)
+    _kernels.measure_components(label, word, weight, weight, 4, out)
+    _kernels.sum_components(label, stack[3], total)
     for row, component in enumerate(reference.components(word)):
         y, x = np.array(sorted(component)).T
         mass = weight[y, x].astype(float)
@@ -80,7 +103,7 @@ def test_measure_components_equals_the_reference(data):
                 mass.min(),
             ]
         )
-        assert spectrum[row] == pytest.approx((stack[:, y, x].mean(axis=1) - 1) / 2, abs=1e-5)
+        assert total[row] == stack[3, y, x].sum()
 
 
 @given(arrays(np.uint8, (5, 8), elements=st.integers(0, 1)))
@@ -98,6 +121,28 @@ def test_binarise_rows_sets_one_bit_a_plane():
     codes = np.empty((2, 3), np.uint64)
     _kernels.binarise_rows(stack, np.full(8, 1, np.float32), codes)
     assert codes.tolist() == [[0, 0, 1], [0b100, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
+def test_hamming_is_the_same_for_every_dtype(dtype):
+    rng = np.random.default_rng(2)
+    stack = rng.integers(0, 200, (16, 7, 9)).astype(dtype)
+    scale = Normalization(rng.uniform(40, 60, 16).astype(np.float32), rng.uniform(100, 200, 16).astype(np.float32))
+    pixels = decode_hard(stack, BOOK, scale)
+    level = scale.background + 0.5 * scale.scale
+    for row, x in np.ndindex(7, 9):
+        observed = (stack[:, row, x] > level).astype(np.uint8)
+        word, distance, _ = reference.nearest_word(observed, BOOK.words)
+        assert pixels.word[row, x] == (word if distance <= 1 else -1)
+        assert pixels.magnitude[row, x] == pytest.approx(np.sqrt(observed.sum()))
+        assert pixels.distance[row, x] == distance
+
+
+def test_hamming_of_a_dead_bit_never_sees_it():
+    scale = Normalization(np.zeros(16, np.float32), np.append(np.ones(15), 0).astype(np.float32))
+    for dtype in (np.uint16, np.float32):
+        pixels = decode_hard(np.full((16, 1, 1), 9, dtype), BOOK, scale)
+        assert pixels.magnitude[0, 0] == pytest.approx(np.sqrt(15))
 
 
 def codebooks_16_bit():
@@ -161,7 +206,6 @@ def test_on_bits_pads_words_of_less_weight():
     assert bits[1].tolist() == [0, 2]
 
 
-BOOK = mhd4_codebook([f"g{k}" for k in range(120)])
 KEYS = ["barcode_id", "x", "y", "area", "hamming_distance"]
 
 

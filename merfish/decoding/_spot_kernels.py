@@ -25,6 +25,14 @@ def fill_grid(x, y, cell, n_across, start, order):
 
 
 @kernel
+def in_steps(image, step, out):
+    """An image (row, x) in steps, rounded, into ``out`` int8; what does not fit is cut off."""
+    for row in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            out[row, x] = np.int8(min(max(np.rint(image[row, x] / step), -127.0), 127.0))
+
+
+@kernel
 def sample(image, y, x, first_row, last_row):
     """Value of an image (row, x) at a place between pixels, linear; outside, the nearest edge."""
     width = image.shape[1]
@@ -40,10 +48,11 @@ def sample(image, y, x, first_row, last_row):
 
 
 @kernel
-def observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, stack, height, members, seen):
+def observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, light, step, height, members, seen):
     """Gather around a peak the nearest free peak of each bit, and say what each bit shows.
 
-    px, py, pb, pa (peak,): place, bit and height; taken (peak,) bool. out: members (bit,) int64, peak or -1;
+    px, py, pb, pa (peak,): place, bit and height; taken (peak,) bool; light (bit, row, x) int8, what no peak
+    explains, in steps. out: members (bit,) int64, peak or -1;
     seen (bit,) int64: bin of what is observed, see `bin_of`. Returns centre x, y and brightness, the mean height of
     the members but for the weakest and the brightest when there are four and more.
     """
@@ -104,7 +113,7 @@ def observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, s
             d = np.sqrt((px[i] - cx) ** 2 + (py[i] - cy) ** 2)
             seen[bit] = bin_of(d / radius, pa[i] / bright)
         else:
-            v = sample(stack[bit], cy, cx, first_row, first_row + height - 1)
+            v = step * sample(light[bit], cy, cx, first_row, first_row + height - 1)
             seen[bit] = bin_of(-1.0, v / bright)
             if used[bit] < radius * radius:
                 seen[bit] += N_EMPTY * (1 + int(np.sqrt(used[bit]) / radius * N_USED))
@@ -166,7 +175,8 @@ def called_before(cx, cy, word, radius, px, py, start, order, cell, n_across, ow
 
 @parallel_kernel
 def score_seeds(
-    px, py, pb, pa, start, order, cell, n_across, radius, stack, height, ratio, log_prior, word_bits, word_weight, first
+    px, py, pb, pa, start, order, cell, n_across, radius, light, step, height,
+    ratio, log_prior, word_bits, word_weight, first,
 ):  # fmt: skip
     """Score of the best word around each peak while all peaks are free, into ``first`` (peak,) float64.
 
@@ -175,17 +185,19 @@ def score_seeds(
     free = np.zeros(len(px), np.bool_)
     chunks = (len(px) + CHUNK - 1) // CHUNK
     for chunk in prange(chunks):
-        members = np.empty(stack.shape[0], np.int64)
-        seen = np.empty(stack.shape[0], np.int64)
+        members = np.empty(light.shape[0], np.int64)
+        seen = np.empty(light.shape[0], np.int64)
         score = np.empty(len(word_weight))
         for seed in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(px))):
-            observe(seed, px, py, pb, pa, free, start, order, cell, n_across, radius, stack, height, members, seen)
+            observe(
+                seed, px, py, pb, pa, free, start, order, cell, n_across, radius, light, step, height, members, seen
+            )
             first[seed] = score[best_word(seen, ratio, log_prior, word_bits, word_weight, score)]
 
 
 @kernel
 def call_molecules(
-    px, py, pb, pa, start, order, cell, n_across, radius, stack, height,
+    px, py, pb, pa, start, order, cell, n_across, radius, light, step, height,
     ratio, log_prior, word_bits, word_weight, words, first, floor, explained, table, evidence, observed,
 ):  # fmt: skip
     """Call molecules from the most certain on, each from peaks that no other has taken.
@@ -198,7 +210,7 @@ def call_molecules(
     bits that are wrong), observed (bin of each bit). Returns the number of calls.
     """
     n_peaks = len(px)
-    n_bits = stack.shape[0]
+    n_bits = light.shape[0]
     taken = np.zeros(n_peaks, np.bool_)
     owner = np.full(n_peaks, -1)
     members = np.empty(n_bits, np.int64)
@@ -215,7 +227,7 @@ def call_molecules(
         if seed < 0 or taken[seed]:
             continue
         cx, cy, bright = observe(
-            seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, stack, height, members, seen
+            seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, light, step, height, members, seen
         )
         best = best_word(seen, ratio, log_prior, word_bits, word_weight, score)
         if score[best] < floor:

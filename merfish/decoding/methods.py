@@ -15,18 +15,20 @@ from merfish.decoding.pixels import DecodedPixels, decode_hard, decode_soft
 from merfish.decoding.spots import decode_spots
 from merfish.errors import InputError
 from merfish.imaging.normalize import Normalization
+from merfish.imaging.preprocess import Bandpassed
 from merfish.transcripts import transcript_table
 
-Finder = Callable[[np.ndarray, Codebook, Normalization, int], pd.DataFrame]
+Rows = np.ndarray | Bandpassed  # (bit, plane * y, x)
+Finder = Callable[[Rows, Codebook, Normalization, int], pd.DataFrame]
 
 
-def find_by_pixels(stack: np.ndarray, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
+def find_by_pixels(stack: Rows, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
     """Molecules as patches of pixels nearest to one word, by angle."""
     pixels = decode_soft(stack, codebook, normalization)
     return _patches(pixels, stack, codebook, normalization, height)
 
 
-def find_by_hamming(stack: np.ndarray, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
+def find_by_hamming(stack: Rows, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
     """Molecules as patches of pixels whose binarised bits a word explains with a correctable error."""
     pixels = decode_hard(stack, codebook, normalization)
     calls = _patches(pixels, stack, codebook, normalization, height)
@@ -35,7 +37,7 @@ def find_by_hamming(stack: np.ndarray, codebook: Codebook, normalization: Normal
 
 
 def _patches(
-    pixels: DecodedPixels, stack: np.ndarray, codebook: Codebook, normalization: Normalization, height: int
+    pixels: DecodedPixels, stack: Rows, codebook: Codebook, normalization: Normalization, height: int
 ) -> pd.DataFrame:
     found = extract_molecules(pixels, stack, codebook, normalization, height=height)
     keep, z = once(found.word, found.x, found.y, found.plane, found.intensity * found.area)
@@ -53,7 +55,7 @@ def _patches(
     )
 
 
-def find_by_spots(stack: np.ndarray, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
+def find_by_spots(stack: Rows, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
     """Molecules as spots linked across bits; ``probability`` is the posterior of the word."""
     found = decode_spots(stack, codebook, normalization, height=height)
     keep, z = once(found.word, found.x, found.y, found.plane, found.intensity)
@@ -97,11 +99,13 @@ def method_named(name: str) -> Method:
 
 
 def decode_filtered(
-    stack: np.ndarray, codebook: Codebook, normalization: Normalization, *, method: str = DEFAULT_METHOD
+    stack: np.ndarray | Bandpassed, codebook: Codebook, normalization: Normalization, *, method: str = DEFAULT_METHOD
 ) -> pd.DataFrame:
     """Every molecule found in a filtered stack (bit, y, x) or (bit, z, y, x), not yet rated nor filtered."""
-    rows = stack.reshape(stack.shape[0], -1, stack.shape[-1])
-    return method_named(method).find(rows, codebook, normalization, stack.shape[-2])
+    find = method_named(method).find
+    if isinstance(stack, Bandpassed):
+        return find(stack, codebook, normalization, stack.height)
+    return find(stack.reshape(len(stack), -1, stack.shape[-1]), codebook, normalization, stack.shape[-2])
 
 
 def check_stack(stack: np.ndarray, codebook: Codebook) -> None:

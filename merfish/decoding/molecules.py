@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from merfish._jit import map_bits
 from merfish.codebook import Codebook
 from merfish.decoding import _kernels
 from merfish.decoding.pixels import HALF_HEIGHT, DecodedPixels
 from merfish.imaging.normalize import Normalization
+from merfish.imaging.preprocess import Bandpassed
 
 MIN_AREA = 3  # pixels; one or two are more often noise or the rim of another molecule
 
@@ -38,7 +40,7 @@ class Molecules:
 
 def extract_molecules(
     pixels: DecodedPixels,
-    stack: np.ndarray,
+    stack: np.ndarray | Bandpassed,
     codebook: Codebook,
     normalization: Normalization,
     *,
@@ -52,19 +54,15 @@ def extract_molecules(
     label = np.empty(pixels.word.shape, np.int32)
     count = _kernels.label_components(pixels.word, height, label)
     table = np.empty((count, 7))
-    spectrum = np.empty((count, codebook.n_bits), np.float32)
-    _kernels.measure_components(
-        label,
-        pixels.word,
-        pixels.distance,
-        pixels.magnitude,
-        stack,
-        normalization.background,
-        normalization.gain,
-        height,
-        table,
-        spectrum,
-    )
+    _kernels.measure_components(label, pixels.word, pixels.distance, pixels.magnitude, height, table)
+
+    def mean(image: np.ndarray) -> np.ndarray:
+        total = np.empty(count)
+        _kernels.sum_components(label, image, total)
+        return total / table[:, 4]
+
+    spectrum = np.array(map_bits(mean, stack), np.float32).reshape(codebook.n_bits, count).T
+    spectrum = (spectrum - normalization.background) * normalization.gain
     keep = table[:, 4] >= min_area
     table, spectrum = table[keep], spectrum[keep]
     word = table[:, 0].astype(np.int32)

@@ -7,15 +7,11 @@ left is searched for the peaks that hid in a neighbour's flank, and all are fitt
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-
-import numba
 import numpy as np
 import pandas as pd
 
 from merfish.decoding import _peak_kernels as kernels
-from merfish.imaging.normalize import EVERY, NOISE_TO_SIGMA, locate_peaks_in
+from merfish.imaging.normalize import EVERY, NOISE_TO_SIGMA, locate_peaks
 
 PEAK_SIGMAS = 5.0  # height of a peak over the noise
 PEAK_HEIGHT = 0.15  # and over a typical molecule's height
@@ -32,31 +28,10 @@ STAY = 0.7  # of the threshold, below which a fitted peak is none
 FEWEST_PEAKS = 30  # with fewer a bit is not crowded, and its profile is not known
 
 
-@dataclass(frozen=True, eq=False)
-class Peaks:
-    """Peaks of all bits, one bit after the other: x, y (rows), height float64 (peak,), bit int64 (peak,)."""
-
-    x: np.ndarray
-    y: np.ndarray
-    height: np.ndarray
-    bit: np.ndarray
-
-
-def fit_peaks(values: np.ndarray, height: int) -> Peaks:
-    """All peaks of a normalised stack (bit, plane * height, x) float32, whose light is taken out of ``values``.
-
-    Places in pixel, y in rows; heights in molecules.
-    """
-    with ThreadPoolExecutor(numba.get_num_threads()) as pool:
-        found = list(pool.map(lambda image: fit_bit(image, height), values))
-    x, y, top = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return Peaks(x, y, top, np.repeat(np.arange(len(values)), [len(peaks[0]) for peaks in found]))
-
-
-def fit_bit(image: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fit_peaks(image: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Peaks of one bit (plane * height, x) float32, normalised, whose light is taken out: x, y, height (peak,)."""
     threshold = max(PEAK_SIGMAS * noise_of(image), PEAK_HEIGHT)
-    x, y, top = locate_peaks_in(image, height, threshold)
+    x, y, top = locate_peaks(image, height, threshold)
     profile = measure_profile(image, height, x, y, top)
     if profile is None:
         return x, y, top
@@ -68,7 +43,7 @@ def fit_bit(image: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray, np.
             fresh = len(x)
             # what the crowd added to the noise is gone
             threshold = max(PEAK_SIGMAS * noise_of(image), PEAK_HEIGHT)
-            more = locate_peaks_in(image, height, max(threshold, HIDDEN_HEIGHT))
+            more = locate_peaks(image, height, max(threshold, HIDDEN_HEIGHT))
             x, y, top = (np.append(old, new) for old, new in zip((x, y, top), more, strict=True))
         kernels.fit_spots(image, height, fresh, x, y, top, profile, slope, BINS, CORE, STIFFNESS, MOST_STEP, SWEEPS)
     stay = top > threshold * STAY

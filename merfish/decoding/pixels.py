@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +10,11 @@ import numpy as np
 from merfish.codebook import Codebook, min_distance
 from merfish.decoding import _kernels
 from merfish.imaging.normalize import Normalization
+from merfish.imaging.preprocess import Bandpassed
 
 # a pixel belongs to a molecule down to half of its height
 HALF_HEIGHT = 0.5
+STRIP = 128  # rows that are filtered at once when the whole is not held
 TABLE_BITS = 16  # up to here a table of all observable words is smaller and faster than a search
 
 
@@ -27,6 +30,10 @@ class DecodedPixels:
     word: np.ndarray
     distance: np.ndarray
     magnitude: np.ndarray
+
+    def part(self, rows: slice) -> DecodedPixels:
+        """Some of the rows, to be filled."""
+        return DecodedPixels(self.word[rows], self.distance[rows], self.magnitude[rows])
 
 
 def distance_threshold(weight: int) -> float:
@@ -50,7 +57,7 @@ def magnitude_threshold(weight: int) -> float:
 
 
 def decode_soft(
-    stack: np.ndarray,
+    stack: np.ndarray | Bandpassed,
     codebook: Codebook,
     normalization: Normalization,
     *,
@@ -66,41 +73,49 @@ def decode_soft(
     max_distance = distance_threshold(weight) if max_distance is None else max_distance
     min_magnitude = magnitude_threshold(weight) if min_magnitude is None else min_magnitude
     pixels = _empty(stack.shape[1:])
-    word_bits, word_weight = on_bits(codebook)
-    _kernels.decode_rows(
-        stack,
-        normalization.background,
-        normalization.gain,
-        word_bits,
-        word_weight,
+    model = (
+        *on_bits(codebook),
+        *words_with_bits(codebook),
         np.float32(min_magnitude),
         np.float32(1 - max_distance**2 / 2),
-        pixels.word,
-        pixels.distance,
-        pixels.magnitude,
     )
+    for rows, strip in strips(stack):
+        _kernels.decode_rows(
+            strip,
+            normalization.background,
+            normalization.gain,
+            *model,
+            *(getattr(pixels.part(rows), name) for name in ("word", "distance", "magnitude")),
+        )
     return pixels
 
 
-def decode_hard(stack: np.ndarray, codebook: Codebook, normalization: Normalization) -> DecodedPixels:
+def strips(stack: np.ndarray | Bandpassed) -> Iterator[tuple[slice, np.ndarray]]:
+    """Some rows of all bits after the other; an array, which is held anyway, in one piece."""
+    n_rows = stack.shape[1]
+    step = n_rows if isinstance(stack, np.ndarray) else STRIP
+    for first in range(0, n_rows, step):
+        rows = slice(first, min(first + step, n_rows))
+        yield rows, stack[:, rows]
+
+
+def decode_hard(stack: np.ndarray | Bandpassed, codebook: Codebook, normalization: Normalization) -> DecodedPixels:
     """Binarise each bit at half of its molecules' height and correct errors by Hamming distance.
 
     With minimum distance d of the codebook, up to (d - 1) // 2 wrong bits are corrected and everything farther, or
     as near to two words, is refused: for d = 4 distance 0 is exact, 1 is corrected, 2 is detected.
     """
-    codes = np.empty(stack.shape[1:], np.uint64)
     threshold = np.where(
         normalization.scale > 0, normalization.background + HALF_HEIGHT * normalization.scale, np.inf
     ).astype(np.float32)
-    _kernels.binarise_rows(stack, threshold, codes)
-    lookup = CodeLookup(codebook)
-    word, bits = lookup(codes)
-    magnitude = np.sqrt(np.bitwise_count(codes).astype(np.float32))
-    return DecodedPixels(word, bits.astype(np.float32), magnitude)
+    pixels, lookup = _empty(stack.shape[1:]), CodeLookup(codebook)
+    for rows, strip in strips(stack):
+        lookup.rows(strip, threshold, pixels.part(rows))
+    return pixels
 
 
 class CodeLookup:
-    """Nearest word of any observed word, refused (-1) where the code cannot correct it."""
+    """Nearest word of any observed bits, refused (-1) where the code cannot correct them."""
 
     def __init__(self, codebook: Codebook) -> None:
         self.codes = codebook.codes
@@ -108,9 +123,11 @@ class CodeLookup:
         self.table: tuple[np.ndarray, np.ndarray] | None = None
         if codebook.n_bits <= TABLE_BITS:
             self.table = self._search(np.arange(1 << codebook.n_bits, dtype=np.uint64))
+            bits = np.bitwise_count(np.arange(1 << codebook.n_bits))
+            self.table_magnitude = np.sqrt(bits.astype(np.float32))
 
     def __call__(self, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """observed: uint64 of any shape. Returns word int32 (-1 = refused) and Hamming distance int16, same shape."""
+        """observed: uint64 of any shape. Returns word int32 (-1 = refused) and distance float32, bits, same shape."""
         if self.table is not None:
             word, distance = self.table
             return word[observed], distance[observed]
@@ -118,13 +135,34 @@ class CodeLookup:
         word, distance = self._search(unique)
         return word[inverse].reshape(observed.shape), distance[inverse].reshape(observed.shape)
 
+    def rows(self, stack: np.ndarray, threshold: np.ndarray, out: DecodedPixels) -> None:
+        """Decode a stack (bit, row, x), bits on above ``threshold`` (bit,) float32, into ``out``."""
+        if self.table is not None:
+            level = _level(threshold, stack.dtype)
+            _kernels.look_up_rows(
+                stack, level, *self.table, self.table_magnitude, out.word, out.distance, out.magnitude
+            )
+            return
+        codes = np.empty(stack.shape[1:], np.uint64)
+        _kernels.binarise_rows(stack, threshold, codes)
+        out.word[:], out.distance[:] = self(codes)
+        out.magnitude[:] = np.sqrt(np.bitwise_count(codes).astype(np.float32))
+
     def _search(self, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         word = np.empty(len(observed), np.int32)
         distance = np.empty(len(observed), np.int16)
         ambiguous = np.empty(len(observed), np.bool_)
         _kernels.nearest_words(observed, self.codes, word, distance, ambiguous)
         word[(distance > self.corrects) | ambiguous] = -1
-        return word, distance
+        return word, distance.astype(np.float32)
+
+
+def _level(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Thresholds that whole numbers pass as they pass the given ones, in their own dtype: compared many at once."""
+    if not np.issubdtype(dtype, np.integer):
+        return threshold.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.floor(threshold.astype(np.float64)), limits.min, limits.max).astype(dtype)
 
 
 def on_bits(codebook: Codebook) -> tuple[np.ndarray, np.ndarray]:
@@ -134,6 +172,17 @@ def on_bits(codebook: Codebook) -> tuple[np.ndarray, np.ndarray]:
     for row, word in enumerate(codebook.words):
         padded[row, : weights[row]] = np.flatnonzero(word)
     return padded, weights
+
+
+def words_with_bits(codebook: Codebook) -> tuple[np.ndarray, np.ndarray]:
+    """The words with each bit (bit, word) and with each two bits (bit, bit, word), int32, filled up with -1."""
+    words = codebook.words.astype(bool)
+    both = words.T[:, None] & words.T[None]
+    by_pair = np.full((*both.shape[:2], int(both.sum(axis=2).max()) + 1), -1, np.int32)
+    for a, b in np.ndindex(*both.shape[:2]):
+        with_both = np.flatnonzero(both[a, b])
+        by_pair[a, b, : len(with_both)] = with_both
+    return by_pair[np.arange(len(both)), np.arange(len(both))].copy(), by_pair
 
 
 def _empty(shape: tuple[int, ...]) -> DecodedPixels:

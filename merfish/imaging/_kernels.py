@@ -53,6 +53,90 @@ def filter_planes(planes, starts, taps_y, taps_x, out):
 
 
 @kernel
+def add_taps(target, sources, shift, taps):
+    """target[c] += sum over t of taps[t] * sources[t, c] (shift 0) or of taps[t] * sources[0, c + t] (shift 1).
+
+    Four taps in one go: sums stay in registers. len(taps) is a multiple of 4.
+    """
+    n = len(target)
+    for t in range(0, len(taps), 4):
+        if shift:
+            a, b, c, d = sources[0, t:], sources[0, t + 1 :], sources[0, t + 2 :], sources[0, t + 3 :]
+        else:
+            a, b, c, d = sources[t], sources[t + 1], sources[t + 2], sources[t + 3]
+        u, v, w, z = taps[t], taps[t + 1], taps[t + 2], taps[t + 3]
+        for i in range(n):
+            target[i] += (u * a[i] + v * b[i]) + (w * c[i] + z * d[i])
+
+
+@kernel
+def bandpass_rows(image, first, last, narrow, wide, out):
+    """Rows ``first`` to below ``last`` of an image (y, x), narrow Gaussian minus wide one, into ``out`` (row, x).
+
+    narrow, wide (tap,) float32, symmetric about the tap at their radius, which is (taps - 1) // 2 before zeros were
+    added up to a multiple of 4. Image mirrored at its edges.
+    """
+    height, width = image.shape
+    reach = radius_of(wide)
+    inner = radius_of(narrow)
+    n_rows = last - first + 2 * reach
+    padded = np.zeros((1, width + len(wide) + 2 * reach), np.float32)
+    near = np.zeros((n_rows + 4, width), np.float32)
+    far = np.zeros((n_rows + 4, width), np.float32)
+    for r in range(n_rows):
+        source = image[_mirror(first + r - reach, height)]
+        for x in range(width):
+            padded[0, reach + x] = source[x]
+        for x in range(reach):
+            padded[0, x] = source[_mirror(x - reach, width)]
+            padded[0, reach + width + x] = source[_mirror(width + x, width)]
+        add_taps(far[r], padded, 1, wide)
+        if reach - inner <= r < n_rows - reach + inner:
+            add_taps(near[r], padded[:, reach - inner :], 1, narrow)
+    for r in range(last - first):
+        out[r] = 0.0
+        add_taps(out[r], far[r:], 0, wide)
+        for x in range(width):
+            out[r, x] = -out[r, x]
+        add_taps(out[r], near[r + reach - inner :], 0, narrow)
+
+
+@kernel
+def radius_of(taps):
+    """Taps on each side of the middle one of symmetric taps, filled up with 0 to a multiple of 4."""
+    n = len(taps)
+    while taps[n - 1] == 0.0:
+        n -= 1
+    return (n - 1) // 2
+
+
+@kernel
+def bandpass_image(image, narrow, wide, out):
+    """A whole image (y, x), strip by strip, so that the work stays in cache; see `bandpass_rows`."""
+    for first in range(0, len(image), _ROWS):
+        last = min(first + _ROWS, len(image))
+        bandpass_rows(image, first, last, narrow, wide, out[first:last])
+
+
+@parallel_kernel
+def bandpass_strip(images, first, last, narrow, wide, out):
+    """Rows ``first`` to below ``last`` of each image (bit, y, x) into ``out`` (bit, row, x); see `bandpass_rows`."""
+    for bit in prange(len(images)):
+        bandpass_rows(images[bit], first, last, narrow, wide, out[bit])
+
+
+@parallel_kernel
+def bandpass_images(images, narrow, wide, out):
+    """Whole images (image, y, x) into ``out``; see `bandpass_rows`."""
+    strips = (images.shape[1] + _ROWS - 1) // _ROWS
+    for task in prange(len(images) * strips):
+        image = task // strips
+        first = (task % strips) * _ROWS
+        last = min(first + _ROWS, images.shape[1])
+        bandpass_rows(images[image], first, last, narrow, wide, out[image, first:last])
+
+
+@kernel
 def _mirror(index, size):
     """The pixel that stands for ``index`` when the image is mirrored about its outermost pixels."""
     if size == 1:
@@ -180,7 +264,7 @@ def _cubic_weights(fraction, weights):
 
 
 @kernel
-def find_peaks_in(image, height, threshold, x, y, value):
+def find_peaks(image, height, threshold, x, y, value):
     """Local maxima of an image (row, x) above a threshold, sub-pixel; planes of ``height`` rows below each other.
 
     out: x, y (rows), value (capacity,) float32. The top is that of the least-squares paraboloid over 3 x 3 pixels, at
@@ -223,10 +307,3 @@ def find_peaks_in(image, height, threshold, x, y, value):
             y[found - 1] = row + oy
             value[found - 1] = max(centre, mean + (gx * ox + gy * oy) / 2 - (hxx + hyy) / 3)
     return found
-
-
-@parallel_kernel
-def find_peaks(stack, height, threshold, count, x, y, value):
-    """`find_peaks_in` of each bit: stack (bit, row, x), threshold, count (bit,), x, y, value (bit, capacity)."""
-    for bit in prange(stack.shape[0]):
-        count[bit] = find_peaks_in(stack[bit], height, threshold[bit], x[bit], y[bit], value[bit])

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from merfish.imaging._kernels import find_peaks, find_peaks_in
+from merfish._jit import map_bits
+from merfish.imaging._kernels import find_peaks
+from merfish.imaging.preprocess import Bandpassed
 
 NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
 EVERY = 4  # rows; a quarter of them tells the noise
@@ -44,46 +46,33 @@ class Normalization:
             return np.where(self.scale > 0, 1 / self.scale, 0).astype(np.float32)
 
 
-def peak_normalization(filtered: np.ndarray) -> Normalization:
+def peak_normalization(filtered: np.ndarray | Bandpassed) -> Normalization:
     """First estimate: the median of each bit, and the median of its light over clear local maxima.
 
     Half of all light in maxima comes from those brighter than the scale: the many dim rings of molecules out of focus
     hardly move it, where they would drag down a plain median.
 
-    filtered (bit, ..., y, x) float, band-passed. A bit without clear maxima is dead: its scale is 0.
+    filtered (bit, ..., y, x), band-passed. A bit without clear maxima is dead: its scale is 0.
     """
-    rows = filtered.reshape(filtered.shape[0], -1, filtered.shape[-1])
-    background = np.array([np.median(bit[::EVERY]) for bit in rows], np.float32)
-    noise = np.array([np.median(np.abs(bit[::EVERY] - low)) for bit, low in zip(rows, background, strict=True)])
-    peaks = locate_peaks(rows, filtered.shape[-2], background + PEAK_SIGMAS * NOISE_TO_SIGMA * noise)
-    tops = [value - low for (_, _, value), low in zip(peaks, background, strict=True)]
-    scale = [weighted_median(top) if len(top) else 0.0 for top in tops]
-    return Normalization(background, np.array(scale, np.float32))
+    height = filtered.height if isinstance(filtered, Bandpassed) else filtered.shape[-2]
+    background, scale = zip(*map_bits(lambda image: _level_and_height(image, height), filtered), strict=True)
+    return Normalization(np.array(background, np.float32), np.array(scale, np.float32))
 
 
-def locate_peaks(
-    rows: np.ndarray, height: int, threshold: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Sub-pixel local maxima of each bit above its threshold (bit,): x, y (rows) and value, float32 (peak,).
-
-    rows: (bit, plane * height, x) float32.
-    """
-    count = np.zeros(len(rows), np.int64)
-    capacity = max(rows[0].size // 64, 1)
-    while True:
-        x, y, value = (np.empty((len(rows), capacity), np.float32) for _ in range(3))
-        find_peaks(rows, height, threshold.astype(np.float32), count, x, y, value)
-        if count.max(initial=0) <= capacity:
-            return [(x[bit, :n], y[bit, :n], value[bit, :n]) for bit, n in enumerate(count)]
-        capacity = int(count.max())
+def _level_and_height(image: np.ndarray, height: int) -> tuple[float, float]:
+    rows = image.reshape(-1, image.shape[-1])
+    background = float(np.median(rows[::EVERY]))
+    noise = NOISE_TO_SIGMA * np.median(np.abs(rows[::EVERY] - background))
+    _, _, value = locate_peaks(rows, height, background + PEAK_SIGMAS * noise)
+    return background, weighted_median(value - background) if len(value) else 0.0
 
 
-def locate_peaks_in(image: np.ndarray, height: int, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def locate_peaks(image: np.ndarray, height: int, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sub-pixel local maxima of one bit (plane * height, x) float32: x, y (rows) and value, float64 (peak,)."""
     capacity = max(image.size // 64, 1)
     while True:
         x, y, value = (np.empty(capacity) for _ in range(3))
-        n = find_peaks_in(image, height, threshold, x, y, value)
+        n = find_peaks(image, height, threshold, x, y, value)
         if n <= capacity:
             return x[:n], y[:n], value[:n]
         capacity = n

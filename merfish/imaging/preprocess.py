@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merfish.imaging._kernels import filter_planes
+from merfish.imaging._kernels import bandpass_image, bandpass_images, bandpass_strip, filter_planes
 
 
 def bandpass(stack: np.ndarray, *, smoothing: float, background: float) -> np.ndarray:
@@ -14,17 +14,58 @@ def bandpass(stack: np.ndarray, *, smoothing: float, background: float) -> np.nd
     ``background`` (both sigma in pixel), about 0 where there is no spot. Images are mirrored at their edges.
     """
     out = np.empty(stack.shape, np.float32)
-    planes = stack.reshape(-1, *stack.shape[-2:])
-    for image, filtered in zip(planes, out.reshape(planes.shape), strict=True):
-        np.subtract(gaussian(image, smoothing), gaussian(image, background), out=filtered)
+    images = stack.reshape(-1, *stack.shape[-2:])
+    bandpass_images(
+        images, _filled(gaussian_taps(smoothing)), _filled(gaussian_taps(background)), out.reshape(images.shape)
+    )
     return out
+
+
+class Bandpassed:
+    """A stack (bit, [z,] y, x) as `bandpass` would return it, planes one below the other: (bit, plane * y, x).
+
+    Filtered when it is indexed, ``stack[bit]`` or ``stack[:, first:last]``, so that nothing of its size is held.
+    """
+
+    def __init__(self, stack: np.ndarray, *, smoothing: float, background: float) -> None:
+        self.height = stack.shape[-2]
+        self.images = stack.reshape(len(stack), -1, *stack.shape[-2:])
+        self.shape = (len(stack), self.images.shape[1] * self.height, stack.shape[-1])
+        self.taps = _filled(gaussian_taps(smoothing)), _filled(gaussian_taps(background))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: int | tuple[slice, slice]) -> np.ndarray:
+        if not isinstance(key, tuple):
+            image = np.empty(self.shape[1:], np.float32)
+            for plane, out in zip(self.images[key], image.reshape(self.images.shape[1:]), strict=True):
+                bandpass_image(plane, *self.taps, out)
+            return image
+        first, last, _ = key[1].indices(self.shape[1])
+        strip = np.empty((len(self), last - first, self.shape[2]), np.float32)
+        for plane in range(first // self.height, -(-last // self.height)):
+            top = plane * self.height
+            a, b = max(first, top), min(last, top + self.height)
+            bandpass_strip(self.images[:, plane], a - top, b - top, *self.taps, strip[:, a - first : b - first])
+        return strip
 
 
 def gaussian(image: np.ndarray, sigma: float) -> np.ndarray:
     """An image (y, x) smoothed with a Gaussian of ``sigma`` px, cut at 4 sigma, float32; mirrored at its edges."""
+    taps = gaussian_taps(sigma)[None]
+    out = np.empty((1, *image.shape), np.float32)
+    filter_planes(image[None], np.full((1, 2), -(taps.shape[1] // 2)), taps, taps, out)
+    return out[0]
+
+
+def gaussian_taps(sigma: float) -> np.ndarray:
+    """Weights of a Gaussian of ``sigma`` px, cut at 4 sigma, (tap,) float32, sum 1."""
     radius = int(np.ceil(4 * sigma))
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    taps = (taps / taps.sum()).astype(np.float32)[None]
-    out = np.empty((1, *image.shape), np.float32)
-    filter_planes(image[None], np.full((1, 2), -radius), taps, taps, out)
-    return out[0]
+    return (taps / taps.sum()).astype(np.float32)
+
+
+def _filled(taps: np.ndarray) -> np.ndarray:
+    """The taps with zeros up to a multiple of 4."""
+    return np.pad(taps, (0, -len(taps) % 4))
