@@ -28,7 +28,7 @@ from merfish.decoding.methods import METHODS, decode_filtered
 from merfish.decoding.molecules import extract_molecules
 from merfish.decoding.pixels import decode_hard, decode_soft, distance_threshold, magnitude_threshold
 from merfish.imaging.normalize import Normalization, peak_normalization
-from merfish.imaging.preprocess import bandpass
+from merfish.imaging.preprocess import Bandpassed, bandpass
 from merfish.imaging.registration import measure_drift
 from merfish.pipeline import decode_all
 from merfish.simulate import match_calls, score_calls
@@ -96,7 +96,7 @@ def recall_at_precision(calls: pd.DataFrame, n_truth: float, precision: float) -
     return float(recall[reached >= precision].max(initial=0.0))
 
 
-def best_of(work: Callable[[], Any], repeats: int = 3) -> float:
+def best_of(work: Callable[[], Any], repeats: int = 5) -> float:
     """Shortest of some runs, seconds, after one to compile."""
     work()
     times = []
@@ -140,18 +140,24 @@ def speed(side: int) -> tuple[pd.DataFrame, float]:
     """Times of a side x side stack at 0.01 molecules a pixel, and of the reference on a crop, scaled."""
     raw, _ = simulate_stack(BOOK, shape=(side, side), density=0.01, seed=1)
     floor = best_of(lambda: read_once(raw.ravel().view(np.uint64)))
-    smooth = bandpass(raw, smoothing=1.0, background=3.0)
-    scale = peak_normalization(smooth)
-    smooth = (smooth - scale.background[:, None, None]) * scale.gain[:, None, None]
+    seen = Bandpassed(raw, smoothing=1.0, background=3.0)
+    smooth, scale = seen[:, :], peak_normalization(seen)
+    smooth -= scale.background[:, None, None]
+    smooth *= scale.gain[:, None, None]
     same = Normalization.identity(16)
+    level = Normalization(scale.background + np.median(raw[:, ::8, ::8], axis=(1, 2)), scale.scale)
 
     def molecules() -> None:
         extract_molecules(decode_soft(smooth, BOOK, same), smooth, BOOK, same, height=side)
 
     rows = [
         ("read the raw stack once", floor),
-        ("hamming: kernel", best_of(lambda: decode_hard(smooth, BOOK, same))),
-        ("pixels: kernel", best_of(lambda: decode_soft(smooth, BOOK, same))),
+        ("hamming: kernel, uint16", best_of(lambda: decode_hard(raw, BOOK, level))),
+        ("hamming: kernel, filtered float32", best_of(lambda: decode_hard(smooth, BOOK, same))),
+        ("band-pass alone", best_of(lambda: bandpass(raw, smoothing=1.0, background=3.0))),
+        ("background and scale of each bit", best_of(lambda: peak_normalization(seen))),
+        ("pixels: kernel, filtered float32", best_of(lambda: decode_soft(smooth, BOOK, same))),
+        ("pixels: kernel with band-pass, uint16", best_of(lambda: decode_soft(seen, BOOK, scale))),
         ("pixels: kernel and molecules", best_of(molecules)),
     ]
     for name in METHODS:

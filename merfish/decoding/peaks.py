@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from merfish.decoding import _peak_kernels as kernels
-from merfish.imaging.normalize import EVERY, NOISE_TO_SIGMA, locate_peaks
+from merfish.imaging.normalize import locate_peaks, noise_of
 
 PEAK_SIGMAS = 5.0  # height of a peak over the noise
 PEAK_HEIGHT = 0.15  # and over a typical molecule's height
@@ -48,11 +48,6 @@ def fit_peaks(image: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray, n
         kernels.fit_spots(image, height, fresh, x, y, top, profile, slope, BINS, CORE, STIFFNESS, MOST_STEP, SWEEPS)
     stay = top > threshold * STAY
     return x[stay], y[stay], top[stay]
-
-
-def noise_of(image: np.ndarray) -> float:
-    """Sigma of what is not spots in a filtered image (row, x)."""
-    return float(NOISE_TO_SIGMA * np.median(np.abs(image[::EVERY])))
 
 
 def measure_profile(image: np.ndarray, height: int, x: np.ndarray, y: np.ndarray, top: np.ndarray) -> np.ndarray | None:

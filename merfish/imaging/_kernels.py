@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merfish._jit import kernel, parallel_kernel, prange
+from merfish._jit import fused_kernel, kernel, parallel_kernel, prange
 
 _ROWS = 32  # a strip of so many rows, filtered along x, stays in a core's cache while it is filtered along y
 
@@ -52,20 +52,27 @@ def filter_planes(planes, starts, taps_y, taps_x, out):
                         target[c] += weight * row[c]
 
 
-@kernel
-def add_taps(target, sources, shift, taps):
-    """target[c] += sum over t of taps[t] * sources[t, c] (shift 0) or of taps[t] * sources[0, c + t] (shift 1).
-
-    Four taps in one go: sums stay in registers. len(taps) is a multiple of 4.
-    """
-    n = len(target)
+@fused_kernel
+def along_row(target, source, taps):
+    """target[c] = sum over t of taps[t] * source[c + t]; four taps in one go, so that sums stay in registers."""
     for t in range(0, len(taps), 4):
-        if shift:
-            a, b, c, d = sources[0, t:], sources[0, t + 1 :], sources[0, t + 2 :], sources[0, t + 3 :]
-        else:
-            a, b, c, d = sources[t], sources[t + 1], sources[t + 2], sources[t + 3]
+        a, b, c, d = source[t:], source[t + 1 :], source[t + 2 :], source[t + 3 :]
         u, v, w, z = taps[t], taps[t + 1], taps[t + 2], taps[t + 3]
-        for i in range(n):
+        if t == 0:
+            target[:] = 0.0
+        for i in range(len(target)):
+            target[i] += (u * a[i] + v * b[i]) + (w * c[i] + z * d[i])
+
+
+@fused_kernel
+def across_rows(target, ring, first, taps):
+    """target += sum over t of taps[t] * row first + t, where row r lies in ring[r % len(ring)]."""
+    size = len(ring)
+    for t in range(0, len(taps), 4):
+        r = first + t
+        a, b, c, d = ring[r % size], ring[(r + 1) % size], ring[(r + 2) % size], ring[(r + 3) % size]
+        u, v, w, z = taps[t], taps[t + 1], taps[t + 2], taps[t + 3]
+        for i in range(len(target)):
             target[i] += (u * a[i] + v * b[i]) + (w * c[i] + z * d[i])
 
 
@@ -73,32 +80,28 @@ def add_taps(target, sources, shift, taps):
 def bandpass_rows(image, first, last, narrow, wide, out):
     """Rows ``first`` to below ``last`` of an image (y, x), narrow Gaussian minus wide one, into ``out`` (row, x).
 
-    narrow, wide (tap,) float32, symmetric about the tap at their radius, which is (taps - 1) // 2 before zeros were
-    added up to a multiple of 4. Image mirrored at its edges.
+    narrow, wide (tap,) float32, symmetric about the tap at their radius, then zeros up to a multiple of 4 taps. Image
+    mirrored at its edges. Each row is filtered along x once; as many as the filter is high are kept, in cache.
     """
     height, width = image.shape
-    reach = radius_of(wide)
-    inner = radius_of(narrow)
-    n_rows = last - first + 2 * reach
-    padded = np.zeros((1, width + len(wide) + 2 * reach), np.float32)
-    near = np.zeros((n_rows + 4, width), np.float32)
-    far = np.zeros((n_rows + 4, width), np.float32)
-    for r in range(n_rows):
+    reach, inner = radius_of(wide), radius_of(narrow)
+    padded = np.zeros(width + 2 * reach + len(wide), np.float32)
+    near, far = np.zeros((len(wide), width), np.float32), np.zeros((len(wide), width), np.float32)
+    minus = -wide
+    for r in range(last - first + 2 * reach):
         source = image[_mirror(first + r - reach, height)]
         for x in range(width):
-            padded[0, reach + x] = source[x]
+            padded[reach + x] = source[x]
         for x in range(reach):
-            padded[0, x] = source[_mirror(x - reach, width)]
-            padded[0, reach + width + x] = source[_mirror(width + x, width)]
-        add_taps(far[r], padded, 1, wide)
-        if reach - inner <= r < n_rows - reach + inner:
-            add_taps(near[r], padded[:, reach - inner :], 1, narrow)
-    for r in range(last - first):
-        out[r] = 0.0
-        add_taps(out[r], far[r:], 0, wide)
-        for x in range(width):
-            out[r, x] = -out[r, x]
-        add_taps(out[r], near[r + reach - inner :], 0, narrow)
+            padded[x] = source[_mirror(x - reach, width)]
+            padded[reach + width + x] = source[_mirror(width + x, width)]
+        along_row(far[r % len(wide)], padded, minus)
+        along_row(near[r % len(wide)], padded[reach - inner :], narrow)
+        row = r - 2 * reach
+        if row >= 0:
+            out[row] = 0.0
+            across_rows(out[row], far, row, wide)
+            across_rows(out[row], near, row + reach - inner, narrow)
 
 
 @kernel
@@ -112,10 +115,8 @@ def radius_of(taps):
 
 @kernel
 def bandpass_image(image, narrow, wide, out):
-    """A whole image (y, x), strip by strip, so that the work stays in cache; see `bandpass_rows`."""
-    for first in range(0, len(image), _ROWS):
-        last = min(first + _ROWS, len(image))
-        bandpass_rows(image, first, last, narrow, wide, out[first:last])
+    """A whole image (y, x); see `bandpass_rows`."""
+    bandpass_rows(image, 0, len(image), narrow, wide, out)
 
 
 @parallel_kernel
@@ -123,17 +124,6 @@ def bandpass_strip(images, first, last, narrow, wide, out):
     """Rows ``first`` to below ``last`` of each image (bit, y, x) into ``out`` (bit, row, x); see `bandpass_rows`."""
     for bit in prange(len(images)):
         bandpass_rows(images[bit], first, last, narrow, wide, out[bit])
-
-
-@parallel_kernel
-def bandpass_images(images, narrow, wide, out):
-    """Whole images (image, y, x) into ``out``; see `bandpass_rows`."""
-    strips = (images.shape[1] + _ROWS - 1) // _ROWS
-    for task in prange(len(images) * strips):
-        image = task // strips
-        first = (task % strips) * _ROWS
-        last = min(first + _ROWS, images.shape[1])
-        bandpass_rows(images[image], first, last, narrow, wide, out[image, first:last])
 
 
 @kernel

@@ -13,7 +13,7 @@ from merfish.imaging._kernels import find_peaks
 from merfish.imaging.preprocess import Bandpassed
 
 NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
-EVERY = 4  # rows; a quarter of them tells the noise
+SAMPLE = 2**17  # pixels of an image; they tell its noise to 0.3 %
 PEAK_SIGMAS = 6.0  # a local maximum this far above the noise is a spot
 
 
@@ -61,10 +61,21 @@ def peak_normalization(filtered: np.ndarray | Bandpassed) -> Normalization:
 
 def _level_and_height(image: np.ndarray, height: int) -> tuple[float, float]:
     rows = image.reshape(-1, image.shape[-1])
-    background = float(np.median(rows[::EVERY]))
-    noise = NOISE_TO_SIGMA * np.median(np.abs(rows[::EVERY] - background))
+    background = float(np.median(sample_of(rows)))
+    noise = noise_of(rows, background)
     _, _, value = locate_peaks(rows, height, background + PEAK_SIGMAS * noise)
     return background, weighted_median(value - background) if len(value) else 0.0
+
+
+def sample_of(image: np.ndarray) -> np.ndarray:
+    """Some pixels of an image (row, x), evenly spread, at least `SAMPLE` if it has so many."""
+    step = max(int(np.sqrt(image.size / SAMPLE)), 1)
+    return image[::step, ::step]
+
+
+def noise_of(image: np.ndarray, background: float = 0.0) -> float:
+    """Sigma of what is not spots in a filtered image (row, x)."""
+    return float(NOISE_TO_SIGMA * np.median(np.abs(sample_of(image) - np.float32(background))))
 
 
 def locate_peaks(image: np.ndarray, height: int, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merfish.imaging._kernels import bandpass_image, bandpass_images, bandpass_strip, filter_planes
+from merfish.imaging._kernels import bandpass_image, bandpass_strip, filter_planes
 
 
 def bandpass(stack: np.ndarray, *, smoothing: float, background: float) -> np.ndarray:
@@ -13,12 +13,8 @@ def bandpass(stack: np.ndarray, *, smoothing: float, background: float) -> np.nd
     Returns float32 of the same shape: the image smoothed with ``smoothing`` minus the image smoothed with
     ``background`` (both sigma in pixel), about 0 where there is no spot. Images are mirrored at their edges.
     """
-    out = np.empty(stack.shape, np.float32)
-    images = stack.reshape(-1, *stack.shape[-2:])
-    bandpass_images(
-        images, _filled(gaussian_taps(smoothing)), _filled(gaussian_taps(background)), out.reshape(images.shape)
-    )
-    return out
+    filtered = Bandpassed(stack.reshape(-1, *stack.shape[-2:]), smoothing=smoothing, background=background)
+    return filtered[:, :].reshape(stack.shape)
 
 
 class Bandpassed:
