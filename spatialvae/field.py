@@ -2,11 +2,11 @@ r"""The linear, spatial part of the model: which directions of expression vary s
 
 Scores ``y`` (cell, direction) on the graph with Laplacian ``L`` are modelled, direction by direction, as
 
-    y_d ~ N(0, V_d),   V_d = s_d (1 + r L)^-2  +  g_d (1 + a L)^-1  +  e_d I
+    y_d ~ N(0, V_d),   V_d = s_d (1 + r L)^-1  +  g_d (1 + a L)^-1  +  e_d I
 
 a smooth field (the niche), a rough one (neighbours that resemble each other because they touch) and what belongs to
-the cell alone. The smooth part is the graph form of a Matern field with exponent 2 (Lindgren, Rue & Lindstrom 2011).
-Range ``r`` is shared by all directions, variances are each direction's own, and all are learnt by maximum
+the cell alone. The smooth part penalises squared differences along edges (a conditional autoregression, Besag 1974):
+of the graph forms of Matern fields (Lindgren, Rue & Lindstrom 2011) the one that blurs borders least. Range ``r`` is shared by all directions, variances are each direction's own, and all are learnt by maximum
 likelihood: V_d is a function of L, so the log determinant and the quadratic form are integrals against spectral
 measures, which a few Lanczos steps give by Gauss quadrature (Ubaru, Chen & Saad 2017). Nothing of size
 (cell, cell) is made. The posterior mean of the smooth part is a polynomial filter on the graph, so that a fitted
@@ -22,9 +22,9 @@ import scipy.sparse as sp
 from scipy.linalg import eigh, eigh_tridiagonal
 
 ROUGH_RANGE = 0.3  # a: hardly beyond the nearest neighbours
-RANGES = np.geomspace(0.5, 500, 25)  # of r, in squared graph steps
+RANGES = np.geomspace(1, 2000, 25)  # of r, in squared graph steps
 LANCZOS_STEPS = 40
-PROBES = 6  # random vectors for traces
+PROBES = 6  # random vectors for traces, at least
 UPDATES = 150
 MAX_DEGREE_OF_FILTER = 400
 
@@ -32,7 +32,8 @@ MAX_DEGREE_OF_FILTER = 400
 @dataclass(frozen=True, eq=False)
 class Field:
     """A fitted field. ``directions`` (score, direction) maps centred principal components to ``y``; the other
-    arrays are (direction,). ``gain`` is the log likelihood, in nats, gained over a model without the smooth part."""
+    arrays are (direction,). ``gain`` is the log likelihood, in nats, gained over a model without the smooth part;
+    ``doubt`` the posterior variance of the smooth part at a cell, ``own`` the variance of what is not smooth there."""
 
     directions: np.ndarray
     range: float
@@ -40,6 +41,8 @@ class Field:
     rough: np.ndarray
     noise: np.ndarray
     gain: np.ndarray
+    doubt: np.ndarray
+    own: np.ndarray
 
     @property
     def n_directions(self) -> int:
@@ -55,10 +58,23 @@ class Field:
 
         return graph_filter(laplacian, y, response)
 
+    def niche(self, laplacian: sp.csr_array, neighbours: sp.csr_array, scores: np.ndarray) -> np.ndarray:
+        """The niche of each cell as field and neighbourhood show it, (cell, direction) float32.
+
+        The plain mean of ``y`` over a cell and its n ``neighbours`` estimates the niche with error variance
+        own / (1 + n), the field with variance doubt; each is weighted by the inverse of its variance. Where a few
+        cells tell much the mean prevails, whose borders are sharper; where they tell little, the field, which sees
+        further.
+        """
+        y = np.asarray(scores @ self.directions, np.float32)
+        members = 1 + np.asarray(neighbours.sum(1)).reshape(-1, 1)
+        mean = (y + neighbours @ y) / members
+        weight = self.doubt / (self.doubt + self.own / members)
+        field = self.smooth_part(laplacian, scores)
+        return np.asarray(field + weight * (mean - field), np.float32)
+
     def _spectrum(self, eigenvalue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        bases = _bases(eigenvalue, np.array([self.range]))[0]
-        parts = np.stack([self.smooth, self.rough, self.noise])[:, :, None] * bases[:, None, :]
-        return parts[0], parts.sum(0)
+        return _parts(eigenvalue, self.range, np.stack([self.smooth, self.rough, self.noise]))
 
 
 def laplacian_of(adjacency: sp.csr_array) -> sp.csr_array:
@@ -67,9 +83,7 @@ def laplacian_of(adjacency: sp.csr_array) -> sp.csr_array:
     return sp.csr_array(sp.diags_array(degree) - adjacency)
 
 
-def fit_field(
-    scores: np.ndarray, neighbours: sp.csr_array, laplacian: sp.csr_array, max_directions: int, seed: int = 0
-) -> Field:
+def fit_field(scores: np.ndarray, neighbours: sp.csr_array, laplacian: sp.csr_array, max_directions: int) -> Field:
     """Find the spatial directions of ``scores`` (cell, score; centred) and fit a field to them.
 
     ``neighbours`` (cell, cell) lists each cell's neighbourhood, without itself. Directions are those that make a cell
@@ -81,9 +95,7 @@ def fit_field(
     y = scores @ directions
     power = (y**2).mean(0)
     measure = _spectral_measure(laplacian, y)
-    probes = np.random.default_rng(seed).choice([-1.0, 1.0], (n, PROBES))
-    trace_nodes, trace_weights = (a.ravel() for a in _spectral_measure(laplacian, probes))
-    trace = trace_nodes, trace_weights / PROBES
+    trace = _trace_measure(laplacian)
     chosen = np.arange(y.shape[1])
     for _ in range(2):  # the shared range is learnt from the directions that turn out to be spatial
         r, variances, gain = _maximum_likelihood(power[chosen], (measure[0][chosen], measure[1][chosen]), trace, n)
@@ -91,17 +103,16 @@ def fit_field(
         keep = keep if len(keep) else np.array([int(np.argmax(gain))])
         keep = keep[np.argsort(-gain[keep], kind="stable")][:max_directions]
         chosen, variances, gain = chosen[keep], variances[:, keep], gain[keep]
-    smooth, rough, noise = variances
-    return Field(directions[:, chosen], float(r), smooth, rough, noise, gain)
+    part, total = _parts(trace[0], r, variances)
+    doubt = (trace[1] * (part - part**2 / total)).sum(1)
+    own = (trace[1] * (total - part)).sum(1)
+    return Field(directions[:, chosen], r, *variances, gain, doubt, own)
 
 
-def spectral_means(laplacian: sp.csr_array, r: float, seed: int = 0) -> tuple[float, float]:
-    """log det(1 + r L) and the trace of (1 + r L)^-2, each divided by the number of cells."""
-    n = laplacian.shape[0]
-    count = int(np.clip(400_000 // n, PROBES, 200))  # the error falls with cells and with probes
-    nodes, weights = _spectral_measure(laplacian, np.random.default_rng(seed).choice([-1.0, 1.0], (n, count)))
-    log_det = (weights * np.log1p(r * nodes)).sum() / count
-    return float(log_det), float((weights * (1 + r * nodes) ** -2).sum() / count)
+def spectral_means(laplacian: sp.csr_array, r: float) -> tuple[float, float]:
+    """log det(1 + r L) and the trace of (1 + r L)^-1, each divided by the number of cells."""
+    nodes, weights = _trace_measure(laplacian)
+    return float((weights * np.log1p(r * nodes)).sum()), float((weights / (1 + r * nodes)).sum())
 
 
 def graph_filter(laplacian: sp.csr_array, values: np.ndarray, response: object) -> np.ndarray:
@@ -167,10 +178,27 @@ def _spectral_measure(laplacian: sp.csr_array, vectors: np.ndarray) -> tuple[np.
     return nodes, weights
 
 
+def _trace_measure(laplacian: sp.csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights (node,): the sum of weight * f(node) is the trace of f(L) divided by the number of cells.
+
+    The random vectors are always the same, so that a table has one field whatever the seed of the training.
+    """
+    n = laplacian.shape[0]
+    count = int(np.clip(400_000 // n, PROBES, 200))  # the error falls with cells and with probes
+    nodes, weights = _spectral_measure(laplacian, np.random.default_rng(0).choice([-1.0, 1.0], (n, count)))
+    return nodes.ravel(), weights.ravel() / count
+
+
+def _parts(eigenvalue: np.ndarray, r: float, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Spectrum of the smooth part and of the whole, (direction, m), at ``eigenvalue`` (m,)."""
+    parts = variances[:, :, None] * _bases(eigenvalue, np.array([r]))[0][:, None, :]
+    return parts[0], parts.sum(0)
+
+
 def _bases(eigenvalue: np.ndarray, ranges: np.ndarray) -> np.ndarray:
     """Spectra of the three parts at unit variance: (range, part, *eigenvalue.shape)."""
     r = ranges.reshape(-1, *([1] * eigenvalue.ndim))
-    smooth = (1 + r * eigenvalue) ** -2.0
+    smooth = 1 / (1 + r * eigenvalue)
     rough = np.broadcast_to(1 / (1 + ROUGH_RANGE * eigenvalue), smooth.shape)
     return np.stack([smooth, rough, np.ones_like(smooth)], 1)
 

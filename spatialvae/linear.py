@@ -90,9 +90,9 @@ def fit_linear(cells: Cells, graphs: Graphs | None, n_components: int, max_niche
     if graphs is None:
         return LinearStart(components, None, np.zeros((scores.shape[1], 0)), variance, 0.0, 1.0)
     laplacian = laplacian_of(graphs.near.adjacency())
-    field = fit_field(scores, graphs.wide.adjacency(), laplacian, max_niche, seed)
+    field = fit_field(scores, graphs.wide.adjacency(), laplacian, max_niche)
     niche_to_cell = scores.T @ scores / len(scores) @ field.directions
     explained = np.einsum("cd,d,cd->c", niche_to_cell, 1 - field.noise.clip(0.02, 1), niche_to_cell)
     residual = np.maximum(variance - explained, 0.05 * variance)
-    means = spectral_means(laplacian, field.range, seed)
+    means = spectral_means(laplacian, field.range)
     return LinearStart(components, field, niche_to_cell, residual, *means)

@@ -4,11 +4,11 @@ r"""The evidence lower bound, every term per cell.
              - KL( q(z_cell_i) || N(A z_niche_i, diag S) )              averaged over q(z_niche_i)
              - KL_niche_i
 
-The prior of each niche dimension d is the Gaussian field N(0, v_d (1 + r L)^-2) over all cells, so that with
-``c_i = 1 + r degree_i`` and q independent over cells
+The prior of each niche dimension d is the Gaussian field N(0, v_d (1 + r L)^-1) over all cells, so that with q
+independent over cells
 
-    KL_niche_i = 1/2 sum_d [ ((c_i m_id - r sum_j m_jd)^2 + c_i^2 w_id + r^2 sum_j w_jd) / v_d
-                             + log v_d - 2 logdet(1 + r L) / n - 1 - log w_id ],     j ~ i,
+    KL_niche_i = 1/2 sum_d [ (m_id^2 + w_id + r/2 sum_j ((m_id - m_jd)^2 + w_id + w_jd)) / v_d
+                             + log v_d - logdet(1 + r L) / n - 1 - log w_id ],     j ~ i,
 
 m and w being posterior means and variances. Summed over all cells of a section this is exactly the divergence of
 the joint posterior from the joint prior.
@@ -52,8 +52,8 @@ def kl_niche(
 ) -> Tensor:
     """KL_niche_i. mean, log_variance (B, D); others_* (B, K, D); present (B, K); prior_variance (D,)."""
     there = present[..., None].to(mean.dtype)
-    own = 1 + prior_range * there.sum(1)
-    flow = own * mean - prior_range * (others_mean * there).sum(1)
-    spread = own**2 * log_variance.exp() + prior_range**2 * (others_variance * there).sum(1)
-    each = (flow**2 + spread) / prior_variance + prior_variance.log() - 2 * log_det - 1 - log_variance
+    variance = log_variance.exp()
+    steps = (((mean[:, None] - others_mean) ** 2 + variance[:, None] + others_variance) * there).sum(1)
+    energy = mean**2 + variance + prior_range / 2 * steps
+    each = energy / prior_variance + prior_variance.log() - log_det - 1 - log_variance
     return 0.5 * each.sum(-1)

@@ -24,7 +24,7 @@ from spatialvae.training import Plan, train
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 1
+FORMAT = 2
 ROWS_AT_ONCE = 2048
 WHICH = ("both", "niche", "cell")
 
@@ -145,10 +145,8 @@ class SpatialVAE:
     def get_latent_representation(self, adata: AnnData | None = None, which: str = "both") -> np.ndarray:
         """The embedding, float32 (cell, dim): niche then cell dimensions, or one of them ("niche", "cell").
 
-        Cell dimensions are the posterior mean of z_cell. Niche dimensions are half the posterior mean of z_niche and
-        half the plain average, over a cell and its 15 neighbours, of the same directions of expression: the field
-        alone is so smooth that a nearest-neighbour graph of it is a map of the tissue, which graph clusterings then
-        cut into equal pieces; the average keeps what neighbourhoods have in common across the section.
+        Both are posterior means. z_cell is what the cell's own counts say, and serves to find cell types; z_niche is
+        what its surroundings say, and serves to find domains.
 
         ``adata`` may be a section that the model has never seen, with the same genes and keys.
         """
@@ -157,8 +155,7 @@ class SpatialVAE:
         section = self._read(adata)
         found = []
         for rows, posterior in self._posteriors(section):
-            niche = (posterior.niche_mean.cpu() + section.local[torch.from_numpy(rows)]) / 2
-            cell = posterior.cell_mean.cpu()
+            niche, cell = posterior.niche_mean.cpu(), posterior.cell_mean.cpu()
             found.append({"niche": niche, "cell": cell, "both": torch.cat([niche, cell], 1)}[which])
         return torch.cat(found).numpy()
 

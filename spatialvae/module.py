@@ -1,11 +1,11 @@
 r"""The model: tensors in, tensors out.
 
-    z_niche_.d ~ N(0, v_d (1 + r L)^-2)            a smooth field over the cells of a section, for each dimension d
+    z_niche_.d ~ N(0, v_d (1 + r L)^-1)            a smooth field over the cells of a section, for each dimension d
     z_cell_i   ~ N(A z_niche_i, diag S)            what the cell is, given where it sits
     x_ig       ~ NB(l_i rho_ig, theta_g)           rho_i = softmax(decoder(z_cell_i, z_niche_i, s_i))
 
 l_i is the total count, s_i the batch. Everything linear is given by ``LinearStart``, so that before the first step of
-training the posterior means are principal components and their smooth part.
+training the posterior means are principal components and what the field and the neighbourhood say of the niche.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ class Shape:
 class Section:
     """A table as the model reads it: counts stay sparse, the rest are tensors over cells.
 
-    ``features`` (cell, F), ``smooth`` (cell, D), ``local`` (cell, D), the field's directions averaged over the cell and
-    its wide neighbours; ``wide`` and ``near`` int64 (cell, slot), -1 where empty;
-    ``distance`` (cell, slot of wide), log(1 + d / median d).
+    ``features`` (cell, F), ``smooth`` (cell, D) of ``Field.niche``; ``wide`` and ``near`` int64 (cell, slot), -1 where
+    empty; ``distance`` (cell, slot of wide), log(1 + d / median d).
     """
 
     cells: Cells
@@ -54,7 +53,6 @@ class Section:
     batch: Tensor
     features: Tensor
     smooth: Tensor
-    local: Tensor
     wide: Tensor
     distance: Tensor
     near: Tensor
@@ -83,6 +81,8 @@ class SpatialModule(nn.Module):
     rough_variance: Tensor
     noise_variance: Tensor
     gain: Tensor
+    doubt: Tensor
+    own: Tensor
     log_det: Tensor
     spread: Tensor
     score_sd: Tensor
@@ -105,6 +105,8 @@ class SpatialModule(nn.Module):
             "rough_variance": field.rough if field else np.zeros(0),
             "noise_variance": field.noise if field else np.zeros(0),
             "gain": field.gain if field else np.zeros(0),
+            "doubt": field.doubt if field else np.zeros(0),
+            "own": field.own if field else np.zeros(0),
             "log_det": np.array(start.log_det),
             "spread": np.array(start.spread),
             "score_sd": np.sqrt(start.residual + 1e-8),
@@ -125,8 +127,7 @@ class SpatialModule(nn.Module):
 
     def _niche_log_variance(self) -> Tensor:
         """log of the best independent posterior variance in the linear model, for a cell with 7 neighbours."""
-        own = 1 + 7 * self.range
-        prior = (own**2 + 7 * self.range**2) / self.smooth_variance.clamp(min=1e-6)
+        prior = (1 + 7 * self.range) / self.smooth_variance.clamp(min=1e-6)
         seen = (self.niche_to_cell.detach() ** 2 / self.log_residual.detach().exp()[:, None]).sum(0)
         return -(prior + seen).log()
 
@@ -138,12 +139,9 @@ class SpatialModule(nn.Module):
         scores = components.scores(cells)
         n = cells.n_cells
         smooth, wide, near = np.zeros((n, 0), np.float32), np.zeros((n, 0), int), np.zeros((n, 0), int)
-        distance, local = np.zeros((n, 0), np.float32), smooth
+        distance = np.zeros((n, 0), np.float32)
         if graphs is not None and self.shape.n_niche:
-            field = self.field()
-            smooth = field.smooth_part(laplacian_of(graphs.near.adjacency()), scores)
-            y = np.asarray(scores @ field.directions, np.float32)
-            local = (y + graphs.wide.adjacency() @ y) / (1 + graphs.wide.degree)[:, None]
+            smooth = self.field().niche(laplacian_of(graphs.near.adjacency()), graphs.wide.adjacency(), scores)
             wide, near = graphs.wide.index, graphs.near.index
             far = graphs.wide.distance
             middle = np.median(far[np.isfinite(far)]) if np.isfinite(far).any() else 1.0
@@ -155,7 +153,6 @@ class SpatialModule(nn.Module):
             torch.tensor(cells.batches),
             torch.tensor(features, dtype=torch.float32),
             torch.tensor(smooth),
-            torch.tensor(local, dtype=torch.float32),
             torch.tensor(wide, dtype=torch.int64),
             torch.tensor(distance, dtype=torch.float32),
             torch.tensor(near, dtype=torch.int64),
@@ -163,7 +160,7 @@ class SpatialModule(nn.Module):
 
     def field(self) -> Field:
         """The field as arrays."""
-        values = (self.smooth_variance, self.rough_variance, self.noise_variance, self.gain)
+        values = (self.smooth_variance, self.rough_variance, self.noise_variance, self.gain, self.doubt, self.own)
         return Field(
             self.directions.cpu().numpy().astype(float),
             float(self.range),
@@ -283,5 +280,5 @@ def _blank_start(shape: Shape) -> LinearStart:
         1.0, np.zeros(g, np.float32), np.zeros((g, c), np.float32), np.zeros((shape.n_batch, c), np.float32)
     )
     ones = np.ones(d)
-    field = Field(np.zeros((c, d)), 1.0, ones, ones, ones, ones) if d else None
+    field = Field(np.zeros((c, d)), 1.0, *[ones] * 6) if d else None
     return LinearStart(components, field, np.zeros((c, d)), np.ones(c), 0.0, 1.0)

@@ -128,8 +128,7 @@ def nearest_neighbours(coordinates, samples, k):
 def smooth_part(laplacian, y, r, a, smooth, rough, noise):
     """Posterior mean of the smooth field, one direction at a time, with dense matrices."""
     one = np.eye(len(laplacian))
-    inverse = np.linalg.inv(one + r * laplacian)
-    field = smooth[:, None, None] * (inverse @ inverse)
+    field = smooth[:, None, None] * np.linalg.inv(one + r * laplacian)
     rest = rough[:, None, None] * np.linalg.inv(one + a * laplacian) + noise[:, None, None] * one
     return np.stack([field[d] @ np.linalg.solve(field[d] + rest[d], y[:, d]) for d in range(y.shape[1])], 1)
 
@@ -140,7 +139,7 @@ def field_log_likelihood(laplacian, y, r, a, smooth, rough, noise):
 
     one = np.eye(len(laplacian))
     inverse = np.linalg.inv(one + r * laplacian)
-    covariance = smooth * (inverse @ inverse) + rough * np.linalg.inv(one + a * laplacian) + noise * one
+    covariance = smooth * inverse + rough * np.linalg.inv(one + a * laplacian) + noise * one
     return multivariate_normal(np.zeros(len(y)), covariance).logpdf(y)
 
 
@@ -149,7 +148,7 @@ def niche_divergence(mean, variance, laplacian, r, prior_variance):
     total = 0.0
     root = np.eye(len(laplacian)) + r * laplacian
     for d in range(mean.shape[1]):
-        precision = root @ root / prior_variance[d]
+        precision = root / prior_variance[d]
         total += 0.5 * (
             np.trace(precision @ np.diag(variance[:, d]))
             + mean[:, d] @ precision @ mean[:, d]

@@ -96,7 +96,7 @@ def test_embedding__of_one_section_ignores_the_other(trained):
     np.testing.assert_allclose(alone, model.get_latent_representation(which="niche")[first], atol=5e-3)
 
 
-def test_untrained_latents__are_components_and_their_smooth_part():
+def test_untrained_latents__are_components_and_their_niche():
     table = tissue()
     SpatialVAE.setup_anndata(table)
     model = SpatialVAE(table)
@@ -105,18 +105,14 @@ def test_untrained_latents__are_components_and_their_smooth_part():
     logs = np.log1p(x / x.sum(1, keepdims=True) * np.median(x.sum(1)))
     left, values, _ = np.linalg.svd(logs - logs.mean(0), full_matrices=False)
     np.testing.assert_allclose(np.abs(cell), np.abs(left * values)[:, : cell.shape[1]], atol=2e-3)
-    field = model.module.field()
-    smooth = field.smooth_part(laplacian_of(_near(model)), cell)
-    near = model._section.wide.numpy()
-    average = np.stack([cell[[i, *near[i]]].mean(0) for i in range(len(cell))]) @ field.directions
-    niche = model.get_latent_representation(which="niche")
-    np.testing.assert_allclose(niche, (smooth + average) / 2, atol=2e-3)
+    near, wide = (_adjacency(slots.numpy()) for slots in (model._section.near, model._section.wide))
+    niche = model.module.field().niche(laplacian_of(near), wide, cell)
+    np.testing.assert_allclose(model.get_latent_representation(which="niche"), niche, atol=2e-3)
 
 
-def _near(model):
-    near = model._section.near.numpy()
-    rows, slots = np.nonzero(near >= 0)
-    return sp.csr_array((np.ones(len(rows)), (rows, near[rows, slots])), shape=(len(near), len(near)))
+def _adjacency(slots):
+    rows, columns = np.nonzero(slots >= 0)
+    return sp.csr_array((np.ones(len(rows)), (rows, slots[rows, columns])), shape=(len(slots), len(slots)))
 
 
 def test_training__improves_the_bound_and_finds_the_domains(trained):
