@@ -6,11 +6,11 @@ Scores ``y`` (cell, direction) on the graph with Laplacian ``L`` are modelled, d
 
 a smooth field (the niche), a rough one (neighbours that resemble each other because they touch) and what belongs to
 the cell alone. The smooth part penalises squared differences along edges (a conditional autoregression, Besag 1974):
-of the graph forms of Matern fields (Lindgren, Rue & Lindstrom 2011) the one that blurs borders least. Range ``r`` is shared by all directions, variances are each direction's own, and all are learnt by maximum
-likelihood: V_d is a function of L, so the log determinant and the quadratic form are integrals against spectral
-measures, which a few Lanczos steps give by Gauss quadrature (Ubaru, Chen & Saad 2017). Nothing of size
-(cell, cell) is made. The posterior mean of the smooth part is a polynomial filter on the graph, so that a fitted
-field applies to a new section at once.
+of the graph forms of Matern fields (Lindgren, Rue & Lindstrom 2011) the one that blurs borders least. Range ``r`` is
+shared by all directions, variances are each direction's own, and all are learnt by maximum likelihood: V_d is a
+function of L, so the log determinant and the quadratic form are integrals against spectral measures, which a few
+Lanczos steps give by Gauss quadrature (Ubaru, Chen & Saad 2017). Nothing of size (cell, cell) is made. The posterior
+mean of the smooth part is a polynomial filter on the graph, so that a fitted field applies to a new section at once.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def fit_field(scores: np.ndarray, neighbours: sp.csr_array, laplacian: sp.csr_ar
     part, total = _parts(trace[0], r, variances)
     doubt = (trace[1] * (part - part**2 / total)).sum(1)
     own = (trace[1] * (total - part)).sum(1)
-    return Field(directions[:, chosen], r, *variances, gain, doubt, own)
+    smooth, rough, noise = variances
+    return Field(directions[:, chosen], r, smooth, rough, noise, gain, doubt, own)
 
 
 def spectral_means(laplacian: sp.csr_array, r: float) -> tuple[float, float]:

@@ -154,7 +154,7 @@ class SpatialVAE:
             raise InputError(f"which is {which!r}; expected one of {WHICH}")
         section = self._read(adata)
         found = []
-        for rows, posterior in self._posteriors(section):
+        for _, posterior in self._posteriors(section):
             niche, cell = posterior.niche_mean.cpu(), posterior.cell_mean.cpu()
             found.append({"niche": niche, "cell": cell, "both": torch.cat([niche, cell], 1)}[which])
         return torch.cat(found).numpy()
