@@ -31,7 +31,7 @@ from merfish.decoding.filtering import keep_calls, rate_calls
 from merfish.decoding.methods import METHODS, decode_filtered
 from merfish.decoding.overlap import same_molecule_pairs
 from merfish.imaging.experiment import open_experiment
-from merfish.imaging.normalize import median_normalization, peak_normalization
+from merfish.imaging.normalize import find_spots, shared_normalization
 from merfish.imaging.preprocess import bandpass
 from merfish.pipeline import register_field
 from merfish.simulate import Imaging, match_calls
@@ -62,7 +62,7 @@ def real_fields() -> tuple[pd.DataFrame, pd.DataFrame]:
     rows, rates = [], []
     for method in METHODS:
         bits = [register_field(source, fov, RunConfig(method=method)).bits for fov in source.fovs]
-        scale = median_normalization([peak_normalization(field) for field in bits], source.codebook.n_bits)
+        scale = shared_normalization([find_spots(field) for field in bits], source.codebook.n_bits)
         for number, book in enumerate(books):
             parts = [decode_filtered(f, book, scale, method=method).assign(fov=k) for k, f in enumerate(bits)]
             found = rate_calls(pd.concat(parts, ignore_index=True), book)
@@ -182,7 +182,7 @@ def render_fields(sample: Sample, codebook: Codebook) -> tuple[np.ndarray, list[
 def decode_fields(origins: np.ndarray, stacks: list[np.ndarray], codebook: Codebook, method: str) -> pd.DataFrame:
     """Kept calls of all fields in the sample's pixels, each place in one field."""
     filters = {"smoothing": METHODS[method].smoothing, "background": METHODS[method].background}
-    scale = median_normalization([peak_normalization(bandpass(s, **filters)) for s in stacks], codebook.n_bits)
+    scale = shared_normalization([find_spots(bandpass(s, **filters)) for s in stacks], codebook.n_bits)
     parts = []
     for fov, ((left, top), stack) in enumerate(zip(origins, stacks, strict=True)):
         calls = decode_filtered(bandpass(stack, **filters), codebook, scale, method=method)

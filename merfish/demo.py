@@ -103,20 +103,19 @@ def real_fields(out: Path) -> list[Section]:
 
 def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]:
     """Calls of genes and of blanks in each field: first row the real codebook, then permuted ones."""
+    from merfish.imaging.calibration import Calibration
     from merfish.imaging.experiment import open_experiment
-    from merfish.imaging.normalize import Normalization
-    from merfish.pipeline import register_field
+    from merfish.imaging.field import register_field
 
     source, config = open_experiment(experiment), RunConfig()
-    normalization = Normalization.from_json((folder / "fovs" / "normalization.json").read_text())
+    calibration = Calibration.from_json((folder / "fovs" / runfolder.CALIBRATION).read_text())
     rng = np.random.default_rng(SEED)
     books = [source.codebook]
     books += [source.codebook.permuted(rng.permutation(source.codebook.n_bits)) for _ in range(N_PERMUTED)]
     return {
-        fov: pd.DataFrame(
-            [count_calls(register_field(source, fov, config).bits, book, normalization) for book in books]
-        )
+        fov: pd.DataFrame([count_calls(field.bits, book, calibration.normalization) for book in books])
         for fov in source.fovs
+        for field in [register_field(source, fov, config, calibration)]
     }
 
 

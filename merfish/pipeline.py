@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +24,12 @@ from merfish.decoding.filtering import MISIDENTIFICATION_RATE, few_blanks, keep_
 from merfish.decoding.methods import DEFAULT_METHOD, check_stack, decode_filtered, method_named
 from merfish.decoding.overlap import duplicates_between_fields
 from merfish.errors import InputError
+from merfish.imaging.calibration import Calibration, calibrate
 from merfish.imaging.experiment import Experiment, open_experiment, preflight
-from merfish.imaging.images import read_bits, read_fiducials, read_stack, read_stain
-from merfish.imaging.normalize import Normalization, median_normalization, peak_normalization
-from merfish.imaging.preprocess import Bandpassed, bandpass
-from merfish.imaging.registration import align, measure_drift, measure_field_drift
+from merfish.imaging.field import register_field, register_stain
+from merfish.imaging.images import read_stack
+from merfish.imaging.normalize import Normalization, find_spots, peak_normalization
+from merfish.imaging.preprocess import Bandpassed
 from merfish.transcripts import read_transcripts, transcript_table, write_transcripts
 
 if TYPE_CHECKING:
@@ -102,35 +102,10 @@ def decode_file(
     return call_figures(found, kept)
 
 
-@dataclass(frozen=True, eq=False)
-class RegisteredField:
-    """A field ready to decode: bits (bit, z, y, x) float32, filtered; drift, a row a round; valid (y, x) bool."""
-
-    bits: np.ndarray
-    drift: pd.DataFrame
-    valid: np.ndarray
-
-
-def register_field(experiment: Experiment, fov: int, config: RunConfig) -> RegisteredField:
-    """Read a field, take out the drift of its rounds, filter. Raises InputError if a round cannot be registered."""
-    beads, round_of_bit = read_fiducials(experiment, fov)
-    bits = read_bits(experiment, fov)
-    drift = measure_field_drift(beads, bits, round_of_bit)
-    lost = drift.loc[~drift["ok"].astype(bool), "round"].tolist()
-    if lost:
-        raise InputError(f"field {fov}: rounds {', '.join(map(str, lost))} do not match round 0 at any drift")
-    aligned, valid = align(bits, drift[["dy", "dx"]].to_numpy(float)[round_of_bit])
-    return RegisteredField(
-        bandpass(aligned, smoothing=config.filter_sigmas[0], background=config.filter_sigmas[1]), drift, valid
-    )
-
-
-def process_field(
-    experiment: Experiment, fov: int, config: RunConfig, normalization: Normalization, folder: Path
-) -> None:
+def process_field(experiment: Experiment, fov: int, config: RunConfig, calibration: Calibration, folder: Path) -> None:
     """Decode and segment one field into ``folder``: calls, outlines (pixel), overview picture, figures."""
     started = time.perf_counter()
-    field = register_field(experiment, fov, config)
+    field, normalization = register_field(experiment, fov, config, calibration), calibration.normalization
     calls = decode_filtered(field.bits, experiment.codebook, normalization, method=config.method)
     calls = place_in_stage_frame(calls, experiment, fov, field.valid)
     height = (field.bits.max(axis=1) - normalization.background[:, None, None]) * normalization.gain[:, None, None]
@@ -196,20 +171,20 @@ def run(
     good = [fov for fov in chosen if fov not in failed]
     with runfolder.owned(out):
         runfolder.claim(out, {"experiment": str(source.folder.resolve()), **settings.model_dump()})
-        normalization = shared_normalization(source, good, settings, out, progress)
+        calibration = shared_calibration(source, good, settings, out, progress)
         todo = [fov for fov in good if not runfolder.field_folder(out, fov).is_dir()]
-        work = partial(_work, source, settings, normalization, out)
+        work = partial(_work, source, settings, calibration, out)
         for fov, outcome in _track(
             map_fields(work, todo, workers=workers, scheduler=scheduler), len(todo), "decode", progress
         ):
             if isinstance(outcome, Exception):
                 failed[fov] = _reason(outcome)
         done = [fov for fov in good if fov not in failed]
-        return combine(source, done, failed, settings, normalization, out, started)
+        return combine(source, done, failed, settings, calibration, out, started)
 
 
-def _work(experiment: Experiment, config: RunConfig, normalization: Normalization, out: Path, fov: int) -> None:
-    process_field(experiment, fov, config, normalization, runfolder.field_folder(out, fov))
+def _work(experiment: Experiment, config: RunConfig, calibration: Calibration, out: Path, fov: int) -> None:
+    process_field(experiment, fov, config, calibration, runfolder.field_folder(out, fov))
 
 
 def _reason(error: Exception) -> str:
@@ -250,26 +225,28 @@ def check_files(experiment: Experiment, fovs: Sequence[int], keep_going: bool) -
     return {fov: "; ".join(faults.loc[faults["fov"] == fov, "problem"]) for fov in faults["fov"].unique().tolist()}
 
 
-def shared_normalization(
+def shared_calibration(
     experiment: Experiment, fovs: Sequence[int], config: RunConfig, out: Path, progress: bool
-) -> Normalization:
-    """Background and scale of the bits, the same for all fields, from some of them spread over the experiment."""
-    path = runfolder.field_folder(out, 0).parent / "normalization.json"
+) -> Calibration:
+    """What all fields share, measured on some of them spread over the experiment."""
+    path = runfolder.field_folder(out, 0).parent / runfolder.CALIBRATION
     if path.is_file():
-        return Normalization.from_json(path.read_text())
+        return Calibration.from_json(path.read_text())
     sample = [
         fovs[k] for k in np.unique(np.linspace(0, len(fovs) - 1, config.normalization_fields).round().astype(int))
     ]
-    estimates = []
-    for fov in _track(sample, len(sample), "normalise", progress):
+    spots, shifts = [], []
+    for fov in _track(sample, len(sample), "calibrate", progress):
         try:
-            estimates.append(peak_normalization(register_field(experiment, fov, config).bits))
+            field = register_field(experiment, fov, config)
         except InputError:  # listed when the field's turn comes
             continue
-    normalization = median_normalization(estimates, experiment.codebook.n_bits)
+        spots.append(find_spots(field.bits))
+        shifts.append(field.shifts)
+    calibration = calibrate(spots, shifts, experiment.bits)
     with whole_file(path) as part:
-        part.write_text(normalization.to_json())
-    return normalization
+        part.write_text(calibration.to_json())
+    return calibration
 
 
 def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> list[shapely.Polygon]:
@@ -286,26 +263,12 @@ def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> list[s
     return list(outlines(segment(nuclei, cytoplasm, experiment.microns_per_pixel)).values())
 
 
-def register_stain(experiment: Experiment, fov: int, name: str) -> np.ndarray:
-    """A stain (y, x), the brightest plane of each pixel, with the drift of its round taken out if its beads tell it."""
-    planes, beads = read_stain(experiment, fov, name)
-    image = planes.max(axis=0)
-    references, _ = read_fiducials(experiment, fov)
-    if beads is None or not len(references):
-        return image
-    drift = measure_drift(np.stack([references[0], beads])).iloc[1]
-    if not drift["ok"]:  # outlines bear a drift of some pixels, a field without cells helps nobody
-        return image
-    aligned, _ = align(image[None], drift[["dy", "dx"]].to_numpy(float)[None])
-    return aligned[0]
-
-
 def combine(
     experiment: Experiment,
     fovs: Sequence[int],
     failed: dict[int, str],
     config: RunConfig,
-    normalization: Normalization,
+    calibration: Calibration,
     out: Path,
     started: float,
 ) -> AnnData:
@@ -348,9 +311,9 @@ def combine(
         "bits": {
             "names": experiment.codebook.bit_names,
             "colors": [channel.color for channel in experiment.bits],
-            "background": normalization.background.tolist(),
-            "scale": normalization.scale.tolist(),
+            **calibration.normalization.to_dict(),
         },
+        "chromatic": calibration.to_dict()["chromatic"],
         "bit_error_rates": bit_error_rates(found, experiment.codebook).to_dict("list"),
         "fields": fields,
         "failed": failed,

@@ -106,6 +106,7 @@ def run_sections(out: Path) -> list[Section]:
             ["Each round's drift was measured on the bead images against round 0 and taken out in one resampling."]
             if len(shifts)
             else ["The experiment has no bead images: rounds were taken as aligned."],
+            tables=_chromatic_table(run["chromatic"]),
             figures=[
                 *([picture(plots.drift(shifts), "Drift of each round")] if len(shifts) else []),
                 picture(
@@ -129,6 +130,21 @@ def run_sections(out: Path) -> list[Section]:
         outlines = [picture(plots.cells(cells["geometry"].to_numpy()), "Cell outlines")] if drawn else []
         sections.append(Section("Cells", [text], figures=outlines))
     return sections
+
+
+def _chromatic_table(fits: dict[str, dict[str, Any]]) -> list[Table]:
+    rows = [
+        (
+            color,
+            f"{fit['shift']:.2f} px",
+            f"{fit['pairs']:,.0f}",
+            "unknown" if np.isnan(fit["error"]) else f"{fit['error']:.3f} px",
+            "yes" if fit["map"] != np.eye(2, 3).tolist() else "no: it does not help",
+        )
+        for color, fit in fits.items()
+    ]
+    columns = ("colour", "largest chromatic shift", "pairs of spots", "error of the map, rms", "corrected")
+    return [Table(columns, rows)] if rows else []
 
 
 def _molecule_text(figures: dict[str, Any]) -> list[str]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from merfish.errors import InputError
-from merfish.imaging.chromatic import chromatic_residuals, fit_chromatic, locate_in_bits
+from merfish.imaging.chromatic import fit_chromatic
+from merfish.imaging.normalize import FieldSpots, find_spots
 from merfish.imaging.registration import align
 
 SIZE = 400
 COLORS = np.array([0, 0, 1, 1, 2, 2])
 TRUE = np.tile(np.eye(2, 3), (3, 1, 1))
 TRUE[1] += [[0.006, 0.001, -1.4], [-0.001, 0.005, -1.0]]
-TRUE[2] += [[-0.004, 0.0, 0.9], [0.002, -0.003, 0.4]]
+TRUE[2] += [[-0.004, 0.0, 0.9], [0.002, -0.003, 3.4]]
+CORNERS = np.array([[0, 0], [0, SIZE], [SIZE, 0], [SIZE, SIZE], [SIZE / 2, SIZE / 2]])
 
 
 def apply(at: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -34,22 +35,63 @@ def draw_bits(points: np.ndarray, words: np.ndarray, seed: int) -> np.ndarray:
     for k, image in enumerate(bits):
         y, x = (np.exp(-0.5 * ((axis - p[:, None]) / 1.3) ** 2) for p in apply(TRUE[COLORS[k]], points[words[:, k]]).T)
         image += 300 * y.T @ x
-    return np.random.default_rng(seed).poisson(bits + 20) - 20.0
+    return (np.random.default_rng(seed).poisson(bits + 20) - 20.0).astype(np.float32)
+
+
+def spots_of(places: list[np.ndarray], plane: int = 0) -> FieldSpots:
+    """Spots at the places (spot, 2) y, x of each bit."""
+    bit = np.repeat(np.arange(len(places)), [len(p) for p in places])
+    y, x = np.concatenate(places).T
+    ones = np.ones(len(bit), np.float32)
+    return FieldSpots(bit, np.full(len(bit), plane), y, x, ones, np.zeros(len(places), np.float32), (SIZE, SIZE))
+
+
+def drifted_field(seed: int, maps: np.ndarray = TRUE, spread: float = 0.1) -> tuple[FieldSpots, np.ndarray]:
+    """Spots of molecules after their drift, up to 20 px, was taken out, and that drift; the first bits have none."""
+    places, words = molecules(seed)
+    rng = np.random.default_rng([seed, 1])
+    drift = rng.uniform(-20, 20, (6, 2)) * (COLORS > 0)[:, None]
+    seen = [apply(maps[COLORS[k]], places[words[:, k]] + drift[k]) - drift[k] for k in range(6)]
+    return spots_of([p + rng.normal(0, spread, p.shape) for p in seen]), drift
 
 
 def test_fit_chromatic__from_molecules_in_images():
-    places, words = molecules(0)
-    spots = locate_in_bits(draw_bits(places, words, 1), places, words)
-    maps = fit_chromatic(spots, COLORS)
-    corners = np.array([[0, 0], [0, SIZE], [SIZE, 0], [SIZE, SIZE], [SIZE / 2, SIZE / 2]])
-    for found, true in zip(maps, TRUE, strict=True):
-        assert np.abs(apply(found, corners) - apply(true, corners)).max() < 0.1
-    held_places, held_words = molecules(2)
-    held = locate_in_bits(draw_bits(held_places, held_words, 3), held_places, held_words)
-    before = chromatic_residuals(held, COLORS, np.tile(np.eye(2, 3), (3, 1, 1)))
-    after = chromatic_residuals(held, COLORS, maps)
-    assert np.isnan(after[0])
-    assert (after[1:] < 0.5 * before[1:]).all()
+    fields = [find_spots(draw_bits(*molecules(seed), seed)) for seed in (0, 2)]
+    fits = fit_chromatic(fields, [np.zeros((6, 2))] * 2, COLORS, (SIZE, SIZE))
+    assert [fit.applied for fit in fits] == [False, True, True]
+    for fit, true in zip(fits, TRUE, strict=True):
+        off = np.hypot(*(apply(fit.map, CORNERS) - apply(true, CORNERS)).T)
+        assert off.max() < 0.1
+        assert fit.error < 0.05
+
+
+def test_fit_chromatic__places_are_those_that_the_camera_saw():
+    fields, shifts = zip(*[drifted_field(seed) for seed in range(3)], strict=True)
+    for fit, true in zip(fit_chromatic(fields, shifts, COLORS, (SIZE, SIZE)), TRUE, strict=True):
+        assert np.abs(apply(fit.map, CORNERS) - apply(true, CORNERS)).max() < 0.05
+
+
+def test_fit_chromatic__no_map_where_none_helps():
+    none = np.tile(np.eye(2, 3), (3, 1, 1))
+    fields, shifts = zip(*[drifted_field(seed, none) for seed in range(2)], strict=True)
+    fits = fit_chromatic(fields, shifts, COLORS, (SIZE, SIZE))
+    assert not any(fit.applied for fit in fits)
+    assert all(fit.pairs > 1000 for fit in fits[1:])
+
+
+def test_fit_chromatic__no_map_from_spots_that_do_not_belong_together():
+    rng = np.random.default_rng(0)
+    strangers = [spots_of(list(rng.uniform(0, SIZE, (6, 400, 2)))) for _ in range(2)]
+    far = [spots_of([p] * 6) for p in (np.empty((0, 2)), rng.uniform(0, SIZE, (20, 2)))]
+    for fields in (strangers, far):
+        fits = fit_chromatic(fields, [np.zeros((6, 2))] * 2, COLORS, (SIZE, SIZE))
+        assert not any(fit.applied for fit in fits)
+
+
+def test_fit_chromatic__of_one_field():
+    field, shift = drifted_field(5)
+    fits = fit_chromatic([field], [shift], COLORS, (SIZE, SIZE))
+    assert all(fit.applied for fit in fits[1:])
 
 
 def test_align__puts_colours_on_each_other():
@@ -62,28 +104,14 @@ def test_align__puts_colours_on_each_other():
     assert min(after) > 0.95 > 0.92 > max(before)
 
 
-def test_fit_chromatic__outliers_count_for_little():
-    rng = np.random.default_rng(6)
-    places, _ = molecules(7)
-    spots = np.stack([apply(TRUE[color], places) for color in COLORS], axis=1) + rng.normal(0, 0.1, (600, 6, 2))
-    spots[rng.random((600, 6)) < 0.2] += [2.0, -1.5]
-    corners = np.array([[0, 0], [SIZE, SIZE]])
-    for found, true in zip(fit_chromatic(spots, COLORS), TRUE, strict=True):
-        assert np.abs(apply(found, corners) - apply(true, corners)).max() < 0.3
-
-
-def test_fit_chromatic__identity_without_enough_pairs():
-    spots = np.full((100, 6, 2), np.nan)
-    spots[:40, :4] = 5.0
-    assert (fit_chromatic(spots, COLORS) == np.eye(2, 3)).all()
-    assert np.isnan(chromatic_residuals(spots, COLORS, TRUE)[2])
-
-
-def test_locate_in_bits__nothing_there():
-    spots = locate_in_bits(np.zeros((2, 8, 8)), np.array([[4.0, 4.0]]), np.ones((1, 2)))
-    assert np.isnan(spots).all()
-
-
-def test_locate_in_bits__rejects_shapes():
-    with pytest.raises(InputError, match="words"):
-        locate_in_bits(np.zeros((2, 8, 8)), np.zeros((3, 2)), np.ones((3, 4)))
+@pytest.mark.parametrize("planes", [1, 2])
+def test_find_spots__places_within_their_plane(planes):
+    bits = np.zeros((2, planes, 30, 40), np.float32)
+    bits[1, planes - 1, 5, 7] = 10
+    bits += np.random.default_rng(0).normal(0, 0.1, bits.shape).astype(np.float32)
+    spots = find_spots(bits)
+    assert spots.bit.tolist() == [1]
+    assert spots.plane.tolist() == [planes - 1]
+    assert spots.y == pytest.approx(5, abs=0.2)
+    assert spots.x == pytest.approx(7, abs=0.2)
+    assert spots.height == pytest.approx(10, rel=0.1)

@@ -15,6 +15,7 @@ from merfish.cells.counts import read_cells
 from merfish.config import RunConfig, read_config
 from merfish.demo import run_demo, score_run
 from merfish.simulate import simulate_experiment
+from merfish.simulate.disturbances import Disturbances
 from merfish.transcripts import COLUMNS, read_transcripts
 
 TABLES = [runfolder.TRANSCRIPTS, runfolder.ALL_TRANSCRIPTS, runfolder.CELLS]
@@ -69,6 +70,21 @@ def test_run_recovers_the_simulated_truth(done, raw):
     assert score["precision"] > 0.9
     assert score["cells_found"] > 0.75  # slivers at the outer border included
     assert score["count_r"] > 0.9
+
+
+def test_run_takes_out_chromatic_shifts(tmp_path):
+    raw = simulate_experiment(
+        tmp_path / "raw", fields=(1, 2), shape=(256, 256), seed=3, disturbances=Disturbances(chromatic=3.0)
+    )
+    merfish.run(raw, out=tmp_path / "out")
+    maps = pd.read_csv(raw / "truth" / "chromatic.csv", index_col="color")
+    true = {color: row.to_numpy().reshape(2, 3) for color, row in maps.iterrows()}
+    bent = true[750] @ np.linalg.inv(np.vstack([true[650], [0, 0, 1]]))
+    found = json.loads((tmp_path / "out" / runfolder.RUN).read_text())["chromatic"]["750"]
+    corners = np.array([[0, 0, 1], [0, 255, 1], [255, 0, 1], [255, 255, 1]]).T
+    assert np.hypot(*((np.array(found["map"]) - bent) @ corners)).max() < 0.15
+    assert "750" in (tmp_path / "out" / runfolder.REPORT).read_text()
+    assert score_run(tmp_path / "out", raw)["recall"] > 0.7
 
 
 def test_report_loads_nothing_from_elsewhere(done):

@@ -1,106 +1,182 @@
 """Chromatic distortion: where each colour shows what the reference colour shows, learnt from the molecules.
 
 A molecule has spots in several bits, so in several colours: where they lie apart, systematically over the field, the
-optics bend colours differently. An affine map a colour describes that to a few hundredths of a pixel.
+optics bend colours differently. An affine map a colour describes that to a few hundredths of a pixel. Which spots
+belong together need not be known: among all pairs of near spots of two colours, those of one molecule lie about the
+map and the others anywhere, and a mixture of the two is fitted (as coherent point drift does, Myronenko & Song 2010).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
-from scipy import ndimage
+from scipy.spatial import KDTree
 
-from merfish.errors import InputError
-from merfish.imaging.registration import paraboloid_tops
+from merfish.imaging.normalize import FieldSpots
 
-# Pairs needed to fit a colour's affine map; below, it stays the identity.
-_MIN_PAIRS = 50
-_FIT_ROUNDS = 20
+REACH = 6.0  # pixel; spots of one molecule lie nearer in any two colours
+MIN_PAIRS = 100.0  # pairs of one molecule, without which a colour's map stays the identity
+MOST_SPOTS = 30_000  # of the reference colour, a field; the error of the map is then far below that of other things
+# Width of the mixture, pixel, from one that captures any map to one that the spots themselves have; then it is fitted.
+_WIDTHS = (2.5, 2.0, 1.5, 1.0, 0.7, 0.5)
+_ITERATIONS = 4  # at each width
+_FREE = 15  # iterations with the width fitted
 
 
-def locate_in_bits(bits: np.ndarray, places: np.ndarray, words: np.ndarray, reach: float = 2.5) -> np.ndarray:
-    """Where each molecule's spot lies in each of its bits.
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Near spots of two colours: place in the reference colour, and in the other, (pair, 2) y, x in pixel."""
 
-    bits: (bit, y, x) of one plane, filtered so that spots stand out; places: (molecule, 2) y, x in pixel; words:
-    (molecule, bit), non-zero where a spot is expected. Returns (molecule, bit, 2) y, x: the top of the nearest local
-    maximum within ``reach`` px, NaN where there is none or none is expected.
+    source: np.ndarray
+    target: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ColorFit:
+    """What a colour's pairs say.
+
+    map: (2, 3), places in the reference colour (y, x, 1) -> places in the colour, the identity unless it helps.
+    pairs: of one molecule, as fitted. gain: log-likelihood a pair that maps fitted to one half of the fields win on the
+    other, against none, the worse way round; NaN with too few pairs. error: pixel, rms over the field of the map as
+    fitted, from the difference between the halves. shift: pixel, the largest in a corner of the field.
     """
-    bits, places, words = np.asarray(bits), np.asarray(places, dtype=np.float64), np.asarray(words)
-    if bits.ndim != 3 or places.shape != (len(words), 2) or words.shape != (len(places), len(bits)):
-        raise InputError(
-            f"expected bits (bit, y, x), places (molecule, 2) and words (molecule, bit), "
-            f"got {bits.shape}, {places.shape} and {words.shape}"
-        )
-    from scipy.spatial import KDTree
 
-    found = np.full((*words.shape, 2), np.nan)
-    for k, image in enumerate(bits):
-        rows = np.flatnonzero(words[:, k])
-        y, x = np.nonzero((image == ndimage.maximum_filter(image, 3)) & (image > 0))
-        inner = (y > 0) & (x > 0) & (y < image.shape[0] - 1) & (x < image.shape[1] - 1)
-        tops = paraboloid_tops(image, y[inner], x[inner])
-        if len(tops) and len(rows):
-            distance, nearest = KDTree(tops).query(places[rows], distance_upper_bound=reach)
-            near = np.isfinite(distance)
-            found[rows[near], k] = tops[nearest[near]]
-    return found
+    map: np.ndarray
+    pairs: float
+    gain: float
+    error: float
+    shift: float
+
+    @property
+    def applied(self) -> bool:
+        """Whether the map is used."""
+        return not np.array_equal(self.map, np.eye(2, 3))
 
 
-def fit_chromatic(spots: np.ndarray, color_of_bit: np.ndarray, reference: int = 0) -> np.ndarray:
+def fit_chromatic(
+    fields: Sequence[FieldSpots],
+    shifts: Sequence[np.ndarray],
+    color_of_bit: np.ndarray,
+    shape: tuple[int, int],
+    reference: int = 0,
+) -> list[ColorFit]:
     """Fit where each colour shows what the reference colour shows.
 
-    spots: (molecule, bit, 2) y, x in pixel from `locate_in_bits` over any number of fields, of images without drift;
-    color_of_bit: (bit,) int. Returns (color, 2, 3): places in the reference colour (y, x, 1) -> places in the colour;
-    the identity for the reference and for colours with fewer than 50 pairs.
+    fields: spots of some fields whose drift is taken out; shifts: that drift, (bit, 2) dy, dx in pixel, of each;
+    color_of_bit: (bit,) int; shape: (y, x) of a field. Returns one fit a colour.
 
-    Each pair is a spot in the colour and the mean of the same molecule's spots in the reference colour. The fit is
-    by least squares with weights 1 / (1 + (r/s)^2), s twice the median residual: spots of neighbours count for little.
+    A map is applied only if, fitted to every other field, it raises the likelihood of the rest, and the other way
+    round (of a single field, the same with every other spot).
     """
     colors = np.asarray(color_of_bit)
-    maps = np.tile(np.eye(2, 3), (int(colors.max()) + 1, 1, 1))
-    for color in range(len(maps)):
-        source, target = _pairs(spots, colors, color, reference)
-        if color != reference and len(source) >= _MIN_PAIRS:
-            maps[color] = _fit_affine(source, target)
-    return maps
+    fits = []
+    for color in range(int(colors.max()) + 1):
+        if color == reference:
+            fits.append(ColorFit(np.eye(2, 3), 0.0, np.nan, 0.0, 0.0))
+            continue
+        parts = [
+            near_pairs(spots, shift, colors == reference, colors == color)
+            for spots, shift in zip(fields, shifts, strict=True)
+        ]
+        fits.append(_judge(parts, shape))
+    return fits
 
 
-def chromatic_residuals(
-    spots: np.ndarray, color_of_bit: np.ndarray, maps: np.ndarray, reference: int = 0
-) -> np.ndarray:
-    """Median distance (color,), pixel, of spots from where ``maps`` (color, 2, 3) put them; NaN without pairs.
+def near_pairs(spots: FieldSpots, shift: np.ndarray, fixed: np.ndarray, moved: np.ndarray) -> Pairs:
+    """Spots of the bits ``fixed`` and ``moved``, (bit,) bool, within `REACH` of each other in the same plane.
 
-    Compare with the identity's, on fields that the maps were not fitted to, to decide whether to apply them. For the
-    noise of single spots alone it is about 1.2 sigma; the error of a good map is far smaller.
+    Places are those before the drift of the moved bit, shift (bit, 2), was taken out: there the camera saw them.
     """
-    colors = np.asarray(color_of_bit)
-    residuals = np.full(len(maps), np.nan)
-    for color, at in enumerate(maps):
-        source, target = _pairs(spots, colors, color, reference)
-        if color != reference and len(source):
-            residuals[color] = np.median(np.hypot(*(target - source @ at[:, :2].T - at[:, 2]).T))
-    return residuals
+    where = np.column_stack([spots.y, spots.x, spots.plane * (4 * REACH + spots.shape[0] + spots.shape[1])])
+    a, b = np.flatnonzero(fixed[spots.bit]), np.flatnonzero(moved[spots.bit])
+    a = a[:: len(a) // MOST_SPOTS + 1]
+    if not (len(a) and len(b)):
+        return Pairs(np.empty((0, 2)), np.empty((0, 2)))
+    near = KDTree(where[a]).sparse_distance_matrix(KDTree(where[b]), REACH, output_type="ndarray")
+    near = np.sort(near, order=["i", "j"])
+    i, j = a[near["i"]], b[near["j"]]
+    drift = shift[spots.bit[j]]
+    return Pairs(where[i, :2] + drift, where[j, :2] + drift)
 
 
-def _pairs(spots: np.ndarray, colors: np.ndarray, color: int, reference: int) -> tuple[np.ndarray, np.ndarray]:
-    """(pair, 2) places in the reference colour and in ``color`` of the same molecule."""
-    fixed = spots[:, colors == reference]
-    seen = np.isfinite(fixed).all(axis=2)
-    mean = np.where(seen[..., None], fixed, 0).sum(axis=1) / np.maximum(seen.sum(axis=1), 1)[:, None]
-    moved = spots[:, colors == color]
-    paired = np.isfinite(moved).all(axis=2) & seen.any(axis=1)[:, None]
-    return np.repeat(mean[:, None], moved.shape[1], axis=1)[paired], moved[paired]
+def _judge(parts: Sequence[Pairs], shape: tuple[int, int]) -> ColorFit:
+    """Fit all, and each half for the other to try."""
+    halves = [_joined(parts[::2]), _joined(parts[1::2])]
+    if len(parts) == 1:
+        halves = [Pairs(parts[0].source[k::2], parts[0].target[k::2]) for k in (0, 1)]
+    everything = _joined(parts)
+    if len(everything.source) < MIN_PAIRS or min(len(half.source) for half in halves) < MIN_PAIRS / 2:
+        return ColorFit(np.eye(2, 3), 0.0, np.nan, np.nan, 0.0)
+    fit = fit_mixture(everything)
+    if fit.count < MIN_PAIRS:
+        return ColorFit(np.eye(2, 3), fit.count, np.nan, np.nan, 0.0)
+    tries = [fit_mixture(half) for half in halves]
+    none = [fit_mixture(half, still=True) for half in halves]
+    gain = min(_log_likelihood(halves[1 - k], tries[k]) - _log_likelihood(halves[1 - k], none[k]) for k in (0, 1))
+    # each half has half of the pairs: their difference is twice as large as the error of the whole
+    error = np.sqrt((_over_field(tries[0].map - tries[1].map, shape) ** 2).mean()) / 2
+    shift = float(_over_field(fit.map - np.eye(2, 3), shape).max())
+    return ColorFit(fit.map if gain > 0 else np.eye(2, 3), fit.count, float(gain), float(error), shift)
 
 
-def _fit_affine(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Robust affine map (2, 3) from points (pair, 2) to points (pair, 2)."""
-    middle = source.mean(axis=0)
-    terms = np.column_stack([source - middle, np.ones(len(source))])
-    weight = np.ones(len(source))
-    for _ in range(_FIT_ROUNDS):
-        root = np.sqrt(weight)[:, None]
-        fit, *_ = np.linalg.lstsq(terms * root, (target - source) * root, rcond=None)
-        off = np.hypot(*(target - source - terms @ fit).T)
-        weight = 1 / (1 + (off / max(2 * float(np.median(off)), 1e-9)) ** 2)
-    at = np.eye(2, 3) + fit.T
-    at[:, 2] -= fit[:2].T @ middle
-    return at
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """A map (2, 3), the width (pixel) of the pairs about it, their share among all pairs, and their number."""
+
+    map: np.ndarray
+    width: float
+    share: float
+    count: float
+
+
+def fit_mixture(pairs: Pairs, *, still: bool = False) -> Mixture:
+    """Fit an affine map to pairs of which many are by chance; with ``still`` the map is held at the identity.
+
+    The width starts wide, so that the map finds the pairs wherever they lie, and is narrowed to what they have.
+    """
+    middle = pairs.source.mean(axis=0)
+    size = max(float(pairs.source.std()), 1.0)
+    terms = np.column_stack([(pairs.source - middle) / size, np.ones(len(pairs.source))])
+    step = pairs.target - pairs.source
+    chance = 1 / (np.pi * REACH**2)
+    solution, share, width = np.zeros((3, 2)), 0.2, _WIDTHS[0]
+    for iteration in range(len(_WIDTHS) * _ITERATIONS + _FREE):
+        off = ((step - terms @ solution) ** 2).sum(axis=1)
+        near = share * np.exp(-off / (2 * width**2)) / (2 * np.pi * width**2)
+        weight = near / (near + (1 - share) * chance)
+        share = float(np.clip(weight.mean(), 1e-3, 0.999))
+        if not still:
+            heavy = terms * weight[:, None]
+            # a pinch of the identity, so that a field lit in one corner does not bend the others
+            normal = heavy.T @ terms + np.diag([1.0, 1.0, 1e-9])
+            solution = np.linalg.solve(normal, heavy.T @ step)
+        if iteration < len(_WIDTHS) * _ITERATIONS:
+            width = _WIDTHS[iteration // _ITERATIONS]
+        else:
+            width = float(np.clip(np.sqrt((weight @ off) / (2 * max(weight.sum(), 1e-9))), 0.05, _WIDTHS[0]))
+    at = np.eye(2, 3)
+    at[:, :2] += solution[:2].T / size
+    at[:, 2] = solution[2] - solution[:2].T @ middle / size
+    return Mixture(at, width, share, float(weight.sum()))
+
+
+def _log_likelihood(pairs: Pairs, fit: Mixture) -> float:
+    """Mean log-likelihood of pairs."""
+    off = ((pairs.target - pairs.source @ fit.map[:, :2].T - fit.map[:, 2]) ** 2).sum(axis=1)
+    near = fit.share * np.exp(-off / (2 * fit.width**2)) / (2 * np.pi * fit.width**2)
+    return float(np.log(near + (1 - fit.share) / (np.pi * REACH**2)).mean())
+
+
+def _joined(parts: Sequence[Pairs]) -> Pairs:
+    if not parts:
+        return Pairs(np.empty((0, 2)), np.empty((0, 2)))
+    return Pairs(np.concatenate([p.source for p in parts]), np.concatenate([p.target for p in parts]))
+
+
+def _over_field(change: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Length, pixel, of a change of map (2, 3) at 11 x 11 places from corner to corner of a field."""
+    y, x = np.meshgrid(*(np.linspace(0, side - 1, 11) for side in shape), indexing="ij")
+    moved = np.stack([y.ravel(), x.ravel(), np.ones(y.size)], axis=1) @ change.T
+    return np.asarray(np.hypot(moved[:, 0], moved[:, 1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from merfish.imaging.preprocess import Bandpassed
 
 NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
 SAMPLE = 2**17  # pixels of an image; they tell its noise to 0.3 %
+FEW_SPOTS = 0.1  # of those of the field with most, below which a field says little about a bit
 PEAK_SIGMAS = 6.0  # a local maximum this far above the noise is a spot
 
 
@@ -29,14 +29,13 @@ class Normalization:
         """For a stack that is normalised already."""
         return cls(np.zeros(n_bits, np.float32), np.ones(n_bits, np.float32))
 
-    def to_json(self) -> str:
-        """As text, exactly."""
-        return json.dumps({"background": self.background.tolist(), "scale": self.scale.tolist()}, indent=1) + "\n"
+    def to_dict(self) -> dict[str, list[float]]:
+        """For JSON, exactly."""
+        return {"background": self.background.tolist(), "scale": self.scale.tolist()}
 
     @classmethod
-    def from_json(cls, text: str) -> Normalization:
-        """Read what `to_json` wrote."""
-        values = json.loads(text)
+    def from_dict(cls, values: dict[str, list[float]]) -> Normalization:
+        """What `to_dict` gave."""
         return cls(np.array(values["background"], np.float32), np.array(values["scale"], np.float32))
 
     @property
@@ -46,25 +45,74 @@ class Normalization:
             return np.where(self.scale > 0, 1 / self.scale, 0).astype(np.float32)
 
 
+@dataclass(frozen=True, eq=False)
+class FieldSpots:
+    """Clear spots of a field's bits, its summary for what all fields share.
+
+    bit, plane: int64 (spot,); y, x: float64 pixel; height: float32 over the background, camera counts.
+    background: (bit,) float32. shape: (y, x) of the field.
+    """
+
+    bit: np.ndarray
+    plane: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    height: np.ndarray
+    background: np.ndarray
+    shape: tuple[int, int]
+
+
+def find_spots(filtered: np.ndarray | Bandpassed) -> FieldSpots:
+    """Local maxima of each bit, 6 sigma of its noise above its median; filtered (bit, ..., y, x), band-passed."""
+    height = filtered.height if isinstance(filtered, Bandpassed) else filtered.shape[-2]
+    background, x, y, top = zip(*map_bits(lambda image: _clear_spots(image, height), filtered), strict=True)
+    rows = np.concatenate(y)
+    # a top lies at most a pixel from a maximum, which is never in a plane's first or last row
+    plane = (rows // height).astype(np.int64)
+    return FieldSpots(
+        bit=np.repeat(np.arange(len(x)), [len(places) for places in x]),
+        plane=plane,
+        y=rows - plane * height,
+        x=np.concatenate(x),
+        height=np.concatenate(top).astype(np.float32),
+        background=np.array(background, np.float32),
+        shape=(height, filtered.shape[-1]),
+    )
+
+
+def _clear_spots(image: np.ndarray, height: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
+    rows = image.reshape(-1, image.shape[-1])
+    background = float(np.median(sample_of(rows)))
+    x, y, value = locate_peaks(rows, height, background + PEAK_SIGMAS * noise_of(rows, background))
+    return background, x, y, value - background
+
+
 def peak_normalization(filtered: np.ndarray | Bandpassed) -> Normalization:
-    """First estimate: the median of each bit, and the median of its light over clear local maxima.
+    """Of one stack: the median of each bit, and the median of its light over clear local maxima.
 
     Half of all light in maxima comes from those brighter than the scale: the many dim rings of molecules out of focus
     hardly move it, where they would drag down a plain median.
 
     filtered (bit, ..., y, x), band-passed. A bit without clear maxima is dead: its scale is 0.
     """
-    height = filtered.height if isinstance(filtered, Bandpassed) else filtered.shape[-2]
-    background, scale = zip(*map_bits(lambda image: _level_and_height(image, height), filtered), strict=True)
-    return Normalization(np.array(background, np.float32), np.array(scale, np.float32))
+    return shared_normalization([find_spots(filtered)], len(filtered))
 
 
-def _level_and_height(image: np.ndarray, height: int) -> tuple[float, float]:
-    rows = image.reshape(-1, image.shape[-1])
-    background = float(np.median(sample_of(rows)))
-    noise = noise_of(rows, background)
-    _, _, value = locate_peaks(rows, height, background + PEAK_SIGMAS * noise)
-    return background, weighted_median(value - background) if len(value) else 0.0
+def shared_normalization(fields: Sequence[FieldSpots], n_bits: int) -> Normalization:
+    """Median over fields, bit by bit, of what `peak_normalization` finds in each.
+
+    Fields in which the bit shows few spots, such as those without cells, do not count for it.
+    """
+    background, scale = np.zeros(n_bits, np.float32), np.zeros(n_bits, np.float32)
+    for bit in range(n_bits):
+        tops = [field.height[field.bit == bit] for field in fields]
+        most = max(map(len, tops), default=0)
+        scales = [weighted_median(top) for top in tops if len(top) and len(top) >= FEW_SPOTS * most]
+        if scales:
+            scale[bit] = np.median(scales)
+        if fields:
+            background[bit] = np.median([field.background[bit] for field in fields])
+    return Normalization(background, scale)
 
 
 def sample_of(image: np.ndarray) -> np.ndarray:
@@ -94,13 +142,3 @@ def weighted_median(heights: np.ndarray) -> float:
     ordered = np.sort(heights)
     total = np.cumsum(ordered, dtype=np.float64)
     return float(ordered[np.searchsorted(total, total[-1] / 2)])
-
-
-def median_normalization(estimates: Sequence[Normalization], n_bits: int) -> Normalization:
-    """Median over fields, bit by bit; fields in which a bit shows no spot do not count for it."""
-    if not estimates:
-        return Normalization(np.zeros(n_bits, np.float32), np.zeros(n_bits, np.float32))
-    background = np.median([estimate.background for estimate in estimates], axis=0)
-    scales = np.array([estimate.scale for estimate in estimates])
-    scale = [np.median(bit[bit > 0]) if (bit > 0).any() else 0.0 for bit in scales.T]
-    return Normalization(background.astype(np.float32), np.array(scale, np.float32))
