@@ -23,6 +23,7 @@ from merfish.decoding.error_model import bit_error_rates, held_out_rate, misiden
 from merfish.decoding.filtering import MISIDENTIFICATION_RATE, few_blanks, keep_calls, rate_calls
 from merfish.decoding.methods import DEFAULT_METHOD, check_stack, decode_filtered, method_named
 from merfish.decoding.overlap import duplicates_between_fields
+from merfish.decoding.stitching import Stitching, stitch
 from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration, calibrate
 from merfish.imaging.experiment import Experiment, open_experiment, preflight
@@ -132,13 +133,26 @@ def place_in_stage_frame(calls: pd.DataFrame, experiment: Experiment, fov: int, 
     """Drop calls where some round has no image (valid (y, x) False) and add fov and micrometre columns."""
     inside = valid[np.rint(calls["y"]).astype(int), np.rint(calls["x"]).astype(int)]
     calls = calls[inside].reset_index(drop=True)
-    position = experiment.positions[fov]
+    global_z = np.interp(calls["z"].astype(float), np.arange(len(experiment.z)), experiment.z)
+    calls = calls.assign(fov=np.int32(fov), global_z=global_z)
+    return at_positions(calls, experiment.positions, experiment.microns_per_pixel)
+
+
+def at_positions(calls: pd.DataFrame, positions: np.ndarray, microns_per_pixel: float) -> pd.DataFrame:
+    """Calls with global_x and global_y by the positions (fov, 2) of their fields, micrometre."""
+    x, y = positions[calls["fov"]].T
     return calls.assign(
-        fov=np.int32(fov),
-        global_x=position[0] + calls["x"].astype(float) * experiment.microns_per_pixel,
-        global_y=position[1] + calls["y"].astype(float) * experiment.microns_per_pixel,
-        global_z=np.interp(calls["z"].astype(float), np.arange(len(experiment.z)), experiment.z),
+        global_x=x + calls["x"].astype(float) * microns_per_pixel,
+        global_y=y + calls["y"].astype(float) * microns_per_pixel,
     )
+
+
+def stitch_fields(calls: pd.DataFrame, experiment: Experiment, shape: tuple[int, ...]) -> Stitching:
+    """True positions of the fields, of shape (y, x), from the molecules that they share."""
+    scale = experiment.microns_per_pixel
+    word, x, y, fov = (calls[column].to_numpy() for column in ("barcode_id", "x", "y", "fov"))
+    size = (shape[1] * scale, shape[0] * scale)
+    return stitch(word, x.astype(float) * scale, y.astype(float) * scale, fov, experiment.positions, size)
 
 
 def run(
@@ -282,10 +296,12 @@ def combine(
     unrated = gather_calls(experiment, folders)
     found = rate_calls(unrated, experiment.codebook)
     kept = keep_calls(found, config.misidentification_rate)
+    shape = next((tuple(field["shape"]) for field in fields.values()), (1, 1))
+    stitching = stitch_fields(kept, experiment, shape)
+    found, kept = (at_positions(calls, stitching.positions, experiment.microns_per_pixel) for calls in (found, kept))
     distinct = kept[~seen_in_two_fields(kept, fields)].reset_index(drop=True)
     outlines = {fov: read_outlines(folder / "outlines.parquet") for fov, folder in folders.items()}
-    shape = next((tuple(field["shape"]) for field in fields.values()), (1, 1))
-    cells = merge_fields(outlines, experiment.positions, shape, experiment.microns_per_pixel)
+    cells = merge_fields(outlines, stitching.positions, shape, experiment.microns_per_pixel)
     distinct["cell_id"] = assign_cells(
         distinct["global_x"].to_numpy(),
         distinct["global_y"].to_numpy(),
@@ -315,6 +331,7 @@ def combine(
         },
         "chromatic": calibration.to_dict()["chromatic"],
         "bit_error_rates": bit_error_rates(found, experiment.codebook).to_dict("list"),
+        "stage": stitching.to_dict(),
         "fields": fields,
         "failed": failed,
         "figures": {

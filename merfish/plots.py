@@ -133,6 +133,32 @@ def error_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
+def stage(said: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figure:
+    """Where the stage said the fields are and how far off it was, (fov, 2) micrometre, and the overlaps that tell.
+
+    links: columns a, b (rows of positions) and used.
+    """
+    figure, (ax,) = new_figure(6.4, 5)
+    for ends, used in zip(links[["a", "b"]].to_numpy(int), links["used"], strict=True):
+        ax.plot(*said[ends].T, color=MUTED if used else BLANK, linewidth=1, linestyle="-" if used else ":", zorder=1)
+    ax.plot(*said.T, "o", color="black", markersize=3, zorder=2)
+    change = positions - said
+    lengths = np.hypot(*change.T)
+    if lengths.max(initial=0) > 0:
+        # the longest arrow spans half the way to the next field
+        near = np.hypot(*(said[:, None] - said[None]).T) if len(said) <= 2000 else np.array([[np.ptp(said) / 40]])
+        step = float(np.min(near[near > 0], initial=np.inf))
+        scale = 2 * lengths.max() / step
+        ax.quiver(*said.T, *change.T, color=GENE, angles="xy", scale_units="xy", scale=scale, zorder=3)
+        ax.plot(*(said + change / scale).T, " ")  # makes room for the arrows
+    ax.set_title(f"the longest arrow is {lengths.max(initial=0):.2f} µm long", fontsize=9, loc="left")
+    ax.set_aspect("equal")
+    ax.margins(0.1)
+    ax.invert_yaxis()
+    ax.set(xlabel="x [µm]", ylabel="y [µm]")
+    return figure
+
+
 def words_called(found: pd.DataFrame, kept: pd.DataFrame, names: Sequence[str], is_blank: np.ndarray) -> Figure:
     """Molecules of each word, most abundant first, blanks in red; pale: found, but not kept."""
     figure, (ax,) = new_figure(11, 3.4)

@@ -119,6 +119,8 @@ def run_sections(out: Path) -> list[Section]:
             ],
         ),
     ]
+    if run["stage"]["links"]["a"]:
+        sections.append(_stage_section(run["stage"]))
     if run["failed"]:
         rows = [(fov, reason) for fov, reason in run["failed"].items()]
         sections.append(Section("Fields that failed", tables=[Table(("field", "reason"), rows)]))
@@ -161,6 +163,23 @@ def _molecule_text(figures: dict[str, Any]) -> list[str]:
         + known,
         f"{figures['n_duplicates']:,} seen in two overlapping fields were counted once.",
     ]
+
+
+def _stage_section(stage: dict[str, Any]) -> Section:
+    links = pd.DataFrame(stage["links"])
+    said, positions = np.array(stage["said"]), np.array(stage["positions"])
+    used = int(links["used"].sum())
+    text = f"{used} overlaps of neighbouring fields show the same molecules in both."
+    if used:
+        left = links.loc[links["used"], "residual"].median()
+        text += (
+            f" They tell that the stage stops {stage['stage_error']:.2f} µm (rms, along each axis) from where it says; "
+            f"the corrected positions, in which all places are given, leave {left:.3f} µm of that in the median."
+        )
+    if used < len(links):
+        text += f" {len(links) - used} overlaps contradict the others and were left out (red)."
+    caption = "How far the stage was off (arrows, enlarged), and which fields share molecules (lines)"
+    return Section("Stage", [text], figures=[picture(plots.stage(said, positions, links), caption)])
 
 
 def _interval(text: str, value: dict[str, float] | None) -> str:

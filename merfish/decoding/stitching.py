@@ -1,0 +1,183 @@
+"""True positions of fields, from the molecules that neighbouring fields share.
+
+A stage stops some micrometres from where it says. Each molecule in the overlap of two fields tells how far the two are
+off against each other; the positions that agree best with all overlaps, and no worse than that with the stage, follow
+by least squares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.linalg import spsolve
+from scipy.spatial import KDTree
+from scipy.special import gammaln
+
+MOST_ERROR = 10.0  # micrometre and axis, of two fields against each other; stages err by a few
+BIN = 0.25  # micrometre, of the search
+FEWEST_SHARED = 5  # molecules that tie two fields together
+LOG_CHANCE = np.log(1e-4)  # that chance would tie two fields together
+NEAR = 0.4  # micrometre; molecules that agree on an offset lie nearer to it
+FLOOR = 0.02  # micrometre; what bends images lets offsets agree no better
+FEWEST_STAGE_ERROR = 0.1  # micrometre; less is not assumed of any stage
+CONTRADICTION = 0.5  # micrometre; overlaps that disagree more with all others are false
+
+
+@dataclass(frozen=True, eq=False)
+class Stitching:
+    """Positions of all fields, (fov, 2) x, y in micrometre: as the stage said, and corrected; and how they were found.
+
+    links: one row a pair of fields tied together: a, b (rows of positions), dx, dy (micrometre: how much farther b is
+    from a than the stage says), shared (molecules), error (micrometre, standard error), used (False: it contradicts the
+    others), residual (micrometre: what the corrected positions leave of it).
+    """
+
+    said: np.ndarray
+    positions: np.ndarray
+    links: pd.DataFrame
+
+    @property
+    def stage_error(self) -> float:
+        """Micrometre and axis, rms of one field's error, from the links; NaN without any."""
+        steps = self.links.loc[self.links["used"], ["dx", "dy"]].to_numpy(float)
+        return float(np.sqrt((steps**2).mean() / 2)) if len(steps) else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; the stage error is None if it is not known."""
+        error = self.stage_error if self.links["used"].any() else None
+        places = {"said": self.said.tolist(), "positions": self.positions.tolist()}
+        return {**places, "stage_error": error, "links": self.links.to_dict("list")}
+
+
+def stitch(
+    word: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    fov: np.ndarray,
+    positions: np.ndarray,
+    size: tuple[float, float],
+) -> Stitching:
+    """Correct the positions of fields.
+
+    word, fov: int (molecule,); x, y: place in the field, micrometre from its position. positions: (fov, 2) x, y of the
+    stage, micrometre; size: (x, y) of a field, micrometre. Only differences between fields can be known: the mean of
+    each group of fields that are tied together stays.
+    """
+    links = link_fields(word, x, y, fov, positions, size)
+    return Stitching(positions, *solve_positions(positions, links))
+
+
+def link_fields(
+    word: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    fov: np.ndarray,
+    positions: np.ndarray,
+    size: tuple[float, float],
+) -> pd.DataFrame:
+    """How far each two overlapping fields are off; arguments as of `stitch`. Columns a, b, dx, dy, shared, error."""
+    place = np.column_stack([x, y]) + positions[fov]
+    rows = {int(f): np.flatnonzero(fov == f) for f in np.unique(fov)}
+    known = np.array(sorted(rows))
+    reach = np.array(size) + MOST_ERROR
+    links = []
+    for a, b in sorted(KDTree(positions[known] / reach).query_pairs(1.0, p=np.inf)) if len(known) else []:
+        a, b = known[a], known[b]
+        one, other = (
+            rows[f][(np.abs(place[rows[f]] - positions[g] - np.array(size) / 2) <= reach - np.array(size) / 2).all(1)]
+            for f, g in ((a, b), (b, a))
+        )
+        offset = shared_offset(word[one], place[one], word[other], place[other])
+        if offset is not None:
+            (dx, dy), shared, error = offset
+            links.append((int(a), int(b), -dx, -dy, shared, error))
+    return pd.DataFrame(links, columns=["a", "b", "dx", "dy", "shared", "error"])
+
+
+def shared_offset(
+    word_a: np.ndarray, place_a: np.ndarray, word_b: np.ndarray, place_b: np.ndarray
+) -> tuple[np.ndarray, int, float] | None:
+    """By how much b shows the same molecules farther than a: (x, y), how many, standard error; None if by chance.
+
+    word: (molecule,); place: (molecule, 2) micrometre. Of all offsets up to 10 micrometres along each axis, that on
+    which most molecules of equal word agree is refined as their robust mean.
+    """
+    if min(len(word_a), len(word_b)) < FEWEST_SHARED:
+        return None
+    # a third axis on which different words lie farther apart than any offset
+    a, b = (KDTree(np.column_stack([p, w * 4 * MOST_ERROR])) for w, p in ((word_a, place_a), (word_b, place_b)))
+    near = a.sparse_distance_matrix(b, MOST_ERROR, p=np.inf, output_type="ndarray")
+    near = near[np.lexsort((near["j"], near["i"]))]
+    steps = place_b[near["j"]] - place_a[near["i"]]
+    centre = _vote(steps)
+    if centre is None:
+        return None
+    width = NEAR
+    for _ in range(10):
+        off = np.hypot(*(steps - centre).T)
+        agree = steps[off <= width]
+        if len(agree) < FEWEST_SHARED:
+            return None
+        centre = agree.mean(axis=0)
+        # the distance of two Gaussian coordinates has the median 1.18 sigma
+        width = min(NEAR, 3 * max(float(np.median(np.hypot(*(agree - centre).T))) / 1.18, FLOOR))
+    return centre, len(agree), float(np.sqrt(agree.var(axis=0).mean() / len(agree)))
+
+
+def _vote(steps: np.ndarray) -> np.ndarray | None:
+    """Where most steps (pair, 2) lie within a bin or so, if chance would not bring so many together."""
+    n = int(2 * MOST_ERROR / BIN)
+    limits = (-MOST_ERROR, MOST_ERROR)
+    votes, _, _ = np.histogram2d(steps[:, 0], steps[:, 1], bins=n, range=(limits, limits))
+    here = ndimage.uniform_filter(votes, 3, mode="constant") * 9
+    best = np.unravel_index(np.argmax(here), here.shape)
+    # genes gather in cells, so chance pairs gather about small steps: compare with what lies around
+    wide = ndimage.uniform_filter(votes, 21, mode="reflect")[best] * 21**2
+    mean = max(9 * (wide - here[best]) / (21**2 - 9), 0.1)
+    count = here[best]
+    log_tail = count * np.log(mean) - mean - gammaln(count + 1) if count > mean else 0.0
+    if count < FEWEST_SHARED or log_tail + np.log(n * n) > LOG_CHANCE:
+        return None
+    middle = (np.array(best) + 0.5) * BIN - MOST_ERROR
+    return np.median(steps[(np.abs(steps - middle) <= 1.5 * BIN).all(axis=1)], axis=0)
+
+
+def solve_positions(positions: np.ndarray, links: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
+    """Positions (fov, 2) that agree best with links and stage, and the links with columns used and residual.
+
+    Links weigh by their errors, the stage by the error that the links show it to have. A link that contradicts the
+    others is left out, the worst first.
+    """
+    a, b = links["a"].to_numpy(int), links["b"].to_numpy(int)
+    steps = links[["dx", "dy"]].to_numpy(float)
+    weight = 1 / (links["error"].to_numpy(float) ** 2 + FLOOR**2)
+    used = np.ones(len(links), bool)
+    change, residual = np.zeros(positions.shape), np.zeros(len(links))
+    while used.any():
+        stage = 1 / max(float((steps[used] ** 2).mean()) / 2, FEWEST_STAGE_ERROR**2)
+        change = _least_squares(a[used], b[used], steps[used], weight[used], stage, len(positions))
+        residual = np.hypot(*(steps - change[b] + change[a]).T)
+        worst = int(np.argmax(np.where(used, residual, -1)))
+        if residual[worst] <= CONTRADICTION:
+            break
+        used[worst] = False
+    return positions + change, links.assign(used=used, residual=residual)
+
+
+def _least_squares(
+    a: np.ndarray, b: np.ndarray, steps: np.ndarray, weight: np.ndarray, stage: float, n: int
+) -> np.ndarray:
+    """Changes (fov, 2) that minimise sum weight |change_b - change_a - step|^2 + stage sum |change|^2."""
+    rows = np.concatenate([a, b, a, b, np.arange(n)])
+    columns = np.concatenate([a, b, b, a, np.arange(n)])
+    values = np.concatenate([weight, weight, -weight, -weight, np.full(n, stage)])
+    normal = coo_array((values, (rows, columns)), shape=(n, n)).tocsc()
+    target = np.zeros((n, 2))
+    np.add.at(target, b, weight[:, None] * steps)
+    np.add.at(target, a, -weight[:, None] * steps)
+    return np.column_stack([spsolve(normal, side) for side in target.T])
