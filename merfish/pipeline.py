@@ -17,7 +17,7 @@ import shapely
 from merfish import runfolder
 from merfish._files import whole_file
 from merfish.cluster import map_fields
-from merfish.codebook import Codebook, read_codebook
+from merfish.codebook import Codebook, check_codebook, read_codebook
 from merfish.config import RunConfig, read_config
 from merfish.decoding.error_model import bit_error_rates, held_out_rate, misidentification_rate, word_statistics
 from merfish.decoding.filtering import MISIDENTIFICATION_RATE, few_blanks, keep_calls, rate_calls
@@ -96,11 +96,11 @@ def decode_file(
             },
             "inputs": inputs,
             "bit_error_rates": bit_error_rates(found, book).to_dict("list"),
-            "figures": call_figures(found, kept),
+            "figures": call_figures(found, kept, book),
             "seconds": {"total": time.perf_counter() - started},
         }
         runfolder.write_json(out / runfolder.RUN, record)
-    return call_figures(found, kept)
+    return call_figures(found, kept, book)
 
 
 def process_field(experiment: Experiment, fov: int, config: RunConfig, calibration: Calibration, folder: Path) -> None:
@@ -335,7 +335,7 @@ def combine(
         "fields": fields,
         "failed": failed,
         "figures": {
-            **call_figures(found, kept),
+            **call_figures(found, kept, experiment.codebook),
             "by_blanks": interval(misidentification_rate(kept, experiment.codebook)),
             "held_out": interval(held_out_rate(unrated, experiment.codebook, config.misidentification_rate)),
             "n_fields": len(fovs),
@@ -379,8 +379,8 @@ def seen_in_two_fields(calls: pd.DataFrame, fields: Mapping[int, Any]) -> np.nda
     )
 
 
-def call_figures(found: pd.DataFrame, kept: pd.DataFrame) -> dict[str, Any]:
-    """Numbers of molecules before and after filtering, and the share of the kept that is expected to be wrong."""
+def call_figures(found: pd.DataFrame, kept: pd.DataFrame, codebook: Codebook) -> dict[str, Any]:
+    """Numbers of molecules before and after filtering, the share of the kept that is expected to be wrong, warnings."""
     wrong = 1 - kept["probability"].to_numpy(float)
     return {
         "n_found": len(found),
@@ -388,6 +388,7 @@ def call_figures(found: pd.DataFrame, kept: pd.DataFrame) -> dict[str, Any]:
         "n_kept": len(kept),
         "n_blank": int(kept["is_blank"].sum()),
         "misidentification_rate": float(wrong.mean()) if len(kept) and not np.isnan(wrong).any() else None,
+        "warnings": list(check_codebook(codebook).warnings),
     }
 
 
@@ -413,13 +414,14 @@ def versions() -> dict[str, str]:
 
 
 def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
-    """How many molecules were found, and how many of them are wrong, for a terminal."""
+    """How many molecules were found, how many of them are wrong, and what the codebook leaves open, for a terminal."""
     rate = figures["misidentification_rate"]
     line = f"{figures['n_kept']:,} molecules ({figures['n_blank']:,} blanks) of {figures['n_found']:,} found"
+    warnings = [f"codebook: {warning}" for warning in figures["warnings"]]
     if rate is None:
-        return [f"{line}; no blanks in the codebook, so how many are wrong is not known"]
+        return [line, *warnings]
     few = few_blanks(figures["n_found_blank"])
-    return [f"{line}, {rate:.1%} expected wrong", *([few] if few else [])]
+    return [f"{line}, {rate:.1%} expected wrong", *([few] if few else []), *warnings]
 
 
 def run_summary(out: str | os.PathLike[str]) -> dict[str, Any]:

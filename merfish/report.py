@@ -151,7 +151,7 @@ def _chromatic_table(fits: dict[str, dict[str, Any]]) -> list[Table]:
 
 def _molecule_text(figures: dict[str, Any]) -> list[str]:
     rate = figures["misidentification_rate"]
-    known = "No blanks, no rate."
+    known = "How many of them are wrong is not known."
     if rate is not None:
         known = f"{rate:.1%} of them are expected to be wrong, by the blanks"
         known += _interval(" (by the kept blanks alone {})", figures["by_blanks"])
@@ -162,6 +162,7 @@ def _molecule_text(figures: dict[str, Any]) -> list[str]:
         f"{figures['n_found']:,} molecules found, {figures['n_kept']:,} kept ({figures['n_blank']:,} of them blanks). "
         + known,
         f"{figures['n_duplicates']:,} seen in two overlapping fields were counted once.",
+        *(f"Codebook: {warning}." for warning in figures["warnings"]),
     ]
 
 
