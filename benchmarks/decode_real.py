@@ -187,7 +187,7 @@ def decode_fields(origins: np.ndarray, stacks: list[np.ndarray], codebook: Codeb
     for fov, ((left, top), stack) in enumerate(zip(origins, stacks, strict=True)):
         calls = decode_filtered(bandpass(stack, **filters), codebook, scale, method=method)
         inner = calls["x"].between(MARGIN, MARGIN + FIELD, "left") & calls["y"].between(MARGIN, MARGIN + FIELD, "left")
-        parts.append(calls[inner].assign(fov=fov, x=calls["x"] + left, y=calls["y"] + top))
+        parts.append(calls.assign(fov=fov, x=calls["x"] + left, y=calls["y"] + top)[inner])
     return keep_calls(rate_calls(pd.concat(parts, ignore_index=True), codebook))
 
 
