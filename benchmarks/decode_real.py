@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,11 +288,9 @@ def of_molecules(path: Path, codebook: Codebook, name: str, quick: bool) -> tupl
     origins, stacks = render_fields(sample, codebook)
     rows, crowding, arrays = [], {}, {}
     for method in METHODS:
-        start = time.perf_counter()
         calls = decode_fields(origins, stacks, codebook, method)
-        seconds = time.perf_counter() - start
         figures, arrays[method] = compare(calls, sample, codebook)
-        rows.append({"method": method, "calls": len(calls), **figures, "seconds": seconds})
+        rows.append({"method": method, "calls": len(calls), **figures})
         crowding[method] = recall_by_crowding(calls, sample)
     by_crowding = crowding["spots"].assign(**{method: table["recall"] for method, table in crowding.items()})
     density = count_cells(sample.molecules, sample, codebook.n_words)[0].sum(axis=1) / shapely.area(sample.cells)
