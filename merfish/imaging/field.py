@@ -37,15 +37,19 @@ def register_field(
 
     Raises InputError if a round cannot be registered.
     """
-    beads, round_of_bit = read_fiducials(experiment, fov)
+    smoothing, background = config.filter_sigmas
     bits = read_bits(experiment, fov)
+    if experiment.registered:
+        everywhere, still = np.ones(bits.shape[-2:], bool), np.zeros((len(bits), 2))
+        filtered = bandpass(bits, smoothing=smoothing, background=background)
+        return RegisteredField(filtered, pd.DataFrame(), still, everywhere)
+    beads, round_of_bit = read_fiducials(experiment, fov)
     drift = measure_field_drift(beads, bits, round_of_bit)
     lost = drift.loc[~drift["ok"].astype(bool), "round"].tolist()
     if lost:
         raise InputError(f"field {fov}: rounds {', '.join(map(str, lost))} do not match round 0 at any drift")
     shifts = drift[["dy", "dx"]].to_numpy(float)[round_of_bit]
     aligned, valid = align(bits, shifts, None if calibration is None else calibration.maps_of_bits(experiment.bits))
-    smoothing, background = config.filter_sigmas
     return RegisteredField(bandpass(aligned, smoothing=smoothing, background=background), drift, shifts, valid)
 
 
@@ -53,8 +57,10 @@ def register_stain(experiment: Experiment, fov: int, name: str) -> np.ndarray:
     """A stain (y, x), the brightest plane of each pixel, with the drift of its round taken out if its beads tell it."""
     planes, beads = read_stain(experiment, fov, name)
     image = planes.max(axis=0)
+    if beads is None:
+        return image
     references, _ = read_fiducials(experiment, fov)
-    if beads is None or not len(references):
+    if not len(references):
         return image
     drift = measure_drift(np.stack([references[0], beads])).iloc[1]
     if not drift["ok"]:  # outlines bear a drift of some pixels, a field without cells helps nobody

@@ -67,8 +67,24 @@ def read_frames(path: str | os.PathLike[str], frames: Sequence[int]) -> np.ndarr
 
 
 def read_bits(experiment: Experiment, fov: int) -> np.ndarray:
-    """Read a field's bits, uint16 (bit, z, y, x), oriented, in codebook order, planes ascending."""
+    """Read a field's bits, uint16 (bit, z, y, x), oriented, in codebook order, planes ascending.
+
+    Of registered stacks, any real dtype. Raises InputError for values that are not finite.
+    """
+    if experiment.registered:
+        return _read_registered(experiment, fov)
     return np.stack(_read_channels(experiment, fov, experiment.bits))
+
+
+def _read_registered(experiment: Experiment, fov: int) -> np.ndarray:
+    path = experiment.file(experiment.bits[0].movie, fov)
+    stack = read_stack(path)
+    shape = (len(experiment.bits), len(experiment.z))
+    if (stack.shape[0], *(stack.shape[1:-2] or (1,))) != shape:
+        raise InputError(f"{path}: a stack of shape {stack.shape}, expected {shape[0]} bits of {shape[1]} planes")
+    if stack.dtype.kind == "f" and not np.isfinite(stack).all():
+        raise InputError(f"{path}: holds NaN or infinity")
+    return stack.reshape(*shape, *stack.shape[-2:])
 
 
 def read_fiducials(experiment: Experiment, fov: int) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +161,7 @@ def _read_sources(experiment: Experiment, fov: int, sources: Sequence[tuple[Movi
     for movie, frames in wanted.items():
         path = experiment.file(movie, fov)
         stack = read_frames(path, list(frames))
-        if stack.dtype != np.uint16:
+        if stack.dtype != np.uint16 and not experiment.registered:
             raise InputError(f"{path}: expected 16-bit unsigned images, got {stack.dtype}")
         images |= {(movie, frame): image for frame, image in zip(frames, stack, strict=True)}
     shapes = {image.shape for image in images.values()}
