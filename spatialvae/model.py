@@ -223,13 +223,16 @@ class SpatialVAE:
     def domains(self, k: int | None = None, adata: AnnData | None = None, seed: int = 0) -> np.ndarray:
         """Find ``k`` spatial domains by a Gaussian mixture on z_niche (z_cell without coordinates).
 
-        Without ``k`` the number with the best Bayesian information criterion is taken, 20 at most.
+        Without ``k`` the number with the best Bayesian information criterion is taken, 20 at most, a cell counting as
+        much of an observation as it is of its neighbourhood.
         Writes ``obs["spatial_domain"]`` and ``obsm["spatial_domain_probability"]``; returns int64 labels (cell,).
         """
         target = self.adata if adata is None else adata
         which = "niche" if self.module.shape.n_niche else "cell"
         latent = self.get_latent_representation(adata, which)
-        k = analysis.choose_number(latent, seed) if k is None else k
+        if k is None:
+            degree = (self._read(adata).wide >= 0).sum(1).double() if which == "niche" else torch.zeros(1)
+            k = analysis.choose_number(latent, float((1 + degree).mean()), seed)
         labels, probability = analysis.find_domains(latent, k, seed)
         target.obs[_keys.DOMAIN] = pd.Categorical([str(label) for label in labels], [str(i) for i in range(k)])
         target.obsm[_keys.DOMAIN_PROBABILITY] = probability

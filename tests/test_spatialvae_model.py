@@ -9,7 +9,7 @@ import torch
 
 import reference
 from merfish import datasets
-from spatialvae import InputError, SpatialVAE
+from spatialvae import InputError, SpatialVAE, analysis
 from spatialvae.field import laplacian_of
 
 
@@ -214,8 +214,15 @@ def test_marginal_likelihood__matches_draws_from_the_prior():
 def test_domains__number_is_chosen_when_not_given():
     table = tissue(300)
     SpatialVAE.setup_anndata(table)
-    model = SpatialVAE(table)
-    assert 2 <= len(set(model.domains())) <= 20
+    assert len(set(SpatialVAE(table).domains())) == 2
+
+
+def test_choose_number__counts_repeated_rows_once():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(60, 2)) + 6 * np.array([[0, 0], [1, 0], [0, 1]])[np.arange(60) % 3]
+    latent = np.repeat(rows, 16, 0) + 0.02 * rng.normal(size=(60 * 16, 2))
+    assert analysis.choose_number(latent, overlap=16) == 3
+    assert analysis.choose_number(latent) > 3
 
 
 def test_load__refuses_a_table_without_its_genes(trained, tmp_path):
