@@ -30,8 +30,11 @@ class CellEncoder(nn.Module):
             self.out.bias.copy_(torch.cat([torch.zeros(n_latent), log_variance]))
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        shift, log_variance = self.out(F.relu(self.norm(self.hidden(y)))).chunk(2, -1)
-        return self.linear(y) + shift, log_variance
+        weight = torch.cat([self.linear.weight, self.hidden.weight])
+        both = F.linear(y, weight, torch.cat([self.linear.bias, self.hidden.bias]))
+        linear, hidden = both.split([self.linear.out_features, self.hidden.out_features], -1)
+        shift, log_variance = self.out(F.relu(self.norm(hidden))).chunk(2, -1)
+        return linear + shift, log_variance
 
 
 class NeighbourAttention(nn.Module):

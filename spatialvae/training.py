@@ -14,6 +14,7 @@ from spatialvae.data import along_curve, minibatches
 from spatialvae.module import Section, SpatialModule
 
 PATCH = 64  # cells that lie together in a minibatch
+CLIP = 100.0  # largest norm of a gradient
 SMALL = 2**18  # counts in a minibatch up to which one thread is as fast as two, and does not wait for busy cores
 
 
@@ -63,7 +64,8 @@ def _train(
     order = along_curve(xyz, section.cells.samples) if xyz is not None else rng.permutation(n)
     patch = PATCH if xyz is not None else 1
     rows, held_rows = order[~held[order]], np.flatnonzero(held)
-    optimiser = torch.optim.Adam(module.parameters(), plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+    parameters = flattened(module)
+    optimiser = torch.optim.Adam([parameters], plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
     history: list[dict[str, float]] = []
     best, best_state, waited = -np.inf, None, 0
     for epoch in range(plan.max_epochs):
@@ -72,11 +74,13 @@ def _train(
         total = 0.0
         for batch in minibatches(rows, plan.batch_size, patch, rng):
             terms = module.terms(section, batch, generator)
-            optimiser.zero_grad(set_to_none=True)
-            (-terms.elbo(weight).mean()).backward()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 100.0)
+            parameters.grad.zero_()
+            bound = terms.elbo(weight)
+            (-bound.mean()).backward()
+            norm = parameters.grad.norm()
+            parameters.grad.mul_((CLIP / (norm + 1e-6)).clamp_(max=1.0))
             optimiser.step()
-            total += float(terms.elbo().detach().sum())
+            total += float((bound if weight == 1.0 else terms.elbo()).detach().sum())
         row = {"epoch": float(epoch), "kl_weight": weight, "elbo_train": total / max(len(rows), 1)}
         if len(held_rows):
             row |= evaluate(module, section, held_rows, plan.batch_size, plan.seed)
@@ -96,6 +100,20 @@ def _train(
         module.load_state_dict(best_state)
     module.eval()
     return history
+
+
+def flattened(module: SpatialModule) -> torch.Tensor:
+    """All parameters as one tensor with one gradient, of which theirs are views: an optimiser has one step to do."""
+    each = list(module.parameters())
+    flat = torch.nn.utils.parameters_to_vector(each).detach().requires_grad_()
+    flat.grad = torch.zeros_like(flat)
+    start = 0
+    for parameter in each:
+        part = slice(start, start + parameter.numel())
+        parameter.data = flat.data[part].view_as(parameter)
+        parameter.grad = flat.grad[part].view_as(parameter)
+        start += parameter.numel()
+    return flat
 
 
 @torch.no_grad()
