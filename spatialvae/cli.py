@@ -35,15 +35,21 @@ def train(
     max_epochs: Annotated[int | None, typer.Option(min=1, help="epochs at most")] = None,
     seed: Annotated[int, typer.Option(help="of weights, held-out cells and noise")] = 0,
 ) -> None:
-    """Train a model on TABLE; write OUT/model, OUT/table.h5ad, history, plots and run.json."""
+    """Train a model on TABLE; write OUT/model, OUT/table.h5ad, history, plots and run.json.
+
+    Several processes train it together under "torchrun --nproc-per-node N --no-python spatialvae train ...".
+    """
     started = time.time()
     adata = _read(table)
+    from spatialvae.distributed import is_first
     from spatialvae.model import SpatialVAE
     from spatialvae.training import Plan
 
     SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
     model = SpatialVAE(adata, seed=seed)
-    model.train(max_epochs or Plan.max_epochs, seed=seed)
+    model.train(max_epochs or Plan.max_epochs, seed=seed, progress=is_first())
+    if not is_first():
+        return
     _embed(model, adata)
     if domains is not None:
         model.domains(domains, seed=seed)
@@ -174,3 +180,7 @@ def _about(model: SpatialVAE, table: Path, domains: int | None, seed: int, start
         "figures": {"epochs": len(model.history), "elbo": model.get_elbo()},
         "seconds": round(time.time() - started, 2),
     }
+
+
+if __name__ == "__main__":
+    main()

@@ -303,14 +303,14 @@ class SpatialVAE:
         generator = torch.Generator().manual_seed(seed)
         blocks = []
         for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE, 1, None):
-            terms = self.module.terms(section, rows, generator)
+            terms = self.module.terms(section, rows, self.module.noise(len(rows), generator))
             blocks.append(torch.stack([terms.log_likelihood, -terms.kl_cell, -terms.kl_niche], 1).cpu().numpy())
         return np.concatenate(blocks)
 
 
 def _device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

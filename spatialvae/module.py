@@ -211,8 +211,12 @@ class SpatialModule(nn.Module):
             return likelihoods.zero_inflated_negative_binomial(x, log_mu, log_theta, logit_zero)
         return likelihoods.negative_binomial(x, log_mu, log_theta)
 
-    def terms(self, section: Section, rows: np.ndarray, generator: torch.Generator | None = None) -> loss.Terms:
-        """The three terms of the bound for ``rows``, with one draw of each latent.
+    def noise(self, n_cells: int, generator: torch.Generator) -> Tensor:
+        """Standard normal numbers for one draw of both latents, (cell, niche and cell dimensions)."""
+        return torch.randn(n_cells, self.shape.n_niche + self.shape.n_cell, generator=generator)
+
+    def terms(self, section: Section, rows: np.ndarray, noise: Tensor) -> loss.Terms:
+        """The three terms of the bound for ``rows``, with one draw of each latent made of ``noise`` (see ``noise``).
 
         A neighbour that several rows share is encoded once.
         """
@@ -233,9 +237,10 @@ class SpatialModule(nn.Module):
         x = self.counts(section, rows)
         depth, batch = section.depth[index].to(device), section.batch[index].to(device)
         cell_mean, cell_log_variance = self.infer_cell(x, depth, batch)
-        z_niche = _draw(mean[own], log_variance[own], generator)
+        niche_noise, cell_noise = noise.to(device).split([self.shape.n_niche, self.shape.n_cell], 1)
+        z_niche = mean[own] + niche_noise * (0.5 * log_variance[own]).exp()
         cell_kl = loss.kl_cell(cell_mean, cell_log_variance, z_niche @ self.niche_to_cell.T, self.log_residual)
-        z_cell = _draw(cell_mean, cell_log_variance, generator)
+        z_cell = cell_mean + cell_noise * (0.5 * cell_log_variance).exp()
         return loss.Terms(self.log_likelihood(x, depth, batch, z_cell, z_niche), cell_kl, niche_kl)
 
     def marginal_log_likelihood(

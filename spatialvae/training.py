@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from spatialvae.data import along_curve, minibatches
+from spatialvae.distributed import Team, team_of_processes
 from spatialvae.module import Section, SpatialModule
 
 PATCH = 64  # cells that lie together in a minibatch
@@ -37,8 +38,8 @@ def train(
     module: SpatialModule, section: Section, plan: Plan, report: Callable[[int, dict[str, float]], None]
 ) -> list[dict[str, float]]:
     """Fit ``module`` in place; return one row an epoch, which ``report`` also sees as it comes."""
-    with _threads(plan.batch_size * module.shape.n_genes):
-        return _train(module, section, plan, report)
+    with _threads(plan.batch_size * module.shape.n_genes), team_of_processes() as team:
+        return _train(module, section, plan, report, team)
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def _threads(work: int) -> Iterator[None]:
 
 
 def _train(
-    module: SpatialModule, section: Section, plan: Plan, report: Callable[[int, dict[str, float]], None]
+    module: SpatialModule, section: Section, plan: Plan, report: Callable[[int, dict[str, float]], None], team: Team
 ) -> list[dict[str, float]]:
     rng = np.random.default_rng(plan.seed)
     generator = torch.Generator().manual_seed(plan.seed)
@@ -64,24 +65,29 @@ def _train(
     order = along_curve(xyz, section.cells.samples) if xyz is not None else rng.permutation(n)
     patch = PATCH if xyz is not None else 1
     rows, held_rows = order[~held[order]], np.flatnonzero(held)
-    parameters = flattened(module)
+    parameters, gradient = flattened(module)
+    team.agree(parameters)
     optimiser = torch.optim.Adam([parameters], plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
     history: list[dict[str, float]] = []
     best, best_state, waited = -np.inf, None, 0
     for epoch in range(plan.max_epochs):
         weight = min(1.0, (epoch + 1) / max(plan.warm_up, 1))
         module.train()
-        total = 0.0
+        total = torch.zeros((), device=gradient.device)
         for batch in minibatches(rows, plan.batch_size, patch, rng):
-            terms = module.terms(section, batch, generator)
-            parameters.grad.zero_()
+            # every process draws the noise of all, so that how many there are changes nothing
+            noise = module.noise(len(batch), generator)
+            part = slice(team.rank, None, team.size)
+            gradient.zero_()
+            terms = module.terms(section, batch[part], noise[part])
             bound = terms.elbo(weight)
-            (-bound.mean()).backward()
-            norm = parameters.grad.norm()
-            parameters.grad.mul_((CLIP / (norm + 1e-6)).clamp_(max=1.0))
+            (-bound.sum() / len(batch)).backward()
+            team.add_up(gradient)
+            gradient.mul_((CLIP / (gradient.norm() + 1e-6)).clamp_(max=1.0))
             optimiser.step()
-            total += float((bound if weight == 1.0 else terms.elbo()).detach().sum())
-        row = {"epoch": float(epoch), "kl_weight": weight, "elbo_train": total / max(len(rows), 1)}
+            total += (bound if weight == 1.0 else terms.elbo()).detach().sum()
+        team.add_up(total)
+        row = {"epoch": float(epoch), "kl_weight": weight, "elbo_train": float(total) / max(len(rows), 1)}
         if len(held_rows):
             row |= evaluate(module, section, held_rows, plan.batch_size, plan.seed)
         history.append(row)
@@ -102,18 +108,18 @@ def _train(
     return history
 
 
-def flattened(module: SpatialModule) -> torch.Tensor:
+def flattened(module: SpatialModule) -> tuple[torch.Tensor, torch.Tensor]:
     """All parameters as one tensor with one gradient, of which theirs are views: an optimiser has one step to do."""
     each = list(module.parameters())
     flat = torch.nn.utils.parameters_to_vector(each).detach().requires_grad_()
-    flat.grad = torch.zeros_like(flat)
+    gradient = flat.grad = torch.zeros_like(flat)
     start = 0
     for parameter in each:
         part = slice(start, start + parameter.numel())
         parameter.data = flat.data[part].view_as(parameter)
-        parameter.grad = flat.grad[part].view_as(parameter)
+        parameter.grad = gradient[part].view_as(parameter)
         start += parameter.numel()
-    return flat
+    return flat, gradient
 
 
 @torch.no_grad()
@@ -128,7 +134,7 @@ def evaluate(module: SpatialModule, section: Section, rows: np.ndarray, batch_si
     sums = np.zeros(3)
     cell, niche = [], []
     for batch in minibatches(rows, batch_size, 1, None):
-        terms = module.terms(section, batch, generator)
+        terms = module.terms(section, batch, module.noise(len(batch), generator))
         sums += [float(t.sum()) for t in (terms.log_likelihood, terms.kl_cell, terms.kl_niche)]
         posterior = module.infer(section, batch)
         cell.append(posterior.cell_mean)

@@ -8,6 +8,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file
 
 from spatialvae import cli
 
@@ -74,3 +75,15 @@ def test_import__loads_nothing_heavy_and_prints_nothing():
     code = "import sys, spatialvae, spatialvae.cli; print({'torch', 'anndata', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_two_processes_train_the_model_that_one_trains(table, tmp_path):
+    train = ["spatialvae.cli", "train", str(table), "--max-epochs", "3"]
+    together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    for out, command in (("one", [sys.executable, "-m"]), ("two", together)):
+        subprocess.run([*command, *train, "--out", str(tmp_path / out)], check=True, capture_output=True, timeout=120)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    histories = [pd.read_csv(tmp_path / name / "history.csv")["elbo_train"] for name in ("one", "two")]
+    assert histories[0].to_numpy() == pytest.approx(histories[1].to_numpy(), rel=1e-4)

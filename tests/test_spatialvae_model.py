@@ -45,17 +45,12 @@ def test_terms__match_a_naive_bound_cell_by_cell(trained):
     module, section = model.module, model._section
     rows = np.arange(section.cells.n_cells)
     with torch.no_grad():
-        terms = module.terms(section, rows, torch.Generator().manual_seed(3))
-        noise = torch.Generator().manual_seed(3)
+        noise = module.noise(len(rows), torch.Generator().manual_seed(3))
+        terms = module.terms(section, rows, noise)
         posterior = module.infer(section, rows)
-        z_niche = (
-            posterior.niche_mean
-            + torch.randn(posterior.niche_mean.shape, generator=noise) * (posterior.niche_log_variance / 2).exp()
-        )
-        z_cell = (
-            posterior.cell_mean
-            + torch.randn(posterior.cell_mean.shape, generator=noise) * (posterior.cell_log_variance / 2).exp()
-        )
+        n = module.shape.n_niche
+        z_niche = posterior.niche_mean + noise[:, :n] * (posterior.niche_log_variance / 2).exp()
+        z_cell = posterior.cell_mean + noise[:, n:] * (posterior.cell_log_variance / 2).exp()
         shares = module.decoder(z_cell, z_niche, section.batch)[0].exp().numpy()
         prior_mean = (z_niche @ module.niche_to_cell.T).numpy()
     for i in (0, 7, 100):
@@ -195,7 +190,7 @@ def test_marginal_likelihood__matches_draws_from_the_prior():
     table = tissue(60, genes=2)
     SpatialVAE.setup_anndata(table)
     model = SpatialVAE(table)
-    model.train(3, batch_size=32, progress=False)
+    model.train(20, batch_size=32, progress=False)
     module, section = model.module, model._section
     x = module.counts(section, np.arange(60))
     generator = torch.Generator().manual_seed(0)
