@@ -1,4 +1,4 @@
-"""The only module that opens image files: TIFF, OME-TIFF, .dax, .npy, Zarr and OME-Zarr.
+"""The only module that opens image files: TIFF, OME-TIFF, .dax, .nd2, .npy, Zarr and OME-Zarr.
 
 An image file is a movie here: frames counted from 0 in file order, whatever axes the file names, as microscopes'
 data organizations count them. Headers are read apart from frames, so that a whole experiment can be checked first.
@@ -401,6 +401,42 @@ def _dax_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
     return np.stack([movie[frame] for frame in frames])
 
 
+# --- .nd2 (Nikon): one image after the other, the channels of each one by one.
+
+
+def _open_nd2(path: Path) -> Any:
+    try:
+        import nd2
+    except ImportError:
+        raise InputError(f"{path}: reading .nd2 needs the package nd2: pip install 'merfish[images]'") from None
+    return nd2.ND2File(path)
+
+
+def _nd2_channels(file: Any) -> int:
+    return int(file.sizes.get("C", 1))
+
+
+def _nd2_header(path: Path) -> Header:
+    with _open_nd2(path) as file:
+        sizes = dict(file.sizes)
+        images = int(np.prod([size for axis, size in sizes.items() if axis not in "CYXS"], dtype=np.int64))
+        problem = "colour images (RGB), expected one value a pixel" if "S" in sizes else ""
+        if sizes.get("P", 1) > 1:
+            problem = f"holds {sizes['P']} stage positions, expected a file a field"
+        shape = (file.attributes.heightPx, file.attributes.widthPx)
+        return Header(images * _nd2_channels(file), shape, np.dtype(file.dtype), problem)
+
+
+def _nd2_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray:
+    with _open_nd2(path) as file:
+        n = _nd2_channels(file)
+        images = [np.array(file.read_frame(frame // n)).reshape(n, *header.shape)[frame % n] for frame in frames]
+    for frame, image in zip(frames, images, strict=True):
+        # the reader makes up zeros for an image that was never written; no camera measures them
+        _refuse(path, "" if image.any() else f"frame {frame} is not in the file")
+    return np.stack(images)
+
+
 # --- .npy and Zarr: arrays whose last two axes are y, x; the axes before count frames.
 
 
@@ -462,6 +498,7 @@ _FORMATS: dict[str, tuple[Any, Any]] = {
     ".tif": (_tiff_header, _tiff_frames),
     ".tiff": (_tiff_header, _tiff_frames),
     ".dax": (_dax_header, _dax_frames),
+    ".nd2": (_nd2_header, _nd2_frames),
     ".npy": (_npy_header, _npy_frames),
     ".zarr": (_zarr_header, _zarr_frames),
 }
