@@ -27,7 +27,11 @@ class RunConfig(BaseModel):
     # names of the stains, as channelName in the data organization; cells are not segmented without the first
     nuclei_stain: str = "DAPI"
     cytoplasm_stain: str = "polyT"
-    # fields from which background and scale of the bits are estimated
+    # image files of the light on each pixel, by colour as in the data organization; measured where not given
+    flat_fields: dict[str, str] = Field(default_factory=dict)
+    # camera counts without light; measured where not given
+    dark_level: float | None = Field(default=None, ge=0)
+    # fields from which the light, chromatic shifts, background and scale of the bits are estimated
     normalization_fields: int = Field(default=6, ge=1)
 
     @field_validator("method")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +28,9 @@ from merfish.decoding.stitching import Stitching, stitch
 from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration, calibrate
 from merfish.imaging.experiment import Experiment, open_experiment, preflight
-from merfish.imaging.field import register_field, register_stain
+from merfish.imaging.field import known_light, register_field, register_stain, survey_field
 from merfish.imaging.images import read_stack
-from merfish.imaging.normalize import Normalization, find_spots, peak_normalization
+from merfish.imaging.normalize import Normalization, peak_normalization
 from merfish.imaging.preprocess import Bandpassed
 from merfish.transcripts import read_transcripts, transcript_table, write_transcripts
 
@@ -122,6 +123,7 @@ def process_field(experiment: Experiment, fov: int, config: RunConfig, calibrati
         record = {
             "drift": field.drift.to_dict("records"),
             "shape": field.valid.shape,
+            "saturated": field.saturated.tolist(),
             "n_found": len(calls),
             "n_outlines": len(outlines),
             "seconds": time.perf_counter() - started,
@@ -243,21 +245,18 @@ def shared_calibration(
     experiment: Experiment, fovs: Sequence[int], config: RunConfig, out: Path, progress: bool
 ) -> Calibration:
     """What all fields share, measured on some of them spread over the experiment."""
+    given = known_light(experiment, config)
     path = runfolder.field_folder(out, 0).parent / runfolder.CALIBRATION
     if path.is_file():
-        return Calibration.from_json(path.read_text())
+        return Calibration.from_json(path.read_text(), given)
     sample = [
         fovs[k] for k in np.unique(np.linspace(0, len(fovs) - 1, config.normalization_fields).round().astype(int))
     ]
-    spots, shifts = [], []
+    surveys = []
     for fov in _track(sample, len(sample), "calibrate", progress):
-        try:
-            field = register_field(experiment, fov, config)
-        except InputError:  # listed when the field's turn comes
-            continue
-        spots.append(find_spots(field.bits))
-        shifts.append(field.shifts)
-    calibration = calibrate(spots, shifts, experiment.bits)
+        with suppress(InputError):  # listed when the field's turn comes
+            surveys.append(survey_field(experiment, fov, config))
+    calibration = calibrate(surveys, experiment.bits, given)
     with whole_file(path) as part:
         part.write_text(calibration.to_json())
     return calibration
@@ -330,6 +329,7 @@ def combine(
             **calibration.normalization.to_dict(),
         },
         "chromatic": calibration.to_dict()["chromatic"],
+        "light": calibration.light_figures(),
         "bit_error_rates": bit_error_rates(found, experiment.codebook).to_dict("list"),
         "stage": stitching.to_dict(),
         "fields": fields,
@@ -426,10 +426,13 @@ def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
 
 def run_summary(out: str | os.PathLike[str]) -> dict[str, Any]:
     """A finished run in a few lines, and the fields that failed."""
+    from merfish.report import bit_warnings
+
     record = runfolder.read_json(Path(out) / runfolder.RUN)
     figures, failed = record["figures"], record["failed"]
     lines = [
         *molecule_lines(figures),
+        *bit_warnings(record),
         f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules a cell in the median",
         *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),
         f"results in {out}, report in {Path(out) / runfolder.REPORT}",

@@ -103,10 +103,8 @@ def run_sections(out: Path) -> list[Section]:
         Section("Molecules", _molecule_text(figures), figures=_molecule_pictures(out, run, calls)),
         Section(
             "Images",
-            ["Each round's drift was measured on the bead images against round 0 and taken out in one resampling."]
-            if len(shifts)
-            else ["The stacks were registered already."],
-            tables=_chromatic_table(run["chromatic"]),
+            [_drift_text(shifts), *bit_warnings(run)],
+            tables=[*_chromatic_table(run["chromatic"]), *_light_table(run["light"])],
             figures=[
                 *([picture(plots.drift(shifts), "Drift of each round")] if len(shifts) else []),
                 picture(
@@ -132,6 +130,36 @@ def run_sections(out: Path) -> list[Section]:
         outlines = [picture(plots.cells(cells["geometry"].to_numpy()), "Cell outlines")] if drawn else []
         sections.append(Section("Cells", [text], figures=outlines))
     return sections
+
+
+def _drift_text(shifts: pd.DataFrame) -> str:
+    if len(shifts):
+        return "Each round's drift was measured on the bead images against round 0 and taken out in one resampling."
+    return "The stacks were registered already."
+
+
+def bit_warnings(run: dict[str, Any]) -> list[str]:
+    """What is wrong with single bits of a run: those that show nothing, those whose pixels saturate."""
+    names, said = run["bits"]["names"], []
+    dead = [name for name, scale in zip(names, run["bits"]["scale"], strict=True) if scale == 0]
+    if dead and len(dead) < len(names):
+        said.append(f"No molecule shows in {', '.join(dead)}: dead, and left out of decoding.")
+    counts = [np.array(found["saturated"]) for found in run["fields"].values()]
+    total = np.sum(counts, axis=0) if counts else np.zeros(len(names), int)
+    if total.any():
+        worst = max(run["fields"], key=lambda fov: sum(run["fields"][fov]["saturated"]))
+        each = ", ".join(f"{name} {count:,}" for name, count in zip(names, total.tolist(), strict=True) if count)
+        said.append(f"Saturated pixels, most of them in field {worst}: {each}.")
+    return said
+
+
+def _light_table(light: dict[str, dict[str, float]]) -> list[Table]:
+    rows = [
+        (color, f"{found['least']:.0%}", f"{found['dark']:.0f}" if found["dark"] else "not needed", found["hot"])
+        for color, found in light.items()
+    ]
+    columns = ("colour", "light where it is least", "dark level, counts", "hot pixels")
+    return [Table(columns, rows)] if rows else []
 
 
 def _chromatic_table(fits: dict[str, dict[str, Any]]) -> list[Table]:

@@ -15,7 +15,7 @@ from merfish.cells.counts import read_cells
 from merfish.config import RunConfig, read_config
 from merfish.demo import run_demo, score_run
 from merfish.simulate import simulate_experiment
-from merfish.simulate.disturbances import Disturbances
+from merfish.simulate.disturbances import Disturbances, illumination
 from merfish.transcripts import COLUMNS, read_transcripts
 
 TABLES = [runfolder.TRANSCRIPTS, runfolder.ALL_TRANSCRIPTS, runfolder.CELLS]
@@ -85,6 +85,33 @@ def test_run_takes_out_chromatic_shifts(tmp_path):
     assert np.hypot(*((np.array(found["map"]) - bent) @ corners)).max() < 0.15
     assert "750" in (tmp_path / "out" / runfolder.REPORT).read_text()
     assert score_run(tmp_path / "out", raw)["recall"] > 0.7
+
+
+def test_run_of_images_as_cameras_make_them(tmp_path):
+    """Vignetting, hot pixels, a dead bit, and a field far too bright: that one is left out, the others bear it."""
+    wrong = Disturbances(vignetting=0.5, hot_pixels=50, dead_bit=3, saturated_fov=2)
+    raw = simulate_experiment(tmp_path / "raw", fields=(1, 3), shape=(256, 256), seed=4, disturbances=wrong)
+    merfish.run(raw, out=tmp_path / "out")
+    record = json.loads((tmp_path / "out" / runfolder.RUN).read_text())
+    assert "saturated" in record["failed"]["2"]
+    lines = pipeline.run_summary(tmp_path / "out")["lines"]
+    assert any("No molecule shows in bit4" in line for line in lines)
+    assert all(40 <= light["hot"] <= 50 for light in record["light"].values())
+    calls, truth = (
+        pd.read_parquet(p) for p in (tmp_path / "out" / runfolder.TRANSCRIPTS, raw / "truth/molecules.parquet")
+    )
+    seen = truth["global_x"] < calls["global_x"].max()
+    assert not calls["is_blank"].mean() > 0.1
+    assert len(calls) > 0.6 * seen.sum()
+    flat = tmp_path / "flat.npy"
+    np.save(flat, illumination((256, 256), 0.5))
+    known = RunConfig(flat_fields={"650": str(flat), "750": str(flat)}, dark_level=100.0)
+    merfish.run(raw, out=tmp_path / "known", config=known, fovs=[0, 1])
+    given = json.loads((tmp_path / "known" / runfolder.RUN).read_text())["light"]["650"]
+    assert given["dark"] == 100
+    assert given["least"] == pytest.approx(0.5, abs=1e-3)
+    with pytest.raises(InputError, match="no bit has the colour '488'"):
+        merfish.run(raw, out=tmp_path / "other", config=RunConfig(flat_fields={"488": str(flat)}))
 
 
 def test_report_loads_nothing_from_elsewhere(done):

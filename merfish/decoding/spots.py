@@ -65,14 +65,15 @@ def decode_spots(
     values = np.empty(stack.shape, np.int8)
     peaks = gather_peaks(stack, normalization, height, values)
     grid = make_grid(peaks, values.shape)
-    start = start_log_ratio()
-    ratio = np.tile(start, (codebook.n_bits, 1))
+    live = normalization.gain > 0  # a dead bit says nothing about any word
+    ratio = np.outer(live, start_log_ratio())
     abundance = np.full(codebook.n_words, 1 / codebook.n_words)
     for _ in range(ROUNDS - 1):
         table, evidence, observed = _call(values, height, peaks, grid, codebook, ratio, abundance)
         weight = 1 / (1 + np.exp(-np.clip(table[:, 4], -30, 30)))
         abundance = word_abundance(evidence[:, 0].astype(np.int64), weight, codebook.is_blank)
-        ratio = np.tile(_log_ratio(observed, codebook.words[evidence[:, 0]], weight), (codebook.n_bits, 1))
+        words = codebook.words[evidence[:, 0]]
+        ratio = np.outer(live, _log_ratio(observed[:, live], words[:, live], weight))
     table, evidence, _ = _call(values, height, peaks, grid, codebook, ratio, abundance)
     plane = (table[:, 1] / height).astype(np.int32)
     return Spots(

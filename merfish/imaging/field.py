@@ -9,11 +9,16 @@ import pandas as pd
 
 from merfish.config import RunConfig
 from merfish.errors import InputError
-from merfish.imaging.calibration import Calibration
+from merfish.imaging.calibration import Calibration, Survey
 from merfish.imaging.experiment import Experiment
-from merfish.imaging.images import read_bits, read_fiducials, read_stain
+from merfish.imaging.illumination import Glow, KnownLight, Light, given_flat, measure_glow
+from merfish.imaging.images import read_bits, read_fiducials, read_frames, read_stain
+from merfish.imaging.normalize import Normalization, find_spots
 from merfish.imaging.preprocess import bandpass
 from merfish.imaging.registration import align, measure_drift, measure_field_drift
+
+# share of a bit's pixels, in the median of the bits; that is most of the pixels that spots have
+MOST_SATURATED = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +26,15 @@ class RegisteredField:
     """A field ready to decode.
 
     bits: (bit, z, y, x) float32, filtered. drift: a row a round, as `measure_field_drift` gives it. shifts: (bit, 2)
-    dy, dx in pixel, that drift for each bit. valid: (y, x) bool, where all rounds have an image.
+    dy, dx in pixel, that drift for each bit. valid: (y, x) bool, where all rounds have an image. saturated: (bit,)
+    int64, pixels at the end of the camera's range, all planes together.
     """
 
     bits: np.ndarray
     drift: pd.DataFrame
     shifts: np.ndarray
     valid: np.ndarray
+    saturated: np.ndarray
 
 
 def register_field(
@@ -35,22 +42,67 @@ def register_field(
 ) -> RegisteredField:
     """Read a field, take out the drift of its rounds and what ``calibration`` knows of the microscope, filter.
 
-    Raises InputError if a round cannot be registered.
+    Raises InputError if a round cannot be registered, or the bits are saturated.
     """
-    smoothing, background = config.filter_sigmas
+    return _register(experiment, fov, read_bits(experiment, fov), config, calibration)
+
+
+def survey_field(experiment: Experiment, fov: int, config: RunConfig) -> Survey:
+    """What a field says about the microscope. Raises InputError if a round cannot be registered."""
     bits = read_bits(experiment, fov)
+    glows: dict[str, Glow] = {}
+    if not experiment.registered:
+        for color in dict.fromkeys(channel.color for channel in experiment.bits):
+            images = [image for image, channel in zip(bits, experiment.bits, strict=True) if channel.color == color]
+            glows[color] = measure_glow(np.concatenate(images))
+    # hot pixels would be spots in every bit
+    hot = {color: Light(np.zeros((1, 1)), 0.0, glow.hot) for color, glow in glows.items()}
+    only_hot = Calibration(Normalization.identity(len(bits)), {}, hot)
+    field = _register(experiment, fov, bits, config, only_hot)
+    return Survey(find_spots(field.bits), field.shifts, glows)
+
+
+def _register(
+    experiment: Experiment, fov: int, bits: np.ndarray, config: RunConfig, calibration: Calibration | None
+) -> RegisteredField:
+    smoothing, background = config.filter_sigmas
+    saturated = (bits == full_range(bits.dtype)).sum(axis=(1, 2, 3))
     if experiment.registered:
         everywhere, still = np.ones(bits.shape[-2:], bool), np.zeros((len(bits), 2))
         filtered = bandpass(bits, smoothing=smoothing, background=background)
-        return RegisteredField(filtered, pd.DataFrame(), still, everywhere)
+        return RegisteredField(filtered, pd.DataFrame(), still, everywhere, saturated)
+    share = float(np.median(saturated)) / bits[0].size
+    if share > MOST_SATURATED:
+        raise InputError(
+            f"field {fov}: {share:.1%} of the pixels of its bits are saturated, spots cannot be told apart"
+        )
+    maps = None
+    if calibration is not None:
+        bits, maps = calibration.even_light(bits, experiment.bits), calibration.maps_of_bits(experiment.bits)
     beads, round_of_bit = read_fiducials(experiment, fov)
     drift = measure_field_drift(beads, bits, round_of_bit)
     lost = drift.loc[~drift["ok"].astype(bool), "round"].tolist()
     if lost:
         raise InputError(f"field {fov}: rounds {', '.join(map(str, lost))} do not match round 0 at any drift")
     shifts = drift[["dy", "dx"]].to_numpy(float)[round_of_bit]
-    aligned, valid = align(bits, shifts, None if calibration is None else calibration.maps_of_bits(experiment.bits))
-    return RegisteredField(bandpass(aligned, smoothing=smoothing, background=background), drift, shifts, valid)
+    aligned, valid = align(bits, shifts, maps)
+    filtered = bandpass(aligned, smoothing=smoothing, background=background)
+    return RegisteredField(filtered, drift, shifts, valid, saturated)
+
+
+def known_light(experiment: Experiment, config: RunConfig) -> dict[str, KnownLight]:
+    """Of each colour what the configuration says of its light. Raises InputError for unknown colours, bad images."""
+    colors = {channel.color for channel in experiment.bits}
+    unknown = sorted(set(config.flat_fields) - colors)
+    if unknown:
+        raise InputError(f"flat_fields: no bit has the colour {unknown[0]!r}; they have {', '.join(sorted(colors))}")
+    flats = {color: given_flat(read_frames(path, [0])[0], path) for color, path in config.flat_fields.items()}
+    return {color: KnownLight(flats.get(color), config.dark_level) for color in colors}
+
+
+def full_range(dtype: np.dtype) -> float:
+    """The largest value of a camera that counts in this type."""
+    return float(np.iinfo(dtype).max) if dtype.kind in "ui" else np.inf
 
 
 def register_stain(experiment: Experiment, fov: int, name: str) -> np.ndarray:

@@ -14,6 +14,8 @@ from merfish.imaging.preprocess import Bandpassed
 NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
 SAMPLE = 2**17  # pixels of an image; they tell its noise to 0.3 %
 FEW_SPOTS = 0.1  # of those of the field with most, below which a field says little about a bit
+# of the spots and of the height that are usual among bits, below both of which a bit is dead
+DEAD_SPOTS, DEAD_HEIGHT = 0.01, 1 / 3
 PEAK_SIGMAS = 6.0  # a local maximum this far above the noise is a spot
 
 
@@ -112,6 +114,10 @@ def shared_normalization(fields: Sequence[FieldSpots], n_bits: int) -> Normaliza
             scale[bit] = np.median(scales)
         if fields:
             background[bit] = np.median([field.background[bit] for field in fields])
+    count = np.sum([np.bincount(field.bit, minlength=n_bits) for field in fields], axis=0)
+    if len(fields):
+        # a few spikes of noise must not make a dead bit look alive
+        scale[(count < DEAD_SPOTS * np.median(count)) & (scale < DEAD_HEIGHT * np.median(scale))] = 0.0
     return Normalization(background, scale)
 
 

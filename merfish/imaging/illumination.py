@@ -1,0 +1,266 @@
+"""What camera and lamp do to every image of a colour: uneven light, a dark level, hot pixels.
+
+The light is learnt from the molecules: the same spots are dimmer where less light falls, whatever the tissue's own
+glow, the dark level or the filter do. The glow then tells the dark level: it follows the light, the dark does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.polynomial import legendre
+
+from merfish.errors import InputError
+from merfish.imaging._kernels import remove_hot_pixels
+from merfish.imaging.normalize import FieldSpots, weighted_median
+
+DEGREES = (0, 2, 4)  # of the polynomials that are tried for the logarithm of the light
+MIN_SPOTS = 200  # of a colour, for each coefficient
+MOST_SPOTS = 50_000  # of a colour and field
+BLOCKS = 16  # along y and x, in which the glow is measured
+_FIT_ROUNDS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class KnownLight:
+    """What a user knows of a colour: flat, (y, x) float32, share of the full light; dark, camera counts; or None."""
+
+    flat: np.ndarray | None = None
+    dark: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Light:
+    """Of one colour: image = dark + light * sample.
+
+    coefficients: (degree + 1, degree + 1), of products of Legendre polynomials in y and x from -1 to 1, whose sum is
+    the logarithm of the light; or flat: the light itself, (y, x) float32, 1 where it is full. dark: camera counts.
+    hot: (pixel, 2) y, x of pixels that are too bright in every image.
+    """
+
+    coefficients: np.ndarray
+    dark: float
+    hot: np.ndarray
+    flat: np.ndarray | None = None
+
+    @property
+    def even(self) -> bool:
+        """Whether the light needs no correction."""
+        return self.flat is None and not self.coefficients.any() and not self.dark
+
+    def share(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Share (y, x) float32 of the full light that falls on each pixel."""
+        if self.flat is not None:
+            if self.flat.shape != tuple(shape):
+                raise InputError(f"flat field of shape {self.flat.shape}: expected that of the images, {tuple(shape)}")
+            return self.flat
+        y, x = (np.linspace(-1, 1, side) for side in shape)
+        light = np.exp(legendre.leggrid2d(y, x, self.coefficients))
+        return (light / light.max()).astype(np.float32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, exactly; a flat field that was given is left out."""
+        return {"coefficients": self.coefficients.tolist(), "dark": self.dark, "hot": self.hot.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Light:
+        """What `to_dict` gave."""
+        hot = np.array(values["hot"], np.int64).reshape(-1, 2)
+        return cls(np.array(values["coefficients"]), values["dark"], hot)
+
+
+@dataclass(frozen=True, eq=False)
+class Glow:
+    """What the raw images of one colour show of camera and lamp in one field.
+
+    hot: (pixel, 2) y, x. level: (BLOCKS, BLOCKS) float64, light without spots, camera counts, in blocks of the field.
+    """
+
+    hot: np.ndarray
+    level: np.ndarray
+
+
+def measure_glow(images: np.ndarray) -> Glow:
+    """Measure on raw images (image, y, x) of one colour, of different bits or planes, before any drift is taken out.
+
+    Hot is a pixel that stands out from its neighbours in the darkest that all images show at each place: a spot, even
+    if all images had it, is no sharper than the lens allows.
+    """
+    darkest = images.min(axis=0)
+    cleaned = np.empty(darkest.shape, np.float32)
+    remove_hot_pixels(darkest, cleaned)
+    hot = np.argwhere(cleaned < darkest)
+    step = max(1, min(darkest.shape) // 256)
+    middle = np.median(images[:, ::step, ::step], axis=0)
+    return Glow(hot, in_blocks(middle))
+
+
+def in_blocks(image: np.ndarray) -> np.ndarray:
+    """Medians (BLOCKS, BLOCKS) of blocks of an image (y, x); NaN where it is too small to have a pixel in each."""
+    rows, columns = (np.array_split(np.arange(side), BLOCKS) for side in image.shape)
+    return np.array([[np.median(image[np.ix_(r, c)]) if r.size * c.size else np.nan for c in columns] for r in rows])
+
+
+def given_flat(image: np.ndarray, name: str) -> np.ndarray:
+    """A flat field (y, x) of any unit as share of its largest value, float32. Raises InputError if it is none."""
+    flat = np.asarray(image, np.float64)
+    if flat.ndim != 2 or not np.isfinite(flat).all() or flat.min() <= 0:
+        raise InputError(f"{name}: expected one image (y, x) of positive numbers, the light on each pixel")
+    return (flat / flat.max()).astype(np.float32)
+
+
+def correct_light(image: np.ndarray, light: Light) -> np.ndarray:
+    """A raw image (y, x) as a camera without hot pixels under even light would have taken it, float32, dark level 0."""
+    seen = image.astype(np.float32)
+    fill_pixels(seen, light.hot)
+    seen -= np.float32(light.dark)
+    if not light.even:
+        seen /= light.share(image.shape)
+    return seen
+
+
+def fill_pixels(image: np.ndarray, pixels: np.ndarray) -> None:
+    """Give pixels (pixel, 2) y, x of an image (y, x) float32 the median of their neighbours that are none of them."""
+    if not len(pixels):
+        return
+    padded = np.pad(image, 1, constant_values=np.nan)
+    padded[pixels[:, 0] + 1, pixels[:, 1] + 1] = np.nan
+    v, u = np.mgrid[0:3, 0:3].reshape(2, 9, 1)
+    around = padded[pixels[:, 0] + v, pixels[:, 1] + u]
+    known = np.isfinite(around).any(axis=0)
+    rows, columns = pixels[known].T
+    image[rows, columns] = np.nanmedian(around[:, known], axis=0)
+
+
+def always_hot(fields: Sequence[np.ndarray]) -> np.ndarray:
+    """Pixels (pixel, 2) that are hot in more than half of the fields, each (pixel, 2)."""
+    if not fields:
+        return np.empty((0, 2), np.int64)
+    pixels, count = np.unique(np.concatenate(fields), axis=0, return_counts=True)
+    return pixels[2 * count > len(fields)]
+
+
+def fit_light(
+    fields: Sequence[FieldSpots],
+    shifts: Sequence[np.ndarray],
+    glows: Sequence[Glow],
+    bits: np.ndarray,
+    known: KnownLight | None = None,
+) -> Light:
+    """The light of one colour from the spots of some fields, where their drift is taken out.
+
+    shifts: that drift, (bit, 2) dy, dx in pixel, of each field; glows: of the same fields; bits: (bit,) bool, those of
+    the colour. Of polynomials of degree 0, 2 and 4 that is taken which best predicts the heights of spots in fields
+    that it was not fitted to: every other field for the rest and the other way round. What is known is not measured.
+    """
+    known = known or KnownLight()
+    parts = [_heights(spots, shift, bits) for spots, shift in zip(fields, shifts, strict=True)]
+    hot = always_hot([glow.hot for glow in glows])
+    degree = 0 if known.flat is not None else _best_degree(parts)
+    coefficients = _fit_heights(_join(parts), degree) if degree else np.zeros((1, 1))
+    light = Light(coefficients, known.dark or 0.0, hot, known.flat)
+    if light.even or known.dark is not None:
+        return light
+    return replace(light, dark=dark_level(light, glows))
+
+
+@dataclass(frozen=True, eq=False)
+class _Heights:
+    """Spots: place y, x from -1 to 1, logarithm of the height, and which (field and) bit they belong to."""
+
+    y: np.ndarray
+    x: np.ndarray
+    log: np.ndarray
+    group: np.ndarray
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        return np.exp(self.log - self.log.max(initial=0.0))
+
+
+def _heights(spots: FieldSpots, shift: np.ndarray, bits: np.ndarray) -> _Heights:
+    rows = np.flatnonzero(bits[spots.bit])
+    rows = rows[:: len(rows) // MOST_SPOTS + 1]
+    seen = np.stack([spots.y[rows], spots.x[rows]]) + shift[spots.bit[rows]].T  # where on the camera
+    y, x = np.clip(2 * seen / (np.array(spots.shape)[:, None] - 1) - 1, -1, 1)
+    return _Heights(y, x, np.log(spots.height[rows].astype(np.float64)), spots.bit[rows])
+
+
+def _join(parts: Sequence[_Heights]) -> _Heights:
+    return _Heights(
+        y=np.concatenate([part.y for part in parts]),
+        x=np.concatenate([part.x for part in parts]),
+        log=np.concatenate([part.log for part in parts]),
+        group=np.concatenate([part.group + 1000 * number for number, part in enumerate(parts)]),
+    )
+
+
+def _best_degree(parts: Sequence[_Heights]) -> int:
+    halves = [_join(half) for half in (parts[::2], parts[1::2])] if len(parts) > 1 else []
+    best, least = 0, [np.inf, np.inf]
+    for degree in DEGREES if halves else ():
+        if min(len(half.log) for half in halves) < MIN_SPOTS * (degree + 1) * (degree + 2) // 2:
+            break
+        fits = [_fit_heights(half, degree) for half in halves]
+        losses = [_loss(halves[1 - k], fits[k]) for k in (0, 1)]
+        if all(a < b for a, b in zip(losses, least, strict=True)):
+            best, least = degree, losses
+    return best
+
+
+def _fit_heights(spots: _Heights, degree: int) -> np.ndarray:
+    """Least absolute deviations of log heights, each bit of each field about its own level, weighted by light.
+
+    Weighted as the scale of a bit is: dim rings of molecules out of focus hardly count.
+    """
+    terms = legendre.legvander2d(spots.y, spots.x, [degree, degree])
+    chosen = np.array([0 < i + j <= degree for i in range(degree + 1) for j in range(degree + 1)], bool)
+    used, solution = terms[:, chosen], np.zeros(int(chosen.sum()))
+    for _ in range(_FIT_ROUNDS if degree else 0):
+        off = _about_levels(spots, used @ solution)
+        weight = spots.weight / np.maximum(np.abs(off), 0.02)
+        _, inverse = np.unique(spots.group, return_inverse=True)
+        total = np.bincount(inverse, weight)
+        centred = used - np.column_stack([(np.bincount(inverse, weight * t) / total)[inverse] for t in used.T])
+        heavy = centred * weight[:, None]
+        solution = solution + np.linalg.solve(heavy.T @ centred + 1e-9 * np.eye(len(solution)), heavy.T @ off)
+    coefficients = np.zeros((degree + 1) ** 2)
+    coefficients[chosen] = solution
+    return coefficients.reshape(degree + 1, degree + 1)
+
+
+def _about_levels(spots: _Heights, predicted: np.ndarray) -> np.ndarray:
+    """Log heights less what is predicted and less the light-weighted median of their group."""
+    off = spots.log - predicted
+    for group in np.unique(spots.group):
+        rows = spots.group == group
+        off[rows] -= np.log(weighted_median(np.exp(off[rows])))
+    return off
+
+
+def _loss(spots: _Heights, coefficients: np.ndarray) -> float:
+    off = _about_levels(spots, legendre.legval2d(spots.y, spots.x, coefficients))
+    return float((spots.weight * np.abs(off)).sum() / spots.weight.sum())
+
+
+def dark_level(light: Light, glows: Sequence[Glow]) -> float:
+    """What of the glow does not follow the light, camera counts: the intercept over blocks, median over fields."""
+    share = light.share((BLOCKS, BLOCKS)) if light.flat is None else in_blocks(light.flat)
+    share = share.ravel().astype(np.float64)
+    found = []
+    for glow in glows:
+        level = glow.level.ravel()
+        known = np.isfinite(level)
+        weight = known.astype(np.float64)
+        for _ in range(_FIT_ROUNDS):
+            root = np.sqrt(weight[known])[:, None]
+            terms = np.column_stack([np.ones(known.sum()), share[known]])
+            (dark, slope), *_ = np.linalg.lstsq(terms * root, level[known] * root[:, 0], rcond=None)
+            off = np.abs(level[known] - terms @ (dark, slope))
+            weight[known] = 1 / np.maximum(off, 0.5)
+        found.append(min(max(dark, 0.0), float(level[known].min())))
+    return float(np.median(found)) if found else 0.0
