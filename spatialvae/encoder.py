@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 ATTENTION_WIDTH = 32
 ATTENTION_HEADS = 4
+
+
+def log_normalised(x: Tensor, factor: Tensor) -> Tensor:
+    """log(1 + factor x) of counts (cell, gene), which need no gradient; ``factor`` (cell,)."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return torch.log1p(x * factor[:, None])
+    from spatialvae import _kernels
+
+    y = torch.empty_like(x)
+    _kernels.log_normalised(x.numpy(), factor.numpy(), y.numpy())
+    return y
 
 
 class CellEncoder(nn.Module):
@@ -19,22 +32,54 @@ class CellEncoder(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, log_variance: Tensor, hidden: int) -> None:
         super().__init__()
         n_latent, n_genes = weight.shape
-        self.linear = nn.Linear(n_genes, n_latent)
-        self.hidden = nn.Linear(n_genes, hidden)
+        self.n_latent = n_latent
+        self.first = nn.Linear(n_genes, n_latent + hidden)  # W beside the MLP's first layer: one matrix product
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, 2 * n_latent)
         with torch.no_grad():
-            self.linear.weight.copy_(weight)
-            self.linear.bias.copy_(bias)
+            self.first.weight[:n_latent] = weight
+            self.first.bias[:n_latent] = bias
             self.out.weight.zero_()
             self.out.bias.copy_(torch.cat([torch.zeros(n_latent), log_variance]))
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        weight = torch.cat([self.linear.weight, self.hidden.weight])
-        both = F.linear(y, weight, torch.cat([self.linear.bias, self.hidden.bias]))
-        linear, hidden = both.split([self.linear.out_features, self.hidden.out_features], -1)
+        mean, hidden = self.first(y).split([self.n_latent, len(self.norm.weight)], -1)
         shift, log_variance = self.out(F.relu(self.norm(hidden))).chunk(2, -1)
-        return linear + shift, log_variance
+        return mean + shift, log_variance
+
+
+class _Attention(torch.autograd.Function):
+    """``_attend`` in one pass over nodes and neighbours; float32 on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, value: Tensor, edge: Tensor, score: Tensor, *graph: Tensor) -> Tensor:
+        from spatialvae import _kernels
+
+        slots, distance = graph
+        weight, out = own.new_empty(*slots.shape, len(score)), torch.empty_like(own)
+        given = own, value, edge, score, slots, distance, weight
+        _kernels.attention(*(t.detach().numpy() for t in (*given, out)))
+        ctx.save_for_backward(*given)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from spatialvae import _kernels
+
+        found = [torch.zeros_like(t) for t in ctx.saved_tensors[:4]]
+        arrays = (t.detach().numpy() for t in (*ctx.saved_tensors, gradient.contiguous(), *found))
+        _kernels.attention_backward(*arrays)
+        return (*found, None, None)
+
+
+def _attend(own: Tensor, value: Tensor, edge: Tensor, score: Tensor, slots: Tensor, distance: Tensor) -> Tensor:
+    neighbour = F.embedding(slots.clamp(min=0), value)  # (B, K, H)
+    mixed = F.leaky_relu(own[:, None] + neighbour + edge * distance[..., None], 0.2)
+    split = (*mixed.shape[:2], *score.shape)
+    scores = (mixed.view(split) * score).sum(-1)  # (B, K, heads)
+    scores = scores.masked_fill((slots < 0)[..., None], -torch.inf)
+    weight = torch.softmax(scores, 1).nan_to_num(0.0)
+    return (weight[..., None] * neighbour.view(split)).sum(1).flatten(1)
 
 
 class NeighbourAttention(nn.Module):
@@ -47,23 +92,18 @@ class NeighbourAttention(nn.Module):
 
     def __init__(self, n_features: int, hidden: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
         self.own = nn.Linear(n_features, hidden)
         self.other = nn.Linear(n_features, hidden, bias=False)
-        self.edge = nn.Linear(1, hidden, bias=False)
+        self.edge = nn.Parameter(torch.empty(hidden).uniform_(-1, 1))
         self.score = nn.Parameter(torch.randn(heads, hidden // heads) / (hidden // heads) ** 0.5)
 
-    def forward(self, features: Tensor, own: Tensor, others: Tensor, distance: Tensor, present: Tensor) -> Tensor:
-        """features (M, F) of the cells that take part; own (B,) and others (B, K) point into them; distance,
-        present (B, K) -> (B, hidden). A cell that is neighbour to many is projected once."""
-        value = F.embedding(others, self.other(features))  # (B, K, H)
-        mixed = self.own(features[own])[:, None] + value + self.edge(distance[..., None])
-        mixed = F.leaky_relu(mixed, 0.2)
-        split = (*mixed.shape[:2], self.heads, -1)
-        score = (mixed.view(split) * self.score).sum(-1)  # (B, K, heads)
-        score = score.masked_fill(~present[..., None], -torch.inf)
-        weight = torch.softmax(score, 1).nan_to_num(0.0)
-        return (weight[..., None] * value.view(split)).sum(1).flatten(1)
+    def forward(self, features: Tensor, slots: Tensor, distance: Tensor) -> Tensor:
+        """features (M, F) of the cells that take part, those that look first; slots int32 (B, K) point into them, -1
+        where there is none; distance (B, K) -> (B, hidden). A cell that is neighbour to many is projected once."""
+        given = self.own(features[: len(slots)]), self.other(features), self.edge, self.score, slots, distance
+        if features.device.type == "cpu" and features.dtype == torch.float32:
+            return _Attention.apply(*given)
+        return _attend(*given)
 
 
 class NicheEncoder(nn.Module):
@@ -88,10 +128,9 @@ class NicheEncoder(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(
-        self, smooth: Tensor, features: Tensor, own: Tensor, others: Tensor, distance: Tensor, present: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, smooth: Tensor, features: Tensor, slots: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
         """smooth (B, dim), the rest as in ``NeighbourAttention``."""
-        seen = self.mix(self.attention(features, own, others, distance, present)) + self.own(features[own])
+        own = features[: len(smooth)]
+        seen = self.mix(self.attention(features, slots, distance)) + self.own(own)
         shift, log_ratio = self.out(F.relu(self.norm(seen))).chunk(2, -1)
         return smooth + shift * (0.5 * self.log_variance).exp(), self.log_variance + log_ratio

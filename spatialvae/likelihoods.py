@@ -83,6 +83,32 @@ def negative_binomial(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
     return _NegativeBinomial.apply(x, log_mu, log_theta)
 
 
+class _NegativeBinomialOfLogits(torch.autograd.Function):
+    """The same from logits of shares, with the softmax, in one pass over the minibatch; float32 on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Tensor, depth: Tensor, log_theta: Tensor) -> Tensor:
+        from spatialvae import _kernels
+
+        value, by_logit, by_theta = logits.new_empty(len(x)), torch.empty_like(logits), torch.empty_like(logits)
+        arrays = (t.detach().numpy() for t in (x, logits, depth, log_theta, value, by_logit, by_theta))
+        _kernels.negative_binomial(*arrays)
+        ctx.save_for_backward(by_logit, by_theta)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, Tensor]:
+        by_logit, by_theta = ctx.saved_tensors
+        return None, gradient[:, None] * by_logit, None, gradient @ by_theta
+
+
+def negative_binomial_of_logits(x: Tensor, logits: Tensor, depth: Tensor, log_theta: Tensor) -> Tensor:
+    """(cell,); the mean of ``x`` (cell, gene) is ``depth`` (cell,) times the softmax of ``logits`` (cell, gene)."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return _NegativeBinomialOfLogits.apply(x, logits.contiguous(), depth, log_theta)
+    return negative_binomial(x, torch.log_softmax(logits, -1) + depth.log()[:, None], log_theta)
+
+
 def zero_inflated_negative_binomial(x: Tensor, log_mu: Tensor, log_theta: Tensor, logit_zero: Tensor) -> Tensor:
     """(cell,); ``logit_zero`` (cell, gene) is the logit of an additional zero."""
     theta = log_theta.exp()

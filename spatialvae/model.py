@@ -187,8 +187,8 @@ class SpatialVAE:
             batch = section.batch[torch.from_numpy(rows)]
             if transform_batch is not None:
                 batch = torch.full_like(batch, self.batch_names.index(transform_batch))
-            log_share = self.module.decoder(posterior.cell_mean, posterior.niche_mean, batch.to(self._device))[0]
-            share = log_share.exp().cpu().numpy()[:, columns]
+            logits = self.module.decoder(posterior.cell_mean, posterior.niche_mean, batch.to(self._device))[0]
+            share = torch.softmax(logits, -1).cpu().numpy()[:, columns]
             size = section.cells.depth[rows][:, None] if isinstance(library_size, str) else library_size
             blocks.append(share * size)
         names = (self.adata if adata is None else adata).obs_names

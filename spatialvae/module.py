@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spatialvae import likelihoods, loss
-from spatialvae.data import Cells, Graphs, dense_rows
+from spatialvae.data import Cells, Graphs, dense_rows, with_neighbours
 from spatialvae.decoder import Decoder
-from spatialvae.encoder import CellEncoder, NicheEncoder
+from spatialvae.encoder import CellEncoder, NicheEncoder, log_normalised
 from spatialvae.field import Field, laplacian_of
 from spatialvae.linear import Components, LinearStart
 
@@ -44,8 +45,8 @@ class Shape:
 class Section:
     """A table as the model reads it: counts stay sparse, the rest are tensors over cells.
 
-    ``features`` (cell, F), ``smooth`` (cell, D) of ``Field.niche``; ``wide`` and ``near`` int64 (cell, slot), -1 where
-    empty; ``distance`` (cell, slot of wide), log(1 + d / median d).
+    ``features`` (cell, F), ``smooth`` (cell, D) of ``Field.niche``; ``wide`` and ``near`` int32 (cell, slot), -1 where
+    empty; ``distance`` (cell, slot of wide), log(1 + d / median d); ``scratch`` of ``data.with_neighbours``.
     """
 
     cells: Cells
@@ -56,6 +57,7 @@ class Section:
     wide: Tensor
     distance: Tensor
     near: Tensor
+    scratch: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +155,10 @@ class SpatialModule(nn.Module):
             torch.tensor(cells.batches),
             torch.tensor(features, dtype=torch.float32),
             torch.tensor(smooth),
-            torch.tensor(wide, dtype=torch.int64),
+            torch.tensor(wide, dtype=torch.int32),
             torch.tensor(distance, dtype=torch.float32),
-            torch.tensor(near, dtype=torch.int64),
+            torch.tensor(near, dtype=torch.int32),
+            np.full(n, -1, np.int32),
         )
 
     def field(self) -> Field:
@@ -172,23 +175,18 @@ class SpatialModule(nn.Module):
 
     def infer_cell(self, x: Tensor, depth: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """q(z_cell) of counts (B, gene)."""
-        y = torch.log1p(x * (self.scale / depth)[:, None])
-        mean, log_variance = self.cell_encoder(y)
+        mean, log_variance = self.cell_encoder(log_normalised(x, self.scale / depth))
         return mean - self.batch_mean[batch], log_variance
 
-    def infer_niche(self, section: Section, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def infer_niche(self, section: Section, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """q(z_niche) of ``rows`` (B,)."""
         device = self.mean.device
         if self.niche_encoder is None:
             empty = torch.zeros(len(rows), 0, device=device)
             return empty, empty
-        slots = section.wide[rows]
-        present = slots >= 0
-        nodes, place = torch.unique(torch.cat([rows, slots[present]]), return_inverse=True)
-        others = torch.zeros_like(slots)
-        others[present] = place[len(rows) :]
-        own = place[: len(rows)]
-        gathered = (section.smooth[rows], section.features[nodes], own, others, section.distance[rows], present)
+        nodes, slots = (torch.from_numpy(a) for a in with_neighbours(rows, section.wide.numpy(), section.scratch))
+        index = nodes[: len(rows)]
+        gathered = section.smooth[index], section.features[nodes], slots, section.distance[index]
         return self.niche_encoder(*(g.to(device) for g in gathered))
 
     def infer(self, section: Section, rows: np.ndarray) -> Posterior:
@@ -198,18 +196,18 @@ class SpatialModule(nn.Module):
         cell = self.infer_cell(
             self.counts(section, rows), section.depth[index].to(device), section.batch[index].to(device)
         )
-        return Posterior(*cell, *self.infer_niche(section, index))
+        return Posterior(*cell, *self.infer_niche(section, rows))
 
     def log_likelihood(self, x: Tensor, depth: Tensor, batch: Tensor, z_cell: Tensor, z_niche: Tensor) -> Tensor:
         """log p(x | z), (B,)."""
-        log_share, logit_zero = self.decoder(z_cell, z_niche, batch)
-        log_mu = log_share + depth.log()[:, None]
-        if self.shape.likelihood == "poisson":
-            return likelihoods.poisson(x, log_mu)
+        logits, logit_zero = self.decoder(z_cell, z_niche, batch)
         log_theta = self.log_theta.clamp(-8, 10)
+        if self.shape.likelihood == "nb":
+            return likelihoods.negative_binomial_of_logits(x, logits, depth, log_theta)
+        log_mu = torch.log_softmax(logits, -1) + depth.log()[:, None]
         if logit_zero is not None:
             return likelihoods.zero_inflated_negative_binomial(x, log_mu, log_theta, logit_zero)
-        return likelihoods.negative_binomial(x, log_mu, log_theta)
+        return likelihoods.poisson(x, log_mu)
 
     def noise(self, n_cells: int, generator: torch.Generator) -> Tensor:
         """Standard normal numbers for one draw of both latents, (cell, niche and cell dimensions)."""
@@ -222,16 +220,12 @@ class SpatialModule(nn.Module):
         """
         device = self.mean.device
         index = torch.from_numpy(rows)
-        near = section.near[index]
-        nodes, place = torch.unique(torch.cat([index, near[near >= 0]]), return_inverse=True)
+        nodes, slots = with_neighbours(rows, section.near.numpy(), section.scratch)
         mean, log_variance = self.infer_niche(section, nodes)
-        own = place[: len(rows)].to(device)
-        slot = torch.zeros_like(near)
-        slot[near >= 0] = place[len(rows) :]
-        slot, present = slot.to(device), (near >= 0).to(device)
-        variance = log_variance.exp()
+        slot = torch.from_numpy(slots).to(device)
+        own, others = slice(0, len(rows)), slot.clamp(min=0)
         niche_kl = loss.kl_niche(
-            mean[own], log_variance[own], mean[slot], variance[slot], present,
+            mean[own], log_variance[own], F.embedding(others, mean), F.embedding(others, log_variance.exp()), slot >= 0,
             self.smooth_variance, self.range, self.log_det,
         )  # fmt: skip
         x = self.counts(section, rows)

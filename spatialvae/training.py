@@ -64,7 +64,7 @@ def _train(
     xyz = section.cells.coordinates
     order = along_curve(xyz, section.cells.samples) if xyz is not None else rng.permutation(n)
     patch = PATCH if xyz is not None else 1
-    rows, held_rows = order[~held[order]], np.flatnonzero(held)
+    rows, held_rows = order[~held[order]], order[held[order]]
     parameters, gradient = flattened(module)
     team.agree(parameters)
     optimiser = torch.optim.Adam([parameters], plan.learning_rate, weight_decay=plan.weight_decay, fused=True)

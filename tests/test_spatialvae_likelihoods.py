@@ -6,6 +6,8 @@ import torch
 from scipy import stats
 
 from spatialvae import likelihoods
+from spatialvae.data import with_neighbours
+from spatialvae.encoder import NeighbourAttention
 
 
 @pytest.fixture
@@ -44,3 +46,43 @@ def test_poisson__matches_scipy(counts):
     x, log_mu, _ = counts
     expected = stats.poisson.logpmf(x.numpy(), log_mu.exp().numpy()).sum(1)
     np.testing.assert_allclose(likelihoods.poisson(x, log_mu).numpy(), expected, rtol=1e-8)
+
+
+def test_negative_binomial_of_logits__matches_the_slow_way(counts):
+    x, logits, log_theta = counts
+    x[0, 1:], x[3, 0] = torch.tensor([1, 4, 5, 17]), 16
+    depth = x.sum(-1) + 1
+    found = []
+    for dtype in (torch.float32, torch.float64):  # only the first has a kernel
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (logits, log_theta)]
+        value = likelihoods.negative_binomial_of_logits(x.to(dtype), inputs[0], depth.to(dtype), inputs[1])
+        weight = torch.arange(1, len(x) + 1, dtype=dtype)
+        found.append([value.detach(), *torch.autograd.grad((weight * value).sum(), inputs)])
+    for fast, slow in zip(*found, strict=True):
+        np.testing.assert_allclose(fast.numpy(), slow.numpy(), rtol=2e-5, atol=2e-4)
+
+
+def test_attention__kernel_matches_tensor_operations():
+    torch.manual_seed(0)
+    attention = NeighbourAttention(6, 8, 2)
+    features, slots = torch.randn(9, 6), torch.randint(-1, 9, (5, 4), dtype=torch.int32)
+    slots[2] = -1
+    distance, pull, found = torch.rand(5, 4), torch.randn(5, 8), []
+    for dtype in (torch.float32, torch.float64):
+        module = attention.to(dtype)
+        value = module(features.to(dtype), slots, distance.to(dtype))
+        found.append([value.detach(), *torch.autograd.grad((pull.to(dtype) * value).sum(), list(module.parameters()))])
+    assert (found[0][0][2] == 0).all()
+    for fast, slow in zip(*found, strict=True):
+        np.testing.assert_allclose(fast.numpy(), slow.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_with_neighbours__lists_each_node_once():
+    rng = np.random.default_rng(0)
+    neighbours = rng.integers(-1, 30, (30, 5)).astype(np.int32)
+    rows, scratch = rng.permutation(30)[:8], np.full(30, -1, np.int32)
+    nodes, slots = with_neighbours(rows, neighbours, scratch)
+    assert (nodes[:8] == rows).all()
+    assert sorted(nodes) == sorted({*rows, *neighbours[rows].ravel()} - {-1})
+    np.testing.assert_array_equal(np.where(slots < 0, -1, nodes[slots]), neighbours[rows])
+    assert (scratch == -1).all()

@@ -51,7 +51,7 @@ def test_terms__match_a_naive_bound_cell_by_cell(trained):
         n = module.shape.n_niche
         z_niche = posterior.niche_mean + noise[:, :n] * (posterior.niche_log_variance / 2).exp()
         z_cell = posterior.cell_mean + noise[:, n:] * (posterior.cell_log_variance / 2).exp()
-        shares = module.decoder(z_cell, z_niche, section.batch)[0].exp().numpy()
+        shares = module.decoder(z_cell, z_niche, section.batch)[0].softmax(-1).numpy()
         prior_mean = (z_niche @ module.niche_to_cell.T).numpy()
     for i in (0, 7, 100):
         likelihood, divergence = reference.cell_bound(

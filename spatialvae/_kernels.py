@@ -1,0 +1,277 @@
+"""The Numba loops of this package: what takes one pass over a minibatch here takes a dozen in tensor operations.
+
+They run on one thread and take float32 arrays. Sums may be reordered, so that loops vectorise; the order is the same on
+every run. On-disk caching is safe because no kernel is compiled inside a fork.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+from numpy import float32, int32
+
+kernel = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+inline = numba.njit(inline="always", error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+
+LOG_FACTORIAL = np.array([math.lgamma(k + 1) for k in range(256)], np.float32)
+RISING = 16  # counts up to it by products, above by Stirling's series, exact to 1e-9 from there on
+
+
+@inline
+def _exp(x):
+    """e^x to 1.2e-7 (Cephes' polynomial), which vectorises; outside [-87, 88] the value at the limit."""
+    x = max(float32(-87), min(x, float32(88)))
+    n = np.floor(x * float32(1.44269504) + float32(0.5))
+    r = x - n * float32(0.693359375) - n * float32(-2.12194440e-4)
+    p = float32(1.9875691500e-4)
+    p = p * r + float32(1.3981999507e-3)
+    p = p * r + float32(8.3334519073e-3)
+    p = p * r + float32(4.1665795894e-2)
+    p = p * r + float32(1.6666665459e-1)
+    p = p * r + float32(5.0000001201e-1)
+    p = p * r * r + r + float32(1)
+    return p * np.int32((int32(n) + int32(127)) << int32(23)).view(np.float32)
+
+
+@inline
+def _log(x):
+    """log x of a normal positive number to 1.2e-7 (Cephes' polynomial)."""
+    bits = np.float32(x).view(np.int32)
+    e = int32(bits - int32(0x3F3504F3)) >> int32(23)
+    m = np.int32(bits - int32(e << int32(23))).view(np.float32) - float32(1)
+    p = float32(7.0376836292e-2)
+    p = p * m + float32(-1.1514610310e-1)
+    p = p * m + float32(1.1676998740e-1)
+    p = p * m + float32(-1.2420140846e-1)
+    p = p * m + float32(1.4249322787e-1)
+    p = p * m + float32(-1.6668057665e-1)
+    p = p * m + float32(2.0000714765e-1)
+    p = p * m + float32(-2.4999993993e-1)
+    p = p * m + float32(3.3333331174e-1)
+    scale = float32(e)
+    p = p * m * m * m + scale * float32(-2.12194440e-4) - float32(0.5) * m * m
+    return m + p + scale * float32(0.693359375)
+
+
+@inline
+def _rising(x, theta):
+    """log G(x + theta) - log G(theta) for an integer x >= 1 given as float, and its derivative by theta.
+
+    The first four factors, all that most counts need, are taken without a branch.
+    """
+    product, derivative = theta, float32(1)
+    for k in range(1, 4):
+        factor = theta + float32(k)
+        there = x > float32(k)
+        derivative = derivative * factor + product if there else derivative
+        product = product * factor if there else product
+    return _log(product), derivative / product
+
+
+@kernel
+def _rising_above_four(x, theta):
+    """What ``_rising`` lacks for x > 4."""
+    value, slope = float32(0), float32(0)
+    k, top = 4, int(min(x, float32(RISING)))
+    while k < top:
+        product, derivative = float32(1), float32(0)
+        for _ in range(min(4, top - k)):
+            factor = theta + float32(k)
+            derivative = derivative * factor + product
+            product *= factor
+            k += 1
+        value += _log(product)
+        slope += derivative / product
+    if x > RISING:
+        far, near = float(theta) + x, float(theta) + RISING
+        value += float32(_stirling(far) - _stirling(near))
+        slope += float32(_stirling_slope(far) - _stirling_slope(near))
+    return value, slope
+
+
+@inline
+def _log_factorial(x):
+    return LOG_FACTORIAL[x] if x < len(LOG_FACTORIAL) else float32(math.lgamma(x + 1.0))
+
+
+@inline
+def _stirling(y):
+    """log G(y) without its constant, y > 16."""
+    return (y - 0.5) * math.log(y) - y + (1 - 1 / (30 * y * y)) / (12 * y)
+
+
+@inline
+def _stirling_slope(y):
+    return math.log(y) - 1 / (2 * y) - (1 - 1 / (10 * y * y)) / (12 * y * y)
+
+
+@kernel
+def negative_binomial(x, logits, depth, log_theta, value, by_logit, by_theta):
+    """NB log-probability of ``x`` (cell, gene) with mean = depth * softmax(logits), summed over genes.
+
+    Fills ``value`` (cell,), its derivatives ``by_logit`` (cell, gene) and, by log theta, ``by_theta`` (cell, gene).
+    Most counts are zero: all entries are first treated as such, in loops that vectorise, then the others corrected.
+    """
+    n, genes = x.shape
+    theta, share, odds, rising, slopes = np.empty((5, genes), np.float32)
+    where = np.empty(genes + 1, np.int32)
+    for g in range(genes):
+        theta[g] = _exp(log_theta[g])
+    for i in range(n):
+        highest = logits[i, 0]
+        for g in range(genes):
+            highest = max(highest, logits[i, g])
+        total = float32(0)
+        for g in range(genes):
+            share[g] = _exp(logits[i, g] - highest)
+            total += share[g]
+        shift = _log(depth[i] / total) - highest
+        inverse = float32(1) / total
+        likelihood, pulled = float32(0), float32(0)
+        for g in range(genes):
+            share[g] *= inverse
+            ratio = depth[i] * share[g] / theta[g]
+            above = float32(1) + ratio
+            odds[g] = -(_log(above) + (ratio - (above - float32(1))) / above)  # log(theta / (theta + mu))
+            likelihood += theta[g] * odds[g]
+            slope = ratio / above
+            by_logit[i, g] = -theta[g] * slope
+            by_theta[i, g] = theta[g] * (odds[g] + slope)
+            pulled += by_logit[i, g]
+        found = 0
+        for g in range(genes):
+            where[found] = g
+            found += x[i, g] > 0
+        for j in range(found):
+            g = where[j]
+            rising[j], slopes[j] = _rising(x[i, g], theta[g])
+        for j in range(found):
+            g = where[j]
+            count = x[i, g]
+            if count > 4:
+                more, steeper = _rising_above_four(count, theta[g])
+                rising[j] += more
+                slopes[j] += steeper
+            log_odds = logits[i, g] + shift - log_theta[g] + odds[g]  # log(mu / (theta + mu))
+            likelihood += rising[j] - _log_factorial(int(count)) + count * log_odds
+            fall = count / (float32(1) + depth[i] * share[g] / theta[g])
+            by_logit[i, g] += fall
+            by_theta[i, g] += theta[g] * slopes[j] - fall
+            pulled += fall
+        for g in range(genes):
+            by_logit[i, g] -= share[g] * pulled
+        value[i] = likelihood
+
+
+@kernel
+def log_normalised(x, factor, out):
+    """log(1 + factor x), ``factor`` (cell,)."""
+    for i in range(x.shape[0]):
+        for g in range(x.shape[1]):
+            out[i, g] = _log(float32(1) + factor[i] * x[i, g])
+
+
+@kernel
+def dense_rows(indptr, indices, data, rows, out):
+    """Rows of a CSR matrix, (row, column)."""
+    for i in range(len(rows)):
+        for g in range(out.shape[1]):
+            out[i, g] = 0
+        for at in range(indptr[rows[i]], indptr[rows[i] + 1]):
+            out[i, indices[at]] = data[at]
+
+
+@kernel
+def with_neighbours(rows, neighbours, number, nodes, slots):
+    """List ``rows`` and then their other neighbours, each once, in ``nodes``; return how many there are.
+
+    ``slots`` (row, slot) gets each neighbour's place in the list, -1 where there is none. ``number`` int32 (cell,) is
+    scratch: -1 everywhere, before and after.
+    """
+    for i in range(len(rows)):
+        nodes[i] = rows[i]
+        number[rows[i]] = i
+    found = len(rows)
+    for i in range(len(rows)):
+        for k in range(neighbours.shape[1]):
+            j = neighbours[rows[i], k]
+            if j >= 0 and number[j] < 0:
+                number[j] = found
+                nodes[found] = j
+                found += 1
+            slots[i, k] = number[j] if j >= 0 else -1
+    for i in range(found):
+        number[nodes[i]] = -1
+    return found
+
+
+@inline
+def _mixed(own, value, edge, distance, c):
+    """What attention scores: LeakyReLU of the three parts, channel c; and the ReLU's slope."""
+    at = own[c] + value[c] + edge[c] * distance
+    slope = float32(1) if at > 0 else float32(0.2)
+    return at * slope, slope
+
+
+@kernel
+def attention(own, value, edge, score, slots, distance, weight, out):
+    """``encoder.NeighbourAttention`` of the projections ``own`` (node, C) and ``value`` (any node, C).
+
+    Fills ``weight`` (node, slot, head) and ``out`` (node, C).
+    """
+    heads, width = score.shape
+    for i in range(len(own)):
+        for h in range(heads):
+            highest = float32(-np.inf)
+            for k in range(slots.shape[1]):
+                if slots[i, k] >= 0:
+                    total = float32(0)
+                    for c in range(width):
+                        at = h * width + c
+                        total += score[h, c] * _mixed(own[i], value[slots[i, k]], edge, distance[i, k], at)[0]
+                    weight[i, k, h] = total
+                    highest = max(highest, total)
+            total = float32(0)
+            for k in range(slots.shape[1]):
+                weight[i, k, h] = _exp(weight[i, k, h] - highest) if slots[i, k] >= 0 else float32(0)
+                total += weight[i, k, h]
+            for k in range(slots.shape[1]):
+                weight[i, k, h] /= max(total, float32(1))
+        out[i] = 0
+        for k in range(slots.shape[1]):
+            if slots[i, k] >= 0:
+                for h in range(heads):
+                    for c in range(h * width, h * width + width):
+                        out[i, c] += weight[i, k, h] * value[slots[i, k], c]
+
+
+@kernel
+def attention_backward(own, value, edge, score, slots, distance, weight, gradient, d_own, d_value, d_edge, d_score):
+    """Derivatives of ``attention``, added to the last four, which are zero at first."""
+    heads, width = score.shape
+    pull = np.empty((slots.shape[1], heads), np.float32)
+    for i in range(len(own)):
+        for h in range(heads):
+            mean = float32(0)
+            for k in range(slots.shape[1]):
+                pull[k, h] = 0
+                if slots[i, k] >= 0:
+                    for c in range(h * width, h * width + width):
+                        pull[k, h] += gradient[i, c] * value[slots[i, k], c]
+                mean += weight[i, k, h] * pull[k, h]
+            for k in range(slots.shape[1]):
+                pull[k, h] = weight[i, k, h] * (pull[k, h] - mean)
+        for k in range(slots.shape[1]):
+            j = slots[i, k]
+            if j >= 0:
+                for h in range(heads):
+                    for c in range(width):
+                        at = h * width + c
+                        mixed, slope = _mixed(own[i], value[j], edge, distance[i, k], at)
+                        step = pull[k, h] * score[h, c] * slope
+                        d_score[h, c] += pull[k, h] * mixed
+                        d_own[i, at] += step
+                        d_edge[at] += step * distance[i, k]
+                        d_value[j, at] += step + weight[i, k, h] * gradient[i, at]
