@@ -27,6 +27,28 @@ def nearest_word(observed, words):
     return distances.index(best), best, distances.count(best) > 1
 
 
+def light_by_plane(x, y, on, peaks, radius, left, height):
+    """Mean height of the bits ``on`` at (y rows, x) in the planes below, own and above; peaks: (x, y, height, bit)."""
+    light = []
+    for plane in (int(y) // height - 1, int(y) // height, int(y) // height + 1):
+        rows = left[:, plane * height : (plane + 1) * height] if plane >= 0 else left[:, :0]
+        if not rows.shape[1]:
+            light.append(np.nan)
+            continue
+        row, values = y % height, []
+        for bit in on:
+            mine = [
+                (np.hypot(px - x, py % height - row), h) for px, py, h, b in peaks if b == bit and py // height == plane
+            ]
+            near = min(mine, default=(np.inf, 0))
+            y0, x0 = min(int(row), height - 2), min(int(x), left.shape[2] - 2)
+            square = rows[bit, y0 : y0 + 2, x0 : x0 + 2]
+            v, u = min(row, height - 1) - y0, x - x0
+            values.append(near[1] if near[0] < radius else np.array([1 - v, v]) @ square @ np.array([1 - u, u]))
+        light.append(np.mean(values))
+    return light
+
+
 def components(word):
     """8-connected components of equal word in one plane (y, x): a list of sets of (y, x), in scan order."""
     height, width = word.shape

@@ -10,7 +10,7 @@ import pandas as pd
 
 from merfish.codebook import Codebook
 from merfish.decoding.molecules import extract_molecules
-from merfish.decoding.overlap import once
+from merfish.decoding.overlap import once, splinters
 from merfish.decoding.pixels import DecodedPixels, decode_hard, decode_soft
 from merfish.decoding.spots import decode_spots
 from merfish.errors import InputError
@@ -58,13 +58,15 @@ def _patches(
 def find_by_spots(stack: Rows, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
     """Molecules as spots linked across bits; ``probability`` is the posterior of the word."""
     found = decode_spots(stack, codebook, normalization, height=height)
-    keep, z = once(found.word, found.x, found.y, found.plane, found.intensity)
+    whole = np.flatnonzero(~splinters(found.word, found.x, found.y, found.plane, found.intensity))
+    places = (found.word[whole], found.x[whole], found.y[whole], found.plane[whole])
+    keep = whole[once(*places, found.intensity[whole])[0]]
     return transcript_table(
         codebook,
         found.word[keep],
         x=found.x[keep],
         y=found.y[keep],
-        z=z,
+        z=found.z[keep],
         hamming_distance=np.bitwise_count(found.errors[keep]),
         shown=codebook.codes[found.word[keep]] ^ found.errors[keep],
         intensity=found.intensity[keep],

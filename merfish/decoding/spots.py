@@ -19,8 +19,10 @@ import numpy as np
 from merfish._jit import map_bits
 from merfish.codebook import Codebook
 from merfish.decoding import _spot_kernels as kernels
+from merfish.decoding._plane_kernels import light_by_plane
 from merfish.decoding.peaks import fit_peaks
 from merfish.decoding.pixels import on_bits
+from merfish.decoding.planes import LIGHT_RADIUS, depth
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed
 
@@ -41,7 +43,8 @@ START_WEIGHT = 20.0  # calls that the start counts for
 class Spots:
     """Molecules called; arrays (molecule,).
 
-    word: int32. x, y: float64 pixel, y within the plane. plane: int32. intensity: float32, mean height of its peaks.
+    word: int32. x, y: float64 pixel, y within the plane. plane: int32, where it was seen. z: float32 in planes, between
+    them by its light in the planes beside. intensity: float32, mean height of its peaks.
     log_odds: float64, of the word against all other words. errors: uint64, the bits that differ from the word.
     """
 
@@ -49,6 +52,7 @@ class Spots:
     x: np.ndarray
     y: np.ndarray
     plane: np.ndarray
+    z: np.ndarray
     intensity: np.ndarray
     log_odds: np.ndarray
     errors: np.ndarray
@@ -76,14 +80,23 @@ def decode_spots(
         ratio = np.outer(live, _log_ratio(observed[:, live], words[:, live], weight))
     table, evidence, _ = _call(values, height, peaks, grid, codebook, ratio, abundance)
     plane = (table[:, 1] / height).astype(np.int32)
+    word, errors = evidence[:, 0].astype(np.int32), evidence[:, 1]
+    z = plane.astype(np.float32)
+    if len(values[0]) > height:
+        bits = codebook.codes[word] & ~errors
+        light = np.empty((len(word), 3))
+        x, row = table[:, 0], table[:, 1]
+        light_by_plane(x, row, bits, *peaks, *grid, CELL, LIGHT_RADIUS, values, LIGHT_STEP, height, light)
+        z = depth(light, plane)
     return Spots(
-        word=evidence[:, 0].astype(np.int32),
+        word=word,
         x=table[:, 0],
         y=table[:, 1] - plane * height,
         plane=plane,
+        z=z,
         intensity=table[:, 2].astype(np.float32),
         log_odds=table[:, 4],
-        errors=evidence[:, 1],
+        errors=errors,
     )
 
 

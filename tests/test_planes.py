@@ -1,0 +1,88 @@
+"""A molecule between planes: counted once, its z below the distance of the planes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import reference
+from merfish import decode, mhd4_codebook, simulate_stack
+from merfish.decoding._plane_kernels import light_by_plane
+from merfish.decoding.overlap import same_molecule_pairs, splinters
+from merfish.decoding.planes import LIGHT_RADIUS, depth
+from merfish.decoding.spots import CELL, Peaks, make_grid
+from merfish.simulate import match_calls, score_calls
+
+BOOK = mhd4_codebook([f"g{k}" for k in range(130)])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_light_by_plane_equals_the_reference(seed):
+    rng = np.random.default_rng(seed)
+    n_bits, n_planes, height, width = 3, 3, 6, 7
+    left = rng.integers(-20, 20, (n_bits, n_planes * height, width)).astype(np.int8)
+    n = 60
+    plane = rng.integers(0, n_planes, n) * height
+    peaks = Peaks(
+        rng.uniform(0, width - 1, n),
+        plane + rng.uniform(0, height - 1, n),
+        rng.uniform(0, 2, n),
+        rng.integers(0, n_bits, n),
+    )
+    grid = make_grid(peaks, left.shape)
+    x, y = rng.uniform(0, width - 1, 20), rng.integers(0, n_planes, 20) * height + rng.uniform(0, height - 1, 20)
+    bits = rng.integers(1, 1 << n_bits, 20).astype(np.uint64)
+    out = np.empty((20, 3))
+    light_by_plane(x, y, bits, *peaks, *grid, CELL, LIGHT_RADIUS, left, 0.1, height, out)
+    for m in range(20):
+        on = [bit for bit in range(n_bits) if int(bits[m]) >> bit & 1]
+        expected = reference.light_by_plane(
+            x[m], y[m], on, list(zip(*peaks, strict=True)), LIGHT_RADIUS, 0.1 * left, height
+        )
+        assert out[m] == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("focal_range", [0.7, 1.0])
+def test_depth_of_a_gaussian_beam_is_exact(focal_range):
+    z = np.linspace(-0.5, 0.5, 11)
+    light = 2 / (1 + ((np.arange(-1, 2) - z[:, None]) / focal_range) ** 2) ** 2
+    bright = light.min(axis=1) > 0.03
+    assert bright.sum() >= 5
+    assert depth(light, np.full(11, 4))[bright] == pytest.approx(4 + z[bright], abs=1e-5)
+
+
+def test_depth_stays_within_the_stack():
+    light = np.array(
+        [[np.nan, 1.0, 0.0], [0.0, 1.0, np.nan], [np.nan, 0.5, 2.0], [0.0, 0.0, 0.0], [np.nan, np.nan, np.nan]]
+    )
+    z = depth(light, np.array([0, 4, 0, 2, 0]))
+    assert z[[3, 4]].tolist() == [2, 0]
+    assert 0 <= z[0] < 0.1
+    assert 3.9 < z[1] <= 4
+    assert 0.5 < z[2] <= 1
+
+
+def test_splinters_are_dim_beside_a_spot_of_their_word_and_only_between_planes():
+    word, x, light = (
+        np.array([1, 1, 1, 2, 1]),
+        np.array([10.0, 12.0, 14.0, 11.0, 30.0]),
+        np.array([1.0, 0.5, 0.9, 0.1, 0.1]),
+    )
+    plane = np.array([1, 2, 2, 1, 0])
+    assert splinters(word, x, np.zeros(5), plane, light).tolist() == [False, True, False, False, False]
+    assert not splinters(word, x, np.zeros(5), np.zeros(5, int), light).any()
+
+
+def test_spots_place_molecules_between_planes_and_count_them_once():
+    stack, truth = simulate_stack(BOOK, shape=(192, 192), density=0.004, seed=6, n_planes=4)
+    calls = decode(stack, BOOK, method="spots")
+    score = score_calls(calls, truth, shape=(192, 192))
+    assert score["recall"] > 0.75
+    assert score["precision"] > 0.85
+    i, j = match_calls(calls, truth)
+    error = np.abs(calls["z"].to_numpy()[i] - truth["z"].to_numpy()[j])
+    inner = truth["z"].between(0, 3).to_numpy()[j]
+    assert np.median(error[inner]) < 0.09
+    assert (error[inner] < 0.25).mean() > 0.9
+    a, b = same_molecule_pairs(*(calls[name].to_numpy() for name in ("barcode_id", "x", "y")), 1.5)
+    assert (np.abs(calls["z"].to_numpy()[a] - calls["z"].to_numpy()[b]) > 1).all()
