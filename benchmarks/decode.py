@@ -6,30 +6,14 @@ Writes benchmarks/results/decode.md, decode.json, decode.png and decode_calibrat
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import resource
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numba
 import numpy as np
 import pandas as pd
+from tables import as_markdown
 
 from merfish import decode, mhd4_codebook, plots, simulate_stack
-from merfish.decoding.filtering import rate_calls
-from merfish.decoding.methods import METHODS, decode_filtered
-from merfish.decoding.molecules import extract_molecules
-from merfish.decoding.pixels import decode_hard, decode_soft, distance_threshold, magnitude_threshold
-from merfish.imaging.normalize import Normalization, peak_normalization
-from merfish.imaging.preprocess import Bandpassed, bandpass
-from merfish.imaging.registration import measure_drift
+from merfish.decoding.methods import METHODS
 from merfish.pipeline import decode_all
 from merfish.simulate import match_calls, score_calls
 
@@ -96,136 +80,6 @@ def recall_at_precision(calls: pd.DataFrame, n_truth: float, precision: float) -
     return float(recall[reached >= precision].max(initial=0.0))
 
 
-def best_of(work: Callable[[], Any], repeats: int = 5) -> float:
-    """Shortest of some runs, seconds, after one to compile."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-@numba.njit(parallel=True)
-def read_once(flat: np.ndarray) -> int:
-    """Sum of all words of memory: what any decoder must at least do."""
-    total = np.uint64(0)
-    for k in numba.prange(len(flat)):
-        total += flat[k]
-    return total
-
-
-def ball_tree_reference(stack: np.ndarray) -> int:
-    """Pixels by scikit-learn's neighbours and molecules by scikit-image's regions, as MERlin and starfish do."""
-    from skimage.measure import label, regionprops
-    from sklearn.neighbors import NearestNeighbors
-
-    n_bits, height, width = stack.shape
-    vectors = np.maximum(stack.reshape(n_bits, -1).T, 0)
-    norm = np.linalg.norm(vectors, axis=1)
-    words = BOOK.words / np.linalg.norm(BOOK.words, axis=1, keepdims=True)
-    tree = NearestNeighbors(n_neighbors=1, algorithm="ball_tree").fit(words)
-    distance, word = tree.kneighbors(vectors / np.maximum(norm, 1e-6)[:, None])
-    good = (distance[:, 0] < distance_threshold(4)) & (norm > magnitude_threshold(4))
-    image = np.where(good, word[:, 0] + 1, 0).reshape(height, width)
-    weight = norm.reshape(height, width)
-    return sum(
-        len([r.centroid_weighted for r in regionprops(label(image == w + 1), intensity_image=weight)])
-        for w in range(BOOK.n_words)
-    )
-
-
-def speed(side: int) -> tuple[pd.DataFrame, float]:
-    """Times of a side x side stack at 0.01 molecules a pixel, and of the reference on a crop, scaled."""
-    raw, _ = simulate_stack(BOOK, shape=(side, side), density=0.01, seed=1)
-    floor = best_of(lambda: read_once(raw.ravel().view(np.uint64)))
-    seen = Bandpassed(raw, smoothing=1.0, background=3.0)
-    smooth, scale = seen[:, :], peak_normalization(seen)
-    smooth -= scale.background[:, None, None]
-    smooth *= scale.gain[:, None, None]
-    same = Normalization.identity(16)
-    level = Normalization(scale.background + np.median(raw[:, ::8, ::8], axis=(1, 2)), scale.scale)
-
-    def molecules() -> None:
-        extract_molecules(decode_soft(smooth, BOOK, same), smooth, BOOK, same, height=side)
-
-    rows = [
-        ("read the raw stack once", floor),
-        ("hamming: kernel, uint16", best_of(lambda: decode_hard(raw, BOOK, level))),
-        ("hamming: kernel, filtered float32", best_of(lambda: decode_hard(smooth, BOOK, same))),
-        ("band-pass alone", best_of(lambda: bandpass(raw, smoothing=1.0, background=3.0))),
-        ("background and scale of each bit", best_of(lambda: peak_normalization(seen))),
-        ("pixels: kernel, filtered float32", best_of(lambda: decode_soft(smooth, BOOK, same))),
-        ("pixels: kernel with band-pass, uint16", best_of(lambda: decode_soft(seen, BOOK, scale))),
-        ("pixels: kernel and molecules", best_of(molecules)),
-    ]
-    for name in METHODS:
-
-        def from_filtered(name: str = name) -> None:
-            rate_calls(decode_filtered(smooth, BOOK, same, method=name), BOOK)
-
-        def from_raw(name: str = name) -> None:
-            decode(raw, BOOK, method=name)
-
-        rows.append((f"{name}: filtered stack, everything", best_of(from_filtered)))
-        rows.append((f"{name}: raw stack, everything", best_of(from_raw)))
-    crop = min(side, 256)
-    start = time.perf_counter()
-    ball_tree_reference(np.ascontiguousarray(smooth[:, :crop, :crop]))
-    rows.append(("ball tree and regionprops, scaled from a crop", (time.perf_counter() - start) * (side / crop) ** 2))
-    table = pd.DataFrame(rows, columns=["what", "seconds"])
-    table["ns_per_pixel"] = table["seconds"] / side**2 * 1e9
-    table["times_reading"] = table["seconds"] / floor
-    return table, floor
-
-
-def peak_memory(side: int) -> pd.DataFrame:
-    """Peak memory of a decode with its stack, as a multiple of the stack, each in a fresh process."""
-    rows = []
-    for method, preprocess in [(name, flag) for name in METHODS for flag in (False, True)]:
-        command = [sys.executable, __file__, "--memory", method, str(int(preprocess)), str(side)]
-        ratio = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        rows.append((method, "raw uint16" if preprocess else "filtered float32", ratio))
-    return pd.DataFrame(rows, columns=["method", "stack", "peak_over_stack"])
-
-
-def measure_memory(method: str, preprocess: bool, side: int) -> float:
-    """Growth of the largest resident size by one decode, over the stack's bytes."""
-    small, _ = simulate_stack(BOOK, shape=(64, 64), seed=1)
-    decode(small, BOOK, method=method)  # compiled code is not the stack's
-    decode(small.astype(np.float32), BOOK, method=method, preprocess=False)
-    stack, _ = simulate_stack(BOOK, shape=(side, side), density=0.01, seed=1)
-    if not preprocess:
-        stack = bandpass(stack, smoothing=1.0, background=3.0)
-        stack /= peak_normalization(stack).scale[:, None, None]
-    Path("/proc/self/clear_refs").write_text("5")  # forget the simulator's peak
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    decode(stack, BOOK, method=method, preprocess=preprocess)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return (int(peak.split()[1]) * 1024 - before + stack.nbytes) / stack.nbytes
-
-
-def drift_error(rounds: int) -> pd.Series:
-    """Errors of measured drift, pixels, over simulated bead images drifting up to 20 px."""
-    rng = np.random.default_rng(0)
-    errors = []
-    for _ in range(rounds):
-        beads, shift = rng.uniform(-30, 542, (60, 2)), rng.uniform(-20, 20, 2)
-        light = 2000 * np.exp(rng.normal(0, 0.4, 60))
-        images = [rng.poisson(100 + spots(beads + move, light)) for move in (np.zeros(2), shift)]
-        found = measure_drift(np.stack(images).astype(np.uint16)).iloc[1]
-        errors.append(np.hypot(found["dy"] - shift[0], found["dx"] - shift[1]))
-    return pd.Series(errors)
-
-
-def spots(places: np.ndarray, light: np.ndarray, size: int = 512, sigma: float = 1.4) -> np.ndarray:
-    """An image (size, size) of Gaussian spots at (y, x)."""
-    grid = np.arange(size)
-    profile = [np.exp(-((grid[:, None] - places[:, axis]) ** 2) / (2 * sigma**2)) for axis in (0, 1)]
-    return (profile[0] * light) @ profile[1].T
-
-
 def draw(scores: pd.DataFrame, calls: pd.DataFrame, path: Path) -> None:
     """Recall against precision of ranked calls by density, with the best possible when places and bits are known."""
     figure, axes = plots.new_figure(13, 3.8, len(DENSITIES))
@@ -261,55 +115,23 @@ def draw_calibration(calls: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def as_markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown, numbers rounded."""
-    text = table.map(lambda value: f"{value:.3g}" if isinstance(value, float) else str(value))
-    lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main(quick: bool) -> None:
-    """Measure everything and write the tables."""
-    shape, seeds, side, rounds = ((256, 256), 1, 512, 10) if quick else ((768, 768), 3, 2048, 100)
+    """Measure everything and write the table and the plots."""
+    shape, seeds = ((256, 256), 1) if quick else ((768, 768), 4)
     scores, calls = accuracy(shape, seeds)
     mean = scores.groupby(["density", "method"], sort=False).mean().drop(columns="seed")
     error = scores.groupby(["density", "method"], sort=False)["recall"].sem().rename("recall_se")
-    times, floor = speed(side)
-    memory, drift = peak_memory(side), drift_error(rounds)
-    ratio = times["seconds"].iloc[-1] / times.set_index("what").loc["pixels: kernel and molecules", "seconds"]
     targets = ", ".join(f"{precision} at {density}" for density, precision in PRECISION.items())
     text = f"""Made by `python benchmarks/decode.py{" --quick" if quick else ""}`.
 
-{platform.machine()}, {os.cpu_count()} cores, {numba.get_num_threads()} threads, Python {platform.python_version()},
-NumPy {version("numpy")}, Numba {version("numba")}.
-
-## Accuracy, raw stacks of {shape[0]} x {shape[1]}, {seeds} seeds, calls kept at the default rate of 5 %
-
-`recall_at`: recall when calls are kept from the most probable on until precision falls to {targets} molecules/px.
+Raw stacks of {shape[0]} x {shape[1]}, {seeds} seeds, calls kept at the default rate of 5 %. `recall_at`: recall when
+calls are kept from the most probable on until precision falls to {targets} molecules/px.
 `ece`: expected calibration error of `probability`. Errors in pixels. `recall_se`: standard error over seeds.
 
 {as_markdown(mean.join(error).reset_index())}
-
-## Time of one 16 x {side} x {side} stack, 0.01 molecules/px
-
-Floor: reading the stack once, {floor / side**2 * 1e9:.1f} ns a pixel. Pixels with molecules are {ratio:.0f} times
-faster than the reference.
-
-{as_markdown(times)}
-
-## Peak memory of a decode, the stack included
-
-{as_markdown(memory)}
-
-## Drift of {rounds} simulated bead images, up to 20 px
-
-median {drift.median():.3f} px, largest {drift.max():.3f} px
 """
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "decode.md").write_text(text)
-    tables = {"accuracy": scores, "times": times, "memory": memory}
-    record = {name: table.to_dict("list") for name, table in tables.items()}
-    (RESULTS / "decode.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(scores, calls, RESULTS / "decode.png")
     draw_calibration(calls, RESULTS / "decode_calibration.png")
     print(text)
@@ -318,9 +140,4 @@ median {drift.median():.3f} px, largest {drift.max():.3f} px
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory:
-        print(measure_memory(options.memory[0], options.memory[1] == "1", int(options.memory[2])))
-    else:
-        main(options.quick)
+    main(parser.parse_args().quick)
