@@ -112,12 +112,12 @@ def filter_plane(plane, start, taps_y, taps_x):
 
 
 def remove_hot_pixels(image):
-    """A pixel that stands over its neighbours by 4 times their range becomes the highest of them."""
+    """A pixel that stands over its neighbours, the highest left out, by 4 times their range becomes the next highest."""
     out = image.astype(float)
     for y, x in np.ndindex(image.shape):
         block = image[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].astype(float)
         here = (min(y, 1), min(x, 1))
-        others = np.delete(block.ravel(), here[0] * block.shape[1] + here[1])
+        others = np.sort(np.delete(block.ravel(), here[0] * block.shape[1] + here[1]))[:-1]
         if image[y, x] - others.min() > 4 * np.ptp(others):
             out[y, x] = others.max()
     return out
