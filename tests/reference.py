@@ -112,7 +112,7 @@ def filter_plane(plane, start, taps_y, taps_x):
 
 
 def remove_hot_pixels(image):
-    """A pixel that stands over its neighbours, the highest left out, by 4 times their range becomes the next highest."""
+    """A pixel that stands over its neighbours, but the highest, by 4 times their range becomes the next highest."""
     out = image.astype(float)
     for y, x in np.ndindex(image.shape):
         block = image[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].astype(float)

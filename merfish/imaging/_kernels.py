@@ -138,7 +138,7 @@ def _mirror(index, size):
 
 @parallel_kernel
 def remove_hot_pixels(image, out):
-    """Copy ``image`` (y, x) to float32 ``out``; a pixel far above its neighbours takes the height of the second highest.
+    """Copy ``image`` (y, x) to float32 ``out``; a pixel far above its neighbours becomes as the second highest.
 
     The highest neighbour does not count, since hot pixels also come in pairs. "Far" is 4 times the range of the others:
     light that went through a lens, even a spot of sigma 0.8 px, does not fall so steeply. Such pixels stay in place
