@@ -15,8 +15,9 @@ import torch
 
 from spatialvae import _keys, analysis
 from spatialvae._files import whole
-from spatialvae.data import Setup, build_graphs, minibatches, read_cells
+from spatialvae.data import FIELD_NEIGHBOURS, Setup, build_graphs, minibatches, read_cells
 from spatialvae.errors import InputError
+from spatialvae.graph import nearest_among
 from spatialvae.linear import fit_linear
 from spatialvae.module import LIKELIHOODS, Posterior, Section, Shape, SpatialModule
 from spatialvae.training import Plan, train
@@ -203,22 +204,49 @@ class SpatialVAE:
         return float(-self._terms(adata, seed)[:, 0].mean())
 
     @torch.no_grad()
-    def get_marginal_ll(self, adata: AnnData | None = None, n_mc_samples: int = 1000, seed: int = 0) -> float:
-        """Mean log p(x_i), nats a cell, of each cell by itself, its neighbours unknown; by importance sampling.
+    def get_marginal_ll(
+        self,
+        adata: AnnData | None = None,
+        n_mc_samples: int = 1000,
+        seed: int = 0,
+        given: AnnData | None = None,
+    ) -> float:
+        """Mean log p(x_i), nats a cell, by importance sampling.
 
-        It can be compared with other models' marginal likelihood of the same counts given the same library sizes.
+        By default of each cell by itself, its neighbours unknown: to be compared with other models' marginal
+        likelihood of the same counts given the same library sizes. With ``given``, another table, log p(x_i | counts of
+        the 6 cells of ``given`` nearest to it in its sample): their niches say what is to be expected in this place.
+
+        Raises InputError if ``given`` is asked of a model without positions.
         """
+        if given is not None and self.setup.spatial_key is None:
+            raise InputError("a model without spatial_key knows no neighbours; leave out given")
         if n_mc_samples < 1:
             raise InputError(f"n_mc_samples is {n_mc_samples}; expected at least 1")
         section = self._read(adata)
         generator = torch.Generator().manual_seed(seed)
+        niche = None if given is None else self._niche_given(self.adata if adata is None else adata, given)
         found = []
         for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE, 1, None):
             index = torch.from_numpy(rows)
             x = self.module.counts(section, rows)
             depth, batch = section.depth[index].to(x.device), section.batch[index].to(x.device)
-            found.append(self.module.marginal_log_likelihood(x, depth, batch, n_mc_samples, generator).cpu())
+            prior = None if niche is None else (niche[0][index].to(x.device), niche[1][index].to(x.device))
+            found.append(self.module.marginal_log_likelihood(x, depth, batch, n_mc_samples, generator, prior).cpu())
         return float(torch.cat(found).double().mean())
+
+    def _niche_given(self, adata: AnnData, given: AnnData) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and variance (cell, D) of z_niche of ``adata`` from the cells of ``given`` around it."""
+        assert self.setup.spatial_key is not None
+        posteriors = [posterior for _, posterior in self._posteriors(self._read(given))]
+        mean = torch.cat([p.niche_mean for p in posteriors]).cpu()
+        variance = torch.cat([p.niche_log_variance for p in posteriors]).exp().cpu()
+        places, key = [np.asarray(t.obsm[self.setup.spatial_key]) for t in (adata, given)], self.setup.sample_key
+        samples = [None if key is None else t.obs[key].astype(str).to_numpy() for t in (adata, given)]
+        near = torch.from_numpy(nearest_among(*places, FIELD_NEIGHBOURS, *samples))
+        device = self._device
+        inner = self.module.niche_given(mean[near].to(device), variance[near].to(device), (near >= 0).to(device))
+        return inner[0].cpu(), inner[1].cpu()
 
     def domains(self, k: int | None = None, adata: AnnData | None = None, seed: int = 0) -> np.ndarray:
         """Find ``k`` spatial domains by a Gaussian mixture on z_niche (z_cell without coordinates).

@@ -237,32 +237,56 @@ class SpatialModule(nn.Module):
         z_cell = cell_mean + cell_noise * (0.5 * cell_log_variance).exp()
         return loss.Terms(self.log_likelihood(x, depth, batch, z_cell, z_niche), cell_kl, niche_kl)
 
-    def marginal_log_likelihood(
-        self, x: Tensor, depth: Tensor, batch: Tensor, samples: int, generator: torch.Generator | None = None
-    ) -> Tensor:
-        r"""log p(x_i) of cells whose neighbours are not known, (B,), by importance sampling.
+    def niche_given(self, mean: Tensor, variance: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Prior mean and variance of z_niche (B, D) given its neighbours' posterior ``mean`` and ``variance``
+        (B, K, D); ``present`` (B, K). The field's conditional; without neighbours the marginal prior N(0, v spread).
+        """
+        there = present[..., None].to(mean.dtype)
+        degree = there.sum(1)
+        own = 1 + self.range * degree
+        pull = self.range / own
+        centre = pull * (mean * there).sum(1)
+        spread = self.smooth_variance / own + pull**2 * (variance * there).sum(1)
+        return centre, torch.where(degree > 0, spread, self.smooth_variance * self.spread)
 
-        Without neighbours z_niche_i has its marginal prior N(0, diag M), M = v spread, and z_cell_i therefore
-        N(0, A M A' + S). z_cell is drawn from q(z_cell | x), z_niche from its exact conditional given z_cell:
+    def marginal_log_likelihood(
+        self,
+        x: Tensor,
+        depth: Tensor,
+        batch: Tensor,
+        samples: int,
+        generator: torch.Generator | None = None,
+        niche: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        r"""log p(x_i) of cells, (B,), by importance sampling.
+
+        z_niche_i ~ N(c_i, diag M_i), given as ``niche`` (two of shape (B, D)), by default the marginal prior, with
+        which neighbours are unknown: c = 0, M = v spread. z_cell_i is therefore N(A c_i, A M_i A' + S). z_cell is drawn
+        from q(z_cell | x), z_niche from its exact conditional given z_cell:
 
             log p(x) = log E_q [ p(x | z_cell, z_niche) p(z_cell) / q(z_cell | x) ]
         """
         mean, log_variance = self.infer_cell(x, depth, batch)
         a, residual = self.niche_to_cell, self.log_residual.exp()
-        prior_variance = self.smooth_variance * self.spread
-        joint = torch.distributions.MultivariateNormal(
-            torch.zeros_like(residual), (a * prior_variance) @ a.T + residual.diag()
-        )
+        if niche is None:
+            niche = (
+                torch.zeros(len(x), a.shape[1], device=x.device),
+                (self.smooth_variance * self.spread).expand(len(x), -1),
+            )
+        centre, prior_variance = niche
+        expected = centre @ a.T
+        joint = torch.distributions.MultivariateNormal(expected, (a * prior_variance[:, None]) @ a.T + residual.diag())
         gain = (a / residual[:, None]).T  # A' S^-1
-        conditional = torch.linalg.inv(prior_variance.reciprocal().diag() + gain @ a)
+        conditional = torch.linalg.inv(torch.diag_embed(prior_variance.reciprocal()) + gain @ a)
         factor = torch.linalg.cholesky(conditional)
         weights = []
         for _ in range(samples):
             z_cell = _draw(mean, log_variance, generator)
             off = (z_cell - mean) ** 2 * (-log_variance).exp()
             log_q = -0.5 * (off + log_variance + LOG_2PI).sum(-1)
-            noise = torch.randn(len(x), len(factor), generator=generator).to(x.device)
-            z_niche = z_cell @ gain.T @ conditional + noise @ factor.T
+            noise = torch.randn(centre.shape, generator=generator).to(x.device)
+            pulled = ((z_cell - expected) @ gain.T)[:, None] @ conditional
+            z_niche = centre + pulled[:, 0] + (factor @ noise[..., None])[..., 0]
             likelihood = self.log_likelihood(x, depth, batch, z_cell, z_niche)
             weights.append(likelihood + joint.log_prob(z_cell) - log_q)
         return torch.logsumexp(torch.stack(weights), 0) - math.log(samples)

@@ -72,3 +72,14 @@ def test_minibatches__see_every_row_once_in_coherent_patches(patch):
     assert [len(b) for b in batches] == [32] * 6 + [11]
     apart = np.linalg.norm(np.diff(xyz[np.concatenate(batches)], axis=0), axis=1)
     assert (np.median(apart) < 0.15) == (patch > 1)
+
+
+def test_nearest_among__stays_within_the_sample():
+    rng = np.random.default_rng(0)
+    here, there = rng.random((20, 2)), rng.random((30, 2))
+    own, other = np.array(["a", "b"])[np.arange(20) % 2], np.array(["a", "c"])[np.arange(30) % 2]
+    found = graph.nearest_among(here, there, 3, own, other)
+    far = np.linalg.norm(here[:, None] - there[None], axis=2)
+    far[:, other != "a"] = np.inf
+    np.testing.assert_array_equal(found[own == "a"], np.argsort(far, 1)[own == "a", :3])
+    assert (found[own == "b"] == -1).all()

@@ -206,6 +206,31 @@ def test_marginal_likelihood__matches_draws_from_the_prior():
     assert model.get_marginal_ll(n_mc_samples=1000) == pytest.approx(plain, abs=0.03)
 
 
+def test_niche_given__is_the_conditional_of_the_dense_field(trained):
+    """The neighbours of a cell known without doubt: the row of the precision matrix says what follows."""
+    _, model = trained
+    module, near = model.module, model._section.near
+    dense = laplacian_of(_adjacency(near.numpy())).toarray()
+    precision = np.eye(len(dense)) + float(module.range) * dense
+    known = torch.randn(len(near), module.shape.n_niche, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        centre, spread = module.niche_given(known[near], torch.zeros_like(known)[near], near >= 0)
+    i = 5
+    others = np.arange(len(dense)) != i
+    np.testing.assert_allclose(
+        centre[i], -(precision[i, others] @ known.numpy()[others]) / precision[i, i], rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(spread[i], module.smooth_variance.numpy() / precision[i, i], rtol=1e-4)
+
+
+def test_marginal_likelihood__knows_more_with_neighbours(trained):
+    table, model = trained
+    asked, known = table[::5].copy(), table[np.arange(table.n_obs) % 5 > 0].copy()
+    alone = model.get_marginal_ll(asked, 300)
+    assert model.get_marginal_ll(asked, 300, given=known) > alone + 0.1
+    assert model.get_marginal_ll(asked, 300, given=known[known.obs["section"] == 9].copy()) == alone
+
+
 def test_domains__number_is_chosen_when_not_given():
     table = tissue(300)
     SpatialVAE.setup_anndata(table)
