@@ -241,9 +241,10 @@ class SpatialVAE:
         posteriors = [posterior for _, posterior in self._posteriors(self._read(given))]
         mean = torch.cat([p.niche_mean for p in posteriors]).cpu()
         variance = torch.cat([p.niche_log_variance for p in posteriors]).exp().cpu()
-        places, key = [np.asarray(t.obsm[self.setup.spatial_key]) for t in (adata, given)], self.setup.sample_key
-        samples = [None if key is None else t.obs[key].astype(str).to_numpy() for t in (adata, given)]
-        near = torch.from_numpy(nearest_among(*places, FIELD_NEIGHBOURS, *samples))
+        key = self.setup.sample_key
+        here, there = (np.asarray(t.obsm[self.setup.spatial_key]) for t in (adata, given))
+        samples, others = (None if key is None else t.obs[key].astype(str).to_numpy() for t in (adata, given))
+        near = torch.from_numpy(nearest_among(here, there, FIELD_NEIGHBOURS, samples, others))
         device = self._device
         inner = self.module.niche_given(mean[near].to(device), variance[near].to(device), (near >= 0).to(device))
         return inner[0].cpu(), inner[1].cpu()
