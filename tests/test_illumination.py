@@ -82,12 +82,12 @@ def test_correct_light__inverts_what_was_done():
     image = 100 + sample * VIGNETTE
     image[50, 60] += 5000
     light = Light(np.zeros((1, 1)), 100.0, np.array([[50, 60]]), VIGNETTE)
-    off = np.abs(correct_light(image, light) / sample - 1)
+    off = np.abs(correct_light(image[None], light)[0] / sample - 1)
     off[50, 60] = 0
     assert off.max() < 1e-5
-    assert correct_light(image, light)[50, 60] < 1100
+    assert correct_light(image[None], light)[0][50, 60] < 1100
     with pytest.raises(InputError, match="flat field of shape"):
-        correct_light(image[:-1], light)
+        correct_light(image[None, :-1], light)
 
 
 def test_measure_glow__hot_pixels_and_no_spots():

@@ -38,9 +38,13 @@ class Calibration:
         if all(light.even and not len(light.hot) for light in self.light.values()):
             return stack
         out = np.empty(stack.shape, np.float32)
-        for images, channel, results in zip(stack, bits, out, strict=True):
-            for image, result in zip(images, results, strict=True):
-                result[:] = correct_light(image, self.light[channel.color]) if channel.color in self.light else image
+        colors = np.array([channel.color for channel in bits])
+        for color in np.unique(colors):
+            chosen = np.flatnonzero(colors == color)
+            planes = stack[chosen].reshape(-1, *stack.shape[-2:])
+            if color in self.light:
+                planes = correct_light(planes, self.light[color])
+            out[chosen] = planes.reshape(len(chosen), *stack.shape[1:])
         return out
 
     def light_figures(self) -> dict[str, dict[str, float]]:

@@ -22,6 +22,7 @@ DEGREES = (0, 2, 4)  # of the polynomials that are tried for the logarithm of th
 MIN_SPOTS = 200  # of a colour, for each coefficient
 MOST_SPOTS = 50_000  # of a colour and field
 BLOCKS = 16  # along y and x, in which the glow is measured
+HOT_SIGMAS = 6.0  # of the noise of the darkest image, or counts
 _FIT_ROUNDS = 12
 
 
@@ -58,9 +59,10 @@ class Light:
             if self.flat.shape != tuple(shape):
                 raise InputError(f"flat field of shape {self.flat.shape}: expected that of the images, {tuple(shape)}")
             return self.flat
-        y, x = (np.linspace(-1, 1, side) for side in shape)
-        light = np.exp(legendre.leggrid2d(y, x, self.coefficients))
-        return (light / light.max()).astype(np.float32)
+        degree = len(self.coefficients) - 1
+        y, x = (legendre.legvander(np.linspace(-1, 1, side), degree) for side in shape)
+        log = (y @ self.coefficients @ x.T).astype(np.float32)
+        return np.exp(log - log.max())
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, exactly; a flat field that was given is left out."""
@@ -93,7 +95,9 @@ def measure_glow(images: np.ndarray) -> Glow:
     darkest = images.min(axis=0)
     cleaned = np.empty(darkest.shape, np.float32)
     remove_hot_pixels(darkest, cleaned)
-    hot = np.argwhere(cleaned < darkest)
+    sample = darkest[:: max(1, len(darkest) // 256)].astype(np.float64)
+    noise = 1.4826 * np.median(np.abs(np.diff(sample, axis=1))) / np.sqrt(2)
+    hot = np.argwhere(darkest - cleaned > HOT_SIGMAS * max(noise, 1.0))
     step = max(1, min(darkest.shape) // 256)
     middle = np.median(images[:, ::step, ::step], axis=0)
     return Glow(hot, in_blocks(middle))
@@ -113,13 +117,18 @@ def given_flat(image: np.ndarray, name: str) -> np.ndarray:
     return (flat / flat.max()).astype(np.float32)
 
 
-def correct_light(image: np.ndarray, light: Light) -> np.ndarray:
-    """A raw image (y, x) as a camera without hot pixels under even light would have taken it, float32, dark level 0."""
-    seen = image.astype(np.float32)
-    fill_pixels(seen, light.hot)
-    seen -= np.float32(light.dark)
-    if not light.even:
-        seen /= light.share(image.shape)
+def correct_light(images: np.ndarray, light: Light) -> np.ndarray:
+    """Raw images (image, y, x) as a camera without hot pixels under even light would have taken them.
+
+    Returns float32 of the same shape, the dark level being 0 and the light full everywhere.
+    """
+    seen = images.astype(np.float32)
+    gain = None if light.even else 1 / light.share(images.shape[1:])
+    for image in seen:
+        fill_pixels(image, light.hot)
+        image -= np.float32(light.dark)
+        if gain is not None:
+            image *= gain
     return seen
 
 
@@ -127,13 +136,14 @@ def fill_pixels(image: np.ndarray, pixels: np.ndarray) -> None:
     """Give pixels (pixel, 2) y, x of an image (y, x) float32 the median of their neighbours that are none of them."""
     if not len(pixels):
         return
-    padded = np.pad(image, 1, constant_values=np.nan)
-    padded[pixels[:, 0] + 1, pixels[:, 1] + 1] = np.nan
-    v, u = np.mgrid[0:3, 0:3].reshape(2, 9, 1)
-    around = padded[pixels[:, 0] + v, pixels[:, 1] + u]
-    known = np.isfinite(around).any(axis=0)
-    rows, columns = pixels[known].T
-    image[rows, columns] = np.nanmedian(around[:, known], axis=0)
+    bad = np.zeros(image.shape, bool)
+    bad[tuple(pixels.T)] = True
+    around = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), axis=-1).reshape(9, 1, 2) + pixels
+    inside = ((around >= 0) & (around < np.array(image.shape))).all(axis=2)
+    y, x = np.where(inside[..., None], around, 0).transpose(2, 0, 1)
+    values = np.where(inside & ~bad[y, x], image[y, x], np.nan)
+    known = np.isfinite(values).any(axis=0)
+    image[tuple(pixels[known].T)] = np.nanmedian(values[:, known], axis=0)
 
 
 def always_hot(fields: Sequence[np.ndarray]) -> np.ndarray:
