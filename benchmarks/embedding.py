@@ -2,6 +2,7 @@
 
     python benchmarks/embedding.py                       # the bundled osmFISH section
     python benchmarks/embedding.py TABLE.h5ad:LABEL ...  # others as well; counts in X, places in obsm["spatial"]
+    python benchmarks/embedding.py --peers FOLDER ...    # with what benchmarks/peers/embed.py wrote there
 
 Writes benchmarks/results/embedding.csv (one row a section, method, clusterer and seed) and prints medians over seeds.
 Mixtures have one start; leiden (on 15 neighbours, its resolution searched until it gives k clusters) is run if
@@ -114,10 +115,21 @@ METHODS: dict[str, Callable[[anndata.AnnData, int], np.ndarray]] = {
 }
 
 
+def peers(folder: Path | None, section: str) -> dict[str, Callable[[anndata.AnnData, int], np.ndarray]]:
+    """Embeddings that benchmarks/peers/embed.py left in ``folder``, by method."""
+    found = sorted({path.stem.split("-")[-2] for path in folder.glob(f"{section}-*.npy")}) if folder else []
+
+    def reader(method: str) -> Callable[[anndata.AnnData, int], np.ndarray]:
+        return lambda table, seed: np.load(folder / f"{section}-{method}-{seed}.npy", allow_pickle=False)
+
+    return {method: reader(method) for method in found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", metavar="TABLE.h5ad:LABEL")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--peers", type=Path, help="folder of SECTION-METHOD-SEED.npy")
     options = parser.parse_args()
     sections = {"osmfish": (datasets.osmfish(), "Region")}
     for item in options.tables:
@@ -133,10 +145,13 @@ def main() -> None:
     for section, (table, label) in sections.items():
         truth = table.obs[label].astype(str).to_numpy()
         k = len(set(truth))
-        for method, embed in METHODS.items():
+        for method, embed in {**METHODS, **peers(options.peers, section)}.items():
             for seed in range(options.seeds):
                 started = time.perf_counter()
-                latent = embed(table, seed)
+                try:
+                    latent = embed(table, seed)
+                except FileNotFoundError:
+                    continue  # a peer that was not run with this seed
                 seconds = time.perf_counter() - started
                 for name, cluster in clusterers.items():
                     found = cluster(latent, k, seed)
@@ -151,6 +166,9 @@ def main() -> None:
     )
     every = result.groupby(["section", "method"], sort=False)
     wide["median"] = every["ari"].median()
+    by_seed = result.groupby(["section", "method", "seed"], sort=False)["ari"].median()
+    by_seed = by_seed.groupby(["section", "method"], sort=False)
+    wide["spread"] = by_seed.max() - by_seed.min()
     wide["nmi"] = every["nmi"].median()
     wide["seconds"] = every["seconds"].median()
     print(wide.round(3).to_string())
