@@ -47,7 +47,7 @@ def test_decode_rows_equals_the_reference(stack):
 
 
 @pytest.mark.parametrize("weights", [(4,), (1, 2, 3), (5, 6)])
-def test_pruning_leaves_out_no_word_that_wins(weights):
+def test_decode_rows_finds_the_nearest_word_whatever_the_weights(weights):
     rng = np.random.default_rng(1)
     words = np.zeros((60, 12), np.uint8)
     for k, word in enumerate(words):

@@ -5,107 +5,119 @@ Stacks come as (bit, row, x): planes of a field are laid one below the other, ro
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from merfish._jit import kernel, parallel_kernel, prange
 
-_BLOCK = 256  # pixels whose values of all bits stay in a core's nearest cache
+_BLOCK = 1024  # pixels whose values of all bits stay in a core's nearest cache
+_GROUP = 64  # pixels that are searched together
+_LANES = 16  # float32 in a vector register of a processor of today; other registers work as well
+
+
+class Model(NamedTuple):
+    """What the nearest word of a pixel depends on.
+
+    offset, gain: (bit,) float32; value = (stack - offset) * gain, negative values count as 0.
+    bits: (word, place) int64, those that are on, filled up with the number of bits to a multiple of 4.
+    scale: (word,) float32, 1 / sqrt(weight). min_magnitude, min_cosine: float32, below which a pixel has no word.
+    """
+
+    offset: np.ndarray
+    gain: np.ndarray
+    bits: np.ndarray
+    scale: np.ndarray
+    min_magnitude: np.float32
+    min_cosine: np.float32
 
 
 @parallel_kernel
-def decode_rows(
-    stack, offset, gain, word_bits, word_weight, by_bit, by_pair, min_magnitude, min_cosine, word, distance, magnitude
-):  # fmt: skip
-    """Nearest word of each pixel vector by the angle between them.
+def decode_rows(stack, model, word, distance, magnitude):
+    """Nearest word of each pixel vector by the angle between them; stack (bit, row, x), model a `Model`.
 
-    stack (bit, row, x); offset, gain (bit,) float32: value = (stack - offset) * gain, negative values count as 0.
-    word_bits (word, weight) int64: the bits that are on, first word_weight[w] of each row. by_bit (bit, word) and
-    by_pair (bit, bit, word) int32: the words with that bit, with both bits, and then -1.
     out: word (row, x) int32, -1 = none; distance (row, x) float32 between unit vectors; magnitude (row, x) float32,
     Euclidean norm of the pixel vector.
-
-    Exact, but few words are looked at: pixels whose magnitude is too small never reach the search; nor do words
-    without the brightest bit where all other bits together are too dark for the angle, nor those without the second.
     """
     n_bits, n_rows, width = stack.shape
-    heaviest = word_bits.shape[1]
     blocks = (width + _BLOCK - 1) // _BLOCK
-    scale = 1.0 / np.sqrt(word_weight.astype(np.float32))
-    largest_scale = scale.max()
-    everything = np.append(np.arange(len(word_weight)), -1).astype(np.int32)
-    floor = min_magnitude * min_magnitude
     for row in prange(n_rows):
         values = np.empty((n_bits, _BLOCK), np.float32)
-        squares = np.empty(_BLOCK, np.float32)
-        top = np.empty(heaviest + 1, np.float32)
-        pixel = np.empty(n_bits, np.float32)
         for block in range(blocks):
             left = block * _BLOCK
-            n = min(_BLOCK, width - left)
-            squares[:] = 0.0
+            right = min(left + _BLOCK, width)
             for bit in range(n_bits):
-                line = stack[bit, row, left : left + n]
-                scaled = values[bit]
-                low = offset[bit]
-                factor = gain[bit]
-                for x in range(n):
-                    value = max((np.float32(line[x]) - low) * factor, np.float32(0.0))
-                    scaled[x] = value
-                    squares[x] += value * value
-            word[row, left : left + n] = -1
-            distance[row, left : left + n] = np.float32(np.inf)
-            for x in range(n):
-                magnitude[row, left + x] = np.sqrt(squares[x])
-            for x in range(n):
-                if not squares[x] >= floor or squares[x] == 0.0:  # NaN stays undecoded
-                    continue
-                norm = magnitude[row, left + x]
-                top[:] = 0.0
-                first = second = 0
-                for bit in range(n_bits):
-                    value = values[bit, x]
-                    pixel[bit] = value
-                    if value <= top[heaviest]:
-                        continue
-                    k = heaviest
-                    while k > 0 and top[k - 1] < value:
-                        top[k] = top[k - 1]
-                        k -= 1
-                    top[k] = value
-                    if k == 0:
-                        second = first
-                        first = bit
-                    elif k == 1:
-                        second = bit
-                # a hair below, so that rounding keeps what stands at the threshold
-                needed = min_cosine * norm / largest_scale * np.float32(0.9999)
-                rest = np.float32(0.0)
-                for k in range(2, heaviest + 1):
-                    rest += top[k]
-                if rest - top[heaviest] + top[0] + top[1] < needed:
-                    continue
-                if rest + top[1] >= needed:
-                    candidates = everything
-                elif rest + top[0] >= needed or heaviest < 2:
-                    candidates = by_bit[first]
-                else:
-                    candidates = by_pair[first, second]
-                best = np.float32(-1.0)
-                nearest = -1
-                for w in candidates:
-                    if w < 0:
-                        break
-                    total = np.float32(0.0)
-                    for k in range(word_weight[w]):
-                        total += pixel[word_bits[w, k]]
-                    total *= scale[w]
-                    if total > best:
-                        best = total
-                        nearest = w
-                cosine = min(best / norm, np.float32(1.0))
-                if cosine >= min_cosine:
-                    word[row, left + x] = nearest
-                    distance[row, left + x] = np.sqrt(np.float32(2.0) - np.float32(2.0) * cosine)
+                values[bit, : right - left] = stack[bit, row, left:right]
+            decode_block(values, model, word[row, left:right], distance[row, left:right], magnitude[row, left:right])
+
+
+@kernel
+def decode_block(values, model, word, distance, magnitude):
+    """Nearest word of the first pixels of ``values`` (bit, x) float32, as many as ``word`` (x,) has; see `decode_rows`.
+
+    Pixels whose magnitude is too small never reach the search, the others are searched together.
+    """
+    n_bits, n = len(model.gain), len(word)
+    squares = np.zeros(n, np.float32)
+    for bit in range(n_bits):
+        line, low, factor = values[bit], model.offset[bit], model.gain[bit]
+        for x in range(n):
+            value = max((line[x] - low) * factor, np.float32(0.0))
+            line[x] = value
+            squares[x] += value * value
+    place = np.empty(n + 1, np.int64)
+    found = 0
+    for x in range(n):
+        word[x] = -1
+        distance[x] = np.inf
+        magnitude[x] = np.sqrt(squares[x])
+        place[found] = x
+        found += magnitude[x] >= model.min_magnitude and magnitude[x] > 0.0  # NaN is not
+    pixels = np.zeros((n_bits + 1, _GROUP), np.float32)
+    nearest, best = np.empty(_GROUP, np.int32), np.empty(_GROUP, np.float32)
+    for i in range(0, found, _GROUP):
+        lanes = min(_GROUP, found - i)
+        for bit in range(n_bits):
+            line, chosen = values[bit], pixels[bit]
+            for lane in range(lanes):
+                chosen[lane] = line[place[i + lane]]
+        nearest_of_all(pixels, model.bits, model.scale, (lanes + _LANES - 1) // _LANES * _LANES, nearest, best)
+        for lane in range(lanes):
+            x = place[i + lane]
+            cosine = min(best[lane] / magnitude[x], np.float32(1.0))
+            if cosine >= model.min_cosine:
+                word[x] = nearest[lane]
+                distance[x] = np.sqrt(np.float32(2.0) - np.float32(2.0) * cosine)
+
+
+@kernel
+def nearest_of_all(pixels, bits, scale, n, nearest, best):
+    """The word whose cosine to each of the first ``n`` pixels (bit + 1, lane) is largest, the first of equals.
+
+    The last row of the pixels is 0; bits and scale are those of a `Model`. out: nearest (lane,) int32, best (lane,)
+    float32, the cosine times the pixel's norm. Every word is looked at, but for many pixels at once, without a branch:
+    far faster than to look at the few that could be nearest, pixel by pixel.
+    """
+    total = np.empty(n, np.float32)
+    for lane in range(n):
+        best[lane] = -1.0
+        nearest[lane] = -1
+    for w in range(len(bits)):
+        for k in range(0, bits.shape[1], 4):
+            a, b = pixels[bits[w, k]], pixels[bits[w, k + 1]]
+            c, d = pixels[bits[w, k + 2]], pixels[bits[w, k + 3]]
+            if k == 0:
+                for lane in range(n):
+                    total[lane] = a[lane] + b[lane] + c[lane] + d[lane]
+            else:
+                for lane in range(n):
+                    total[lane] = total[lane] + a[lane] + b[lane] + c[lane] + d[lane]
+        factor, number = scale[w], np.int32(w)
+        for lane in range(n):
+            value = total[lane] * factor
+            nearer = value > best[lane]
+            best[lane] = value if nearer else best[lane]
+            nearest[lane] = number if nearer else nearest[lane]
 
 
 @parallel_kernel

@@ -72,22 +72,29 @@ def decode_soft(
     weight = int(codebook.weights.min())
     max_distance = distance_threshold(weight) if max_distance is None else max_distance
     min_magnitude = magnitude_threshold(weight) if min_magnitude is None else min_magnitude
+    model = search_model(codebook, normalization, max_distance, min_magnitude)
     pixels = _empty(stack.shape[1:])
-    model = (
-        *on_bits(codebook),
-        *words_with_bits(codebook),
+    for rows, strip in strips(stack):
+        part = pixels.part(rows)
+        _kernels.decode_rows(strip, model, part.word, part.distance, part.magnitude)
+    return pixels
+
+
+def search_model(
+    codebook: Codebook, normalization: Normalization, max_distance: float, min_magnitude: float
+) -> _kernels.Model:
+    """The codebook as `decode_soft`'s kernels search it."""
+    on, weights = on_bits(codebook)
+    bits = np.full((len(on), -(-on.shape[1] // 4) * 4), codebook.n_bits)
+    bits[:, : on.shape[1]] = np.where(np.arange(on.shape[1]) < weights[:, None], on, codebook.n_bits)
+    return _kernels.Model(
+        normalization.background.astype(np.float32),
+        normalization.gain,
+        bits,
+        1 / np.sqrt(weights.astype(np.float32)),
         np.float32(min_magnitude),
         np.float32(1 - max_distance**2 / 2),
     )
-    for rows, strip in strips(stack):
-        _kernels.decode_rows(
-            strip,
-            normalization.background,
-            normalization.gain,
-            *model,
-            *(getattr(pixels.part(rows), name) for name in ("word", "distance", "magnitude")),
-        )
-    return pixels
 
 
 def strips(stack: np.ndarray | Bandpassed) -> Iterator[tuple[slice, np.ndarray]]:
@@ -172,17 +179,6 @@ def on_bits(codebook: Codebook) -> tuple[np.ndarray, np.ndarray]:
     for row, word in enumerate(codebook.words):
         padded[row, : weights[row]] = np.flatnonzero(word)
     return padded, weights
-
-
-def words_with_bits(codebook: Codebook) -> tuple[np.ndarray, np.ndarray]:
-    """The words with each bit (bit, word) and with each two bits (bit, bit, word), int32, filled up with -1."""
-    words = codebook.words.astype(bool)
-    both = words.T[:, None] & words.T[None]
-    by_pair = np.full((*both.shape[:2], int(both.sum(axis=2).max()) + 1), -1, np.int32)
-    for a, b in np.ndindex(*both.shape[:2]):
-        with_both = np.flatnonzero(both[a, b])
-        by_pair[a, b, : len(with_both)] = with_both
-    return by_pair[np.arange(len(both)), np.arange(len(both))].copy(), by_pair
 
 
 def _empty(shape: tuple[int, ...]) -> DecodedPixels:
