@@ -19,6 +19,7 @@ from merfish.imaging.normalize import FieldSpots
 REACH = 6.0  # pixel; spots of one molecule lie nearer in any two colours
 MIN_PAIRS = 100.0  # pairs of one molecule, without which a colour's map stays the identity
 MOST_SPOTS = 8_000  # of the reference colour, a field; the error of the map is then below 0.01 px
+LEAST_SHIFT = 0.05  # pixel; less is far below what single spots are located to, and not worth a warp
 # Width of the mixture, pixel, from one that captures any map to one that the spots themselves have; then it is fitted.
 _WIDTHS = (2.5, 2.0, 1.5, 1.0, 0.7, 0.5)
 _ITERATIONS = 4  # at each width
@@ -118,7 +119,8 @@ def _judge(parts: Sequence[Pairs], shape: tuple[int, int]) -> ColorFit:
     # each half has half of the pairs: their difference is twice as large as the error of the whole
     error = np.sqrt((_over_field(tries[0].map - tries[1].map, shape) ** 2).mean()) / 2
     shift = float(_over_field(fit.map - np.eye(2, 3), shape).max())
-    return ColorFit(fit.map if gain > 0 else np.eye(2, 3), fit.count, float(gain), float(error), shift)
+    helps = gain > 0 and shift > LEAST_SHIFT
+    return ColorFit(fit.map if helps else np.eye(2, 3), fit.count, float(gain), float(error), shift)
 
 
 @dataclass(frozen=True, eq=False)
