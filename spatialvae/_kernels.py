@@ -7,13 +7,16 @@ every run. On-disk caching is safe because no kernel is compiled inside a fork.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numba
 import numpy as np
 from numpy import float32, int32
 
-kernel = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
-inline = numba.njit(inline="always", error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
+inline: Callable[..., Any] = numba.njit(inline="always", error_model="numpy", fastmath=FAST)
 
 LOG_FACTORIAL = np.array([math.lgamma(k + 1) for k in range(256)], np.float32)
 RISING = 16  # counts up to it by products, above by Stirling's series, exact to 1e-9 from there on
@@ -275,3 +278,81 @@ def attention_backward(own, value, edge, score, slots, distance, weight, gradien
                         d_own[i, at] += step
                         d_edge[at] += step * distance[i, k]
                         d_value[j, at] += step + weight[i, k, h] * gradient[i, at]
+
+
+@kernel
+def draw_cell(mean, log_variance, prior_mean, prior_log_variance, noise, z, kl):
+    """``loss.draw_cell``: fills ``z`` (cell, dim) and ``kl`` (cell,)."""
+    n, dims = mean.shape
+    for i in range(n):
+        total = float32(0)
+        for d in range(dims):
+            excess = log_variance[i, d] - prior_log_variance[d]
+            off = mean[i, d] - prior_mean[i, d]
+            total += _exp(excess) - float32(1) - excess + off * off * _exp(-prior_log_variance[d])
+            z[i, d] = mean[i, d] + noise[i, d] * _exp(float32(0.5) * log_variance[i, d])
+        kl[i] = float32(0.5) * total
+
+
+@kernel
+def draw_cell_backward(
+    mean, log_variance, prior_mean, prior_log_variance, z, d_z, d_kl, d_mean, d_log, d_prior, d_spread
+):
+    """Fills the derivatives by mean, log variance and prior mean (cell, dim), adds up ``d_spread`` (dim,)."""
+    n, dims = mean.shape
+    for i in range(n):
+        for d in range(dims):
+            precision = _exp(-prior_log_variance[d])
+            ratio = _exp(log_variance[i, d]) * precision
+            off = mean[i, d] - prior_mean[i, d]
+            pull = d_kl[i] * off * precision
+            half = float32(0.5) * d_kl[i]
+            d_mean[i, d] = d_z[i, d] + pull
+            d_prior[i, d] = -pull
+            d_log[i, d] = float32(0.5) * d_z[i, d] * (z[i, d] - mean[i, d]) + half * (ratio - float32(1))
+            d_spread[d] += half * (float32(1) - ratio - off * off * precision)
+
+
+@kernel
+def draw_niche(mean, log_variance, slots, prior_variance, prior_range, log_det, noise, z, kl):
+    """``loss.draw_niche``: fills ``z`` (cell, dim) and ``kl`` (cell,)."""
+    n, dims = z.shape
+    variance = np.empty(mean.shape, np.float32)
+    for i in range(len(mean)):
+        for d in range(dims):
+            variance[i, d] = _exp(log_variance[i, d])
+    for i in range(n):
+        total = float32(0)
+        for d in range(dims):
+            energy = mean[i, d] * mean[i, d] + variance[i, d]
+            for k in range(slots.shape[1]):
+                j = slots[i, k]
+                if j >= 0:
+                    step = mean[i, d] - mean[j, d]
+                    energy += float32(0.5) * prior_range * (step * step + variance[i, d] + variance[j, d])
+            total += energy / prior_variance[d] + _log(prior_variance[d]) - log_det - float32(1) - log_variance[i, d]
+            z[i, d] = mean[i, d] + noise[i, d] * np.sqrt(variance[i, d])
+        kl[i] = float32(0.5) * total
+
+
+@kernel
+def draw_niche_backward(mean, log_variance, slots, prior_variance, prior_range, z, d_z, d_kl, d_mean, d_log):
+    """Adds up the derivatives by mean and log variance (node, dim), which are zero at first."""
+    n, dims = z.shape
+    for i in range(n):
+        for d in range(dims):
+            pull = d_kl[i] / prior_variance[d]
+            touch = float32(0.5) * pull * prior_range
+            d_mean[i, d] += d_z[i, d] + pull * mean[i, d]
+            own = pull
+            for k in range(slots.shape[1]):
+                j = slots[i, k]
+                if j >= 0:
+                    step = touch * (mean[i, d] - mean[j, d])
+                    d_mean[i, d] += step
+                    d_mean[j, d] -= step
+                    own += touch
+                    d_log[j, d] += float32(0.5) * touch * _exp(log_variance[j, d])
+            d_log[i, d] += float32(0.5) * (
+                own * _exp(log_variance[i, d]) - d_kl[i] + d_z[i, d] * (z[i, d] - mean[i, d])
+            )

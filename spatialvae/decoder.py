@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatialvae._product import Linear
+
 
 class Decoder(nn.Module):
     """logits of shares = b + W (z_cell, z_niche, s) + MLP(z_cell, z_niche, s); s, the batch, is one-hot.
@@ -23,7 +25,7 @@ class Decoder(nn.Module):
         n_inputs = n_cell + n_niche + self.n_batch
         self.hidden = nn.Linear(n_inputs, hidden)
         self.norm = nn.LayerNorm(hidden)
-        self.out = nn.Linear(n_inputs + hidden, n_genes)  # W beside the MLP's last layer: one matrix product
+        self.out = Linear(n_inputs + hidden, n_genes)  # W beside the MLP's last layer: one matrix product
         self.zero = nn.Linear(hidden, n_genes) if zero_inflation else None
         with torch.no_grad():
             self.out.weight.zero_()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatialvae._product import Linear
+
 ATTENTION_WIDTH = 32
 ATTENTION_HEADS = 4
 
@@ -33,7 +35,7 @@ class CellEncoder(nn.Module):
         super().__init__()
         n_latent, n_genes = weight.shape
         self.n_latent = n_latent
-        self.first = nn.Linear(n_genes, n_latent + hidden)  # W beside the MLP's first layer: one matrix product
+        self.first = Linear(n_genes, n_latent + hidden)  # W beside the MLP's first layer: one matrix product
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, 2 * n_latent)
         with torch.no_grad():

@@ -99,7 +99,7 @@ class _NegativeBinomialOfLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, Tensor]:
         by_logit, by_theta = ctx.saved_tensors
-        return None, gradient[:, None] * by_logit, None, gradient @ by_theta
+        return None, by_logit.mul_(gradient[:, None]), None, gradient @ by_theta
 
 
 def negative_binomial_of_logits(x: Tensor, logits: Tensor, depth: Tensor, log_theta: Tensor) -> Tensor:

@@ -17,8 +17,12 @@ the joint posterior from the joint prior.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -33,27 +37,96 @@ class Terms:
         return self.log_likelihood - kl_weight * (self.kl_cell + self.kl_niche)
 
 
-def kl_cell(mean: Tensor, log_variance: Tensor, prior_mean: Tensor, prior_log_variance: Tensor) -> Tensor:
-    """Divergence of two diagonal Gaussians (cell, dim), summed over dim."""
+def draw_cell(
+    mean: Tensor, log_variance: Tensor, prior_mean: Tensor, prior_log_variance: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """z = mean + sd noise (cell, dim) and the divergence (cell,) of N(mean, variance) from the prior.
+
+    All are (cell, dim) but ``prior_log_variance`` (dim,).
+    """
+    if _has_kernel(mean):
+        return _DrawCell.apply(mean, log_variance, prior_mean, prior_log_variance, noise)
     ratio = (log_variance - prior_log_variance).exp()
     off = (mean - prior_mean) ** 2 * (-prior_log_variance).exp()
-    return 0.5 * (ratio + off - 1 - log_variance + prior_log_variance).sum(-1)
+    kl = 0.5 * (ratio + off - 1 - log_variance + prior_log_variance).sum(-1)
+    return mean + noise * (0.5 * log_variance).exp(), kl
 
 
-def kl_niche(
+def draw_niche(
     mean: Tensor,
     log_variance: Tensor,
-    others_mean: Tensor,
-    others_variance: Tensor,
-    present: Tensor,
+    slots: Tensor,
     prior_variance: Tensor,
     prior_range: Tensor,
     log_det: Tensor,
-) -> Tensor:
-    """KL_niche_i. mean, log_variance (B, D); others_* (B, K, D); present (B, K); prior_variance (D,)."""
-    there = present[..., None].to(mean.dtype)
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """z (B, D) and KL_niche (B,) of the first B of the nodes of which mean and log_variance (M, D) are given.
+
+    ``slots`` int (B, K) points to neighbours among the nodes, -1 where there is none; noise (B, D).
+    """
+    if _has_kernel(mean):
+        return _DrawNiche.apply(mean, log_variance, slots, prior_variance, prior_range, log_det, noise)
+    there = (slots >= 0)[..., None].to(mean.dtype)
+    others = slots.clamp(min=0)
+    others_mean, others_variance = F.embedding(others, mean), F.embedding(others, log_variance.exp())
+    mean, log_variance = mean[: len(slots)], log_variance[: len(slots)]
     variance = log_variance.exp()
     steps = (((mean[:, None] - others_mean) ** 2 + variance[:, None] + others_variance) * there).sum(1)
     energy = mean**2 + variance + prior_range / 2 * steps
     each = energy / prior_variance + prior_variance.log() - log_det - 1 - log_variance
-    return 0.5 * each.sum(-1)
+    return mean + noise * variance.sqrt(), 0.5 * each.sum(-1)
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
+    return tuple(t.detach().contiguous().numpy() for t in tensors)
+
+
+class _DrawCell(torch.autograd.Function):
+    """``draw_cell`` in one pass; float32 on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
+        from spatialvae import _kernels
+
+        z, kl = torch.empty(given[0].shape), torch.empty(len(given[0]))
+        _kernels.draw_cell(*_arrays(*given), z.numpy(), kl.numpy())
+        ctx.save_for_backward(*given[:4], z)
+        return z, kl
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        from spatialvae import _kernels
+
+        found = *(torch.empty(ctx.saved_tensors[0].shape) for _ in range(3)), torch.zeros(ctx.saved_tensors[3].shape)
+        _kernels.draw_cell_backward(*_arrays(*ctx.saved_tensors, *gradients, *found))
+        return *found, None
+
+
+class _DrawNiche(torch.autograd.Function):
+    """``draw_niche`` in one pass; float32 on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
+        from spatialvae import _kernels
+
+        mean, log_variance, slots, prior_variance, prior_range, log_det, noise = given
+        z, kl = torch.empty(noise.shape), torch.empty(len(noise))
+        numbers = np.float32(prior_range), np.float32(log_det)
+        arrays = _arrays(mean, log_variance, slots, prior_variance)
+        _kernels.draw_niche(*arrays, *numbers, *_arrays(noise), z.numpy(), kl.numpy())
+        ctx.save_for_backward(*given[:5], z)
+        return z, kl
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        from spatialvae import _kernels
+
+        *given, prior_range, z = ctx.saved_tensors
+        found = torch.zeros(given[0].shape), torch.zeros(given[0].shape)
+        _kernels.draw_niche_backward(*_arrays(*given), np.float32(prior_range), *_arrays(z, *gradients, *found))
+        return *found, None, None, None, None, None

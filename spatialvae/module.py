@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spatialvae import likelihoods, loss
 from spatialvae.data import Cells, Graphs, dense_rows, with_neighbours
@@ -220,22 +219,22 @@ class SpatialModule(nn.Module):
         """
         device = self.mean.device
         index = torch.from_numpy(rows)
-        nodes, slots = with_neighbours(rows, section.near.numpy(), section.scratch)
-        mean, log_variance = self.infer_niche(section, nodes)
-        slot = torch.from_numpy(slots).to(device)
-        own, others = slice(0, len(rows)), slot.clamp(min=0)
-        niche_kl = loss.kl_niche(
-            mean[own], log_variance[own], F.embedding(others, mean), F.embedding(others, log_variance.exp()), slot >= 0,
-            self.smooth_variance, self.range, self.log_det,
-        )  # fmt: skip
+        niche_noise, cell_noise = noise.to(device).split([self.shape.n_niche, self.shape.n_cell], 1)
+        z_niche, niche_kl = self._draw_niche(section, rows, niche_noise)
         x = self.counts(section, rows)
         depth, batch = section.depth[index].to(device), section.batch[index].to(device)
-        cell_mean, cell_log_variance = self.infer_cell(x, depth, batch)
-        niche_noise, cell_noise = noise.to(device).split([self.shape.n_niche, self.shape.n_cell], 1)
-        z_niche = mean[own] + niche_noise * (0.5 * log_variance[own]).exp()
-        cell_kl = loss.kl_cell(cell_mean, cell_log_variance, z_niche @ self.niche_to_cell.T, self.log_residual)
-        z_cell = cell_mean + cell_noise * (0.5 * cell_log_variance).exp()
+        inferred = self.infer_cell(x, depth, batch)
+        z_cell, cell_kl = loss.draw_cell(*inferred, z_niche @ self.niche_to_cell.T, self.log_residual, cell_noise)
         return loss.Terms(self.log_likelihood(x, depth, batch, z_cell, z_niche), cell_kl, niche_kl)
+
+    def _draw_niche(self, section: Section, rows: np.ndarray, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """z_niche (B, D) and its divergence (B,) of ``rows``."""
+        if self.niche_encoder is None:
+            return noise, noise.new_zeros(len(rows))
+        nodes, slots = with_neighbours(rows, section.near.numpy(), section.scratch)
+        prior = self.smooth_variance, self.range, self.log_det
+        near = torch.from_numpy(slots).to(noise.device)
+        return loss.draw_niche(*self.infer_niche(section, nodes), near, *prior, noise)
 
     def niche_given(self, mean: Tensor, variance: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Prior mean and variance of z_niche (B, D) given its neighbours' posterior ``mean`` and ``variance``

@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from spatialvae import likelihoods
+from spatialvae import likelihoods, loss
+from spatialvae._product import Linear
 from spatialvae.data import with_neighbours
 from spatialvae.encoder import NeighbourAttention
 
@@ -86,3 +87,39 @@ def test_with_neighbours__lists_each_node_once():
     assert sorted(nodes) == sorted({*rows, *neighbours[rows].ravel()} - {-1})
     np.testing.assert_array_equal(np.where(slots < 0, -1, nodes[slots]), neighbours[rows])
     assert (scratch == -1).all()
+
+
+@pytest.mark.parametrize("draw", ["cell", "niche"])
+def test_draws_and_divergences__kernels_match_tensor_operations(draw):
+    torch.manual_seed(1)
+    n, dims = 9, 3
+    mean, log_variance, noise = torch.randn(n, dims), torch.randn(n, dims), torch.randn(n, dims)
+    slots = torch.randint(-1, n, (5, 4), dtype=torch.int32)
+    leaves = [mean, log_variance, torch.randn(n, dims), torch.randn(dims)][: 4 if draw == "cell" else 2]
+    prior = torch.rand(dims), torch.tensor(3.0), torch.tensor(0.7)
+
+    def function(leaves, dtype):
+        if draw == "cell":
+            return loss.draw_cell(*leaves, noise.to(dtype))
+        return loss.draw_niche(*leaves, slots, *(p.to(dtype) for p in prior), noise[:5].to(dtype))
+
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        z, kl = function(inputs, dtype)
+        pull = torch.arange(1, len(kl) + 1, dtype=dtype)
+        gradients = torch.autograd.grad((pull * kl).sum() + (pull[:, None] * z**2).sum(), inputs)
+        found.append([z.detach(), kl.detach(), *gradients])
+    for fast, slow in zip(*found, strict=True):
+        np.testing.assert_allclose(fast.numpy(), slow.numpy(), rtol=2e-5, atol=2e-5)
+
+
+def test_linear__matches_a_plain_product():
+    torch.manual_seed(2)
+    layer, x = Linear(7, 5), torch.randn(11, 7, requires_grad=True)
+    pull = torch.randn(11, 5)
+    found = torch.autograd.grad((pull * layer(x)).sum(), [x, *layer.parameters()])
+    expected = pull @ layer.weight, pull.T @ x, pull.sum(0)
+    np.testing.assert_allclose(layer(x).detach(), (x @ layer.weight.T + layer.bias).detach(), rtol=1e-5, atol=1e-5)
+    for fast, slow in zip(found, expected, strict=True):
+        np.testing.assert_allclose(fast, slow.detach(), rtol=1e-5, atol=1e-5)
