@@ -82,8 +82,9 @@ def link_fields(
 ) -> pd.DataFrame:
     """How far each two overlapping fields are off; arguments as of `stitch`. Columns a, b, dx, dy, shared, error."""
     place = np.column_stack([x, y]) + positions[fov]
-    rows = {int(f): np.flatnonzero(fov == f) for f in np.unique(fov)}
-    known = np.array(sorted(rows))
+    order = np.argsort(fov, kind="stable")
+    known, starts = np.unique(fov[order], return_index=True)
+    rows = dict(zip(known.tolist(), np.split(order, starts[1:]), strict=True)) if len(known) else {}
     reach = np.array(size) + MOST_ERROR
     links = []
     for a, b in sorted(KDTree(positions[known] / reach).query_pairs(1.0, p=np.inf)) if len(known) else []:
