@@ -1,0 +1,221 @@
+"""Speed and memory of SpatialVAE's training: python benchmarks/training_speed.py.
+
+    --quick      5,000 cells
+    --scvi       scVI beside it, in an environment of its own (see benchmarks/peers/embed.py)
+    --million    `spatialvae train` for 10 epochs and `embed` on 10^6 cells
+
+Writes benchmarks/results/training_speed.md. 50,000 cells x 500 genes, NB, one hidden layer of 128, 2 threads. Epochs
+are those of the training loop, without held-out cells; of several the fastest counts: the machine may be shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from tables import as_markdown
+
+from spatialvae import SpatialVAE
+from spatialvae._product import Linear
+from spatialvae.data import along_curve, with_neighbours
+from spatialvae.encoder import log_normalised
+from spatialvae.training import PATCH, Plan, flattened, train
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "training_speed.md"
+BATCHES = (128, 1024)
+GENES, HIDDEN = 500, 128
+EPOCHS = 5
+
+
+def tissue(n: int, seed: int = 0) -> anndata.AnnData:
+    """Cells of 12 types in patches of 4 mixtures; negative binomial counts, a quarter of them not zero."""
+    rng = np.random.default_rng(seed)
+    places = rng.uniform(0, np.sqrt(n), (n, 2))
+    profiles = rng.gamma(0.3, 1, (12, GENES))
+    profiles /= profiles.sum(1, keepdims=True)
+    mixture = rng.dirichlet(np.full(12, 0.3), 4)[(places[:, 0] // 20 + 3 * (places[:, 1] // 30)).astype(int) % 4]
+    kind = (rng.random((n, 1)) > mixture.cumsum(1)).sum(1).clip(0, 11)
+    depth = rng.lognormal(5.5, 0.4, (n, 1))
+    blocks = []
+    for first in range(0, n, 5000):
+        part = slice(first, first + 5000)
+        mean = profiles[kind[part]] * depth[part]
+        blocks.append(sp.csr_matrix(rng.poisson(mean * rng.gamma(2, 0.5, mean.shape)).astype(np.float32)))
+    names = [f"c{i}" for i in range(n)], [f"g{i}" for i in range(GENES)]
+    obs, var = (pd.DataFrame(index=index) for index in names)
+    return anndata.AnnData(sp.vstack(blocks, format="csr"), obs, var, obsm={"spatial": places})
+
+
+def fastest(work: Callable[[], object], times: int) -> float:
+    """Seconds of the fastest of some calls."""
+    best = np.inf
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def cells_per_second(model: SpatialVAE, batch: int) -> float:
+    """Cells a second in the fastest epoch."""
+    ends = [time.perf_counter()]
+    plan = Plan(max_epochs=EPOCHS, batch_size=batch, held_out=0.0, patience=EPOCHS)
+    train(model.module, model._section, plan, lambda *_: ends.append(time.perf_counter()))
+    return model.adata.n_obs / float(np.diff(ends).min())
+
+
+def floor(n_latent: int, batch: int) -> float:
+    """Cells a second if the matrix products of the network without neighbours were all there is."""
+    layers = [(GENES, n_latent + HIDDEN), (HIDDEN, 2 * n_latent), (n_latent, HIDDEN), (n_latent + HIDDEN, GENES)]
+    seconds = 0.0
+    for k, (inputs, outputs) in enumerate(layers):
+        layer, x, pull = Linear(inputs, outputs), torch.rand(batch, inputs), torch.rand(batch, outputs)
+        x.requires_grad_(k > 0)
+        seconds += fastest(lambda layer=layer, x=x, pull=pull: layer(x).backward(pull), 50)  # type: ignore[misc]
+    return batch / seconds
+
+
+def parts(model: SpatialVAE, batch: int) -> dict[str, float]:
+    """Microseconds a cell of each part of a step, the fastest of 50 each."""
+    from spatialvae import likelihoods
+
+    module, section = model.module, model._section
+    n, spatial = model.adata.n_obs, module.shape.n_niche > 0
+    order = along_curve(section.cells.coordinates, section.cells.samples) if spatial else np.arange(n)
+    starts = np.random.default_rng(0).choice(n // PATCH, batch // PATCH, replace=False) * PATCH
+    rows = np.concatenate([order[start : start + PATCH] for start in starts])
+    index = torch.from_numpy(rows)
+    parameters, gradient = flattened(module)
+    optimiser = torch.optim.Adam([parameters], 1e-9, fused=True)
+    depth, batches = section.depth[index], section.batch[index]
+    noise = module.noise(batch, torch.Generator().manual_seed(0))
+    x = module.counts(section, rows)
+    y = log_normalised(x, module.scale / depth)
+    z_cell = torch.randn(batch, module.shape.n_cell, requires_grad=True)
+    z_niche = torch.randn(batch, module.shape.n_niche, requires_grad=True)
+    logits = module.decoder(z_cell, z_niche, batches)[0].detach().requires_grad_()
+    log_theta = module.log_theta.detach().clone().requires_grad_()
+
+    def pulled(work: Callable[[], tuple[torch.Tensor, ...]]) -> Callable[[], None]:
+        return lambda: sum(t.sum() for t in work()).backward()  # type: ignore[union-attr]
+
+    def likelihood() -> tuple[torch.Tensor]:
+        return (likelihoods.negative_binomial_of_logits(x, logits, depth, log_theta),)
+
+    def step() -> None:
+        gradient.zero_()
+        (-module.terms(section, rows, noise).elbo().sum() / batch).backward()
+        optimiser.step()
+
+    work: dict[str, Callable[[], object]] = {
+        "gather counts": lambda: module.counts(section, rows),
+        "log of counts": lambda: log_normalised(x, module.scale / depth),
+        "cell encoder, forward and backward": pulled(lambda: module.cell_encoder(y)),
+        "decoder, forward and backward": pulled(lambda: module.decoder(z_cell, z_niche, batches)[:1]),
+        "likelihood, forward and backward": pulled(likelihood),
+        "optimiser": optimiser.step,
+        "noise": lambda: module.noise(batch, torch.Generator().manual_seed(0)),
+        "whole step": step,
+    }
+    if spatial:
+        nodes = with_neighbours(rows, section.near.numpy(), section.scratch)[0]
+        work["niche encoder, forward and backward"] = pulled(lambda: module.infer_niche(section, nodes))
+    found = {name: 1e6 * fastest(do, 50) / batch for name, do in work.items()}
+    whole = found.pop("whole step")
+    return {**found, "draws, divergences, the rest": whole - sum(found.values()), "whole step": whole}
+
+
+def scvi_speed(table: Path, batch: int, cache: Path) -> float:
+    """Cells a second in scVI's fastest epoch."""
+    sys.path.insert(0, str(HERE / "peers"))
+    from embed import environment
+
+    command = [environment(cache, "scvi"), "-W", "ignore", HERE / "peers" / "scvi_speed.py", table, str(batch), "4"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return anndata.read_h5ad(table, backed="r").n_obs / min(json.loads(done.stdout.splitlines()[-1]))
+
+
+def peak(command: list[str]) -> tuple[float, float]:
+    """Minutes and peak GB of a command."""
+    start = time.perf_counter()
+    child = subprocess.Popen(command)
+    usage = os.wait4(child.pid, 0)
+    if usage[1]:
+        raise SystemExit(f"{command} ended with {usage[1]}")
+    return (time.perf_counter() - start) / 60, usage[2].ru_maxrss / 2**20
+
+
+def million(folder: Path, n: int) -> pd.DataFrame:
+    """Minutes and memory of both commands."""
+    table = folder / "cells.h5ad"
+    tissue(n).write_h5ad(table)
+    spatialvae = [sys.executable, "-m", "spatialvae.cli"]
+    commands = {
+        "train, 10 epochs": ["train", str(table), "--out", str(folder / "run"), "--max-epochs", "10"],
+        "embed": ["embed", str(table), "--model", str(folder / "run"), "--out", str(folder / "embedded.h5ad")],
+    }
+    rows = []
+    for name, arguments in commands.items():
+        minutes, memory = peak([*spatialvae, *arguments])
+        rows.append({"command": name, "cells": n, "minutes": minutes, "peak GB": memory})
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag in ("quick", "scvi", "million"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spatialvae-peers"
+    parser.add_argument("--cache", type=Path, default=cache)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    adata = tissue(5_000 if options.quick else 50_000)
+    speeds, steps = [], {}
+    for key, name in ((None, "SpatialVAE, without neighbours"), ("spatial", "SpatialVAE, 15 neighbours")):
+        SpatialVAE.setup_anndata(adata, spatial_key=key)
+        model = SpatialVAE(adata)
+        speeds.append({"": name} | {f"minibatch {b}": cells_per_second(model, b) for b in BATCHES})
+        steps |= {f"{name}, {b}": parts(model, b) for b in BATCHES}
+    n_latent = model.module.shape.n_cell
+    speeds.append({"": "matrix products alone"} | {f"minibatch {b}": floor(n_latent, b) for b in BATCHES})
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with tempfile.TemporaryDirectory() as folder:
+        if options.scvi:
+            table = Path(folder) / "table.h5ad"
+            adata.write_h5ad(table)
+            found = {f"minibatch {b}": scvi_speed(table, b, options.cache) for b in BATCHES}
+            speeds.append({"": "scVI 1.4.2"} | found)
+        large = million(Path(folder), 20_000 if options.quick else 1_000_000) if options.million else None
+    table = pd.DataFrame(speeds)
+    table[table.columns[1:]] = table[table.columns[1:]].round(-2).astype(int)
+    breakdown = pd.DataFrame(steps).rename_axis("").reset_index().fillna(0).round(2)
+    text = [
+        f"# Speed of training\n\n{adata.n_obs:,} cells x {GENES} genes, 2 threads; cells a second, fastest epoch.\n",
+        as_markdown(table),
+        "\nMicroseconds a cell of one step, by part (fastest of 50 each):\n",
+        as_markdown(breakdown),
+        f"\nPeak memory of this process, with table and libraries: {memory:.1f} GB.\n",
+    ]
+    if large is not None:
+        text += ["\nCommand line:\n", as_markdown(large.round(2))]
+    options.out.write_text("\n".join(text).rstrip() + "\n")
+    print(options.out.read_text())
+
+
+if __name__ == "__main__":
+    main()
