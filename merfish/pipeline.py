@@ -426,13 +426,14 @@ def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
 
 def run_summary(out: str | os.PathLike[str]) -> dict[str, Any]:
     """A finished run in a few lines, and the fields that failed."""
-    from merfish.report import bit_warnings
+    from merfish.report import bit_warnings, untied_text
 
     record = runfolder.read_json(Path(out) / runfolder.RUN)
     figures, failed = record["figures"], record["failed"]
     lines = [
         *molecule_lines(figures),
         *bit_warnings(record),
+        *filter(None, [untied_text(record["stage"])]),
         f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules a cell in the median",
         *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),
         f"results in {out}, report in {Path(out) / runfolder.REPORT}",

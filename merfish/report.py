@@ -117,7 +117,7 @@ def run_sections(out: Path) -> list[Section]:
             ],
         ),
     ]
-    if run["stage"]["links"]["a"]:
+    if run["stage"]["links"]["a"] or run["stage"]["untied"]:
         sections.append(_stage_section(run["stage"]))
     if run["failed"]:
         rows = [(fov, reason) for fov, reason in run["failed"].items()]
@@ -194,6 +194,18 @@ def _molecule_text(figures: dict[str, Any]) -> list[str]:
     ]
 
 
+def untied_text(stage: dict[str, Any]) -> str:
+    """What to say of a run in which half of the fields that should share molecules do not; empty if more do."""
+    used, untied = sum(stage["links"]["used"]), stage["untied"]
+    if untied < max(used, 1):
+        return ""
+    # an image mirrored along x still fits its neighbours along y
+    return (
+        f"In {untied} of {used + untied} overlaps of neighbouring fields the two share no molecule: look at the "
+        "positions, and at transpose, flip_horizontal and flip_vertical of the microscope file."
+    )
+
+
 def _stage_section(stage: dict[str, Any]) -> Section:
     links = pd.DataFrame(stage["links"])
     said, positions = np.array(stage["said"]), np.array(stage["positions"])
@@ -207,6 +219,7 @@ def _stage_section(stage: dict[str, Any]) -> Section:
         )
     if used < len(links):
         text += f" {len(links) - used} overlaps contradict the others and were left out (red)."
+    text = f"{text} {untied_text(stage)}".strip()
     caption = "How far the stage was off (arrows, enlarged), and which fields share molecules (lines)"
     return Section("Stage", [text], figures=[picture(plots.stage(said, positions, links), caption)])
 

@@ -52,7 +52,14 @@ def test_stitch__leaves_fields_that_share_nothing():
     found = stitch(*calls, far, (SIZE, SIZE))
     assert not len(found.links)
     assert (found.positions == far).all()
+    assert found.untied == 0
     assert found.to_dict()["stage_error"] is None
+
+
+def test_stitch__tells_fields_that_are_mirrored():
+    (word, x, y, fov), said, _ = draw(2, 0.1, seed=4)
+    found = stitch(word, SIZE - x, y, fov, said, (SIZE, SIZE))
+    assert found.untied >= 2  # those side by side at least
 
 
 def test_stitch__of_nothing():
@@ -74,7 +81,7 @@ def test_shared_offset__not_from_genes_that_gather_in_the_same_cells():
 
 def test_solve_positions__leaves_out_a_link_that_contradicts_the_others():
     calls, said, true = draw(3, 2.0, seed=3)
-    links = link_fields(*calls, said, (SIZE, SIZE))
+    links, _ = link_fields(*calls, said, (SIZE, SIZE))
     links.loc[4, ["dx", "dy"]] += [3.0, -2.0]
     positions, judged = solve_positions(said, links)
     assert judged.index[~judged["used"]].tolist() == [4]

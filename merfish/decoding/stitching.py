@@ -25,6 +25,7 @@ LOG_CHANCE = np.log(1e-4)  # that chance would tie two fields together
 NEAR = 0.4  # micrometre; molecules that agree on an offset lie nearer to it
 FLOOR = 0.02  # micrometre; what bends images lets offsets agree no better
 FEWEST_STAGE_ERROR = 0.1  # micrometre; less is not assumed of any stage
+MANY = 30  # molecules that both fields show where they overlap by the stage: some should be the same
 CONTRADICTION = 0.5  # micrometre; overlaps that disagree more with all others are false
 
 
@@ -34,12 +35,14 @@ class Stitching:
 
     links: one row a pair of fields tied together: a, b (rows of positions), dx, dy (micrometre: how much farther b is
     from a than the stage says), shared (molecules), error (micrometre, standard error), used (False: it contradicts the
-    others), residual (micrometre: what the corrected positions leave of it).
+    others), residual (micrometre: what the corrected positions leave of it). untied: number of overlaps in which both
+    fields show many molecules, but not the same ones.
     """
 
     said: np.ndarray
     positions: np.ndarray
     links: pd.DataFrame
+    untied: int
 
     @property
     def stage_error(self) -> float:
@@ -51,7 +54,7 @@ class Stitching:
         """For JSON; the stage error is None if it is not known."""
         error = self.stage_error if self.links["used"].any() else None
         places = {"said": self.said.tolist(), "positions": self.positions.tolist()}
-        return {**places, "stage_error": error, "links": self.links.to_dict("list")}
+        return {**places, "stage_error": error, "links": self.links.to_dict("list"), "untied": self.untied}
 
 
 def stitch(
@@ -68,8 +71,8 @@ def stitch(
     stage, micrometre; size: (x, y) of a field, micrometre. Only differences between fields can be known: the mean of
     each group of fields that are tied together stays.
     """
-    links = link_fields(word, x, y, fov, positions, size)
-    return Stitching(positions, *solve_positions(positions, links))
+    links, untied = link_fields(word, x, y, fov, positions, size)
+    return Stitching(positions, *solve_positions(positions, links), untied)
 
 
 def link_fields(
@@ -79,25 +82,35 @@ def link_fields(
     fov: np.ndarray,
     positions: np.ndarray,
     size: tuple[float, float],
-) -> pd.DataFrame:
-    """How far each two overlapping fields are off; arguments as of `stitch`. Columns a, b, dx, dy, shared, error."""
+) -> tuple[pd.DataFrame, int]:
+    """How far each two overlapping fields are off; arguments as of `stitch`.
+
+    Returns links with columns a, b, dx, dy, shared, error, and the number of overlaps that should tie but do not.
+    """
     place = np.column_stack([x, y]) + positions[fov]
     order = np.argsort(fov, kind="stable")
     known, starts = np.unique(fov[order], return_index=True)
     rows = dict(zip(known.tolist(), np.split(order, starts[1:]), strict=True)) if len(known) else {}
     reach = np.array(size) + MOST_ERROR
-    links = []
+    links, untied = [], 0
     for a, b in sorted(KDTree(positions[known] / reach).query_pairs(1.0, p=np.inf)) if len(known) else []:
         a, b = known[a], known[b]
-        one, other = (
-            rows[f][(np.abs(place[rows[f]] - positions[g] - np.array(size) / 2) <= reach - np.array(size) / 2).all(1)]
-            for f, g in ((a, b), (b, a))
-        )
+        one, other = (within(rows[f], place, positions[g], size, MOST_ERROR) for f, g in ((a, b), (b, a)))
         offset = shared_offset(word[one], place[one], word[other], place[other])
         if offset is not None:
             (dx, dy), shared, error = offset
             links.append((int(a), int(b), -dx, -dy, shared, error))
-    return pd.DataFrame(links, columns=["a", "b", "dx", "dy", "shared", "error"])
+        elif min(len(within(r, place, positions[g], size, 0.0)) for r, g in ((one, b), (other, a))) >= MANY:
+            untied += 1
+    return pd.DataFrame(links, columns=["a", "b", "dx", "dy", "shared", "error"]), untied
+
+
+def within(
+    rows: np.ndarray, place: np.ndarray, position: np.ndarray, size: tuple[float, float], beyond: float
+) -> np.ndarray:
+    """Those rows of place (molecule, 2) that lie in a field, or at most ``beyond`` outside of it, micrometre."""
+    off = np.abs(place[rows] - position - np.array(size) / 2)
+    return rows[(off <= np.array(size) / 2 + beyond).all(axis=1)]
 
 
 def shared_offset(
