@@ -212,10 +212,10 @@ def _stage_section(stage: dict[str, Any]) -> Section:
     used = int(links["used"].sum())
     text = f"{used} overlaps of neighbouring fields show the same molecules in both."
     if used:
-        left = links.loc[links["used"], "residual"].median()
+        left = max(links.loc[links["used"], "residual"].max(), 0.001)
         text += (
             f" They tell that the stage stops {stage['stage_error']:.2f} µm (rms, along each axis) from where it says; "
-            f"the corrected positions, in which all places are given, leave {left:.3f} µm of that in the median."
+            f"the corrected positions, in which all places are given, agree with every overlap to {left:.3f} µm."
         )
     if used < len(links):
         text += f" {len(links) - used} overlaps contradict the others and were left out (red)."
