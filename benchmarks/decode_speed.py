@@ -152,7 +152,7 @@ def scaling() -> tuple[pd.DataFrame, pd.DataFrame]:
     for side in SIDES:
         raw, _ = simulate_stack(BOOK, shape=(side, side), density=0.01, seed=2)
         row = {name: best_of(lambda raw=raw, name=name: decode(raw, BOOK, method=name), 3) for name in METHODS}
-        by_pixels.append({"pixels": side**2, **row})
+        by_pixels.append({"pixels of a plane": side**2, **row})
     for n in WORDS:
         chosen = np.sort(np.random.default_rng(0).permutation(BOOK.n_words)[:n])
         names = tuple(BOOK.names[k] for k in chosen)
@@ -168,7 +168,7 @@ def scaling() -> tuple[pd.DataFrame, pd.DataFrame]:
 def draw(by_pixels: pd.DataFrame, by_words: pd.DataFrame, path: Path) -> None:
     """Time against pixels and against words."""
     figure, axes = plots.new_figure(9, 3.8, 2)
-    for ax, table, column in zip(axes, (by_pixels, by_words), ("pixels", "words"), strict=True):
+    for ax, table, column in zip(axes, (by_pixels, by_words), ("pixels of a plane", "words"), strict=True):
         for name, colour in zip(METHODS, plots.CATEGORIES, strict=False):
             ax.plot(table[column], table[name], "o-", color=colour, label=name, markersize=4)
         ax.set(xlabel=column, xlim=(0, None), ylim=(0, None))
