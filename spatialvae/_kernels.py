@@ -187,6 +187,24 @@ def dense_rows(indptr, indices, data, rows, out):
 
 
 @kernel
+def tally(rows, values, length, depth):
+    """Count the entries of each row and add up their values."""
+    for e in range(len(rows)):
+        length[rows[e]] += 1
+        depth[rows[e]] += values[e]
+
+
+@kernel
+def append_entries(rows, columns, values, free, indices, data):
+    """Put each entry in the next free place of its row, ``free`` (row,), which moves on."""
+    for e in range(len(rows)):
+        at = free[rows[e]]
+        indices[at] = columns[e]
+        data[at] = values[e]
+        free[rows[e]] = at + 1
+
+
+@kernel
 def with_neighbours(rows, neighbours, number, nodes, slots):
     """List ``rows`` and then their other neighbours, each once, in ``nodes``; return how many there are.
 

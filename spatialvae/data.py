@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse as sp
 
 from spatialvae import _keys
+from spatialvae.counts import Counts, read_counts
 from spatialvae.errors import InputError
 from spatialvae.graph import NeighbourGraph, knn_graph, symmetrised
 
@@ -41,11 +41,10 @@ class Setup:
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """What the model reads of a table. ``counts`` CSR float32 (cell, gene), integers; ``coordinates`` float64
-    (cell, axis) or None; ``samples`` and ``batches`` int64 (cell,); ``batch_names`` in the order of their codes;
-    ``depth`` float32 (cell,), the total counts."""
+    """What the model reads of a table. ``coordinates`` float64 (cell, axis) or None; ``samples`` and ``batches`` int64
+    (cell,); ``batch_names`` in the order of their codes; ``depth`` float32 (cell,), the total counts."""
 
-    counts: sp.csr_array
+    counts: Counts
     genes: tuple[str, ...]
     coordinates: np.ndarray | None
     samples: np.ndarray
@@ -58,7 +57,7 @@ class Cells:
 
     @property
     def depth(self) -> np.ndarray:
-        return np.asarray(self.counts.sum(1), np.float32).ravel()
+        return self.counts.depth
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +66,23 @@ class Graphs:
 
     wide: NeighbourGraph
     near: NeighbourGraph
+
+
+def check_table(adata: AnnData, setup: Setup) -> None:
+    """Check all of ``adata`` that the model reads, but the counts: those are read once, by ``read_cells``.
+
+    Raises InputError for missing keys, duplicated names, coordinates that are not finite, missing samples or batches.
+    """
+    for what, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
+        if not names.is_unique:
+            twice = names[names.duplicated()][0]
+            raise InputError(f"{what} names are not unique: {twice!r} occurs more than once")
+    if adata.n_obs < 2 or adata.n_vars < 2:
+        raise InputError(f"the table has {adata.n_obs} cells and {adata.n_vars} genes; expected 2 of each at least")
+    _counts(adata, setup.layer)
+    _coordinates(adata, setup.spatial_key)
+    for key in (setup.sample_key, setup.batch_key):
+        _check_key(adata, key)
 
 
 def read_cells(
@@ -80,35 +96,11 @@ def read_cells(
     ``genes`` and ``batch_names`` are those of a trained model, when there is one: genes are then matched by name.
     Genes that ``var["is_blank"]`` marks are left out.
 
-    Raises InputError for missing keys, duplicated names, counts that are not non-negative integers, cells without
-    counts, coordinates that are not finite, genes or batches that the model does not know.
+    Raises InputError as ``check_table`` does, and for counts that are not non-negative integers, cells without counts,
+    genes or batches that the model does not know.
     """
-    for what, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
-        if not names.is_unique:
-            twice = names[names.duplicated()][0]
-            raise InputError(f"{what} names are not unique: {twice!r} occurs more than once")
-    if adata.n_obs < 2 or adata.n_vars < 2:
-        raise InputError(f"the table has {adata.n_obs} cells and {adata.n_vars} genes; expected 2 of each at least")
-    matrix, where = _counts(adata, setup.layer)
+    check_table(adata, setup)
     columns = _columns(adata, genes)
-    counts = sp.csr_array(matrix[:, columns] if sp.issparse(matrix) else np.asarray(matrix)[:, columns])
-    counts = counts.astype(np.float32)
-    counts.eliminate_zeros()
-    _check_counts(counts, where)
-    coordinates = None
-    if setup.spatial_key is not None:
-        if setup.spatial_key not in adata.obsm:
-            raise InputError(f"obsm has no {setup.spatial_key!r}; it has {sorted(adata.obsm)}")
-        coordinates = np.asarray(adata.obsm[setup.spatial_key], float)
-        if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
-            raise InputError(
-                f"obsm[{setup.spatial_key!r}] has shape {coordinates.shape}; expected (cell, 2) or (cell, 3)"
-            )
-        bad = np.flatnonzero(~np.isfinite(coordinates).all(1))
-        if len(bad):
-            raise InputError(
-                f"obsm[{setup.spatial_key!r}] is not finite for {len(bad)} cells, the first {adata.obs_names[bad[0]]!r}"
-            )
     samples = _codes(adata, setup.sample_key)[0]
     batches, names = _codes(adata, setup.batch_key)
     if batch_names is not None and setup.batch_key is not None:
@@ -117,6 +109,9 @@ def read_cells(
             raise InputError(f"obs[{setup.batch_key!r}] has batch {unknown[0]!r}; the model knows {list(batch_names)}")
         batches = np.array([batch_names.index(name) for name in names])[batches]
         names = batch_names
+    matrix, where = _counts(adata, setup.layer)
+    counts = read_counts(matrix, columns, where)
+    coordinates = _coordinates(adata, setup.spatial_key)
     return Cells(counts, tuple(adata.var_names[columns]), coordinates, samples, batches, names)
 
 
@@ -160,15 +155,6 @@ def minibatches(rows: np.ndarray, size: int, patch: int, rng: np.random.Generato
         yield rows[first : first + size]
 
 
-def dense_rows(counts: sp.csr_array, rows: np.ndarray) -> np.ndarray:
-    """``counts[rows]``, float32 (row, gene)."""
-    from spatialvae import _kernels
-
-    out = np.empty((len(rows), counts.shape[1]), np.float32)
-    _kernels.dense_rows(counts.indptr, counts.indices, counts.data, rows, out)
-    return out
-
-
 def with_neighbours(rows: np.ndarray, neighbours: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``rows`` followed by those of their ``neighbours`` (cell, slot) that are not among them, each once; and where in
     this list each row's neighbours stand, int32 (row, slot), -1 where there is none.
@@ -207,26 +193,31 @@ def _columns(adata: AnnData, genes: tuple[str, ...] | None) -> np.ndarray:
     return columns
 
 
-def _check_counts(counts: sp.csr_array, where: str) -> None:
-    data = counts.data
-    wrong = ~np.isfinite(data) | (data < 0) | (data != np.round(data))
-    if wrong.any():
-        at = int(np.flatnonzero(wrong)[0])
-        row = int(np.searchsorted(counts.indptr, at, side="right")) - 1
-        raise InputError(
-            f"{where} must hold counts (non-negative integers); row {row}, column {counts.indices[at]} is {data[at]:g}"
-        )
-    empty = np.flatnonzero(np.asarray(counts.sum(1)).ravel() == 0)
-    if len(empty):
-        raise InputError(f"{len(empty)} cells have no counts in {where}, the first in row {empty[0]}: remove them")
+def _coordinates(adata: AnnData, key: str | None) -> np.ndarray | None:
+    if key is None:
+        return None
+    if key not in adata.obsm:
+        raise InputError(f"obsm has no {key!r}; it has {sorted(adata.obsm)}")
+    coordinates = np.asarray(adata.obsm[key], float)
+    if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
+        raise InputError(f"obsm[{key!r}] has shape {coordinates.shape}; expected (cell, 2) or (cell, 3)")
+    bad = np.flatnonzero(~np.isfinite(coordinates).all(1))
+    if len(bad):
+        raise InputError(f"obsm[{key!r}] is not finite for {len(bad)} cells, the first {adata.obs_names[bad[0]]!r}")
+    return coordinates
+
+
+def _check_key(adata: AnnData, key: str | None) -> None:
+    if key is None:
+        return
+    if key not in adata.obs:
+        raise InputError(f"obs has no {key!r}; it has {sorted(adata.obs)}")
+    if adata.obs[key].isna().any():
+        raise InputError(f"obs[{key!r}] is missing for {int(adata.obs[key].isna().sum())} cells")
 
 
 def _codes(adata: AnnData, key: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
     if key is None:
         return np.zeros(adata.n_obs, np.int64), ("",)
-    if key not in adata.obs:
-        raise InputError(f"obs has no {key!r}; it has {sorted(adata.obs)}")
-    if adata.obs[key].isna().any():
-        raise InputError(f"obs[{key!r}] is missing for {int(adata.obs[key].isna().sum())} cells")
     names, codes = np.unique(adata.obs[key].astype(str).to_numpy().astype(str), return_inverse=True)
     return codes.astype(np.int64), tuple(str(name) for name in names)

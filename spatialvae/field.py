@@ -25,6 +25,7 @@ ROUGH_RANGE = 0.3  # a: hardly beyond the nearest neighbours
 RANGES = np.geomspace(1, 2000, 25)  # of r, in squared graph steps
 LANCZOS_STEPS = 40
 PROBES = 6  # random vectors for traces, at least
+COLUMNS_AT_ONCE = 8  # of Lanczos' vectors, four of which are held for each column
 UPDATES = 150
 MAX_DEGREE_OF_FILTER = 400
 
@@ -67,11 +68,10 @@ class Field:
         further.
         """
         y = np.asarray(scores @ self.directions, np.float32)
-        members = 1 + np.asarray(neighbours.sum(1)).reshape(-1, 1)
-        mean = (y + neighbours @ y) / members
-        weight = self.doubt / (self.doubt + self.own / members)
-        field = self.smooth_part(laplacian, scores)
-        return np.asarray(field + weight * (mean - field), np.float32)
+        members = 1 + np.asarray(neighbours.sum(1), np.float32).reshape(-1, 1)
+        weight = 1 / (1 + (self.own / self.doubt).astype(np.float32) / members)
+        weight *= (y + neighbours @ y) / members - (field := self.smooth_part(laplacian, scores))
+        return field + weight
 
     def _spectrum(self, eigenvalue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return _parts(eigenvalue, self.range, np.stack([self.smooth, self.rough, self.noise]))
@@ -155,18 +155,24 @@ def _autocorrelated(scores: np.ndarray, neighbours: sp.csr_array) -> np.ndarray:
 
 
 def _spectral_measure(laplacian: sp.csr_array, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss quadrature of each column's spectral measure: nodes and weights (column, step), weights summing to 1.
+    """Gauss quadrature of each column's spectral measure: nodes and weights (column, step), weights summing to 1."""
+    laplacian = laplacian.astype(float)
+    parts = [
+        _lanczos(laplacian, vectors[:, first : first + COLUMNS_AT_ONCE])
+        for first in range(0, vectors.shape[1], COLUMNS_AT_ONCE)
+    ]
+    return np.concatenate([nodes for nodes, _ in parts]), np.concatenate([weights for _, weights in parts])
 
-    Plain three-term Lanczos: lost orthogonality only splits nodes, which does not change the integrals.
-    """
+
+def _lanczos(laplacian: sp.csr_array, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Plain three-term Lanczos: lost orthogonality only splits nodes, which does not change the integrals."""
     steps = min(LANCZOS_STEPS, len(vectors))
     columns = vectors.shape[1]
     diagonal, below = np.zeros((steps, columns)), np.zeros((steps, columns))
     before = np.zeros_like(vectors)
     now = vectors / np.maximum(np.linalg.norm(vectors, axis=0), 1e-300)
-    matrix = laplacian.astype(float)
     for step in range(steps):
-        after = matrix @ now - (below[step - 1] * before if step else 0)
+        after = laplacian @ now - (below[step - 1] * before if step else 0)
         diagonal[step] = (after * now).sum(0)
         after -= diagonal[step] * now
         below[step] = np.linalg.norm(after, axis=0)

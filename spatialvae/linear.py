@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 
+from spatialvae.counts import Counts
 from spatialvae.data import Cells, Graphs
 from spatialvae.field import Field, fit_field, laplacian_of, spectral_means
 
@@ -25,9 +27,11 @@ class Components:
 
     def scores(self, cells: Cells) -> np.ndarray:
         """(cell, component) float32, centred within each batch."""
-        projected = log_normalised(cells.counts, cells.depth, self.scale) @ self.loadings
-        centred = projected - self.mean @ self.loadings - self.batch_mean[cells.batches]
-        return np.asarray(centred, np.float32)
+        offset = self.mean @ self.loadings + self.batch_mean
+        out = np.empty((cells.n_cells, self.loadings.shape[1]), np.float32)
+        for rows, logs in log_normalised(cells.counts, self.scale):
+            out[rows] = logs @ self.loadings - offset[cells.batches[rows]]
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +48,12 @@ class LinearStart:
     spread: float
 
 
-def log_normalised(counts: sp.csr_array, depth: np.ndarray, scale: float) -> sp.csr_array:
-    """``log(1 + scale x / depth)``, sparse, float32."""
-    out = counts.copy()
-    out.data = np.log1p(out.data * np.repeat(scale / depth, np.diff(out.indptr)).astype(np.float32))
-    return out
+def log_normalised(counts: Counts, scale: float) -> Iterator[tuple[slice, sp.csr_array]]:
+    """``log(1 + scale x / depth)`` in blocks of cells: rows, and their values float32 (row, gene)."""
+    for rows, block in counts.blocks():
+        factor = (scale / counts.depth[rows]).astype(np.float32)
+        block.data = np.log1p(block.data * np.repeat(factor, np.diff(block.indptr)))
+        yield rows, block
 
 
 def fit_components(cells: Cells, n_components: int, seed: int = 0) -> Components:
@@ -56,30 +61,45 @@ def fit_components(cells: Cells, n_components: int, seed: int = 0) -> Components
     n, genes = cells.counts.shape
     k = min(n_components, genes - 1, n - 1)
     scale = float(np.median(cells.depth))
-    logs = log_normalised(cells.counts, cells.depth, scale)
-    mean = np.asarray(logs.mean(0)).ravel()
-    if genes <= DENSE_GENES:
-        covariance = (logs.T @ logs).toarray() / n - np.outer(mean, mean)
-        loadings = np.linalg.eigh(covariance)[1][:, ::-1][:, :k]
-    else:
-        from scipy.sparse.linalg import LinearOperator, svds
-
-        centred = LinearOperator(
-            logs.shape,
-            matvec=lambda v: logs @ v - mean @ v,
-            rmatvec=lambda v: logs.T @ v - mean * v.sum(),
-            matmat=lambda v: logs @ v - mean @ v,
-            rmatmat=lambda v: logs.T @ v - np.outer(mean, v.sum(0)),
-            dtype=np.float32,
+    full = genes <= DENSE_GENES
+    sums, products = np.zeros((len(cells.batch_names), genes)), np.zeros((genes, genes) if full else 0)
+    for rows, logs in log_normalised(cells.counts, scale):
+        batches = sp.csr_array(
+            (np.ones(logs.shape[0]), cells.batches[rows], np.arange(logs.shape[0] + 1)),
+            shape=(logs.shape[0], len(sums)),
         )
-        _, values, right = svds(centred, k, rng=np.random.default_rng(seed))
-        loadings = right[np.argsort(-values)].T
+        sums += (batches.T @ logs).toarray()
+        if full:
+            dense = logs.toarray()
+            products += dense.T @ dense
+    mean = sums.sum(0) / n
+    if full:
+        loadings = np.linalg.eigh(products / n - np.outer(mean, mean))[1][:, ::-1][:, :k]
+    else:
+        loadings = _right_vectors(cells.counts, scale, mean, k, seed)
     loadings = loadings * np.sign(loadings[np.abs(loadings).argmax(0), np.arange(k)])
-    projected = logs @ loadings - mean @ loadings
-    members = np.bincount(cells.batches, minlength=len(cells.batch_names))
-    sums = np.stack([np.bincount(cells.batches, column, len(members)) for column in projected.T], 1)
-    batch_mean = sums / np.maximum(members, 1)[:, None]
+    members = np.bincount(cells.batches, minlength=len(sums))[:, None]
+    batch_mean = (sums - members * mean) / np.maximum(members, 1) @ loadings
     return Components(scale, mean.astype(np.float32), loadings.astype(np.float32), batch_mean.astype(np.float32))
+
+
+def _right_vectors(counts: Counts, scale: float, mean: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """The first ``k`` right singular vectors (gene, k) of the centred logs."""
+    from scipy.sparse.linalg import LinearOperator, svds
+
+    n, genes = counts.shape
+
+    def times(v: np.ndarray) -> np.ndarray:
+        return np.concatenate([logs @ v - mean @ v for _, logs in log_normalised(counts, scale)])
+
+    def transposed_times(v: np.ndarray) -> np.ndarray:
+        return sum(logs.T @ v[rows] for rows, logs in log_normalised(counts, scale)) - np.multiply.outer(mean, v.sum(0))
+
+    centred = LinearOperator(
+        (n, genes), matvec=times, rmatvec=transposed_times, matmat=times, rmatmat=transposed_times, dtype=np.float32
+    )
+    _, values, right = svds(centred, k, rng=np.random.default_rng(seed))
+    return right[np.argsort(-values)].T
 
 
 def fit_linear(cells: Cells, graphs: Graphs | None, n_components: int, max_niche: int, seed: int = 0) -> LinearStart:

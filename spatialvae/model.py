@@ -15,7 +15,7 @@ import torch
 
 from spatialvae import _keys, analysis
 from spatialvae._files import whole
-from spatialvae.data import FIELD_NEIGHBOURS, Setup, build_graphs, minibatches, read_cells
+from spatialvae.data import FIELD_NEIGHBOURS, Setup, build_graphs, check_table, minibatches, read_cells
 from spatialvae.errors import InputError
 from spatialvae.graph import nearest_among
 from spatialvae.linear import fit_linear
@@ -70,7 +70,7 @@ class SpatialVAE:
         cells = read_cells(adata, self.setup)
         graphs = build_graphs(cells)
         start = fit_linear(cells, graphs, n_latent, n_niche, seed)
-        shares = np.asarray(cells.counts.sum(0), float).ravel() + 0.5
+        shares = sum(block.sum(0, dtype=float) for _, block in cells.counts.blocks()) + 0.5
         shape = Shape(
             len(cells.genes),
             len(cells.batch_names),
@@ -95,10 +95,11 @@ class SpatialVAE:
         sample_key: str | None = None,
         batch_key: str | None = None,
     ) -> None:
-        """Say where ``adata`` keeps what the model reads, and check it.
+        """Say where ``adata`` keeps what the model reads, and check all but the counts, which are read once: later.
 
         Parameters
         ----------
+        adata : may be backed; counts are then streamed from its file, and not kept in memory
         layer : counts, non-negative integers; X if None
         spatial_key : obsm with coordinates (cell, 2 or 3), any unit; None for cells without positions
         sample_key : obs naming the section of each cell; neighbours are found within it
@@ -107,7 +108,7 @@ class SpatialVAE:
         Genes marked in ``var["is_blank"]`` are left out of the model.
         """
         setup = Setup(layer, spatial_key, sample_key, batch_key)
-        read_cells(adata, setup)
+        check_table(adata, setup)
         setup.write(adata)
 
     @property

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spatialvae import likelihoods, loss
-from spatialvae.data import Cells, Graphs, dense_rows, with_neighbours
+from spatialvae.data import Cells, Graphs, with_neighbours
 from spatialvae.decoder import Decoder
 from spatialvae.encoder import CellEncoder, NicheEncoder, log_normalised
 from spatialvae.field import Field, laplacian_of
@@ -170,7 +170,7 @@ class SpatialModule(nn.Module):
         )
 
     def counts(self, section: Section, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(dense_rows(section.cells.counts, rows)).to(self.mean.device)
+        return torch.from_numpy(section.cells.counts.dense(rows)).to(self.mean.device)
 
     def infer_cell(self, x: Tensor, depth: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """q(z_cell) of counts (B, gene)."""

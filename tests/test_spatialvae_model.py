@@ -55,7 +55,7 @@ def test_terms__match_a_naive_bound_cell_by_cell(trained):
         prior_mean = (z_niche @ module.niche_to_cell.T).numpy()
     for i in (0, 7, 100):
         likelihood, divergence = reference.cell_bound(
-            section.cells.counts[[i]].toarray()[0],
+            section.cells.counts.dense(np.array([i]))[0],
             shares[i],
             module.log_theta.detach().exp().numpy(),
             posterior.cell_mean[i].numpy(),
@@ -287,12 +287,17 @@ def spoil_empty(table):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*names are not unique")
-def test_setup_anndata__names_what_is_wrong(spoil, message):
+def test_model__names_what_is_wrong(spoil, message):
     table = tissue(40)
     table.X = table.X.toarray()
     spoil(table)
-    with pytest.raises(InputError, match=message):
+
+    def prepare():
         SpatialVAE.setup_anndata(table)
+        SpatialVAE(table)
+
+    with pytest.raises(InputError, match=message):
+        prepare()
 
 
 @pytest.mark.parametrize("key", ["layer", "spatial_key", "sample_key", "batch_key"])

@@ -1,0 +1,125 @@
+"""Counts of a table, read in blocks and kept small: a table larger than memory can be read from a backed AnnData."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+
+from spatialvae.errors import InputError
+
+ENTRIES = 2**22  # of a block, zeros counted
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Counts (cell, gene) as compressed rows, in the smallest integers that hold them.
+
+    ``indptr`` int64 (cell + 1,), ``indices`` and ``data`` unsigned (entry,), ``depth`` float32 (cell,) the row sums.
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    data: np.ndarray
+    depth: np.ndarray
+    n_genes: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.depth), self.n_genes
+
+    def blocks(self) -> Iterator[tuple[slice, sp.csr_array]]:
+        """Consecutive rows and their counts, float32: never the whole table at once."""
+        n, step = len(self.depth), max(ENTRIES // self.n_genes, 1)
+        for first in range(0, n, step):
+            rows = slice(first, min(first + step, n))
+            start, stop = self.indptr[rows.start], self.indptr[rows.stop]
+            data, indices = self.data[start:stop].astype(np.float32), self.indices[start:stop].astype(np.int32)
+            indptr = (self.indptr[rows.start : rows.stop + 1] - start).astype(np.int32)
+            yield rows, sp.csr_array((data, indices, indptr), shape=(rows.stop - first, self.n_genes))
+
+    def dense(self, rows: np.ndarray) -> np.ndarray:
+        """Of ``rows`` (row,): float32 (row, gene)."""
+        from spatialvae import _kernels
+
+        out = np.empty((len(rows), self.n_genes), np.float32)
+        _kernels.dense_rows(self.indptr, self.indices, self.data, rows, out)
+        return out
+
+
+def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
+    """Check and keep ``columns`` of ``matrix`` (cell, gene): an array, a scipy matrix, or either left in a file.
+
+    It is gone through twice, block by block: to check and measure it, and to take it. What comes from a file goes into
+    a temporary one without a name (in ``TMPDIR``; 2 to 4 bytes a non-zero count), mapped into memory, which the system
+    may page out and which goes with the last reference to it.
+
+    Raises InputError, naming ``where``, for values that are not non-negative integers and for cells without counts.
+    """
+    from spatialvae import _kernels
+
+    n, in_file = matrix.shape[0], not (isinstance(matrix, np.ndarray) or sp.issparse(matrix))
+    length, depth, highest = np.zeros(n, np.int64), np.zeros(n), 0
+    for rows, genes, values in _entries(matrix, columns):
+        _check(rows, columns[genes], values, where)
+        _kernels.tally(rows, values, length, depth)
+        highest = max(highest, int(values.max(initial=0)))
+    empty = np.flatnonzero(depth == 0)
+    if len(empty):
+        raise InputError(f"{len(empty)} cells have no counts in {where}, the first in row {empty[0]}: remove them")
+    indptr = np.append(0, np.cumsum(length))
+    indices = _array(int(indptr[-1]), np.min_scalar_type(len(columns) - 1), in_file)
+    data = _array(int(indptr[-1]), np.min_scalar_type(highest), in_file)
+    free = indptr[:-1].copy()
+    for rows, genes, values in _entries(matrix, columns):
+        _kernels.append_entries(rows, genes, values, free, indices, data)
+    return Counts(indptr, indices, data, depth.astype(np.float32), len(columns))
+
+
+def _entries(matrix: Any, columns: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Rows, places among ``columns`` and values of what is not zero, in blocks of rows (of columns, if it is CSC)."""
+    place = np.full(matrix.shape[1], -1, np.int64)
+    place[columns] = np.arange(len(columns))
+    by_column = getattr(matrix, "format", "") == "csc"
+    length, width = reversed(matrix.shape) if by_column else matrix.shape
+    step = max(ENTRIES // width, 1)
+    chunk = (getattr(matrix, "chunks", None) or (1,))[0]
+    step = -(-step // chunk) * chunk if isinstance(chunk, int) else step  # a chunk of a file is unpacked once
+    for first in range(0, length, step):
+        block = matrix[:, first : first + step] if by_column else matrix[first : first + step]
+        entries = _canonical(block if sp.issparse(block) else sp.csr_array(np.asarray(block))).tocoo()
+        rows, genes = entries.row.astype(np.int64), entries.col.astype(np.int64)
+        genes, rows = place[genes + first * by_column], rows + first * (not by_column)
+        kept = (genes >= 0) & (entries.data != 0)
+        yield rows[kept], genes[kept], entries.data[kept]
+
+
+def _canonical(block: Any) -> Any:
+    """``block`` with each entry once; the caller's matrix, which it may share memory with, stays as it is."""
+    if not block.has_canonical_format:
+        block = block.copy()
+        block.sum_duplicates()
+    return block
+
+
+def _check(rows: np.ndarray, genes: np.ndarray, values: np.ndarray, where: str) -> None:
+    wrong = np.flatnonzero(~np.isfinite(values) | (values < 0) | (values != np.round(values)))
+    if len(wrong):
+        at = wrong[0]
+        raise InputError(
+            f"{where} must hold counts (non-negative integers); row {rows[at]}, column {genes[at]} is {values[at]:g}"
+        )
+
+
+def _array(size: int, dtype: np.dtype, in_file: bool) -> np.ndarray:
+    if not in_file:
+        return np.empty(size, dtype)
+    with tempfile.TemporaryFile() as file:  # the mapping outlives the name and the handle
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would be a crash when written to
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+        return np.asarray(np.memmap(file, dtype, "w+", shape=size))
