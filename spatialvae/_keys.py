@@ -6,3 +6,4 @@ LATENT_NAMES = "X_spatialvae_names"  # uns: one name per column of LATENT
 DOMAIN = "spatial_domain"  # obs
 DOMAIN_PROBABILITY = "spatial_domain_probability"  # obsm
 IS_BLANK = "is_blank"  # var: words of the codebook without a gene; never modelled
+WRITTEN = {"obsm": (LATENT, DOMAIN_PROBABILITY), "uns": (SETUP, LATENT_NAMES)}  # and DOMAIN, in obs

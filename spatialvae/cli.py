@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,18 +48,21 @@ def train(
     from spatialvae.training import Plan
 
     SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
-    model = SpatialVAE(adata, seed=seed)
+    with _status("reading counts, finding neighbours, fitting the spatial field"):
+        model = SpatialVAE(adata, seed=seed)
     model.train(max_epochs or Plan.max_epochs, seed=seed, progress=is_first())
     if not is_first():
         return
-    _embed(model, adata)
-    if domains is not None:
-        model.domains(domains, seed=seed)
-    _write_run(model, adata, table, out, domains, seed, started)
+    with _status("embedding, writing"):
+        _embed(model, adata)
+        if domains is not None:
+            model.domains(domains, seed=seed)
+        elbo = model.get_elbo()
+        _write_run(model, table, out, {"domains": domains, "seed": seed}, elbo, started)
     shape = model.module.shape
     typer.echo(
         f"{adata.n_obs} cells, {shape.n_genes} genes: {len(model.history)} epochs, {shape.n_niche} niche and "
-        f"{shape.n_cell} cell dimensions, ELBO {model.get_elbo():.2f} nats a cell. Written to {out}"
+        f"{shape.n_cell} cell dimensions, ELBO {elbo:.2f} nats a cell. Written to {out}"
     )
 
 
@@ -71,10 +76,10 @@ def embed(
     adata = _read(table)
     from spatialvae.model import SpatialVAE
 
-    folder = model / "model" if (model / "model").is_dir() else model
-    loaded = SpatialVAE.load(folder, adata)
-    _embed(loaded, adata)
-    _write_table(adata, out)
+    with _status("reading counts, finding neighbours, embedding"):
+        loaded = SpatialVAE.load(_model_folder(model), adata)
+        _embed(loaded, adata)
+        _write_table(adata, table, out)
     typer.echo(f"{adata.n_obs} cells embedded. Written to {out}")
 
 
@@ -92,7 +97,8 @@ def evaluate(
 
     if labels is not None and labels not in adata.obs:
         raise InputError(f"obs has no {labels!r}; it has {sorted(adata.obs)}")
-    loaded = SpatialVAE.load(model / "model" if (model / "model").is_dir() else model, adata)
+    with _status("reading counts, finding neighbours"):
+        loaded = SpatialVAE.load(_model_folder(model), adata)
     figures: dict[str, float] = {
         "elbo": loaded.get_elbo(seed=seed),
         "reconstruction_error": loaded.get_reconstruction_error(seed=seed),
@@ -121,14 +127,34 @@ def main() -> None:
 
 
 def _read(path: Path) -> AnnData:
+    """The table with its counts, layers and arrays over cells left in the file."""
     if not path.is_file():
         raise InputError(f"{path} is not a file")
     import anndata
+    import h5py
+    from anndata.io import read_elem, sparse_dataset
+
+    def lazy(item: Any) -> Any:
+        return sparse_dataset(item) if isinstance(item, h5py.Group) else item
 
     try:
-        return anndata.read_h5ad(path)
+        file = h5py.File(path)
+        if "encoding-type" not in file.attrs:  # before AnnData 0.8
+            return anndata.read_h5ad(path)
+        layers, obsm = (file.get(name, {}) for name in ("layers", "obsm"))
+        return anndata.AnnData(
+            lazy(file["X"]) if "X" in file else None,
+            read_elem(file["obs"]),
+            read_elem(file["var"]),
+            obsm={name: item for name, item in obsm.items() if isinstance(item, h5py.Dataset)},
+            layers={name: lazy(item) for name, item in layers.items()},
+        )
     except Exception as error:  # h5py and anndata raise many kinds for what is not a table
         raise InputError(f"{path} cannot be read as an AnnData file: {error}") from error
+
+
+def _model_folder(path: Path) -> Path:
+    return path / "model" if (path / "model").is_dir() else path
 
 
 def _embed(model: SpatialVAE, adata: AnnData) -> None:
@@ -138,36 +164,59 @@ def _embed(model: SpatialVAE, adata: AnnData) -> None:
     adata.uns[_keys.LATENT_NAMES] = model.latent_names
 
 
-def _write_table(adata: AnnData, path: Path) -> None:
+def _write_table(adata: AnnData, table: Path, path: Path) -> None:
+    """A copy of the file ``table`` with what was found, which ``adata`` holds."""
+    import h5py
+    from anndata.io import write_elem
+
+    from spatialvae import _keys
     from spatialvae._files import whole
 
     with whole(path) as part:
-        adata.write_h5ad(part, compression="gzip")
+        shutil.copyfile(table, part)
+        with h5py.File(part, "r+") as file:
+            for kind, names in _keys.WRITTEN.items():
+                group, found = file.require_group(kind), getattr(adata, kind)
+                for name in names:
+                    if name in found:
+                        write_elem(group, name, found[name], dataset_kwargs={"compression": "gzip"})
+            if _keys.DOMAIN in adata.obs:
+                write_elem(file, "obs", adata.obs)
 
 
 def _write_run(
-    model: SpatialVAE, adata: AnnData, table: Path, out: Path, domains: int | None, seed: int, started: float
+    model: SpatialVAE, table: Path, out: Path, parameters: dict[str, Any], elbo: float, started: float
 ) -> None:
+    import numpy as np
+
     from spatialvae import _keys, plots
     from spatialvae._files import whole
 
+    adata, shape = model.adata, model.module.shape
     model.save(out / "model")
-    _write_table(adata, out / "table.h5ad")
+    _write_table(adata, table, out / "table.h5ad")
     with whole(out / "history.csv") as part:
         model.history.to_csv(part, index=False)
-    labels = adata.obs[_keys.DOMAIN].to_numpy() if domains is not None else None
-    latent = model.get_latent_representation(which="niche" if model.module.shape.n_niche else "cell")
+    labels = adata.obs[_keys.DOMAIN].to_numpy() if parameters["domains"] is not None else None
+    latent = adata.obsm[_keys.LATENT][:, : shape.n_niche or shape.n_cell]
     figures = {"training": plots.training_curve(model.history), "latent": plots.latent_map(latent, labels)}
     if labels is not None and model.setup.spatial_key is not None:
-        figures["domains"] = plots.domains_in_space(adata.obsm[model.setup.spatial_key], labels)
+        figures["domains"] = plots.domains_in_space(np.asarray(adata.obsm[model.setup.spatial_key]), labels)
     for name, figure in figures.items():
         with whole(out / f"{name}.png") as part:
             figure.savefig(part)
     with whole(out / "run.json") as part:
-        part.write_text(json.dumps(_about(model, table, domains, seed, started), indent=1))
+        part.write_text(json.dumps(_about(model, table, parameters, elbo, started), indent=1))
 
 
-def _about(model: SpatialVAE, table: Path, domains: int | None, seed: int, started: float) -> dict[str, Any]:
+def _status(text: str) -> AbstractContextManager[object]:
+    """``text`` beside something that moves, on a terminal and while the block lasts."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+def _about(model: SpatialVAE, table: Path, parameters: dict[str, Any], elbo: float, started: float) -> dict[str, Any]:
     from dataclasses import asdict
     from importlib.metadata import version
 
@@ -176,8 +225,8 @@ def _about(model: SpatialVAE, table: Path, domains: int | None, seed: int, start
     return {
         "versions": {name: version(name) for name in ("merfish", "numpy", "torch", "anndata")},
         "input": {"path": str(table), "bytes": table.stat().st_size, "sha256": digest},
-        "parameters": asdict(model.setup) | asdict(model.module.shape) | {"domains": domains, "seed": seed},
-        "figures": {"epochs": len(model.history), "elbo": model.get_elbo()},
+        "parameters": asdict(model.setup) | asdict(model.module.shape) | parameters,
+        "figures": {"epochs": len(model.history), "elbo": elbo},
         "seconds": round(time.time() - started, 2),
     }
 

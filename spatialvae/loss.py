@@ -27,11 +27,13 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Terms:
-    """(cell,) each, in nats."""
+    """Terms of the bound, (cell,) each, in nats; and the posterior means that they come from, (cell, dim)."""
 
     log_likelihood: Tensor
     kl_cell: Tensor
     kl_niche: Tensor
+    cell_mean: Tensor
+    niche_mean: Tensor
 
     def elbo(self, kl_weight: float = 1.0) -> Tensor:
         return self.log_likelihood - kl_weight * (self.kl_cell + self.kl_niche)

@@ -44,8 +44,9 @@ class Shape:
 class Section:
     """A table as the model reads it: counts stay sparse, the rest are tensors over cells.
 
-    ``features`` (cell, F), ``smooth`` (cell, D) of ``Field.niche``; ``wide`` and ``near`` int32 (cell, slot), -1 where
-    empty; ``distance`` (cell, slot of wide), log(1 + d / median d); ``scratch`` of ``data.with_neighbours``.
+    ``features`` (cell, F), of which ``smooth`` (cell, D) of ``Field.niche`` is the end; ``wide`` and ``near`` int32
+    (cell, slot), -1 where empty; ``distance`` (cell, slot of wide), log(1 + d / median d); ``scratch`` of
+    ``data.with_neighbours``.
     """
 
     cells: Cells
@@ -137,28 +138,22 @@ class SpatialModule(nn.Module):
         components = Components(
             float(self.scale), *(b.cpu().numpy() for b in (self.mean, self.loadings, self.batch_mean))
         )
-        scores = components.scores(cells)
-        n = cells.n_cells
-        smooth, wide, near = np.zeros((n, 0), np.float32), np.zeros((n, 0), int), np.zeros((n, 0), int)
-        distance = np.zeros((n, 0), np.float32)
+        n, c = cells.n_cells, self.shape.n_cell
+        features = np.zeros((n, c + self.shape.n_niche), np.float32)
+        features[:, :c] = components.scores(cells)
+        wide = near = np.empty((n, 0), np.int32)
+        distance = np.empty((n, 0), np.float32)
         if graphs is not None and self.shape.n_niche:
-            smooth = self.field().niche(laplacian_of(graphs.near.adjacency()), graphs.wide.adjacency(), scores)
+            laplacian = laplacian_of(graphs.near.adjacency())
+            features[:, c:] = self.field().niche(laplacian, graphs.wide.adjacency(), features[:, :c])
             wide, near = graphs.wide.index, graphs.near.index
-            far = graphs.wide.distance
-            middle = np.median(far[np.isfinite(far)]) if np.isfinite(far).any() else 1.0
-            distance = np.log1p(np.where(np.isfinite(far), far, 0) / max(float(middle), 1e-12))
-        features = np.concatenate([scores / self.score_sd.cpu().numpy(), smooth], 1)
-        return Section(
-            cells,
-            torch.tensor(cells.depth),
-            torch.tensor(cells.batches),
-            torch.tensor(features, dtype=torch.float32),
-            torch.tensor(smooth),
-            torch.tensor(wide, dtype=torch.int32),
-            torch.tensor(distance, dtype=torch.float32),
-            torch.tensor(near, dtype=torch.int32),
-            np.full(n, -1, np.int32),
-        )
+            there = np.isfinite(graphs.wide.distance)
+            middle = np.median(graphs.wide.distance[there]) if there.any() else 1.0
+            distance = np.where(there, graphs.wide.distance, np.float32(0))
+            distance = np.log1p(distance / np.float32(max(float(middle), 1e-12)))
+        features[:, :c] /= self.score_sd.cpu().numpy()
+        arrays = cells.depth, cells.batches, features, features[:, c:], wide, distance, near
+        return Section(cells, *map(torch.from_numpy, arrays), scratch=np.full(n, -1, np.int32))  # type: ignore[arg-type, misc]
 
     def field(self) -> Field:
         """The field as arrays."""
@@ -220,21 +215,23 @@ class SpatialModule(nn.Module):
         device = self.mean.device
         index = torch.from_numpy(rows)
         niche_noise, cell_noise = noise.to(device).split([self.shape.n_niche, self.shape.n_cell], 1)
-        z_niche, niche_kl = self._draw_niche(section, rows, niche_noise)
+        z_niche, niche_kl, niche_mean = self._draw_niche(section, rows, niche_noise)
         x = self.counts(section, rows)
         depth, batch = section.depth[index].to(device), section.batch[index].to(device)
         inferred = self.infer_cell(x, depth, batch)
         z_cell, cell_kl = loss.draw_cell(*inferred, z_niche @ self.niche_to_cell.T, self.log_residual, cell_noise)
-        return loss.Terms(self.log_likelihood(x, depth, batch, z_cell, z_niche), cell_kl, niche_kl)
+        likelihood = self.log_likelihood(x, depth, batch, z_cell, z_niche)
+        return loss.Terms(likelihood, cell_kl, niche_kl, inferred[0], niche_mean)
 
-    def _draw_niche(self, section: Section, rows: np.ndarray, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """z_niche (B, D) and its divergence (B,) of ``rows``."""
+    def _draw_niche(self, section: Section, rows: np.ndarray, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z_niche (B, D), its divergence (B,) and its posterior mean of ``rows``."""
         if self.niche_encoder is None:
-            return noise, noise.new_zeros(len(rows))
+            return noise, noise.new_zeros(len(rows)), noise
         nodes, slots = with_neighbours(rows, section.near.numpy(), section.scratch)
         prior = self.smooth_variance, self.range, self.log_det
         near = torch.from_numpy(slots).to(noise.device)
-        return loss.draw_niche(*self.infer_niche(section, nodes), near, *prior, noise)
+        inferred = self.infer_niche(section, nodes)
+        return *loss.draw_niche(*inferred, near, *prior, noise), inferred[0][: len(rows)]
 
     def niche_given(self, mean: Tensor, variance: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Prior mean and variance of z_niche (B, D) given its neighbours' posterior ``mean`` and ``variance``

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_LEGEND = 24
+MOST_DRAWN = 200_000  # cells; more hide each other
 
 
 def training_curve(history: pd.DataFrame) -> Figure:
@@ -37,8 +38,9 @@ def training_curve(history: pd.DataFrame) -> Figure:
 def latent_map(latent: np.ndarray, labels: np.ndarray | None = None, title: str = "Latent space") -> Figure:
     """First two principal components of ``latent`` (cell, dim), coloured by ``labels`` (cell,)."""
     centred = latent - latent.mean(0)
-    _, _, right = np.linalg.svd(centred, full_matrices=False)
-    where = centred @ right[:2].T if right.shape[0] > 1 else np.c_[centred[:, 0], np.zeros(len(centred))]
+    axes_of_variance = np.linalg.eigh(centred.T.astype(float) @ centred)[1][:, ::-1]
+    where = np.zeros((len(centred), 2))
+    where[:, : latent.shape[1]] = centred @ axes_of_variance[:, :2]
     figure, (axes,) = _figure(1)
     _scatter(axes, where, labels)
     axes.set(xlabel="component 1", ylabel="component 2", title=title, xticks=[], yticks=[])
@@ -64,6 +66,9 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
 def _scatter(axes: Axes, where: np.ndarray, labels: np.ndarray | None) -> None:
     from matplotlib import colormaps
 
+    if len(where) > MOST_DRAWN:
+        drawn = np.random.default_rng(0).choice(len(where), MOST_DRAWN, replace=False)
+        where, labels = where[drawn], labels if labels is None else np.asarray(labels)[drawn]
     size = float(np.clip(8000 / max(len(where), 1), 0.5, 14))
     if labels is None:
         axes.scatter(where[:, 0], where[:, 1], s=size, lw=0, color="0.4")

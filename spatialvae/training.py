@@ -136,9 +136,8 @@ def evaluate(module: SpatialModule, section: Section, rows: np.ndarray, batch_si
     for batch in minibatches(rows, batch_size, 1, None):
         terms = module.terms(section, batch, module.noise(len(batch), generator))
         sums += [float(t.sum()) for t in (terms.log_likelihood, terms.kl_cell, terms.kl_niche)]
-        posterior = module.infer(section, batch)
-        cell.append(posterior.cell_mean)
-        niche.append(posterior.niche_mean)
+        cell.append(terms.cell_mean)
+        niche.append(terms.niche_mean)
     likelihood, kl_cell, kl_niche = (float(v) for v in sums / len(rows))
     spread = torch.cat(cell).var(0)
     used_cell = float((spread > 0.01 * module.log_residual.exp()).sum())
