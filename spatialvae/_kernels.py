@@ -18,8 +18,7 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
 inline: Callable[..., Any] = numba.njit(inline="always", error_model="numpy", fastmath=FAST)
 
-LOG_FACTORIAL = np.array([math.lgamma(k + 1) for k in range(256)], np.float32)
-RISING = 16  # counts up to it by products, above by Stirling's series, exact to 1e-9 from there on
+NEAR = 16  # counts up to it are looked up, above by Stirling's series, exact to 1e-9 from there on
 
 
 @inline
@@ -59,44 +58,13 @@ def _log(x):
 
 
 @inline
-def _rising(x, theta):
-    """log G(x + theta) - log G(theta) for an integer x >= 1 given as float, and its derivative by theta.
-
-    The first four factors, all that most counts need, are taken without a branch.
-    """
-    product, derivative = theta, float32(1)
-    for k in range(1, 4):
-        factor = theta + float32(k)
-        there = x > float32(k)
-        derivative = derivative * factor + product if there else derivative
-        product = product * factor if there else product
-    return _log(product), derivative / product
-
-
-@kernel
-def _rising_above_four(x, theta):
-    """What ``_rising`` lacks for x > 4."""
-    value, slope = float32(0), float32(0)
-    k, top = 4, int(min(x, float32(RISING)))
-    while k < top:
-        product, derivative = float32(1), float32(0)
-        for _ in range(min(4, top - k)):
-            factor = theta + float32(k)
-            derivative = derivative * factor + product
-            product *= factor
-            k += 1
-        value += _log(product)
-        slope += derivative / product
-    if x > RISING:
-        far, near = float(theta) + x, float(theta) + RISING
-        value += float32(_stirling(far) - _stirling(near))
-        slope += float32(_stirling_slope(far) - _stirling_slope(near))
-    return value, slope
-
-
-@inline
-def _log_factorial(x):
-    return LOG_FACTORIAL[x] if x < len(LOG_FACTORIAL) else float32(math.lgamma(x + 1.0))
+def _highest(row):
+    """The largest of ``row``, by way of integers of the same order: a loop that vectorises, unlike one over floats."""
+    most = int32(-(2**31))
+    for g in range(len(row)):
+        bits = np.float32(row[g]).view(np.int32)
+        most = max(most, int32(bits ^ ((bits >> int32(31)) & int32(0x7FFFFFFF))))
+    return np.int32(most ^ ((most >> int32(31)) & int32(0x7FFFFFFF))).view(np.float32)
 
 
 @inline
@@ -111,37 +79,55 @@ def _stirling_slope(y):
 
 
 @kernel
+def _rising(theta, value, slope):
+    """Fill ``value`` (gene, count) with log G(x + theta) - log G(theta) - log x! for x up to NEAR, and ``slope`` with
+    its derivative by log theta; return what Stirling's series of larger counts lacks of each, float64 (2, gene)."""
+    rest = np.empty((2, len(theta)))
+    value[:, 0] = slope[:, 0] = 0
+    for k in range(NEAR):
+        for g in range(len(theta)):
+            value[g, k + 1] = value[g, k] + _log((theta[g] + float32(k)) / float32(k + 1))
+            slope[g, k + 1] = slope[g, k] + theta[g] / (theta[g] + float32(k))
+    for g in range(len(theta)):
+        near = float(theta[g]) + NEAR
+        rest[0, g] = value[g, NEAR] - (_stirling(near) - _stirling(NEAR + 1.0))
+        rest[1, g] = slope[g, NEAR] - theta[g] * _stirling_slope(near)
+    return rest
+
+
+@kernel
 def negative_binomial(x, logits, depth, log_theta, value, by_logit, by_theta):
     """NB log-probability of ``x`` (cell, gene) with mean = depth * softmax(logits), summed over genes.
 
     Fills ``value`` (cell,), its derivatives ``by_logit`` (cell, gene) and, by log theta, ``by_theta`` (cell, gene).
-    Most counts are zero: all entries are first treated as such, in loops that vectorise, then the others corrected.
+    Most counts are zero: what all entries have in common is done in loops that vectorise, then the rest of the others.
     """
     n, genes = x.shape
-    theta, share, odds, rising, slopes = np.empty((5, genes), np.float32)
+    theta, inverse, share = np.empty((3, genes), np.float32)
+    rising, slope = np.empty((2, genes, NEAR + 1), np.float32)
     where = np.empty(genes + 1, np.int32)
     for g in range(genes):
         theta[g] = _exp(log_theta[g])
+        inverse[g] = _exp(-log_theta[g])
+    rest = _rising(theta, rising, slope)
     for i in range(n):
-        highest = logits[i, 0]
-        for g in range(genes):
-            highest = max(highest, logits[i, g])
+        highest = _highest(logits[i])
         total = float32(0)
         for g in range(genes):
             share[g] = _exp(logits[i, g] - highest)
             total += share[g]
         shift = _log(depth[i] / total) - highest
-        inverse = float32(1) / total
+        scale = float32(1) / total
         likelihood, pulled = float32(0), float32(0)
         for g in range(genes):
-            share[g] *= inverse
-            ratio = depth[i] * share[g] / theta[g]
+            share[g] *= scale
+            ratio = depth[i] * share[g] * inverse[g]
             above = float32(1) + ratio
-            odds[g] = -(_log(above) + (ratio - (above - float32(1))) / above)  # log(theta / (theta + mu))
-            likelihood += theta[g] * odds[g]
-            slope = ratio / above
-            by_logit[i, g] = -theta[g] * slope
-            by_theta[i, g] = theta[g] * (odds[g] + slope)
+            part = float32(1) / above
+            odds = -(_log(above) + (ratio - (above - float32(1))) * part)  # log(theta / (theta + mu))
+            likelihood += theta[g] * odds + x[i, g] * (logits[i, g] + shift - log_theta[g] + odds)
+            by_logit[i, g] = x[i, g] * part - theta[g] * ratio * part
+            by_theta[i, g] = theta[g] * (odds + ratio * part) - x[i, g] * part
             pulled += by_logit[i, g]
         found = 0
         for g in range(genes):
@@ -149,20 +135,13 @@ def negative_binomial(x, logits, depth, log_theta, value, by_logit, by_theta):
             found += x[i, g] > 0
         for j in range(found):
             g = where[j]
-            rising[j], slopes[j] = _rising(x[i, g], theta[g])
-        for j in range(found):
-            g = where[j]
-            count = x[i, g]
-            if count > 4:
-                more, steeper = _rising_above_four(count, theta[g])
-                rising[j] += more
-                slopes[j] += steeper
-            log_odds = logits[i, g] + shift - log_theta[g] + odds[g]  # log(mu / (theta + mu))
-            likelihood += rising[j] - _log_factorial(int(count)) + count * log_odds
-            fall = count / (float32(1) + depth[i] * share[g] / theta[g])
-            by_logit[i, g] += fall
-            by_theta[i, g] += theta[g] * slopes[j] - fall
-            pulled += fall
+            if x[i, g] <= NEAR:
+                likelihood += rising[g, int(x[i, g])]
+                by_theta[i, g] += slope[g, int(x[i, g])]
+            else:
+                far = float(theta[g]) + x[i, g]
+                likelihood += float32(rest[0, g] + _stirling(far) - _stirling(x[i, g] + 1.0))
+                by_theta[i, g] += float32(rest[1, g] + theta[g] * _stirling_slope(far))
         for g in range(genes):
             by_logit[i, g] -= share[g] * pulled
         value[i] = likelihood
