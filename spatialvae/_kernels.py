@@ -277,79 +277,92 @@ def attention_backward(own, value, edge, score, slots, distance, weight, gradien
                         d_value[j, at] += step + weight[i, k, h] * gradient[i, at]
 
 
+@inline
+def _exp_all(x, out):
+    """e^x of each entry: one long loop, since the rows of latents are too short to vectorise well."""
+    flat, flat_out = x.reshape(x.size), out.reshape(out.size)
+    for e in range(x.size):
+        flat_out[e] = _exp(flat[e])
+
+
 @kernel
-def draw_cell(mean, log_variance, prior_mean, prior_log_variance, noise, z, kl):
-    """``loss.draw_cell``: fills ``z`` (cell, dim) and ``kl`` (cell,)."""
+def draw_cell(mean, log_variance, prior_mean, prior_log_variance, noise, variance, z, kl):
+    """``loss.draw_cell``: fills ``variance``, ``z`` (cell, dim) and ``kl`` (cell,)."""
     n, dims = mean.shape
+    _exp_all(log_variance, variance)
+    precision = np.empty(dims, np.float32)
+    for d in range(dims):
+        precision[d] = _exp(-prior_log_variance[d])
     for i in range(n):
         total = float32(0)
         for d in range(dims):
-            excess = log_variance[i, d] - prior_log_variance[d]
             off = mean[i, d] - prior_mean[i, d]
-            total += _exp(excess) - float32(1) - excess + off * off * _exp(-prior_log_variance[d])
-            z[i, d] = mean[i, d] + noise[i, d] * _exp(float32(0.5) * log_variance[i, d])
-        kl[i] = float32(0.5) * total
-
-
-@kernel
-def draw_cell_backward(
-    mean, log_variance, prior_mean, prior_log_variance, z, d_z, d_kl, d_mean, d_log, d_prior, d_spread
-):
-    """Fills the derivatives by mean, log variance and prior mean (cell, dim), adds up ``d_spread`` (dim,)."""
-    n, dims = mean.shape
-    for i in range(n):
-        for d in range(dims):
-            precision = _exp(-prior_log_variance[d])
-            ratio = _exp(log_variance[i, d]) * precision
-            off = mean[i, d] - prior_mean[i, d]
-            pull = d_kl[i] * off * precision
-            half = float32(0.5) * d_kl[i]
-            d_mean[i, d] = d_z[i, d] + pull
-            d_prior[i, d] = -pull
-            d_log[i, d] = float32(0.5) * d_z[i, d] * (z[i, d] - mean[i, d]) + half * (ratio - float32(1))
-            d_spread[d] += half * (float32(1) - ratio - off * off * precision)
-
-
-@kernel
-def draw_niche(mean, log_variance, slots, prior_variance, prior_range, log_det, noise, z, kl):
-    """``loss.draw_niche``: fills ``z`` (cell, dim) and ``kl`` (cell,)."""
-    n, dims = z.shape
-    variance = np.empty(mean.shape, np.float32)
-    for i in range(len(mean)):
-        for d in range(dims):
-            variance[i, d] = _exp(log_variance[i, d])
-    for i in range(n):
-        total = float32(0)
-        for d in range(dims):
-            energy = mean[i, d] * mean[i, d] + variance[i, d]
-            for k in range(slots.shape[1]):
-                j = slots[i, k]
-                if j >= 0:
-                    step = mean[i, d] - mean[j, d]
-                    energy += float32(0.5) * prior_range * (step * step + variance[i, d] + variance[j, d])
-            total += energy / prior_variance[d] + _log(prior_variance[d]) - log_det - float32(1) - log_variance[i, d]
+            total += (variance[i, d] + off * off) * precision[d] - float32(1) - log_variance[i, d]
+            total += prior_log_variance[d]
             z[i, d] = mean[i, d] + noise[i, d] * np.sqrt(variance[i, d])
         kl[i] = float32(0.5) * total
 
 
 @kernel
-def draw_niche_backward(mean, log_variance, slots, prior_variance, prior_range, z, d_z, d_kl, d_mean, d_log):
+def draw_cell_backward(mean, prior_mean, prior_log_variance, variance, z, d_z, d_kl, d_mean, d_log, d_prior, d_spread):
+    """Fills the derivatives by mean, log variance and prior mean (cell, dim), adds up ``d_spread`` (dim,)."""
+    n, dims = mean.shape
+    precision = np.empty(dims, np.float32)
+    for d in range(dims):
+        precision[d] = _exp(-prior_log_variance[d])
+    for i in range(n):
+        half = float32(0.5) * d_kl[i]
+        for d in range(dims):
+            ratio = variance[i, d] * precision[d]
+            off = mean[i, d] - prior_mean[i, d]
+            pull = d_kl[i] * off * precision[d]
+            d_mean[i, d] = d_z[i, d] + pull
+            d_prior[i, d] = -pull
+            d_log[i, d] = float32(0.5) * d_z[i, d] * (z[i, d] - mean[i, d]) + half * (ratio - float32(1))
+            d_spread[d] += half * (float32(1) - ratio - off * off * precision[d])
+
+
+@kernel
+def draw_niche(mean, log_variance, slots, prior_variance, prior_range, log_det, noise, variance, z, kl):
+    """``loss.draw_niche``: fills ``variance`` (node, dim), ``z`` (cell, dim) and ``kl`` (cell,)."""
+    n, dims = z.shape
+    _exp_all(log_variance, variance)
+    energy, log_prior = np.empty((2, dims), np.float32)
+    half = float32(0.5) * prior_range
+    for d in range(dims):
+        log_prior[d] = _log(prior_variance[d])
+    for i in range(n):
+        for d in range(dims):
+            energy[d] = mean[i, d] * mean[i, d] + variance[i, d]
+            z[i, d] = mean[i, d] + noise[i, d] * np.sqrt(variance[i, d])
+        for k in range(slots.shape[1]):
+            j = slots[i, k]
+            if j >= 0:
+                for d in range(dims):
+                    step = mean[i, d] - mean[j, d]
+                    energy[d] += half * (step * step + variance[i, d] + variance[j, d])
+        total = float32(0)
+        for d in range(dims):
+            total += energy[d] / prior_variance[d] + log_prior[d] - log_det - float32(1) - log_variance[i, d]
+        kl[i] = float32(0.5) * total
+
+
+@kernel
+def draw_niche_backward(mean, slots, prior_variance, prior_range, variance, z, d_z, d_kl, d_mean, d_log):
     """Adds up the derivatives by mean and log variance (node, dim), which are zero at first."""
     n, dims = z.shape
     for i in range(n):
         for d in range(dims):
             pull = d_kl[i] / prior_variance[d]
-            touch = float32(0.5) * pull * prior_range
             d_mean[i, d] += d_z[i, d] + pull * mean[i, d]
-            own = pull
-            for k in range(slots.shape[1]):
-                j = slots[i, k]
-                if j >= 0:
+            d_log[i, d] += float32(0.5) * (pull * variance[i, d] - d_kl[i] + d_z[i, d] * (z[i, d] - mean[i, d]))
+        for k in range(slots.shape[1]):
+            j = slots[i, k]
+            if j >= 0:
+                for d in range(dims):
+                    touch = float32(0.5) * prior_range * d_kl[i] / prior_variance[d]
                     step = touch * (mean[i, d] - mean[j, d])
                     d_mean[i, d] += step
                     d_mean[j, d] -= step
-                    own += touch
-                    d_log[j, d] += float32(0.5) * touch * _exp(log_variance[j, d])
-            d_log[i, d] += float32(0.5) * (
-                own * _exp(log_variance[i, d]) - d_kl[i] + d_z[i, d] * (z[i, d] - mean[i, d])
-            )
+                    d_log[i, d] += float32(0.5) * touch * variance[i, d]
+                    d_log[j, d] += float32(0.5) * touch * variance[j, d]

@@ -33,6 +33,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
         by_x = _times_transposed(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
+        if x.shape[1] < gradient.shape[1]:  # the product turns its first factor over, which should be the narrow one
+            return by_x, _times_transposed(x.t(), gradient.t(), None).t(), gradient.sum(0)
         return by_x, _times_transposed(gradient.t(), x.t(), None), gradient.sum(0)
 
 

@@ -95,16 +95,17 @@ class _DrawCell(torch.autograd.Function):
     def forward(ctx: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
         from spatialvae import _kernels
 
-        z, kl = torch.empty(given[0].shape), torch.empty(len(given[0]))
-        _kernels.draw_cell(*_arrays(*given), z.numpy(), kl.numpy())
-        ctx.save_for_backward(*given[:4], z)
+        mean, _, prior_mean, prior_log_variance, _ = given
+        variance, z, kl = torch.empty(mean.shape), torch.empty(mean.shape), torch.empty(len(mean))
+        _kernels.draw_cell(*_arrays(*given, variance, z, kl))
+        ctx.save_for_backward(mean, prior_mean, prior_log_variance, variance, z)
         return z, kl
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from spatialvae import _kernels
 
-        found = *(torch.empty(ctx.saved_tensors[0].shape) for _ in range(3)), torch.zeros(ctx.saved_tensors[3].shape)
+        found = *(torch.empty(ctx.saved_tensors[0].shape) for _ in range(3)), torch.zeros(ctx.saved_tensors[2].shape)
         _kernels.draw_cell_backward(*_arrays(*ctx.saved_tensors, *gradients, *found))
         return *found, None
 
@@ -117,18 +118,20 @@ class _DrawNiche(torch.autograd.Function):
         from spatialvae import _kernels
 
         mean, log_variance, slots, prior_variance, prior_range, log_det, noise = given
-        z, kl = torch.empty(noise.shape), torch.empty(len(noise))
+        variance, z, kl = torch.empty(mean.shape), torch.empty(noise.shape), torch.empty(len(noise))
         numbers = np.float32(prior_range), np.float32(log_det)
         arrays = _arrays(mean, log_variance, slots, prior_variance)
-        _kernels.draw_niche(*arrays, *numbers, *_arrays(noise), z.numpy(), kl.numpy())
-        ctx.save_for_backward(*given[:5], z)
+        _kernels.draw_niche(*arrays, *numbers, *_arrays(noise, variance, z, kl))
+        ctx.save_for_backward(mean, slots, prior_variance, prior_range, variance, z)
         return z, kl
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from spatialvae import _kernels
 
-        *given, prior_range, z = ctx.saved_tensors
+        *given, prior_range, variance, z = ctx.saved_tensors
         found = torch.zeros(given[0].shape), torch.zeros(given[0].shape)
-        _kernels.draw_niche_backward(*_arrays(*given), np.float32(prior_range), *_arrays(z, *gradients, *found))
+        _kernels.draw_niche_backward(
+            *_arrays(*given), np.float32(prior_range), *_arrays(variance, z, *gradients, *found)
+        )
         return *found, None, None, None, None, None

@@ -83,7 +83,9 @@ def _train(
             bound = terms.elbo(weight)
             (-bound.sum() / len(batch)).backward()
             team.add_up(gradient)
-            gradient.mul_((CLIP / (gradient.norm() + 1e-6)).clamp_(max=1.0))
+            norm = float(gradient.norm())
+            if norm > CLIP:
+                gradient.mul_(CLIP / norm)
             optimiser.step()
             total += (bound if weight == 1.0 else terms.elbo()).detach().sum()
         team.add_up(total)
