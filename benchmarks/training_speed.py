@@ -11,6 +11,7 @@ are those of the training loop, without held-out cells; of several the fastest c
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -30,15 +31,16 @@ from tables import as_markdown
 
 from spatialvae import SpatialVAE
 from spatialvae._product import Linear
-from spatialvae.data import along_curve, with_neighbours
+from spatialvae.data import along_curve, minibatches, with_neighbours
 from spatialvae.encoder import log_normalised
-from spatialvae.training import PATCH, Plan, flattened, train
+from spatialvae.training import PATCH, Plan, flattened, threads_for, train
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "training_speed.md"
 BATCHES = (128, 1024)
 GENES, HIDDEN = 500, 128
 EPOCHS = 5
+TIMES = 30
 
 
 def tissue(n: int, seed: int = 0) -> anndata.AnnData:
@@ -85,24 +87,28 @@ def floor(n_latent: int, batch: int) -> float:
     for k, (inputs, outputs) in enumerate(layers):
         layer, x, pull = Linear(inputs, outputs), torch.rand(batch, inputs), torch.rand(batch, outputs)
         x.requires_grad_(k > 0)
-        seconds += fastest(lambda layer=layer, x=x, pull=pull: layer(x).backward(pull), 50)  # type: ignore[misc]
+        seconds += fastest(lambda layer=layer, x=x, pull=pull: layer(x).backward(pull), TIMES)  # type: ignore[misc]
     return batch / seconds
 
 
 def parts(model: SpatialVAE, batch: int) -> dict[str, float]:
-    """Microseconds a cell of each part of a step, the fastest of 50 each."""
+    """Microseconds a cell of each part of a step, the fastest of ``TIMES``.
+
+    Parts see the same cells again and again, whole steps other cells each time, not yet in the processor's cache.
+    """
     from spatialvae import likelihoods
 
     module, section = model.module, model._section
     n, spatial = model.adata.n_obs, module.shape.n_niche > 0
     order = along_curve(section.cells.coordinates, section.cells.samples) if spatial else np.arange(n)
-    starts = np.random.default_rng(0).choice(n // PATCH, batch // PATCH, replace=False) * PATCH
-    rows = np.concatenate([order[start : start + PATCH] for start in starts])
+    order = order[: n // batch * batch]
+    steps = itertools.cycle(minibatches(order, batch, PATCH if spatial else 1, np.random.default_rng(0)))
+    rows = next(steps)
     index = torch.from_numpy(rows)
     parameters, gradient = flattened(module)
     optimiser = torch.optim.Adam([parameters], 1e-9, fused=True)
     depth, batches = section.depth[index], section.batch[index]
-    noise = module.noise(batch, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
     x = module.counts(section, rows)
     y = log_normalised(x, module.scale / depth)
     z_cell = torch.randn(batch, module.shape.n_cell, requires_grad=True)
@@ -117,8 +123,10 @@ def parts(model: SpatialVAE, batch: int) -> dict[str, float]:
         return (likelihoods.negative_binomial_of_logits(x, logits, depth, log_theta),)
 
     def step() -> None:
+        noise = module.noise(batch, generator)
         gradient.zero_()
-        (-module.terms(section, rows, noise).elbo().sum() / batch).backward()
+        (-module.terms(section, next(steps), noise).elbo().sum() / batch).backward()
+        gradient.norm()
         optimiser.step()
 
     work: dict[str, Callable[[], object]] = {
@@ -128,15 +136,18 @@ def parts(model: SpatialVAE, batch: int) -> dict[str, float]:
         "decoder, forward and backward": pulled(lambda: module.decoder(z_cell, z_niche, batches)[:1]),
         "likelihood, forward and backward": pulled(likelihood),
         "optimiser": optimiser.step,
-        "noise": lambda: module.noise(batch, torch.Generator().manual_seed(0)),
+        "noise": lambda: module.noise(batch, generator),
+        "gradient to zero, its norm": lambda: gradient.zero_().norm(),
         "whole step": step,
     }
     if spatial:
         nodes = with_neighbours(rows, section.near.numpy(), section.scratch)[0]
         work["niche encoder, forward and backward"] = pulled(lambda: module.infer_niche(section, nodes))
-    found = {name: 1e6 * fastest(do, 50) / batch for name, do in work.items()}
+    with threads_for(batch * GENES):
+        found = {name: 1e6 * fastest(do, TIMES) / batch for name, do in work.items()}
     whole = found.pop("whole step")
-    return {**found, "draws, divergences, the rest": whole - sum(found.values()), "whole step": whole}
+    rest = "draws, divergences, caches that are cold, the rest"
+    return {**found, rest: whole - sum(found.values()), "whole step": whole}
 
 
 def scvi_speed(table: Path, batch: int, cache: Path) -> float:
@@ -189,8 +200,9 @@ def main() -> None:
     for key, name in ((None, "SpatialVAE, without neighbours"), ("spatial", "SpatialVAE, 15 neighbours")):
         SpatialVAE.setup_anndata(adata, spatial_key=key)
         model = SpatialVAE(adata)
-        speeds.append({"": name} | {f"minibatch {b}": cells_per_second(model, b) for b in BATCHES})
-        steps |= {f"{name}, {b}": parts(model, b) for b in BATCHES}
+        speed = {b: cells_per_second(model, b) for b in BATCHES}
+        speeds.append({"": name} | {f"minibatch {b}": speed[b] for b in BATCHES})
+        steps |= {f"{name}, {b}": {**parts(model, b), "epoch": 1e6 / speed[b]} for b in BATCHES}
     n_latent = model.module.shape.n_cell
     speeds.append({"": "matrix products alone"} | {f"minibatch {b}": floor(n_latent, b) for b in BATCHES})
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -207,7 +219,7 @@ def main() -> None:
     text = [
         f"# Speed of training\n\n{adata.n_obs:,} cells x {GENES} genes, 2 threads; cells a second, fastest epoch.\n",
         as_markdown(table),
-        "\nMicroseconds a cell of one step, by part (fastest of 50 each):\n",
+        f"\nMicroseconds a cell of one step, by part (fastest of {TIMES} each), and of an epoch:\n",
         as_markdown(breakdown),
         f"\nPeak memory of this process, with table and libraries: {memory:.1f} GB.\n",
     ]

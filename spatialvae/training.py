@@ -16,7 +16,7 @@ from spatialvae.module import Section, SpatialModule
 
 PATCH = 64  # cells that lie together in a minibatch
 CLIP = 100.0  # largest norm of a gradient
-SMALL = 2**18  # counts in a minibatch up to which one thread is as fast as two, and does not wait for busy cores
+SMALL = 50_000  # counts in a minibatch up to which one thread is as fast as two, and does not wait for busy cores
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ def train(
     module: SpatialModule, section: Section, plan: Plan, report: Callable[[int, dict[str, float]], None]
 ) -> list[dict[str, float]]:
     """Fit ``module`` in place; return one row an epoch, which ``report`` also sees as it comes."""
-    with _threads(plan.batch_size * module.shape.n_genes), team_of_processes() as team:
+    with threads_for(plan.batch_size * module.shape.n_genes), team_of_processes() as team:
         return _train(module, section, plan, report, team)
 
 
 @contextmanager
-def _threads(work: int) -> Iterator[None]:
+def threads_for(work: int) -> Iterator[None]:
+    """One thread for minibatches of few counts, else as many as PyTorch has."""
     before = torch.get_num_threads()
     if work <= SMALL:
         torch.set_num_threads(1)
