@@ -2,6 +2,7 @@
 
     --quick      5,000 cells
     --scvi       scVI beside it, in an environment of its own (see benchmarks/peers/embed.py)
+    --patches    what minibatches of cells that lie together do to gradients, also on the bundled osmFISH section
     --million    `spatialvae train` for 10 epochs and `embed` on 10^6 cells
 
 Writes benchmarks/results/training_speed.md. 50,000 cells x 500 genes, NB, one hidden layer of 128, 2 threads. Epochs
@@ -29,6 +30,7 @@ import scipy.sparse as sp
 import torch
 from tables import as_markdown
 
+from merfish import datasets
 from spatialvae import SpatialVAE
 from spatialvae._product import Linear
 from spatialvae.data import along_curve, minibatches, with_neighbours
@@ -150,6 +152,42 @@ def parts(model: SpatialVAE, batch: int) -> dict[str, float]:
     return {**found, rest: whole - sum(found.values()), "whole step": whole}
 
 
+def patches(name: str, adata: anndata.AnnData, batch: int = 256) -> dict[str, object]:
+    """Gradients of an epoch of minibatches made of patches against those made of random cells.
+
+    The model is trained for 5 epochs, then held. ``difference``: of the two epochs' mean gradients, relative to the
+    norm of the mean; each cell has the same noise in both. ``deviation``: root of the mean square distance of a
+    minibatch's gradient from that mean, relative to its norm. ``nodes``: cells to be encoded, for each in a minibatch.
+    """
+    SpatialVAE.setup_anndata(adata, spatial_key="spatial")
+    model = SpatialVAE(adata)
+    module, section = model.module, model._section
+    train(module, section, Plan(max_epochs=5, batch_size=batch, held_out=0.0), lambda *_: None)
+    gradient = flattened(module)[1]
+    noise = module.noise(adata.n_obs, torch.Generator().manual_seed(0))
+    order = along_curve(section.cells.coordinates, section.cells.samples)
+    order = order[: adata.n_obs // batch * batch]
+    means, deviations, nodes = [], [], []
+    for patch in (1, PATCH):
+        batches = list(minibatches(order, batch, patch, np.random.default_rng(0)))
+        each = np.empty((len(batches), len(gradient)), np.float32)
+        for k, rows in enumerate(batches):
+            gradient.zero_()
+            (-module.terms(section, rows, noise[rows]).elbo().sum() / batch).backward()
+            each[k] = gradient.numpy()
+        nodes.append(np.mean([len(with_neighbours(r, section.near.numpy(), section.scratch)[0]) for r in batches]))
+        means.append(each.mean(0, dtype=float))
+        deviations.append(np.sqrt(((each - means[0]) ** 2).sum(1, dtype=float).mean()) / np.linalg.norm(means[0]))
+    return {
+        "table": name,
+        "difference": np.linalg.norm(means[1] - means[0]) / np.linalg.norm(means[0]),
+        "deviation, random": deviations[0],
+        "deviation, patches": deviations[1],
+        "nodes, random": nodes[0] / batch,
+        "nodes, patches": nodes[1] / batch,
+    }
+
+
 def scvi_speed(table: Path, batch: int, cache: Path) -> float:
     """Cells a second in scVI's fastest epoch."""
     sys.path.insert(0, str(HERE / "peers"))
@@ -188,7 +226,7 @@ def million(folder: Path, n: int) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag in ("quick", "scvi", "million"):
+    for flag in ("quick", "scvi", "patches", "million"):
         parser.add_argument(f"--{flag}", action="store_true")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spatialvae-peers"
     parser.add_argument("--cache", type=Path, default=cache)
@@ -206,6 +244,8 @@ def main() -> None:
     n_latent = model.module.shape.n_cell
     speeds.append({"": "matrix products alone"} | {f"minibatch {b}": floor(n_latent, b) for b in BATCHES})
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    tables = {"osmFISH": datasets.osmfish(), "synthetic": adata} if options.patches else {}
+    coherent = pd.DataFrame([patches(name, table) for name, table in tables.items()])
     with tempfile.TemporaryDirectory() as folder:
         if options.scvi:
             table = Path(folder) / "table.h5ad"
@@ -223,6 +263,9 @@ def main() -> None:
         as_markdown(breakdown),
         f"\nPeak memory of this process, with table and libraries: {memory:.1f} GB.\n",
     ]
+    if len(coherent):
+        note = "difference of mean gradients and deviation of minibatches relative to the mean; nodes encoded a cell"
+        text += [f"\nMinibatches of 256 made of patches of {PATCH} cells: {note}:\n", as_markdown(coherent)]
     if large is not None:
         text += ["\nCommand line:\n", as_markdown(large.round(2))]
     options.out.write_text("\n".join(text).rstrip() + "\n")

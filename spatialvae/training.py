@@ -16,7 +16,7 @@ from spatialvae.module import Section, SpatialModule
 
 PATCH = 64  # cells that lie together in a minibatch
 CLIP = 100.0  # largest norm of a gradient
-SMALL = 50_000  # counts in a minibatch up to which one thread is as fast as two, and does not wait for busy cores
+SHARE = 50_000  # counts in a minibatch that a thread should have to itself, so as not to wait for the others
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ def train(
 
 @contextmanager
 def threads_for(work: int) -> Iterator[None]:
-    """One thread for minibatches of few counts, else as many as PyTorch has."""
+    """As many of PyTorch's threads as minibatches of ``work`` counts keep busy.
+
+    Whoever shares the machine sets fewer (``OMP_NUM_THREADS``): threads that wait for busy cores are slower than one.
+    """
     before = torch.get_num_threads()
-    if work <= SMALL:
-        torch.set_num_threads(1)
+    torch.set_num_threads(min(before, 1 + work // SHARE))
     try:
         yield
     finally:
