@@ -13,6 +13,7 @@ from spatialvae.encoder import NeighbourAttention
 
 @pytest.fixture
 def counts():
+    torch.manual_seed(0)
     rng = np.random.default_rng(0)
     x = torch.tensor(rng.poisson(3, (6, 5)), dtype=torch.float64)
     x[0, 0], x[1, 1], x[2, :] = 1000, 256, 0
