@@ -37,9 +37,10 @@ class NeighbourGraph:
 
     def adjacency(self, symmetric: bool = False) -> sp.csr_array:
         """Rows of ones, float32 (cell, cell); ``symmetric``: i ~ j if either lists the other."""
-        rows, slots = np.nonzero(self.index >= 0)
-        ones = np.ones(len(rows), np.float32)
-        matrix = sp.csr_array((ones, (rows, self.index[rows, slots])), shape=(self.n_cells, self.n_cells))
+        there = self.index >= 0
+        ends, columns = np.append(0, np.cumsum(there.sum(1))), self.index[there]
+        matrix = sp.csr_array((np.ones(len(columns), np.float32), columns, ends), shape=(self.n_cells, self.n_cells))
+        matrix.sort_indices()
         return sp.csr_array(matrix.maximum(matrix.T)) if symmetric else matrix
 
 
@@ -61,10 +62,11 @@ def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None
         degree = min(k, len(rows) - 1)
         if degree == 0:
             continue
-        far, near = cKDTree(coordinates[rows]).query(coordinates[rows], degree + 1, workers=-1)
-        far, near = _without_self(far, near)
-        index[rows, :degree] = rows[near]
-        distance[rows, :degree] = far
+        tree = cKDTree(coordinates[rows])
+        order = tree.indices  # of its leaves: queries that follow each other meet the same nodes
+        far, near = _without_self(*tree.query(tree.data[order], degree + 1, workers=-1), order)
+        index[rows[order], :degree] = rows[near]
+        distance[rows[order], :degree] = far
     return NeighbourGraph(index, distance)
 
 
@@ -174,9 +176,9 @@ def _rows_of_samples(n: int, samples: np.ndarray | None) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if n else []
 
 
-def _without_self(far: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop each row's own number; where cells coincide it need not come first, or come at all."""
-    own = near == np.arange(len(near))[:, None]
+def _without_self(far: np.ndarray, near: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Drop each row's own ``number``; where cells coincide it need not come first, or come at all."""
+    own = near == number[:, None]
     own[~own.any(1), -1] = True
     keep = ~own
     shape = (len(near), near.shape[1] - 1)
@@ -186,8 +188,9 @@ def _without_self(far: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.nda
 def _fill(index: np.ndarray, distance: np.ndarray, coordinates: np.ndarray, pairs: np.ndarray) -> None:
     """Write directed ``pairs`` (edge, 2) into the slots of their first cell, nearest first."""
     far = np.linalg.norm(coordinates[pairs[:, 0]] - coordinates[pairs[:, 1]], axis=1)
-    order = np.lexsort((pairs[:, 1], far, pairs[:, 0]))
-    rows = pairs[order, 0]
-    slot = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    index[rows, slot] = pairs[order, 1]
-    distance[rows, slot] = far[order]
+    matrix = sp.csr_array((far, pairs.T), shape=(len(index), len(index)))  # sorts by counting
+    rows = np.repeat(np.arange(len(index)), np.diff(matrix.indptr))
+    slot = np.arange(len(rows)) - matrix.indptr[rows]
+    index[rows, slot], distance[rows, slot] = matrix.indices, matrix.data
+    order = np.argsort(distance, axis=1, kind="stable")
+    index[:], distance[:] = np.take_along_axis(index, order, 1), np.take_along_axis(distance, order, 1)
