@@ -69,9 +69,10 @@ class Field:
         """
         y = np.asarray(scores @ self.directions, np.float32)
         members = 1 + np.asarray(neighbours.sum(1), np.float32).reshape(-1, 1)
-        weight = 1 / (1 + (self.own / self.doubt).astype(np.float32) / members)
-        weight *= (y + neighbours @ y) / members - (field := self.smooth_part(laplacian, scores))
-        return field + weight
+        mean = (y + neighbours @ y) / members
+        doubt, own = self.doubt.astype(np.float32), self.own.astype(np.float32)
+        field = self.smooth_part(laplacian, scores)
+        return field + doubt / (doubt + own / members) * (mean - field)
 
     def _spectrum(self, eigenvalue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return _parts(eigenvalue, self.range, np.stack([self.smooth, self.rough, self.noise]))

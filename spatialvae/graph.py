@@ -64,7 +64,8 @@ def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None
             continue
         tree = cKDTree(coordinates[rows])
         order = tree.indices  # of its leaves: queries that follow each other meet the same nodes
-        far, near = _without_self(*tree.query(tree.data[order], degree + 1, workers=-1), order)
+        far, near = tree.query(tree.data[order], degree + 1, workers=-1)
+        far, near = _without_self(far, near, order)
         index[rows[order], :degree] = rows[near]
         distance[rows[order], :degree] = far
     return NeighbourGraph(index, distance)

@@ -15,7 +15,7 @@ import torch
 
 from spatialvae import _keys, analysis
 from spatialvae._files import whole
-from spatialvae.data import FIELD_NEIGHBOURS, Setup, build_graphs, check_table, minibatches, read_cells
+from spatialvae.data import FIELD_NEIGHBOURS, Setup, along_curve, build_graphs, check_table, minibatches, read_cells
 from spatialvae.errors import InputError
 from spatialvae.graph import nearest_among
 from spatialvae.linear import fit_linear
@@ -154,12 +154,12 @@ class SpatialVAE:
         """
         if which not in WHICH:
             raise InputError(f"which is {which!r}; expected one of {WHICH}")
-        section = self._read(adata)
-        found = []
-        for _, posterior in self._posteriors(section):
-            niche, cell = posterior.niche_mean.cpu(), posterior.cell_mean.cpu()
-            found.append({"niche": niche, "cell": cell, "both": torch.cat([niche, cell], 1)}[which])
-        return torch.cat(found).numpy()
+        section, shape = self._read(adata), self.module.shape
+        out = np.empty((section.cells.n_cells, shape.n_niche + shape.n_cell), np.float32)
+        for rows, posterior in self._posteriors(section):
+            out[rows] = torch.cat([posterior.niche_mean, posterior.cell_mean], 1).cpu().numpy()
+        part = {"niche": out[:, : shape.n_niche], "cell": out[:, shape.n_niche :], "both": out}[which]
+        return np.ascontiguousarray(part)
 
     @torch.no_grad()
     def get_normalized_expression(
@@ -184,7 +184,7 @@ class SpatialVAE:
         if isinstance(library_size, str) and library_size != "latent":
             raise InputError(f"library_size is {library_size!r}; expected a number or 'latent'")
         columns = [self.genes.index(gene) for gene in genes]
-        blocks = []
+        out = np.empty((section.cells.n_cells, len(genes)), np.float32)
         for rows, posterior in self._posteriors(section):
             batch = section.batch[torch.from_numpy(rows)]
             if transform_batch is not None:
@@ -192,9 +192,9 @@ class SpatialVAE:
             logits = self.module.decoder(posterior.cell_mean, posterior.niche_mean, batch.to(self._device))[0]
             share = torch.softmax(logits, -1).cpu().numpy()[:, columns]
             size = section.cells.depth[rows][:, None] if isinstance(library_size, str) else library_size
-            blocks.append(share * size)
+            out[rows] = share * size
         names = (self.adata if adata is None else adata).obs_names
-        return pd.DataFrame(np.concatenate(blocks), index=names, columns=genes)
+        return pd.DataFrame(out, index=names, columns=genes)
 
     def get_elbo(self, adata: AnnData | None = None, seed: int = 0) -> float:
         """Mean evidence lower bound, nats a cell, from one draw of each latent."""
@@ -239,9 +239,10 @@ class SpatialVAE:
     def _niche_given(self, adata: AnnData, given: AnnData) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance (cell, D) of z_niche of ``adata`` from the cells of ``given`` around it."""
         assert self.setup.spatial_key is not None
-        posteriors = [posterior for _, posterior in self._posteriors(self._read(given))]
-        mean = torch.cat([p.niche_mean for p in posteriors]).cpu()
-        variance = torch.cat([p.niche_log_variance for p in posteriors]).exp().cpu()
+        mean, variance = torch.empty(2, given.n_obs, self.module.shape.n_niche)
+        for rows, posterior in self._posteriors(self._read(given)):
+            index = torch.from_numpy(rows)
+            mean[index], variance[index] = posterior.niche_mean.cpu(), posterior.niche_log_variance.exp().cpu()
         key = self.setup.sample_key
         here, there = (np.asarray(t.obsm[self.setup.spatial_key]) for t in (adata, given))
         samples, others = (None if key is None else t.obs[key].astype(str).to_numpy() for t in (adata, given))
@@ -323,7 +324,7 @@ class SpatialVAE:
 
     @torch.no_grad()
     def _posteriors(self, section: Section) -> Iterable[tuple[np.ndarray, Posterior]]:
-        for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE, 1, None):
+        for rows in _coherent(section):
             yield rows, self.module.infer(section, rows)
 
     @torch.no_grad()
@@ -331,11 +332,18 @@ class SpatialVAE:
         """(cell, 3): log likelihood and the two divergences, negative."""
         section = self._read(adata)
         generator = torch.Generator().manual_seed(seed)
-        blocks = []
-        for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE, 1, None):
+        out = np.empty((section.cells.n_cells, 3))
+        for rows in _coherent(section):
             terms = self.module.terms(section, rows, self.module.noise(len(rows), generator))
-            blocks.append(torch.stack([terms.log_likelihood, -terms.kl_cell, -terms.kl_niche], 1).cpu().numpy())
-        return np.concatenate(blocks)
+            out[rows] = torch.stack([terms.log_likelihood, -terms.kl_cell, -terms.kl_niche], 1).cpu().numpy()
+        return out
+
+
+def _coherent(section: Section) -> Iterable[np.ndarray]:
+    """All rows, in minibatches of cells that lie together and so share neighbours, which are encoded once."""
+    cells = section.cells
+    n, places = cells.n_cells, cells.coordinates
+    return minibatches(np.arange(n) if places is None else along_curve(places, cells.samples), ROWS_AT_ONCE, 1, None)
 
 
 def _device() -> torch.device:

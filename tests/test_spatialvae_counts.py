@@ -41,7 +41,7 @@ def table(kind="csr", n=70, genes=6, wrong=None):
 
 
 def embedding(adata, layer=None):
-    SpatialVAE.setup_anndata(adata, layer=layer, sample_key="section")
+    SpatialVAE.setup_anndata(adata, layer=layer, spatial_key=None)
     return SpatialVAE(adata).get_latent_representation().tobytes()
 
 
