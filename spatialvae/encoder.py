@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatialvae._product import Linear
 
+DROPOUT = 0.1  # share of its genes that a cell's encoder does not see at a step of training, as in scVI
 ATTENTION_WIDTH = 32
 ATTENTION_HEADS = 4
 
@@ -22,6 +24,22 @@ def log_normalised(x: Tensor, factor: Tensor) -> Tensor:
 
     y = torch.empty_like(x)
     _kernels.log_normalised(x.numpy(), factor.numpy(), y.numpy())
+    return y
+
+
+def without_some(y: Tensor, seeds: Tensor) -> Tensor:
+    """``y`` (cell, gene) without a random tenth of its entries, the others scaled up; overwrites it on the CPU.
+
+    ``seeds`` int32 (cell,): the same seed leaves out the same genes, wherever in a minibatch the cell stands.
+    """
+    if y.device.type != "cpu" or y.dtype != torch.float32:
+        h = (seeds.long()[:, None] + torch.arange(y.shape[1], device=y.device) * 0x9E3779B9) & 0xFFFFFFFF
+        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+        return torch.where(h ^ (h >> 16) >= int(DROPOUT * 2**32), y / (1 - DROPOUT), 0)
+    from spatialvae import _kernels
+
+    _kernels.drop_out(seeds.numpy().view(np.uint32), DROPOUT, y.numpy())
     return y
 
 
@@ -112,8 +130,9 @@ class NicheEncoder(nn.Module):
     """q(z_niche | own and neighbours' counts): mean and log variance (cell, dim).
 
     mean = u + sd * Linear(attention), where u is the field's posterior mean (many rings wide, exact for the linear
-    model), sd the posterior's in the linear model, and the linear layer is zero at the start. Features of a cell are
-    its principal components and its u.
+    model), sd the posterior's in the linear model, and the linear layer is zero at the start. Attention goes over the
+    principal components and the u of neighbours; of the cell itself only u adds to the mean, for a niche that may look
+    at the cell's own counts once more becomes a copy of the cell.
     """
 
     log_variance: Tensor
@@ -123,7 +142,7 @@ class NicheEncoder(nn.Module):
         n_niche = len(log_variance)
         self.attention = NeighbourAttention(n_features, ATTENTION_WIDTH, ATTENTION_HEADS)
         self.mix = nn.Linear(ATTENTION_WIDTH, hidden, bias=False)
-        self.own = nn.Linear(n_features, hidden)
+        self.own = nn.Linear(n_niche, hidden)
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, 2 * n_niche)
         self.register_buffer("log_variance", log_variance)
@@ -132,7 +151,6 @@ class NicheEncoder(nn.Module):
 
     def forward(self, smooth: Tensor, features: Tensor, slots: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
         """smooth (B, dim), the rest as in ``NeighbourAttention``."""
-        own = features[: len(smooth)]
-        seen = self.mix(self.attention(features, slots, distance)) + self.own(own)
+        seen = self.mix(self.attention(features, slots, distance)) + self.own(smooth)
         shift, log_ratio = self.out(F.relu(self.norm(seen))).chunk(2, -1)
         return smooth + shift * (0.5 * self.log_variance).exp(), self.log_variance + log_ratio

@@ -25,7 +25,7 @@ from spatialvae.training import Plan, train
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 2
+FORMAT = 3
 ROWS_AT_ONCE = 2048
 WHICH = ("both", "niche", "cell")
 

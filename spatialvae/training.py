@@ -15,6 +15,7 @@ from spatialvae.distributed import Team, team_of_processes
 from spatialvae.module import Section, SpatialModule
 
 PATCH = 64  # cells that lie together in a minibatch
+AVERAGED = 3.0  # epochs whose parameters are averaged (Polyak & Juditsky 1992): noise of single steps cancels
 CLIP = 100.0  # largest norm of a gradient
 SHARE = 50_000  # counts in a minibatch that a thread should have to itself, so as not to wait for the others
 
@@ -22,14 +23,15 @@ SHARE = 50_000  # counts in a minibatch that a thread should have to itself, so 
 @dataclass(frozen=True)
 class Plan:
     """How to train. ``warm_up`` epochs raise the weight of the KL terms from 0 to 1; training stops after ``patience``
-    epochs without a better ELBO on the ``held_out`` share of cells, and the best parameters are kept."""
+    epochs without a better ELBO on the ``held_out`` share of cells, and the best parameters are kept. Those that are
+    evaluated and kept are running averages of the last epochs' steps."""
 
     max_epochs: int = 100
     batch_size: int = 256
     learning_rate: float = 5e-3
     weight_decay: float = 1e-4
     warm_up: int = 10
-    patience: int = 5
+    patience: int = 10
     held_out: float = 0.1
     seed: int = 0
 
@@ -71,6 +73,8 @@ def _train(
     parameters, gradient = flattened(module)
     team.agree(parameters)
     optimiser = torch.optim.Adam([parameters], plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+    average, steps = parameters.detach().clone(), 0
+    slowest = 1 / max(AVERAGED * len(rows) / plan.batch_size, 1.0)
     history: list[dict[str, float]] = []
     best, best_state, waited = -np.inf, None, 0
     for epoch in range(plan.max_epochs):
@@ -80,9 +84,10 @@ def _train(
         for batch in minibatches(rows, plan.batch_size, patch, rng):
             # every process draws the noise of all, so that how many there are changes nothing
             noise = module.noise(len(batch), generator)
+            seeds = torch.randint(2**31 - 1, (len(batch),), generator=generator, dtype=torch.int32)
             part = slice(team.rank, None, team.size)
             gradient.zero_()
-            terms = module.terms(section, batch[part], noise[part])
+            terms = module.terms(section, batch[part], noise[part], seeds[part])
             bound = terms.elbo(weight)
             (-bound.sum() / len(batch)).backward()
             team.add_up(gradient)
@@ -90,9 +95,13 @@ def _train(
             if norm > CLIP:
                 gradient.mul_(CLIP / norm)
             optimiser.step()
+            steps += 1
+            average.lerp_(parameters.detach(), max(1 / steps, slowest))
             total += (bound if weight == 1.0 else terms.elbo()).detach().sum()
         team.add_up(total)
         row = {"epoch": float(epoch), "kl_weight": weight, "elbo_train": float(total) / max(len(rows), 1)}
+        last = parameters.detach().clone()
+        parameters.data.copy_(average)
         if len(held_rows):
             row |= evaluate(module, section, held_rows, plan.batch_size, plan.seed)
         history.append(row)
@@ -105,6 +114,7 @@ def _train(
             best_state = copy.deepcopy(module.state_dict())
         else:
             waited += 1
+        parameters.data.copy_(last)
         if waited >= plan.patience and weight == 1.0:
             break
     if best_state is not None:
