@@ -20,6 +20,7 @@ import shapely
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
+from tables import as_markdown
 
 from merfish import datasets, plots, read_codebook
 from merfish.cells.counts import assign_cells
@@ -272,13 +273,6 @@ def draw(counts: pd.DataFrame, shown: dict[str, Any], path: Path) -> None:
     axes[3].set(xlabel="molecules/px around a molecule", ylabel="recall", ylim=(0, 1), title="real crowding")
     axes[3].legend(fontsize=8, frameon=False)
     figure.savefig(path, metadata={"Software": None})
-
-
-def as_markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown, numbers rounded."""
-    text = table.map(lambda value: f"{value:.3g}" if isinstance(value, float) else str(value))
-    lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def of_molecules(path: Path, codebook: Codebook, name: str, quick: bool) -> tuple[str, dict[str, Any]]:

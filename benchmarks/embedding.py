@@ -4,9 +4,8 @@
     python benchmarks/embedding.py TABLE.h5ad:LABEL ...  # others as well; counts in X, places in obsm["spatial"]
     python benchmarks/embedding.py --peers FOLDER ...    # with what benchmarks/peers/embed.py wrote there
 
-Writes benchmarks/results/embedding.csv (one row a section, method, clusterer and seed) and prints medians over seeds.
-Mixtures have one start; leiden (on 15 neighbours, its resolution searched until it gives k clusters) is run if
-leidenalg and igraph are installed. Nothing sees the labels but the scores and k.
+Writes benchmarks/results/embedding.md and embedding.png. Leiden needs the extra [analysis]:
+pip install -c constraints.txt -e '.[vae,analysis]'. Nothing sees the labels but the scores and k.
 """
 
 from __future__ import annotations
@@ -16,25 +15,30 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread mostly waits
 
 import argparse
-import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
+from clusters import CLUSTERERS
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from peers.embed import DOMAINS
+from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.mixture import GaussianMixture
-from sklearn.neighbors import NearestNeighbors
+from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
+from tables import as_markdown
 
-from merfish import datasets
+from merfish import datasets, plots
 from spatialvae import SpatialVAE
 from spatialvae.graph import knn_graph
 
-RESULT = Path(__file__).parent / "results" / "embedding.csv"
+RESULTS = Path(__file__).parent / "results"
 COMPONENTS = 30
+OURS = "SpatialVAE"
+Embed = Callable[[anndata.AnnData, int], np.ndarray]
 
 
 def components(table: anndata.AnnData) -> np.ndarray:
@@ -73,56 +77,137 @@ def spatialvae_untrained(table: anndata.AnnData, seed: int) -> np.ndarray:
     return SpatialVAE(table, seed=seed).get_latent_representation(which="niche").astype(float)
 
 
-def mixture(latent: np.ndarray, k: int, seed: int, covariance: str) -> np.ndarray:
-    ridge = 1e-6 * latent.var(0).mean()
-    return GaussianMixture(k, covariance_type=covariance, reg_covar=ridge, random_state=seed).fit_predict(latent)
-
-
-def leiden(latent: np.ndarray, k: int, seed: int) -> np.ndarray:
-    import igraph
-    import leidenalg
-
-    near = NearestNeighbors(n_neighbors=15).fit(latent).kneighbors(return_distance=False)
-    edges = np.c_[np.repeat(np.arange(len(latent)), 15), near.ravel()]
-    graph = igraph.Graph(len(latent), edges=edges.tolist()).simplify()
-    low, high = 0.005, 4.0
-    best: tuple[int, np.ndarray] | None = None
-    for _ in range(14):
-        resolution = (low * high) ** 0.5
-        found = leidenalg.find_partition(
-            graph,
-            leidenalg.RBConfigurationVertexPartition,
-            resolution_parameter=resolution,
-            seed=seed,
-            n_iterations=2,
-        )
-        labels = np.array(found.membership)
-        clusters = int(labels.max()) + 1
-        if best is None or abs(clusters - k) < abs(best[0] - k):
-            best = clusters, labels
-        if clusters == k:
-            break
-        low, high = (resolution, high) if clusters < k else (low, resolution)
-    assert best is not None
-    return best[1]
-
-
-METHODS: dict[str, Callable[[anndata.AnnData, int], np.ndarray]] = {
+METHODS: dict[str, Embed] = {
     "mean of 15 neighbours": mean_of_neighbours,
     "3 rings": rings,
     "SpatialVAE, untrained": spatialvae_untrained,
-    "SpatialVAE": spatialvae_niche,
+    OURS: spatialvae_niche,
 }
 
 
-def peers(folder: Path | None, section: str) -> dict[str, Callable[[anndata.AnnData, int], np.ndarray]]:
-    """Embeddings that benchmarks/peers/embed.py left in ``folder``, by method."""
-    found = sorted({path.stem.split("-")[-2] for path in folder.glob(f"{section}-*.npy")}) if folder else []
+def embeddings(
+    table: anndata.AnnData, section: str, seeds: int, folder: Path | None
+) -> Iterator[tuple[str, int, np.ndarray, float]]:
+    """Method, seed, embedding and seconds of CPU; of peers, what benchmarks/peers/embed.py left in ``folder``."""
+    for method, embed in METHODS.items():
+        for seed in range(seeds):
+            started = time.process_time()
+            latent = embed(table, seed)
+            yield method, seed, latent, time.process_time() - started
+    for method in DOMAINS if folder else ():
+        for seed in range(seeds):
+            path = folder / f"{section}-{method}-{seed}.npy"
+            if path.exists():
+                yield method, seed, np.load(path, allow_pickle=False).astype(float), np.nan
 
-    def reader(method: str) -> Callable[[anndata.AnnData, int], np.ndarray]:
-        return lambda table, seed: np.load(folder / f"{section}-{method}-{seed}.npy", allow_pickle=False)
 
-    return {method: reader(method) for method in found}
+def runs(table: anndata.AnnData, label: str, section: str, seeds: int, folder: Path | None) -> pd.DataFrame:
+    """One row a method, clusterer and seed, with the clusters found (column ``found``)."""
+    truth = table.obs[label].astype(str).to_numpy()
+    k = len(set(truth))
+    rows = []
+    for method, seed, latent, seconds in embeddings(table, section, seeds, folder):
+        for clusterer, cluster in CLUSTERERS.items():
+            found = cluster(latent, k, seed)
+            ari, nmi = adjusted_rand_score(truth, found), normalized_mutual_info_score(truth, found)
+            rows.append((section, method, clusterer, seed, latent.shape[1], ari, nmi, seconds, found))
+    columns = ["section", "method", "clusterer", "seed", "dimensions", "ari", "nmi", "seconds", "found"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def summary(result: pd.DataFrame, score: str) -> pd.DataFrame:
+    """Medians of a score by clusterer and over all, and its spread: of each seed's median, largest minus least."""
+    wide = result.pivot_table(index="method", columns="clusterer", values=score, aggfunc="median", sort=False)
+    every = result.groupby("method", sort=False)
+    wide["median"] = every[score].median()
+    by_seed = result.groupby(["method", "seed"], sort=False)[score].median().groupby("method", sort=False)
+    wide["spread"] = by_seed.max() - by_seed.min()
+    wide["seeds"] = every["seed"].nunique()
+    if score == "ari":
+        wide["dimensions"], wide["seconds"] = every["dimensions"].first(), every["seconds"].median().round(1)
+    return wide.round(3).fillna("").reset_index()
+
+
+def in_colours_of(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """``found`` renumbered as the true domains that the clusters overlap most; -1 for clusters beyond their number."""
+    k = truth.max() + 1
+    overlap = confusion_matrix(truth, found, labels=range(max(k, found.max() + 1)))[:k]
+    domains, clusters = linear_sum_assignment(-overlap)
+    new = np.full(overlap.shape[1], -1)
+    new[clusters] = domains
+    return new[found]
+
+
+def draw_map(ax: Axes, table: anndata.AnnData, kinds: np.ndarray, title: str) -> None:
+    """Cells coloured by their domain."""
+    x, y = np.asarray(table.obsm["spatial"], float)[:, :2].T
+    colours = [plots.CATEGORIES[k % len(plots.CATEGORIES)] if k >= 0 else "#cbd5e1" for k in kinds]
+    ax.scatter(x, y, s=12_000 / len(x), c=colours, lw=0)
+    ax.set(aspect="equal", xticks=[], yticks=[])
+    ax.set_title(title, fontsize=9)
+    ax.spines[:].set_visible(False)
+
+
+def draw_scores(ax: Axes, result: pd.DataFrame, methods: list[str]) -> None:
+    """ARI of every clusterer and seed, best method on top; a bar at the median."""
+    offsets = dict(zip(CLUSTERERS, (0.22, 0.0, -0.22), strict=True))
+    colours = dict(zip(CLUSTERERS, ("#2563eb", "#16a34a", "#ea580c"), strict=True))
+    for place, method in enumerate(reversed(methods)):
+        part = result[result["method"] == method]
+        for clusterer, offset in offsets.items():
+            values = part.loc[part["clusterer"] == clusterer, "ari"]
+            name = clusterer if place == 0 else None
+            ax.scatter(
+                values, np.full(len(values), place + offset), s=14, color=colours[clusterer], alpha=0.6, label=name
+            )
+        ax.plot([part["ari"].median()] * 2, [place - 0.4, place + 0.4], color="#0f172a", lw=1.5)
+    ax.set_yticks(range(len(methods)), list(reversed(methods)), fontsize=8)
+    for label in ax.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == OURS else "normal")
+    ax.set_xlabel("ARI; bar: median")
+    ax.grid(axis="x", color="#e2e8f0")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def picture(sections: dict[str, tuple[anndata.AnnData, str]], result: pd.DataFrame, path: Path) -> None:
+    """A row a section: truth, ours and the two best others by their median runs, and every run's ARI."""
+    figure = Figure(figsize=(17, 4.2 * len(sections)), layout="constrained")
+    grid = figure.add_gridspec(len(sections), 5, width_ratios=(1, 1, 1, 1, 1.5))
+    for row, (section, (table, label)) in enumerate(sections.items()):
+        part = result[result["section"] == section]
+        ranked = part.groupby("method")["ari"].median().sort_values(ascending=False)
+        truth = np.unique(table.obs[label].astype(str), return_inverse=True)[1]
+        draw_map(figure.add_subplot(grid[row, 0]), table, truth, f"{section}\n{label}")
+        for column, method in enumerate([OURS, *[m for m in ranked.index if not m.startswith(OURS)][:2]], start=1):
+            mine = part[part["method"] == method].sort_values("ari", kind="stable")
+            run = mine.iloc[len(mine) // 2]
+            title = f"{method}\n{run.clusterer}, seed {run.seed}: ARI {run.ari:.2f}"
+            draw_map(figure.add_subplot(grid[row, column]), table, in_colours_of(truth, run.found), title)
+        ax = figure.add_subplot(grid[row, 4])
+        draw_scores(ax, part, list(ranked.index))
+        if row == 0:
+            ax.legend(fontsize=8, loc="upper left")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def page(sections: dict[str, tuple[anndata.AnnData, str]], result: pd.DataFrame, peers: bool) -> str:
+    """The tables of all sections."""
+    text = [
+        "# Domains in labelled sections\n",
+        f"Made by `python benchmarks/embedding.py TABLE.h5ad:LABEL{' --peers FOLDER' if peers else ''}`.\n",
+        "Median over seeds of each clusterer, k the true number: Gaussian mixtures of one start with tied and with",
+        "full covariance, leiden on 15 neighbours with the resolution searched for k clusters. `median`: over",
+        "clusterers and seeds. `spread`: of each seed's median over clusterers, the largest minus the least. Peers as",
+        "`benchmarks/peers` runs them, which also pins their versions. `seconds`: of CPU to embed.\n",
+        "![sections and scores](embedding.png)\n",
+    ]
+    for section, (table, label) in sections.items():
+        part = result[result["section"] == section]
+        k = table.obs[label].nunique()
+        text.append(f"## {section}: {table.n_obs:,} cells, {table.n_vars} genes, {k} of `{label}`\n")
+        text += [f"ARI\n\n{as_markdown(summary(part, 'ari'))}\n", f"NMI\n\n{as_markdown(summary(part, 'nmi'))}\n"]
+    return "\n".join(text)
 
 
 def main() -> None:
@@ -135,43 +220,12 @@ def main() -> None:
     for item in options.tables:
         path, label = item.rsplit(":", 1)
         sections[Path(path).stem] = (anndata.read_h5ad(path), label)
-    clusterers: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
-        "mixture, tied": lambda latent, k, seed: mixture(latent, k, seed, "tied"),
-        "mixture, full": lambda latent, k, seed: mixture(latent, k, seed, "full"),
-    }
-    if importlib.util.find_spec("leidenalg") and importlib.util.find_spec("igraph"):
-        clusterers["leiden"] = leiden
-    rows = []
-    for section, (table, label) in sections.items():
-        truth = table.obs[label].astype(str).to_numpy()
-        k = len(set(truth))
-        for method, embed in {**METHODS, **peers(options.peers, section)}.items():
-            for seed in range(options.seeds):
-                started = time.perf_counter()
-                try:
-                    latent = embed(table, seed)
-                except FileNotFoundError:
-                    continue  # a peer that was not run with this seed
-                seconds = time.perf_counter() - started
-                for name, cluster in clusterers.items():
-                    found = cluster(latent, k, seed)
-                    ari, nmi = adjusted_rand_score(truth, found), normalized_mutual_info_score(truth, found)
-                    rows.append((section, method, name, seed, latent.shape[1], ari, nmi, seconds))
-    columns = ["section", "method", "clusterer", "seed", "dimensions", "ari", "nmi", "seconds"]
-    result = pd.DataFrame(rows, columns=columns)
-    RESULT.parent.mkdir(exist_ok=True)
-    result.round(4).to_csv(RESULT, index=False)
-    wide = result.pivot_table(
-        index=["section", "method"], columns="clusterer", values="ari", aggfunc="median", sort=False
-    )
-    every = result.groupby(["section", "method"], sort=False)
-    wide["median"] = every["ari"].median()
-    by_seed = result.groupby(["section", "method", "seed"], sort=False)["ari"].median()
-    by_seed = by_seed.groupby(["section", "method"], sort=False)
-    wide["spread"] = by_seed.max() - by_seed.min()
-    wide["nmi"] = every["nmi"].median()
-    wide["seconds"] = every["seconds"].median()
-    print(wide.round(3).to_string())
+    found = [runs(table, label, name, options.seeds, options.peers) for name, (table, label) in sections.items()]
+    result = pd.concat(found, ignore_index=True)
+    RESULTS.mkdir(exist_ok=True)
+    picture(sections, result, RESULTS / "embedding.png")
+    (RESULTS / "embedding.md").write_text(page(sections, result, options.peers is not None))
+    print((RESULTS / "embedding.md").read_text())
 
 
 if __name__ == "__main__":

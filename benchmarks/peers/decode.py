@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from embed import environment
 
 from merfish import decode, mhd4_codebook, simulate_stack
 from merfish.decoding.methods import METHODS
@@ -33,19 +34,6 @@ BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 DISTANCE = 0.5176  # starfish's notebook: one lost bit
 MAGNITUDES = (0.25, 0.5, 0.87)  # in molecules; of these starfish is given the one that suits it best
 BLOB = 0.3  # in molecules, height of a blob in the brightest bit
-
-
-def environment(cache: Path) -> Path:
-    """The interpreter of starfish's environment, made when it is not there yet."""
-    folder = cache / "starfish"
-    python = folder / "bin" / "python"
-    done = folder / "installed.txt"
-    wanted = (HERE / "starfish.txt").read_text()
-    if not (done.is_file() and done.read_text() == wanted):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", str(HERE / "starfish.txt")], check=True)
-        done.write_text(wanted)
-    return python
 
 
 def run_worker(python: Path, folder: Path, step: str, **settings: float) -> dict[str, float]:
@@ -143,17 +131,13 @@ def best_settings(scores: pd.DataFrame) -> pd.DataFrame:
     return summary.loc[summary.groupby(["density", "method"], sort=False)["f1"].idxmax()].reset_index(drop=True)
 
 
-def as_markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown, numbers rounded."""
-    text = table.map(lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)).replace("nan", "")
-    lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main(cache: Path, quick: bool) -> None:
     """Run everything and write the table."""
+    sys.path.append(str(HERE.parent))
+    from tables import as_markdown
+
     side, seeds = (192, 1) if quick else (768, 3)
-    python = environment(cache)
+    python = environment(cache, "starfish")
     tables = []
     for density in DENSITIES:
         for seed in range(100, 100 + seeds):

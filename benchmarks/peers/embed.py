@@ -1,8 +1,9 @@
-"""Embeddings of peers for benchmarks/embedding.py --peers FOLDER, each made in an environment of its own.
+"""What peers deliver for benchmarks/embedding.py --peers FOLDER, each made in an environment of its own.
 
-    python benchmarks/peers/embed.py TABLE.h5ad FOLDER [--seeds 5] [--cache DIR]
+    python benchmarks/peers/embed.py TABLE.h5ad FOLDER [--seeds 5] [--methods scVI ...] [--cache DIR]
 
 Counts in X, places in obsm["spatial"]. Writes FOLDER/TABLE-METHOD-SEED.npy, leaving alone what is there already.
+The files NAME.txt beside this one pin what each environment holds. benchmarks/heldout.py calls for the rest.
 """
 
 from __future__ import annotations
@@ -11,16 +12,23 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
-METHODS = {
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spatialvae-peers"
+DOMAINS = {
     "BANKSY": ("banksy", "banksy_niche.py"),
     "STAGATE": ("stagate", "stagate_niche.py"),
     "CellCharter": ("cellcharter", "cellcharter_niche.py"),
     "scVIVA": ("scvi", "scviva_niche.py"),
     "scVI": ("scvi", "scvi_latent.py"),
 }
+COUNTS = {  # of tables with obs["held_out"] and layers["thinned"]
+    "scVI_heldout": ("scvi", "scvi_heldout.py"),
+    "scVI_thinned": ("scvi", "scvi_thinned.py"),
+}
+METHODS = DOMAINS | COUNTS
 
 
 def environment(cache: Path, name: str) -> Path:
@@ -34,21 +42,27 @@ def environment(cache: Path, name: str) -> Path:
     return python
 
 
+def deliver(table: Path, folder: Path, methods: Iterable[str], seeds: int, cache: Path) -> None:
+    """Write FOLDER/TABLE-METHOD-SEED.npy of every method and seed, unless it is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(seeds):
+        for method in methods:
+            name, script = METHODS[method]
+            out = folder / f"{table.stem}-{method}-{seed}.npy"
+            if not out.exists():
+                python = environment(cache, name)
+                subprocess.run([python, "-W", "ignore", HERE / script, table, out, str(seed)], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spatialvae-peers"
-    parser.add_argument("--cache", type=Path, default=cache)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DOMAINS))
+    parser.add_argument("--cache", type=Path, default=CACHE)
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    for seed in range(options.seeds):
-        for method, (name, script) in METHODS.items():
-            out = options.folder / f"{options.table.stem}-{method}-{seed}.npy"
-            if not out.exists():
-                python = environment(options.cache, name)
-                subprocess.run([python, "-W", "ignore", HERE / script, options.table, out, str(seed)], check=True)
+    deliver(options.table, options.folder, options.methods, options.seeds, options.cache)
 
 
 if __name__ == "__main__":

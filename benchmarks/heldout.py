@@ -1,0 +1,228 @@
+"""Counts and cells that a model has not seen, and cell types: SpatialVAE, and scVI beside it.
+
+    python benchmarks/heldout.py DATA                  # SpatialVAE alone
+    python benchmarks/heldout.py DATA --peers FOLDER   # scVI beside it, in an environment of its own (--cache DIR)
+
+DATA holds spatial_tables/ and single_cell/; osmFISH comes with the package. Writes benchmarks/results/heldout.md and,
+beside scVI, heldout.png. FOLDER keeps tables and what scVI made of them; what is there already is left alone. Cell types need the
+extra [analysis]: pip install -c constraints.txt -e '.[vae,analysis]'.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread mostly waits
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+from clusters import communities, neighbour_graph
+from heldout_tables import LEAST, REMOVED, dense, sections, split
+from matplotlib.figure import Figure
+from peers.embed import CACHE, deliver
+from scipy.special import xlogy
+from sklearn.metrics import normalized_mutual_info_score
+from tables import as_markdown
+
+from spatialvae import SpatialVAE
+
+RESULTS = Path(__file__).parent / "results"
+LABELLED = ("hypothalamus", "osmfish")
+HELD_OUT = ("hypothalamus", "mop1", "cortex")
+THINNED = ("hypothalamus", "mop1", "osmfish")
+LATENT = 10  # dimensions of z where scVI has as many
+RESOLUTIONS = np.geomspace(0.1, 4, 12)
+
+Row = tuple[str, str, str, int, float]  # figure, section, method, seed, value
+
+
+def trained(table: anndata.AnnData, seed: int, layer: str | None = None, **sizes: int) -> SpatialVAE:
+    SpatialVAE.setup_anndata(table, layer=layer, spatial_key="spatial" if "spatial" in table.obsm else None)
+    model = SpatialVAE(table, seed=seed, **sizes)
+    model.train(seed=seed, progress=False)
+    return model
+
+
+def best_nmi(latent: np.ndarray, kinds: pd.Series, seed: int) -> float:
+    """Of leiden at the resolution that suits the labels best."""
+    graph = neighbour_graph(latent)
+    return max(normalized_mutual_info_score(kinds, communities(graph, r, seed)) for r in RESOLUTIONS)
+
+
+def deviance(table: anndata.AnnData, share: np.ndarray) -> float:
+    """Mean Poisson deviance an entry of the counts thinned away; ``share`` (cell, gene) was expected."""
+    left = dense(table.layers["thinned"])
+    removed = dense(table.X) - left
+    expected = share * left.sum(1, keepdims=True) * REMOVED / (1 - REMOVED)
+    return float(2 * (xlogy(removed, removed / expected) - removed + expected).mean())
+
+
+def of_spatialvae(tables: dict[str, anndata.AnnData], seed: int, samples: int) -> Iterator[Row]:
+    """All figures of ours for one seed."""
+    for name in LABELLED:
+        latent = trained(tables[name], seed).get_latent_representation(which="cell")
+        yield "types", name, "SpatialVAE", seed, best_nmi(latent, tables[name].obs["kind"], seed)
+    for name in HELD_OUT:
+        rest, held = split(tables[name])
+        model = trained(rest, seed, n_latent=LATENT)
+        yield "cells", name, "SpatialVAE", seed, model.get_marginal_ll(held, samples, seed)
+        if "spatial" in rest.obsm:
+            given = model.get_marginal_ll(held, samples, seed, given=rest)
+            yield "cells", name, "SpatialVAE, given neighbours", seed, given
+    for name in THINNED:
+        share = trained(tables[name], seed, layer="thinned", n_latent=LATENT).get_normalized_expression().to_numpy()
+        yield "counts", name, "SpatialVAE", seed, deviance(tables[name], share)
+    rest, held = split(tables["mop10"])
+    for where, model in {"slice 1": trained(tables["mop1"], seed), "slice 10": trained(rest, seed)}.items():
+        yield "transfer", "without neighbours", where, seed, model.get_marginal_ll(held, samples, seed)
+        yield "transfer", "given neighbours", where, seed, model.get_marginal_ll(held, samples, seed, given=rest)
+
+
+def of_scvi(tables: dict[str, anndata.AnnData], folder: Path, seeds: int, cache: Path) -> Iterator[Row]:
+    """All figures of scVI, run where ``folder`` lacks them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for method, names in {"scVI": LABELLED, "scVI_heldout": HELD_OUT, "scVI_thinned": THINNED}.items():
+        for name in names:
+            path = folder / f"{name}.h5ad"
+            if not path.exists():
+                tables[name].write_h5ad(path)
+            deliver(path, folder, [method], seeds, cache)
+            for seed in range(seeds):
+                found = np.load(folder / f"{name}-{method}-{seed}.npy", allow_pickle=False)
+                if method == "scVI":
+                    yield "types", name, "scVI", seed, best_nmi(found, tables[name].obs["kind"], seed)
+                elif method == "scVI_heldout":
+                    yield "cells", name, "scVI", seed, float(found.mean())
+                else:
+                    yield "counts", name, "scVI", seed, deviance(tables[name], found)
+
+
+def of_shares(tables: dict[str, anndata.AnnData]) -> Iterator[Row]:
+    """Thinned counts expected from each gene's share of all counts left: no model at all."""
+    for name in THINNED:
+        left = dense(tables[name].layers["thinned"])
+        share = np.broadcast_to(left.sum(0) / left.sum(), left.shape)
+        yield "counts", name, "shares of all cells", 0, deviance(tables[name], share)
+
+
+def summary(rows: pd.DataFrame, figure: str, digits: int) -> str:
+    """Median over seeds, least and largest, by section and method."""
+    part = rows[rows["figure"] == figure]
+
+    def told(values: pd.Series) -> str:
+        median, least, most = (f"{v:.{digits}f}" for v in (values.median(), values.min(), values.max()))
+        return median if least == most else f"{median} ({least} to {most})"
+
+    wide = part.pivot_table(index="method", columns="section", values="value", aggfunc=told, sort=False)
+    return as_markdown(wide.fillna("").reset_index())
+
+
+def picture(rows: pd.DataFrame, path: Path) -> None:
+    """Every seed a dot; likelihoods as differences from scVI's median."""
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    colours = {"SpatialVAE": "#2563eb", "SpatialVAE, given neighbours": "#7c3aed", "scVI": "#ea580c"}
+    titles = {
+        "types": "cell types: NMI of leiden (higher is better)",
+        "cells": "held-out cells: log p, nats a cell above scVI's (higher is better)",
+        "counts": "held-out counts: deviance over scVI's (lower is better)",
+    }
+    for ax, (name, title) in zip(axes, titles.items(), strict=True):
+        part = rows[(rows["figure"] == name) & rows["method"].isin(colours)]
+        places = {section: i for i, section in enumerate(part["section"].unique())}
+        for i, (method, colour) in enumerate(colours.items()):
+            for section, place in places.items():
+                here = part[part["section"] == section]
+                values = here.loc[here["method"] == method, "value"].to_numpy()
+                base = here.loc[here["method"] == "scVI", "value"].median()
+                values = values - base if name == "cells" else values / base if name == "counts" else values
+                ax.scatter(place + 0.18 * (i - 1) + np.zeros(len(values)), values, s=22, color=colour, alpha=0.7)
+        if name != "types":
+            ax.axhline(0 if name == "cells" else 1, color="#94a3b8", lw=0.8, zorder=0)
+        ax.set_xticks(list(places.values()), list(places))
+        ax.set_title(title, fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+    for method, colour in colours.items():
+        axes[1].scatter([], [], s=22, color=colour, label=method)
+    axes[1].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def page(rows: pd.DataFrame, seeds: int, samples: int) -> str:
+    """The whole text."""
+    transfer = rows[rows["figure"] == "transfer"].groupby(["section", "method"], sort=False)["value"].median().unstack()
+    ratio = transfer["slice 1"] / transfer["slice 10"]
+    ratios = ", ".join(f"{value:.4f} {name}" for name, value in ratio.items())
+    grid = f"{len(RESOLUTIONS)} resolutions from {RESOLUTIONS[0]:g} to {RESOLUTIONS[-1]:g}"
+    return f"""# Cell types, held-out cells and held-out counts
+
+Made by `python benchmarks/heldout.py DATA --peers FOLDER`. {seeds} seeds: median (least to largest). All cells with at
+least {LEAST} counts. scVI: scvi-tools 1.4.2, one environment for all figures, pins in `benchmarks/peers/scvi.txt`.
+
+## Cell types
+
+NMI of leiden (15 neighbours, the best of {grid}) on `z_cell` and on scVI's latent, both models
+with their defaults, trained on all cells without labels.
+
+{summary(rows, "types", 3)}
+
+## Held-out cells
+
+Mean log p(x_i) in nats a cell of {REMOVED:.0%} of the cells, the same for both; NB, z of {LATENT} dimensions, total
+counts given; {samples:,} importance samples from q(z | x_i). "SpatialVAE" and "scVI" see nothing but the cell;
+"given neighbours" is log p(x_i | counts of the training cells nearest to it), another quantity. SpatialVAE has a
+z_niche of at most {LATENT} dimensions besides, which is integrated out. scVI's figure is its own `get_marginal_ll`, per
+cell and then averaged: log-mean-exp of log p(x | z) + log p(z) - log q(z | x), the observed total as library size.
+
+{summary(rows, "cells", 2)}
+
+## Held-out counts
+
+Of each count {REMOVED:.0%} was thinned away binomially; the models were trained on the rest (NB, z of {LATENT}
+dimensions).
+Mean Poisson deviance of the removed counts, an entry; expected: the model's share of the gene times the cell's
+remaining total times {REMOVED:g} / {1 - REMOVED:g}. Poisson, because it asks for nothing but the mean. SpatialVAE at
+posterior means (it sees the neighbours), scVI averaged over 25 draws.
+
+{summary(rows, "counts", 4)}
+
+## A new section
+
+Mean log p(x_i) of the held-out cells of MOp slice 10 by a model of slice 1 and by one of the other cells of slice 10;
+given neighbours: given those other cells. Defaults.
+
+{summary(rows, "transfer", 2)}
+
+Slice 1 over slice 10, medians (log p is negative: above 1 is worse): {ratios}.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=1000, help="importance samples of SpatialVAE")
+    parser.add_argument("--peers", type=Path, help="folder for tables and results of scVI")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of environments")
+    options = parser.parse_args()
+    tables = sections(options.data)
+    rows = list(of_shares(tables))
+    if options.peers:
+        rows += of_scvi(tables, options.peers, options.seeds, options.cache)
+    for seed in range(options.seeds):
+        rows += of_spatialvae(tables, seed, options.samples)
+    table = pd.DataFrame(rows, columns=["figure", "section", "method", "seed", "value"])
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "heldout.md").write_text(page(table, options.seeds, options.samples))
+    if options.peers:
+        picture(table, RESULTS / "heldout.png")
+    print((RESULTS / "heldout.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
