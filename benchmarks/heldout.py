@@ -4,8 +4,8 @@
     python benchmarks/heldout.py DATA --peers FOLDER   # scVI beside it, in an environment of its own (--cache DIR)
 
 DATA holds spatial_tables/ and single_cell/; osmFISH comes with the package. Writes benchmarks/results/heldout.md and,
-beside scVI, heldout.png. FOLDER keeps tables and what scVI made of them; what is there already is left alone. Cell types need the
-extra [analysis]: pip install -c constraints.txt -e '.[vae,analysis]'.
+beside scVI, heldout.png. FOLDER keeps tables and what scVI made of them; what is there already is left alone. Cell
+types need the extra [analysis]: pip install -c constraints.txt -e '.[vae,analysis]'.
 """
 
 from __future__ import annotations
@@ -184,10 +184,9 @@ cell and then averaged: log-mean-exp of log p(x | z) + log p(z) - log q(z | x), 
 ## Held-out counts
 
 Of each count {REMOVED:.0%} was thinned away binomially; the models were trained on the rest (NB, z of {LATENT}
-dimensions).
-Mean Poisson deviance of the removed counts, an entry; expected: the model's share of the gene times the cell's
-remaining total times {REMOVED:g} / {1 - REMOVED:g}. Poisson, because it asks for nothing but the mean. SpatialVAE at
-posterior means (it sees the neighbours), scVI averaged over 25 draws.
+dimensions). Mean Poisson deviance of the removed counts, an entry; expected: the model's share of the gene times the
+cell's remaining total times {REMOVED:g} / {1 - REMOVED:g}. Poisson, because it asks for nothing but the mean.
+SpatialVAE at posterior means (it sees the neighbours), scVI averaged over 25 draws.
 
 {summary(rows, "counts", 4)}
 
