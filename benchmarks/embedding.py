@@ -201,8 +201,8 @@ def page(sections: dict[str, tuple[anndata.AnnData, str]], result: pd.DataFrame,
         "clusterers and seeds. `spread`: of each seed's median over clusterers, the largest minus the least. Peers as",
         "`benchmarks/peers` runs them, which also pins their versions. `seconds`: of CPU to embed.\n",
         "BANKSY: lambda 0.8, 15 neighbours, scaled counts. STAGATE: 6 nearest neighbours, as its radius is in the unit",
-        "of another technique. CellCharter: scVI first, then means of 3 layers of a Delaunay graph. scVIVA asks for cell",
-        "types: 20 k-means clusters of scVI's latent.\n",
+        "of another technique. CellCharter: scVI first, then means of 3 layers of a Delaunay graph. scVIVA asks for",
+        "cell types: 20 k-means clusters of scVI's latent.\n",
         "![sections and scores](embedding.png)\n",
     ]
     for section, (table, label) in sections.items():
