@@ -156,20 +156,6 @@ def log_normalised(x, factor, out):
 
 
 @kernel
-def drop_out(seeds, share, y):
-    """Set a ``share`` of the entries of ``y`` (cell, gene) to 0 and scale the others up to the same mean. Which ones is
-    a hash (the end of MurmurHash3) of the cell's seed, uint32, and the gene."""
-    limit, scale = np.uint32(share * 2.0**32), float32(1 / (1 - share))
-    for i in range(y.shape[0]):
-        for g in range(y.shape[1]):
-            h = np.uint32(seeds[i] + np.uint32(g) * np.uint32(0x9E3779B9))
-            h = np.uint32((h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B))
-            h = np.uint32((h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-            h = np.uint32(h ^ (h >> np.uint32(16)))
-            y[i, g] = y[i, g] * scale if h >= limit else float32(0)
-
-
-@kernel
 def dense_rows(indptr, indices, data, rows, out):
     """Rows of a CSR matrix, (row, column)."""
     for i in range(len(rows)):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatialvae._product import Linear
 
-DROPOUT = 0.1  # share of its genes that a cell's encoder does not see at a step of training, as in scVI
 ATTENTION_WIDTH = 32
 ATTENTION_HEADS = 4
 
@@ -24,22 +22,6 @@ def log_normalised(x: Tensor, factor: Tensor) -> Tensor:
 
     y = torch.empty_like(x)
     _kernels.log_normalised(x.numpy(), factor.numpy(), y.numpy())
-    return y
-
-
-def without_some(y: Tensor, seeds: Tensor) -> Tensor:
-    """``y`` (cell, gene) without a random tenth of its entries, the others scaled up; overwrites it on the CPU.
-
-    ``seeds`` int32 (cell,): the same seed leaves out the same genes, wherever in a minibatch the cell stands.
-    """
-    if y.device.type != "cpu" or y.dtype != torch.float32:
-        h = (seeds.long()[:, None] + torch.arange(y.shape[1], device=y.device) * 0x9E3779B9) & 0xFFFFFFFF
-        h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
-        h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
-        return torch.where(h ^ (h >> 16) >= int(DROPOUT * 2**32), y / (1 - DROPOUT), 0)
-    from spatialvae import _kernels
-
-    _kernels.drop_out(seeds.numpy().view(np.uint32), DROPOUT, y.numpy())
     return y
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spatialvae import likelihoods, loss
 from spatialvae.data import Cells, Graphs, with_neighbours
 from spatialvae.decoder import Decoder
-from spatialvae.encoder import CellEncoder, NicheEncoder, log_normalised, without_some
+from spatialvae.encoder import CellEncoder, NicheEncoder, log_normalised
 from spatialvae.field import Field, laplacian_of
 from spatialvae.linear import Components, LinearStart
 
@@ -167,10 +167,9 @@ class SpatialModule(nn.Module):
     def counts(self, section: Section, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(section.cells.counts.dense(rows)).to(self.mean.device)
 
-    def infer_cell(self, x: Tensor, depth: Tensor, batch: Tensor, seeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """q(z_cell) of counts (B, gene); with ``seeds`` (B,) of what is left of them after dropout."""
-        y = log_normalised(x, self.scale / depth)
-        mean, log_variance = self.cell_encoder(y if seeds is None else without_some(y, seeds))
+    def infer_cell(self, x: Tensor, depth: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """q(z_cell) of counts (B, gene)."""
+        mean, log_variance = self.cell_encoder(log_normalised(x, self.scale / depth))
         return mean - self.batch_mean[batch], log_variance
 
     def infer_niche(self, section: Section, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -208,10 +207,9 @@ class SpatialModule(nn.Module):
         """Standard normal numbers for one draw of both latents, (cell, niche and cell dimensions)."""
         return torch.randn(n_cells, self.shape.n_niche + self.shape.n_cell, generator=generator)
 
-    def terms(self, section: Section, rows: np.ndarray, noise: Tensor, seeds: Tensor | None = None) -> loss.Terms:
+    def terms(self, section: Section, rows: np.ndarray, noise: Tensor) -> loss.Terms:
         """The three terms of the bound for ``rows``, with one draw of each latent made of ``noise`` (see ``noise``).
 
-        With ``seeds`` int32 (B,), as in training, the cell encoder does not see all genes (``without_some``).
         A neighbour that several rows share is encoded once.
         """
         device = self.mean.device
@@ -220,7 +218,7 @@ class SpatialModule(nn.Module):
         z_niche, niche_kl, niche_mean = self._draw_niche(section, rows, niche_noise)
         x = self.counts(section, rows)
         depth, batch = section.depth[index].to(device), section.batch[index].to(device)
-        inferred = self.infer_cell(x, depth, batch, None if seeds is None else seeds.to(device))
+        inferred = self.infer_cell(x, depth, batch)
         z_cell, cell_kl = loss.draw_cell(*inferred, z_niche @ self.niche_to_cell.T, self.log_residual, cell_noise)
         likelihood = self.log_likelihood(x, depth, batch, z_cell, z_niche)
         return loss.Terms(likelihood, cell_kl, niche_kl, inferred[0], niche_mean)

@@ -84,10 +84,9 @@ def _train(
         for batch in minibatches(rows, plan.batch_size, patch, rng):
             # every process draws the noise of all, so that how many there are changes nothing
             noise = module.noise(len(batch), generator)
-            seeds = torch.randint(2**31 - 1, (len(batch),), generator=generator, dtype=torch.int32)
             part = slice(team.rank, None, team.size)
             gradient.zero_()
-            terms = module.terms(section, batch[part], noise[part], seeds[part])
+            terms = module.terms(section, batch[part], noise[part])
             bound = terms.elbo(weight)
             (-bound.sum() / len(batch)).backward()
             team.add_up(gradient)
