@@ -11,7 +11,7 @@ import numpy as np
 from spatialvae import _keys
 from spatialvae.counts import Counts, read_counts
 from spatialvae.errors import InputError
-from spatialvae.graph import NeighbourGraph, knn_graph, symmetrised
+from spatialvae.graph import NeighbourGraph, checked_coordinates, knn_graph, symmetrised
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -73,12 +73,7 @@ def check_table(adata: AnnData, setup: Setup) -> None:
 
     Raises InputError for missing keys, duplicated names, coordinates that are not finite, missing samples or batches.
     """
-    for what, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
-        if not names.is_unique:
-            twice = names[names.duplicated()][0]
-            raise InputError(f"{what} names are not unique: {twice!r} occurs more than once")
-    if adata.n_obs < 2 or adata.n_vars < 2:
-        raise InputError(f"the table has {adata.n_obs} cells and {adata.n_vars} genes; expected 2 of each at least")
+    _check_names(adata)
     _counts(adata, setup.layer)
     _coordinates(adata, setup.spatial_key)
     for key in (setup.sample_key, setup.batch_key):
@@ -99,19 +94,19 @@ def read_cells(
     Raises InputError as ``check_table`` does, and for counts that are not non-negative integers, cells without counts,
     genes or batches that the model does not know.
     """
-    check_table(adata, setup)
-    columns = _columns(adata, genes)
+    _check_names(adata)
+    matrix, where = _counts(adata, setup.layer)
+    coordinates = _coordinates(adata, setup.spatial_key)
     samples = _codes(adata, setup.sample_key)[0]
     batches, names = _codes(adata, setup.batch_key)
+    columns = _columns(adata, genes)
     if batch_names is not None and setup.batch_key is not None:
         unknown = [name for name in names if name not in batch_names]
         if unknown:
             raise InputError(f"obs[{setup.batch_key!r}] has batch {unknown[0]!r}; the model knows {list(batch_names)}")
         batches = np.array([batch_names.index(name) for name in names])[batches]
         names = batch_names
-    matrix, where = _counts(adata, setup.layer)
     counts = read_counts(matrix, columns, where)
-    coordinates = _coordinates(adata, setup.spatial_key)
     return Cells(counts, tuple(adata.var_names[columns]), coordinates, samples, batches, names)
 
 
@@ -168,6 +163,15 @@ def with_neighbours(rows: np.ndarray, neighbours: np.ndarray, scratch: np.ndarra
     return nodes[: _kernels.with_neighbours(rows, neighbours, scratch, nodes, slots)], slots
 
 
+def _check_names(adata: AnnData) -> None:
+    for what, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
+        if not names.is_unique:
+            twice = names[names.duplicated()][0]
+            raise InputError(f"{what} names are not unique: {twice!r} occurs more than once")
+    if adata.n_obs < 2 or adata.n_vars < 2:
+        raise InputError(f"the table has {adata.n_obs} cells and {adata.n_vars} genes; expected 2 of each at least")
+
+
 def _counts(adata: AnnData, layer: str | None) -> tuple[Any, str]:
     if layer is None:
         if adata.X is None:
@@ -198,13 +202,7 @@ def _coordinates(adata: AnnData, key: str | None) -> np.ndarray | None:
         return None
     if key not in adata.obsm:
         raise InputError(f"obsm has no {key!r}; it has {sorted(adata.obsm)}")
-    coordinates = np.asarray(adata.obsm[key], float)
-    if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
-        raise InputError(f"obsm[{key!r}] has shape {coordinates.shape}; expected (cell, 2) or (cell, 3)")
-    bad = np.flatnonzero(~np.isfinite(coordinates).all(1))
-    if len(bad):
-        raise InputError(f"obsm[{key!r}] is not finite for {len(bad)} cells, the first {adata.obs_names[bad[0]]!r}")
-    return coordinates
+    return checked_coordinates(adata.obsm[key], f"obsm[{key!r}]", adata.obs_names)
 
 
 def _check_key(adata: AnnData, key: str | None) -> None:
@@ -219,5 +217,6 @@ def _check_key(adata: AnnData, key: str | None) -> None:
 def _codes(adata: AnnData, key: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
     if key is None:
         return np.zeros(adata.n_obs, np.int64), ("",)
+    _check_key(adata, key)
     names, codes = np.unique(adata.obs[key].astype(str).to_numpy().astype(str), return_inverse=True)
     return codes.astype(np.int64), tuple(str(name) for name in names)

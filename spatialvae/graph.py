@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,7 @@ def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None
     k : neighbours of each cell; a sample of n cells gives n - 1 at most
     samples : int or str (cell,); one sample if not given
     """
-    coordinates = _checked(coordinates)
+    coordinates = checked_coordinates(coordinates)
     if k < 1:
         raise InputError(f"number of neighbours is {k}; expected at least 1")
     index = np.full((len(coordinates), k), -1, np.int32)
@@ -80,7 +81,7 @@ def nearest_among(
 ) -> np.ndarray:
     """Rows of the ``k`` cells of ``others`` (m, axis) nearest to each place of ``coordinates`` (cell, axis), within its
     sample: int64 (cell, k), -1 where a sample has fewer cells."""
-    coordinates, others = _checked(coordinates), _checked(others)
+    coordinates, others = checked_coordinates(coordinates), checked_coordinates(others)
     names = np.zeros(len(coordinates), int) if samples is None else np.asarray(samples)
     other_names = np.zeros(len(others), int) if other_samples is None else np.asarray(other_samples)
     index = np.full((len(coordinates), k), -1, np.int64)
@@ -100,7 +101,7 @@ def radius_graph(
 
     Raises InputError, before anything large is made, if a cell would have more than ``max_degree`` neighbours.
     """
-    coordinates = _checked(coordinates)
+    coordinates = checked_coordinates(coordinates)
     if not radius > 0:
         raise InputError(f"radius is {radius}; expected a positive length in the unit of the coordinates")
     groups = _rows_of_samples(len(coordinates), samples)
@@ -129,7 +130,7 @@ def delaunay_graph(coordinates: np.ndarray, samples: np.ndarray | None = None) -
 
     Samples with too few cells, or with all cells on a line, have none.
     """
-    coordinates = _checked(coordinates)
+    coordinates = checked_coordinates(coordinates)
     edges = [np.empty((0, 2), np.int64)]
     for rows in _rows_of_samples(len(coordinates), samples):
         if len(rows) <= coordinates.shape[1] + 1 or np.linalg.matrix_rank(np.ptp(coordinates[rows], 0)) == 0:
@@ -156,13 +157,20 @@ def symmetrised(graph: NeighbourGraph, coordinates: np.ndarray) -> NeighbourGrap
     return NeighbourGraph(index, distance)
 
 
-def _checked(coordinates: np.ndarray) -> np.ndarray:
+def checked_coordinates(
+    coordinates: np.ndarray, where: str = "the array of coordinates", names: Sequence[str] | None = None
+) -> np.ndarray:
+    """``coordinates`` as float64 (cell, 2 or 3), all finite.
+
+    Raises InputError that calls them ``where`` and the first bad cell by its name among ``names``, or by its row.
+    """
     coordinates = np.asarray(coordinates, float)
     if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
-        raise InputError(f"coordinates have shape {coordinates.shape}; expected (cell, 2) or (cell, 3)")
+        raise InputError(f"{where} has shape {coordinates.shape}; expected (cell, 2) or (cell, 3)")
     bad = np.flatnonzero(~np.isfinite(coordinates).all(1))
     if len(bad):
-        raise InputError(f"coordinates of {len(bad)} cells are not finite, the first in row {bad[0]}")
+        first = f"in row {bad[0]}" if names is None else repr(names[bad[0]])
+        raise InputError(f"{where} is not finite for {len(bad)} cells, the first {first}")
     return coordinates
 
 

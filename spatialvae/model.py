@@ -95,7 +95,7 @@ class SpatialVAE:
         sample_key: str | None = None,
         batch_key: str | None = None,
     ) -> None:
-        """Say where ``adata`` keeps what the model reads, and check all but the counts, which are read once: later.
+        """Say where ``adata`` keeps what the model reads, and check it; the counts are checked when the model is made.
 
         Parameters
         ----------
