@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +75,7 @@ def _train(
     average, steps = parameters.detach().clone(), 0
     slowest = 1 / max(AVERAGED * len(rows) / plan.batch_size, 1.0)
     history: list[dict[str, float]] = []
-    best, best_state, waited = -np.inf, None, 0
+    best, kept, waited = -np.inf, average, 0
     for epoch in range(plan.max_epochs):
         weight = min(1.0, (epoch + 1) / max(plan.warm_up, 1))
         module.train()
@@ -110,14 +109,13 @@ def _train(
         score = row.get("elbo_validation", row["elbo_train"])
         if score > best + 1e-4 * abs(best) if np.isfinite(best) else True:
             best, waited = score, 0
-            best_state = copy.deepcopy(module.state_dict())
+            kept = average.clone()
         else:
             waited += 1
         parameters.data.copy_(last)
         if waited >= plan.patience and weight == 1.0:
             break
-    if best_state is not None:
-        module.load_state_dict(best_state)
+    parameters.data.copy_(kept)
     module.eval()
     return history
 
