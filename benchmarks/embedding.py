@@ -23,6 +23,7 @@ import anndata
 import numpy as np
 import pandas as pd
 from clusters import CLUSTERERS
+from heldout_tables import dense
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from peers.embed import DOMAINS
@@ -43,7 +44,7 @@ Embed = Callable[[anndata.AnnData, int], np.ndarray]
 
 def components(table: anndata.AnnData) -> np.ndarray:
     """Principal components (cell, 30) of log counts at median depth."""
-    x = np.asarray(table.X.todense() if hasattr(table.X, "todense") else table.X, float)
+    x = dense(table.X)
     depth = x.sum(1, keepdims=True)
     logs = np.log1p(x / depth * np.median(depth))
     return PCA(min(COMPONENTS, min(x.shape) - 1), svd_solver="full").fit_transform(logs)

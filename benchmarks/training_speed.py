@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+from peers.embed import CACHE, environment
 from tables import as_markdown
 
 from merfish import datasets
@@ -194,9 +194,6 @@ def patches(name: str, adata: anndata.AnnData, batch: int = 256) -> dict[str, ob
 
 def scvi_speed(table: Path, batch: int, cache: Path) -> float:
     """Cells a second in scVI's fastest epoch."""
-    sys.path.insert(0, str(HERE / "peers"))
-    from embed import environment
-
     command = [environment(cache, "scvi"), "-W", "ignore", HERE / "peers" / "scvi_speed.py", table, str(batch), "4"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return anndata.read_h5ad(table, backed="r").n_obs / min(json.loads(done.stdout.splitlines()[-1]))
@@ -252,8 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for flag in ("quick", "scvi", "patches", "million"):
         parser.add_argument(f"--{flag}", action="store_true")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spatialvae-peers"
-    parser.add_argument("--cache", type=Path, default=cache)
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.million:
