@@ -208,21 +208,21 @@ def with_neighbours(rows, neighbours, number, nodes, slots):
 
 
 @inline
-def _mixed(own, value, edge, distance, c):
-    """What attention scores: LeakyReLU of the three parts, channel c; and the ReLU's slope."""
-    at = own[c] + value[c] + edge[c] * distance
+def _mixed(value, edge, distance, c):
+    """What attention scores: LeakyReLU of both parts, channel c; and the ReLU's slope."""
+    at = value[c] + edge[c] * distance
     slope = float32(1) if at > 0 else float32(0.2)
     return at * slope, slope
 
 
 @kernel
-def attention(own, value, edge, score, slots, distance, weight, out):
-    """``encoder.NeighbourAttention`` of the projections ``own`` (node, C) and ``value`` (any node, C).
+def attention(value, edge, score, slots, distance, weight, out):
+    """``encoder.NeighbourAttention`` of the projections ``value`` (any node, C).
 
     Fills ``weight`` (node, slot, head) and ``out`` (node, C).
     """
     heads, width = score.shape
-    for i in range(len(own)):
+    for i in range(len(slots)):
         for h in range(heads):
             highest = float32(-np.inf)
             for k in range(slots.shape[1]):
@@ -230,7 +230,7 @@ def attention(own, value, edge, score, slots, distance, weight, out):
                     total = float32(0)
                     for c in range(width):
                         at = h * width + c
-                        total += score[h, c] * _mixed(own[i], value[slots[i, k]], edge, distance[i, k], at)[0]
+                        total += score[h, c] * _mixed(value[slots[i, k]], edge, distance[i, k], at)[0]
                     weight[i, k, h] = total
                     highest = max(highest, total)
             total = float32(0)
@@ -248,11 +248,11 @@ def attention(own, value, edge, score, slots, distance, weight, out):
 
 
 @kernel
-def attention_backward(own, value, edge, score, slots, distance, weight, gradient, d_own, d_value, d_edge, d_score):
-    """Derivatives of ``attention``, added to the last four, which are zero at first."""
+def attention_backward(value, edge, score, slots, distance, weight, gradient, d_value, d_edge, d_score):
+    """Derivatives of ``attention``, added to the last three, which are zero at first."""
     heads, width = score.shape
     pull = np.empty((slots.shape[1], heads), np.float32)
-    for i in range(len(own)):
+    for i in range(len(slots)):
         for h in range(heads):
             mean = float32(0)
             for k in range(slots.shape[1]):
@@ -269,10 +269,9 @@ def attention_backward(own, value, edge, score, slots, distance, weight, gradien
                 for h in range(heads):
                     for c in range(width):
                         at = h * width + c
-                        mixed, slope = _mixed(own[i], value[j], edge, distance[i, k], at)
+                        mixed, slope = _mixed(value[j], edge, distance[i, k], at)
                         step = pull[k, h] * score[h, c] * slope
                         d_score[h, c] += pull[k, h] * mixed
-                        d_own[i, at] += step
                         d_edge[at] += step * distance[i, k]
                         d_value[j, at] += step + weight[i, k, h] * gradient[i, at]
 

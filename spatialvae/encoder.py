@@ -54,12 +54,12 @@ class _Attention(torch.autograd.Function):
     """``_attend`` in one pass over nodes and neighbours; float32 on the CPU."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, value: Tensor, edge: Tensor, score: Tensor, *graph: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, edge: Tensor, score: Tensor, *graph: Tensor) -> Tensor:
         from spatialvae import _kernels
 
         slots, distance = graph
-        weight, out = own.new_empty(*slots.shape, len(score)), torch.empty_like(own)
-        given = own, value, edge, score, slots, distance, weight
+        weight, out = value.new_empty(*slots.shape, len(score)), value.new_empty(len(slots), value.shape[1])
+        given = value, edge, score, slots, distance, weight
         _kernels.attention(*(t.detach().numpy() for t in (*given, out)))
         ctx.save_for_backward(*given)
         return out
@@ -68,15 +68,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         from spatialvae import _kernels
 
-        found = [torch.zeros_like(t) for t in ctx.saved_tensors[:4]]
+        found = [torch.zeros_like(t) for t in ctx.saved_tensors[:3]]
         arrays = (t.detach().numpy() for t in (*ctx.saved_tensors, gradient.contiguous(), *found))
         _kernels.attention_backward(*arrays)
         return (*found, None, None)
 
 
-def _attend(own: Tensor, value: Tensor, edge: Tensor, score: Tensor, slots: Tensor, distance: Tensor) -> Tensor:
+def _attend(value: Tensor, edge: Tensor, score: Tensor, slots: Tensor, distance: Tensor) -> Tensor:
     neighbour = F.embedding(slots.clamp(min=0), value)  # (B, K, H)
-    mixed = F.leaky_relu(own[:, None] + neighbour + edge * distance[..., None], 0.2)
+    mixed = F.leaky_relu(neighbour + edge * distance[..., None], 0.2)
     split = (*mixed.shape[:2], *score.shape)
     scores = (mixed.view(split) * score).sum(-1)  # (B, K, heads)
     scores = scores.masked_fill((slots < 0)[..., None], -torch.inf)
@@ -87,22 +87,22 @@ def _attend(own: Tensor, value: Tensor, edge: Tensor, score: Tensor, slots: Tens
 class NeighbourAttention(nn.Module):
     r"""GATv2 attention (Brody, Alon & Yahav 2022) over a list of neighbours, distances as edge features.
 
-    e_ij = a . LeakyReLU(W_own h_i + W_other h_j + W_edge d_ij),  out_i = sum_j softmax_j(e_ij) W_other h_j
+    v_j = W h_j + b,  e_ij = a . LeakyReLU(v_j + W_edge d_ij),  out_i = sum_j softmax_j(e_ij) v_j
 
-    for each head. Cells without neighbours get zeros.
+    for each head. The cell that looks has no say in whom it sees: its own counts would come back through its choice
+    of neighbours. Cells without neighbours get zeros.
     """
 
     def __init__(self, n_features: int, hidden: int, heads: int) -> None:
         super().__init__()
-        self.own = nn.Linear(n_features, hidden)
-        self.other = nn.Linear(n_features, hidden, bias=False)
+        self.value = nn.Linear(n_features, hidden)
         self.edge = nn.Parameter(torch.empty(hidden).uniform_(-1, 1))
         self.score = nn.Parameter(torch.randn(heads, hidden // heads) / (hidden // heads) ** 0.5)
 
     def forward(self, features: Tensor, slots: Tensor, distance: Tensor) -> Tensor:
-        """features (M, F) of the cells that take part, those that look first; slots int32 (B, K) point into them, -1
-        where there is none; distance (B, K) -> (B, hidden). A cell that is neighbour to many is projected once."""
-        given = self.own(features[: len(slots)]), self.other(features), self.edge, self.score, slots, distance
+        """features (M, F) of the cells that take part; slots int32 (B, K) point into them, -1 where there is none;
+        distance (B, K) -> (B, hidden). A cell that is neighbour to many is projected once."""
+        given = self.value(features), self.edge, self.score, slots, distance
         if features.device.type == "cpu" and features.dtype == torch.float32:
             return _Attention.apply(*given)
         return _attend(*given)

@@ -25,7 +25,7 @@ from spatialvae.training import Plan, train
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 3
+FORMAT = 4
 ROWS_AT_ONCE = 2048
 WHICH = ("both", "niche", "cell")
 
@@ -58,7 +58,7 @@ class SpatialVAE:
         self,
         adata: AnnData,
         n_latent: int = 30,
-        n_niche: int = 30,
+        n_niche: int = 10,
         n_hidden: int = 128,
         gene_likelihood: str = "nb",
         seed: int = 0,
@@ -147,17 +147,19 @@ class SpatialVAE:
     def get_latent_representation(self, adata: AnnData | None = None, which: str = "both") -> np.ndarray:
         """The embedding, float32 (cell, dim): niche then cell dimensions, or one of them ("niche", "cell").
 
-        Both are posterior means. z_cell is what the cell's own counts say, and serves to find cell types; z_niche is
-        what its surroundings say, and serves to find domains.
+        Both are posterior means. z_cell is what the cell's own counts say, and serves to find cell types; it is given
+        in units of its prior's standard deviation, as where the prior is N(0, 1). z_niche is what its surroundings
+        say, and serves to find domains; there, what varies more in space counts for more.
 
         ``adata`` may be a section that the model has never seen, with the same genes and keys.
         """
         if which not in WHICH:
             raise InputError(f"which is {which!r}; expected one of {WHICH}")
         section, shape = self._read(adata), self.module.shape
+        unit = self.module.prior_variance().sqrt()
         out = np.empty((section.cells.n_cells, shape.n_niche + shape.n_cell), np.float32)
         for rows, posterior in self._posteriors(section):
-            out[rows] = torch.cat([posterior.niche_mean, posterior.cell_mean], 1).cpu().numpy()
+            out[rows] = torch.cat([posterior.niche_mean, posterior.cell_mean / unit], 1).cpu().numpy()
         part = {"niche": out[:, : shape.n_niche], "cell": out[:, shape.n_niche :], "both": out}[which]
         return np.ascontiguousarray(part)
 

@@ -25,6 +25,7 @@ from spatialvae.field import Field, laplacian_of
 from spatialvae.linear import Components, LinearStart
 
 LOG_2PI = math.log(2 * math.pi)
+PROPOSAL_WIDTH = 1.3  # sd of importance samples in units of q's, which the bound makes too narrow
 LIKELIHOODS = ("nb", "zinb", "poisson")
 
 
@@ -233,6 +234,11 @@ class SpatialModule(nn.Module):
         inferred = self.infer_niche(section, nodes)
         return *loss.draw_niche(*inferred, near, *prior, noise), inferred[0][: len(rows)]
 
+    @torch.no_grad()
+    def prior_variance(self) -> Tensor:
+        """Variance (dim,) of z_cell in the prior, whatever the niche: the diagonal of A diag(v spread) A' + S."""
+        return self.niche_to_cell**2 @ (self.smooth_variance * self.spread) + self.log_residual.exp()
+
     def niche_given(self, mean: Tensor, variance: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Prior mean and variance of z_niche (B, D) given its neighbours' posterior ``mean`` and ``variance``
         (B, K, D); ``present`` (B, K). The field's conditional; without neighbours the marginal prior N(0, v spread).
@@ -258,11 +264,12 @@ class SpatialModule(nn.Module):
 
         z_niche_i ~ N(c_i, diag M_i), given as ``niche`` (two of shape (B, D)), by default the marginal prior, with
         which neighbours are unknown: c = 0, M = v spread. z_cell_i is therefore N(A c_i, A M_i A' + S). z_cell is drawn
-        from q(z_cell | x), z_niche from its exact conditional given z_cell:
+        from r, which is q(z_cell | x) made wider, z_niche from its exact conditional given z_cell:
 
-            log p(x) = log E_q [ p(x | z_cell, z_niche) p(z_cell) / q(z_cell | x) ]
+            log p(x) = log E_r [ p(x | z_cell, z_niche) p(z_cell) / r(z_cell) ]
         """
         mean, log_variance = self.infer_cell(x, depth, batch)
+        log_variance = log_variance + 2 * math.log(PROPOSAL_WIDTH)
         a, residual = self.niche_to_cell, self.log_residual.exp()
         if niche is None:
             niche = (

@@ -23,12 +23,13 @@ SHARE = 50_000  # counts in a minibatch that a thread should have to itself, so 
 class Plan:
     """How to train. ``warm_up`` epochs raise the weight of the KL terms from 0 to 1; training stops after ``patience``
     epochs without a better ELBO on the ``held_out`` share of cells, and the best parameters are kept. Those that are
-    evaluated and kept are running averages of the last epochs' steps."""
+    evaluated and kept are running averages of the last epochs' steps. ``weight_decay`` is the precision of a Gaussian
+    prior of all parameters, which counts once for the table and not for each cell: few cells can support but little."""
 
     max_epochs: int = 100
     batch_size: int = 256
     learning_rate: float = 5e-3
-    weight_decay: float = 1e-4
+    weight_decay: float = 10.0
     warm_up: int = 10
     patience: int = 10
     held_out: float = 0.1
@@ -71,7 +72,8 @@ def _train(
     rows, held_rows = order[~held[order]], order[held[order]]
     parameters, gradient = flattened(module)
     team.agree(parameters)
-    optimiser = torch.optim.Adam([parameters], plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+    decay = plan.weight_decay / max(len(rows), 1)
+    optimiser = torch.optim.Adam([parameters], plan.learning_rate, weight_decay=decay, fused=True)
     average, steps = parameters.detach().clone(), 0
     slowest = 1 / max(AVERAGED * len(rows) / plan.batch_size, 1.0)
     history: list[dict[str, float]] = []

@@ -91,11 +91,24 @@ def test_embedding__of_one_section_ignores_the_other(trained):
     np.testing.assert_allclose(alone, model.get_latent_representation(which="niche")[first], atol=5e-3)
 
 
+def test_niche__sees_a_cell_itself_only_in_the_field(trained):
+    _, model = trained
+    section, niche = model._section, model.module.niche_encoder
+    slots, others = section.wide[:1], torch.arange(section.cells.n_cells) != 0
+    assert (slots[0] != 0).all()
+    other = torch.where(others[:, None], section.features, torch.randn_like(section.features))
+    found = [
+        niche(section.smooth[:1], features, slots, section.distance[:1])[0] for features in (section.features, other)
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert not torch.equal(found[0], niche(section.smooth[1:2], other, slots, section.distance[:1])[0])
+
+
 def test_untrained_latents__are_components_and_their_niche():
     table = tissue()
     SpatialVAE.setup_anndata(table)
     model = SpatialVAE(table)
-    cell = model.get_latent_representation(which="cell")
+    cell = model.get_latent_representation(which="cell") * model.module.prior_variance().sqrt().numpy()
     x = table.X.toarray()
     logs = np.log1p(x / x.sum(1, keepdims=True) * np.median(x.sum(1)))
     left, values, _ = np.linalg.svd(logs - logs.mean(0), full_matrices=False)
