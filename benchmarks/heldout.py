@@ -175,11 +175,11 @@ with their defaults, trained on all cells without labels.
 ## Held-out cells
 
 Mean log p(x_i) in nats a cell of {REMOVED:.0%} of the cells, the same for both; NB, z of {LATENT} dimensions, total
-counts given; {samples:,} importance samples from q(z | x_i), for SpatialVAE {PROPOSAL_WIDTH} times as wide. "SpatialVAE"
-and "scVI" see nothing but the cell; "given neighbours" is log p(x_i | counts of the training cells nearest to it),
-another quantity. SpatialVAE has a z_niche of at most 10 dimensions besides, which is integrated out. scVI's figure is
-its own `get_marginal_ll`, per cell and then averaged: log-mean-exp of log p(x | z) + log p(z) - log q(z | x), the
-observed total as library size.
+counts given; {samples:,} importance samples from q(z | x_i), for SpatialVAE {PROPOSAL_WIDTH} times as wide.
+"SpatialVAE" and "scVI" see nothing but the cell; "given neighbours" is log p(x_i | counts of the training cells nearest
+to it), another quantity. SpatialVAE has a z_niche of at most 10 dimensions besides, which is integrated out. scVI's
+figure is its own `get_marginal_ll`, per cell and then averaged: log-mean-exp of log p(x | z) + log p(z) - log q(z | x),
+the observed total as library size.
 
 {summary(rows, "cells", 2)}
 
