@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from spatialvae.module import Section, SpatialModule
 PATCH = 64  # cells that lie together in a minibatch
 AVERAGED = 3.0  # epochs whose parameters are averaged (Polyak & Juditsky 1992): noise of single steps cancels
 CLIP = 100.0  # largest norm of a gradient
+RESTARTS = 2  # of a run that diverged or collapsed, each with a third of the learning rate
 SHARE = 50_000  # counts in a minibatch that a thread should have to itself, so as not to wait for the others
 
 
@@ -39,9 +40,26 @@ class Plan:
 def train(
     module: SpatialModule, section: Section, plan: Plan, report: Callable[[int, dict[str, float]], None]
 ) -> list[dict[str, float]]:
-    """Fit ``module`` in place; return one row an epoch, which ``report`` also sees as it comes."""
+    """Fit ``module`` in place; return one row an epoch, which ``report`` also sees as it comes.
+
+    A run whose bound is no longer finite, or that ends with no dimension of z_cell in use, is begun again.
+
+    Raises FloatingPointError if no run keeps a finite bound.
+    """
+    start = {name: value.clone() for name, value in module.state_dict().items()}
     with threads_for(plan.batch_size * module.shape.n_genes), team_of_processes() as team:
-        return _train(module, section, plan, report, team)
+        for restart in range(RESTARTS + 1):
+            module.load_state_dict(start)
+            gentler = replace(plan, learning_rate=plan.learning_rate / 3**restart, seed=plan.seed + restart)
+            try:
+                history = _train(module, section, gentler, report, team)
+            except FloatingPointError:
+                if restart == RESTARTS:
+                    raise
+                continue
+            if history[-1].get("used_cell_dimensions") != 0:
+                break
+    return [row | {"restart": float(restart)} for row in history]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 import reference
 from merfish import datasets
-from spatialvae import InputError, SpatialVAE, analysis
+from spatialvae import InputError, SpatialVAE, analysis, likelihoods, training
 from spatialvae.field import laplacian_of
 
 
@@ -142,6 +142,36 @@ def test_training__same_seed_gives_the_same_bytes():
         model.train(2, batch_size=32, seed=4, progress=False)
         found.append(model.get_latent_representation().tobytes())
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("fault", ["not finite", "collapsed"])
+def test_training__begins_again_after_a_run_that_failed(fault, monkeypatch):
+    table = tissue()
+    SpatialVAE.setup_anndata(table)
+    model, rates, run = SpatialVAE(table), [], training._train
+    before = model.module.niche_to_cell.detach().clone()
+
+    def fails_once(module, section, plan, report, team):
+        assert torch.equal(module.niche_to_cell, before)
+        history = run(module, section, plan, report, team)
+        rates.append(plan.learning_rate)
+        if len(rates) == 1 and fault == "not finite":
+            raise FloatingPointError
+        return history if len(rates) > 1 else [row | {"used_cell_dimensions": 0.0} for row in history]
+
+    monkeypatch.setattr(training, "_train", fails_once)
+    model.train(2, learning_rate=3e-3, progress=False)
+    assert rates == [3e-3, 1e-3]
+    assert (model.history["restart"] == 1).all()
+
+
+def test_training__says_when_no_run_keeps_a_finite_bound(monkeypatch):
+    table = tissue()
+    SpatialVAE.setup_anndata(table)
+    model = SpatialVAE(table)
+    monkeypatch.setattr(likelihoods, "negative_binomial_of_logits", lambda x, *_: x.sum(-1) * torch.nan)
+    with pytest.raises(FloatingPointError, match="the bound is nan in epoch 0"):
+        model.train(1, progress=False)
 
 
 def test_save_and_load__round_trip(trained, tmp_path):
