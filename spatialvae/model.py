@@ -142,7 +142,8 @@ class SpatialVAE:
         if max_epochs < 1 or batch_size < 1 or not 0 <= held_out < 1 or not learning_rate > 0:
             raise InputError(f"a training plan needs positive epochs, batches and rate and held_out < 1; got {plan}")
         with _bar(max_epochs, progress) as report:
-            self.history = pd.DataFrame(train(self.module, self._section, plan, report)).astype({"epoch": int, "restart": int})
+            history = pd.DataFrame(train(self.module, self._section, plan, report))
+        self.history = history.astype({"epoch": int, "restart": int})
 
     def get_latent_representation(self, adata: AnnData | None = None, which: str = "both") -> np.ndarray:
         """The embedding, float32 (cell, dim): niche then cell dimensions, or one of them ("niche", "cell").
