@@ -12,6 +12,7 @@ from spatialvae._product import Linear
 
 ATTENTION_WIDTH = 32
 ATTENTION_HEADS = 4
+STEP = 0.1  # of the niche, in posterior standard deviations: the less, the dearer the field is to leave
 
 
 def log_normalised(x: Tensor, factor: Tensor) -> Tensor:
@@ -111,10 +112,11 @@ class NeighbourAttention(nn.Module):
 class NicheEncoder(nn.Module):
     """q(z_niche | own and neighbours' counts): mean and log variance (cell, dim).
 
-    mean = u + sd * Linear(attention), where u is the field's posterior mean (many rings wide, exact for the linear
-    model), sd the posterior's in the linear model, and the linear layer is zero at the start. Attention goes over the
-    principal components and the u of neighbours; of the cell itself only u adds to the mean, for a niche that may look
-    at the cell's own counts once more becomes a copy of the cell.
+    mean = u + 0.1 sd * Linear(attention), where u is the field's posterior mean (many rings wide, exact for the linear
+    model), sd the posterior's in the linear model, and the linear layer is zero at the start. The prior of parameters
+    (``training.Plan``) keeps the linear layer small, so that only many cells move a niche far from its field. Attention
+    goes over the principal components and the u of neighbours; of the cell itself only u adds to the mean, for a niche
+    that may look at the cell's own counts once more becomes a copy of the cell.
     """
 
     log_variance: Tensor
@@ -135,4 +137,4 @@ class NicheEncoder(nn.Module):
         """smooth (B, dim), the rest as in ``NeighbourAttention``."""
         seen = self.mix(self.attention(features, slots, distance)) + self.own(smooth)
         shift, log_ratio = self.out(F.relu(self.norm(seen))).chunk(2, -1)
-        return smooth + shift * (0.5 * self.log_variance).exp(), self.log_variance + log_ratio
+        return smooth + STEP * shift * (0.5 * self.log_variance).exp(), self.log_variance + log_ratio
