@@ -1,6 +1,6 @@
 """Accuracy, speed, memory and drift error of the decoders, measured side by side: python benchmarks/decode.py.
 
-Writes benchmarks/results/decode.md, decode.json, decode.png and decode_calibration.png. ``--quick`` is a smoke run.
+Writes benchmarks/results/decode.md, decode.png and decode_calibration.png. ``--quick`` is a smoke run.
 """
 
 from __future__ import annotations
