@@ -240,7 +240,8 @@ def million(n: int) -> str:
         size = table.stat().st_size / 2**30
     text = [
         f"# A table of {n:,} cells x {GENES} genes\n",
-        f"{entries:.0f} genes found in a cell, a file of {size:.1f} GB, 2 processor cores; the whole of each command, "
+        "Made by `python benchmarks/training_speed.py --million`.\n",
+        f"{entries:.0f} genes found in a cell, a file of {size:.1f} GB, 2 processor cores; the whole of each command,",
         "from the file to the file, the memory that of its process.\n",
         as_markdown(pd.DataFrame(rows)),
         f"\nGraph of 15 neighbours and symmetric graph of 6: {graph:.1f} s, the fastest of 3.",
@@ -274,11 +275,11 @@ def speed(options: argparse.Namespace) -> str:
         SpatialVAE.setup_anndata(adata, spatial_key=key)
         models[name] = SpatialVAE(adata, n_latent=LATENT, n_hidden=HIDDEN)
     with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder) / "table.h5ad"
-        adata.write_h5ad(table)
         clocks = {name: partial(cells_per_second, model) for name, model in models.items()}
         if options.scvi:
-            clocks["scVI 1.4.2"] = partial(scvi_speed, table, options.cache)
+            file = Path(folder) / "table.h5ad"
+            adata.write_h5ad(file)
+            clocks["scVI 1.4.2"] = partial(scvi_speed, file, options.cache)
         rounds = [{(name, b): clock(b) for name, clock in clocks.items() for b in BATCHES} for _ in range(ROUNDS)]
     fast = {which: max(found[which] for found in rounds) for which in rounds[0]}
     speeds = [{"": name} | {f"minibatch {b}": fast[name, b] for b in BATCHES} for name in clocks]
@@ -294,6 +295,7 @@ def speed(options: argparse.Namespace) -> str:
     breakdown = pd.DataFrame(steps).rename_axis("").reset_index().fillna(0).round(2)
     text = [
         "# Speed of training\n",
+        f"Made by `python benchmarks/training_speed.py{' --scvi' * options.scvi}{' --patches' * options.patches}`.\n",
         f"{adata.n_obs:,} cells x {GENES} genes, NB, one hidden layer of {HIDDEN}, z of {LATENT} dimensions",
         f"(z_niche of at most 10 besides), 2 threads; cells a second in the fastest of {ROUNDS} x {EPOCHS} epochs.\n",
         as_markdown(table),

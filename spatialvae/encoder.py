@@ -112,7 +112,7 @@ class NeighbourAttention(nn.Module):
 class NicheEncoder(nn.Module):
     """q(z_niche | own and neighbours' counts): mean and log variance (cell, dim).
 
-    mean = u + 0.1 sd * Linear(attention), where u is the field's posterior mean (many rings wide, exact for the linear
+    mean = u + STEP sd Linear(attention), where u is the field's posterior mean (many rings wide, exact for the linear
     model), sd the posterior's in the linear model, and the linear layer is zero at the start. The prior of parameters
     (``training.Plan``) keeps the linear layer small, so that only many cells move a niche far from its field. Attention
     goes over the principal components and the u of neighbours; of the cell itself only u adds to the mean, for a niche

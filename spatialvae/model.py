@@ -157,7 +157,7 @@ class SpatialVAE:
         if which not in WHICH:
             raise InputError(f"which is {which!r}; expected one of {WHICH}")
         section, shape = self._read(adata), self.module.shape
-        unit = self.module.prior_variance().sqrt()
+        unit = self.module.cell_variance.sqrt()
         out = np.empty((section.cells.n_cells, shape.n_niche + shape.n_cell), np.float32)
         for rows, posterior in self._posteriors(section):
             out[rows] = torch.cat([posterior.niche_mean, posterior.cell_mean / unit], 1).cpu().numpy()

@@ -234,10 +234,16 @@ class SpatialModule(nn.Module):
         inferred = self.infer_niche(section, nodes)
         return *loss.draw_niche(*inferred, near, *prior, noise), inferred[0][: len(rows)]
 
+    @property
+    def niche_variance(self) -> Tensor:
+        """Variance (dim,) of z_niche at a cell in the prior, its neighbours unknown: v spread."""
+        return self.smooth_variance * self.spread
+
+    @property
     @torch.no_grad()
-    def prior_variance(self) -> Tensor:
+    def cell_variance(self) -> Tensor:
         """Variance (dim,) of z_cell in the prior, whatever the niche: the diagonal of A diag(v spread) A' + S."""
-        return self.niche_to_cell**2 @ (self.smooth_variance * self.spread) + self.log_residual.exp()
+        return self.niche_to_cell**2 @ self.niche_variance + self.log_residual.exp()
 
     def niche_given(self, mean: Tensor, variance: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """Prior mean and variance of z_niche (B, D) given its neighbours' posterior ``mean`` and ``variance``
@@ -249,7 +255,7 @@ class SpatialModule(nn.Module):
         pull = self.range / own
         centre = pull * (mean * there).sum(1)
         spread = self.smooth_variance / own + pull**2 * (variance * there).sum(1)
-        return centre, torch.where(degree > 0, spread, self.smooth_variance * self.spread)
+        return centre, torch.where(degree > 0, spread, self.niche_variance)
 
     def marginal_log_likelihood(
         self,
@@ -272,10 +278,7 @@ class SpatialModule(nn.Module):
         log_variance = log_variance + 2 * math.log(PROPOSAL_WIDTH)
         a, residual = self.niche_to_cell, self.log_residual.exp()
         if niche is None:
-            niche = (
-                torch.zeros(len(x), a.shape[1], device=x.device),
-                (self.smooth_variance * self.spread).expand(len(x), -1),
-            )
+            niche = torch.zeros(len(x), a.shape[1], device=x.device), self.niche_variance.expand(len(x), -1)
         centre, prior_variance = niche
         expected = centre @ a.T
         joint = torch.distributions.MultivariateNormal(expected, (a * prior_variance[:, None]) @ a.T + residual.diag())

@@ -108,7 +108,7 @@ def test_untrained_latents__are_components_and_their_niche():
     table = tissue()
     SpatialVAE.setup_anndata(table)
     model = SpatialVAE(table)
-    cell = model.get_latent_representation(which="cell") * model.module.prior_variance().sqrt().numpy()
+    cell = model.get_latent_representation(which="cell") * model.module.cell_variance.sqrt().numpy()
     x = table.X.toarray()
     logs = np.log1p(x / x.sum(1, keepdims=True) * np.median(x.sum(1)))
     left, values, _ = np.linalg.svd(logs - logs.mean(0), full_matrices=False)
