@@ -14,8 +14,8 @@ from tables import as_markdown
 
 from merfish import decode, mhd4_codebook, plots, simulate_stack
 from merfish.decoding.methods import METHODS
-from merfish.pipeline import decode_all
 from merfish.simulate import match_calls, score_calls
+from merfish.stack import decode_all
 
 RESULTS = Path(__file__).parent / "results"
 DENSITIES = (0.003, 0.01, 0.03, 0.1)  # molecules a pixel

@@ -23,17 +23,17 @@ from scipy.spatial import cKDTree
 from tables import as_markdown
 
 from merfish import datasets, plots, read_codebook
+from merfish.calls.error_model import bit_error_rates
+from merfish.calls.filtering import keep_calls, rate_calls
 from merfish.cells.counts import assign_cells
 from merfish.codebook import Codebook
 from merfish.config import RunConfig
-from merfish.decoding.error_model import bit_error_rates
-from merfish.decoding.filtering import keep_calls, rate_calls
 from merfish.decoding.methods import METHODS, decode_filtered
 from merfish.decoding.overlap import same_molecule_pairs
-from merfish.imaging.experiment import open_experiment
+from merfish.imaging.field import register_field
 from merfish.imaging.normalize import find_spots, shared_normalization
+from merfish.imaging.opening import open_experiment
 from merfish.imaging.preprocess import bandpass
-from merfish.pipeline import register_field
 from merfish.simulate import Imaging, match_calls
 from merfish.simulate.optics import draw_bits, draw_brightness, expose, photons, show_bits
 

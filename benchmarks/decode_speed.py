@@ -23,8 +23,8 @@ import pandas as pd
 from tables import as_markdown
 
 from merfish import decode, mhd4_codebook, plots, simulate_stack
+from merfish.calls.filtering import rate_calls
 from merfish.codebook import Codebook
-from merfish.decoding.filtering import rate_calls
 from merfish.decoding.methods import METHODS, decode_filtered
 from merfish.decoding.molecules import extract_molecules
 from merfish.decoding.pixels import decode_hard, decode_soft, distance_threshold, magnitude_threshold

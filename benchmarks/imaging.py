@@ -28,11 +28,12 @@ from scipy.sparse.csgraph import connected_components
 
 import merfish
 from merfish import runfolder
+from merfish.calls.filtering import keep_calls
 from merfish.config import RunConfig
-from merfish.decoding.filtering import keep_calls
 from merfish.imaging import field as field_module
 from merfish.imaging.calibration import Calibration
-from merfish.imaging.experiment import Experiment, open_experiment
+from merfish.imaging.experiment import Experiment
+from merfish.imaging.opening import open_experiment
 from merfish.imaging.registration import measure_drift
 from merfish.simulate import Disturbances, match_calls, simulate_experiment
 

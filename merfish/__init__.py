@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from merfish.codebook import Codebook, check_codebook, mhd4_codebook, read_codebook, write_codebook
     from merfish.errors import InputError
-    from merfish.pipeline import decode, run
+    from merfish.pipeline import run
     from merfish.simulate import simulate_experiment, simulate_stack
+    from merfish.stack import decode
 
 __version__ = version("merfish")
 
@@ -28,7 +29,7 @@ _HOME = {
     "read_codebook": "merfish.codebook",
     "write_codebook": "merfish.codebook",
     "InputError": "merfish.errors",
-    "decode": "merfish.pipeline",
+    "decode": "merfish.stack",
     "run": "merfish.pipeline",
     "simulate_experiment": "merfish.simulate",
     "simulate_stack": "merfish.simulate",

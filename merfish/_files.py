@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or absent."""
+"""Files: written whole or not at all, and found only where they may be."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from merfish.errors import InputError
 
 
 @contextmanager
@@ -41,3 +43,9 @@ def _flush(path: Path, recurse: bool = True) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def refuse_escape(root: Path, entry: os.DirEntry[str]) -> None:
+    """Raise InputError for a link that leads out of the experiment's folder."""
+    if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{entry.path}: links to {Path(entry.path).resolve()}, outside the experiment's folder")

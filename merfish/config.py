@@ -8,9 +8,19 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from merfish.decoding.filtering import MISIDENTIFICATION_RATE
-from merfish.decoding.methods import DEFAULT_METHOD, METHODS
 from merfish.errors import InputError
+
+MISIDENTIFICATION_RATE = 0.05  # share of kept calls that may be wrong; Chen et al. 2015 and MERlin aim at the same
+# Decoders, each with the sigmas (pixel) of the band-pass filter before it: smoothing, background.
+FILTER_SIGMAS = {
+    # spots gain from sharp images, in which neighbours stay apart; in crowds from a narrower background still, which
+    # costs real images and tissue with light out of focus more than it gains
+    "spots": (0.7, 2.0),
+    # pixels gain from smooth ones; the background is wider than any spot and narrower than cells' glow
+    "pixels": (1.0, 3.0),
+    "hamming": (1.0, 3.0),
+}
+DEFAULT_METHOD = "spots"
 
 
 class RunConfig(BaseModel):
@@ -37,17 +47,17 @@ class RunConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in METHODS:
-            raise ValueError(f"expected one of {', '.join(METHODS)}")
+        if name not in FILTER_SIGMAS:
+            raise ValueError(f"expected one of {', '.join(FILTER_SIGMAS)}")
         return name
 
     @property
     def filter_sigmas(self) -> tuple[float, float]:
         """Smoothing and background sigma, pixel."""
-        method = METHODS[self.method]
+        smoothing, background = FILTER_SIGMAS[self.method]
         return (
-            method.smoothing if self.smoothing is None else self.smoothing,
-            method.background if self.background is None else self.background,
+            smoothing if self.smoothing is None else self.smoothing,
+            background if self.background is None else self.background,
         )
 
 

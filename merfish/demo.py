@@ -104,8 +104,8 @@ def real_fields(out: Path) -> list[Section]:
 def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]:
     """Calls of genes and of blanks in each field: first row the real codebook, then permuted ones."""
     from merfish.imaging.calibration import Calibration
-    from merfish.imaging.experiment import open_experiment
     from merfish.imaging.field import register_field
+    from merfish.imaging.opening import open_experiment
 
     source, config = open_experiment(experiment), RunConfig()
     calibration = Calibration.from_json((folder / "fovs" / runfolder.CALIBRATION).read_text())
@@ -121,7 +121,7 @@ def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]
 
 def count_calls(bits: np.ndarray, codebook: Codebook, normalization: Any) -> dict[str, float]:
     """Calls of genes and of blanks that are more likely right than wrong, and their ratio."""
-    from merfish.decoding.filtering import rate_calls
+    from merfish.calls.filtering import rate_calls
     from merfish.decoding.methods import decode_filtered
 
     calls = rate_calls(decode_filtered(bits, codebook, normalization), codebook)
@@ -216,7 +216,7 @@ def score_run(folder: Path, raw: Path) -> dict[str, Any]:
 
 def in_fields(molecules: pd.DataFrame, raw: Path, margin: int = 10) -> np.ndarray:
     """Which molecules lie in some field, ``margin`` px from the outer border; (molecule,) bool."""
-    from merfish.imaging.experiment import open_experiment
+    from merfish.imaging.opening import open_experiment
 
     source = open_experiment(raw)
     width, height = source.image_dimensions or (0, 0)

@@ -1,4 +1,4 @@
-"""The way of the data: one stack, one field, the whole experiment."""
+"""The way of the data: one field, the whole experiment."""
 
 from __future__ import annotations
 
@@ -17,59 +17,28 @@ import shapely
 
 from merfish import runfolder
 from merfish._files import whole_file
+from merfish.calls.error_model import bit_error_rates, held_out_rate, misidentification_rate, word_statistics
+from merfish.calls.filtering import few_blanks, keep_calls, rate_calls
+from merfish.calls.overlap import duplicates_between_fields
+from merfish.calls.stitching import Stitching, stitch
 from merfish.cluster import map_fields
 from merfish.codebook import Codebook, check_codebook, read_codebook
 from merfish.config import RunConfig, read_config
-from merfish.decoding.error_model import bit_error_rates, held_out_rate, misidentification_rate, word_statistics
-from merfish.decoding.filtering import MISIDENTIFICATION_RATE, few_blanks, keep_calls, rate_calls
-from merfish.decoding.methods import DEFAULT_METHOD, check_stack, decode_filtered, method_named
-from merfish.decoding.overlap import duplicates_between_fields
-from merfish.decoding.stitching import Stitching, stitch
+from merfish.decoding.methods import decode_filtered
 from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration, calibrate
-from merfish.imaging.experiment import Experiment, open_experiment, preflight
+from merfish.imaging.experiment import Experiment
 from merfish.imaging.field import known_light, register_field, register_stain, survey_field
 from merfish.imaging.images import read_stack
-from merfish.imaging.normalize import Normalization, peak_normalization
-from merfish.imaging.preprocess import Bandpassed
+from merfish.imaging.opening import open_experiment
+from merfish.imaging.preflight import preflight
+from merfish.stack import decode_all
 from merfish.transcripts import read_transcripts, transcript_table, write_transcripts
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 OVERVIEW_WHITE = 1.5  # height, in molecules, that the overview picture shows as white
-
-
-def decode(
-    stack: np.ndarray,
-    codebook: Codebook,
-    *,
-    method: str = DEFAULT_METHOD,
-    preprocess: bool = True,
-    misidentification_rate: float = MISIDENTIFICATION_RATE,
-) -> pd.DataFrame:
-    """Molecules of one registered stack, those that may be kept at a misidentification rate.
-
-    stack: (bit, y, x) or (bit, z, y, x), any real dtype, raw camera counts unless ``preprocess`` is False: then it
-    is filtered and normalised already (no spot = 0, one molecule's spot = 1 high).
-    Returns a transcript table (`merfish.transcripts.COLUMNS`), pixels with the centre of the first pixel at 0.
-    Raises InputError if stack and codebook do not fit, or the stack holds NaN.
-    """
-    return keep_calls(decode_all(stack, codebook, method=method, preprocess=preprocess), misidentification_rate)
-
-
-def decode_all(
-    stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
-) -> pd.DataFrame:
-    """As `decode`, with every molecule found, each with its probability to be right."""
-    check_stack(stack, codebook)
-    if not preprocess:
-        calls = decode_filtered(stack, codebook, Normalization.identity(codebook.n_bits), method=method)
-    else:
-        chosen = method_named(method)
-        filtered = Bandpassed(stack, smoothing=chosen.smoothing, background=chosen.background)
-        calls = decode_filtered(filtered, codebook, peak_normalization(filtered), method=method)
-    return rate_calls(calls, codebook)
 
 
 def decode_file(

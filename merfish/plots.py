@@ -113,7 +113,7 @@ def bit_brightness(scale: np.ndarray, background: np.ndarray, names: Sequence[st
 
 
 def error_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
-    """1->0 and 0->1 rates of each bit with their intervals (see `merfish.decoding.error_model.bit_error_rates`)."""
+    """1->0 and 0->1 rates of each bit with their intervals (see `merfish.calls.error_model.bit_error_rates`)."""
     figure, (ax,) = new_figure(6.4, 3.6)
     places = np.arange(len(rates["bit"]))
     for kind, label, colour, shift in (("lost", "1→0", GENE, -0.12), ("gained", "0→1", BLANK, 0.12)):

@@ -15,7 +15,7 @@ import pandas as pd
 
 from merfish import plots, runfolder
 from merfish._files import whole_file
-from merfish.decoding.filtering import few_blanks
+from merfish.calls.filtering import few_blanks
 from merfish.errors import InputError
 from merfish.transcripts import read_transcripts
 

@@ -10,10 +10,11 @@ from hypothesis.extra.numpy import arrays
 
 import reference
 from merfish import InputError, datasets, decode, mhd4_codebook, read_codebook, simulate_stack
+from merfish.calls.filtering import keep_at_rate, misidentification_probability
+from merfish.calls.overlap import duplicates_between_fields
 from merfish.codebook import Codebook
 from merfish.decoding import _kernels
-from merfish.decoding.filtering import keep_at_rate, misidentification_probability
-from merfish.decoding.overlap import duplicates_between_fields, merge_planes
+from merfish.decoding.overlap import merge_planes
 from merfish.decoding.pixels import CodeLookup, decode_hard, decode_soft, distance_threshold, on_bits
 from merfish.imaging.normalize import Normalization
 from merfish.simulate import score_calls

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from merfish import datasets
 from merfish.errors import InputError
-from merfish.imaging import experiment as module
-from merfish.imaging.experiment import match_names, open_experiment, preflight
-from merfish.imaging.images import read_bits, read_fiducials, read_stain
+from merfish.imaging import opening as module
+from merfish.imaging.frames import read_bits, read_fiducials, read_stain
+from merfish.imaging.opening import match_names, open_experiment
 from merfish.imaging.organization import read_data_organization, read_microscope, read_positions
+from merfish.imaging.preflight import preflight
 
 HEADER = (
     "channelName,readoutName,imageType,imageRegExp,bitNumber,imagingRound,color,frame,zPos,"

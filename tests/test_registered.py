@@ -12,8 +12,9 @@ import zarr
 
 import merfish
 from merfish import InputError, runfolder
-from merfish.imaging.experiment import open_experiment, preflight
-from merfish.imaging.images import read_bits
+from merfish.imaging.frames import read_bits
+from merfish.imaging.opening import open_experiment
+from merfish.imaging.preflight import preflight
 from merfish.simulate import match_calls, simulate_stack
 from merfish.transcripts import read_transcripts
 

@@ -12,8 +12,8 @@ import reference
 from merfish import datasets
 from merfish.errors import InputError
 from merfish.imaging._kernels import filter_planes, patch_steps, remove_hot_pixels
-from merfish.imaging.experiment import open_experiment
-from merfish.imaging.images import read_fiducials
+from merfish.imaging.frames import read_fiducials
+from merfish.imaging.opening import open_experiment
 from merfish.imaging.preprocess import gaussian
 from merfish.imaging.registration import (
     align,

@@ -10,15 +10,15 @@ from scipy import ndimage
 
 import reference
 from merfish import decode, mhd4_codebook, simulate_stack
+from merfish.calls.error_model import bit_error_rates, held_out_rate, misidentification_rate, wilson, word_statistics
+from merfish.calls.filtering import few_blanks, keep_at_rate, keep_calls, rate_calls
 from merfish.decoding import _spot_kernels as kernels
-from merfish.decoding.error_model import bit_error_rates, held_out_rate, misidentification_rate, wilson, word_statistics
-from merfish.decoding.filtering import few_blanks, keep_at_rate, keep_calls, rate_calls
 from merfish.decoding.overlap import halos
 from merfish.decoding.pixels import on_bits
 from merfish.decoding.spots import RADIUS, start_log_ratio, word_abundance
 from merfish.imaging.normalize import locate_peaks, weighted_median
-from merfish.pipeline import decode_all
 from merfish.simulate import Imaging, match_calls, score_calls
+from merfish.stack import decode_all
 
 BOOK = mhd4_codebook([f"g{k}" for k in range(130)])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from merfish.decoding.stitching import link_fields, shared_offset, solve_positions, stitch
+from merfish.calls.stitching import link_fields, shared_offset, solve_positions, stitch
 
 SIZE = 50.0  # micrometre, of a field
 SEEN = 0.7  # of the molecules, in each field

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from merfish.codebook import Codebook
+from merfish.config import DEFAULT_METHOD, FILTER_SIGMAS
 from merfish.decoding.molecules import extract_molecules
 from merfish.decoding.overlap import once, splinters
 from merfish.decoding.pixels import DecodedPixels, decode_hard, decode_soft
@@ -84,15 +85,9 @@ class Method:
 
 
 METHODS = {
-    # spots gain from sharp images, in which neighbours stay apart
-    # spots gain from sharp images, in which neighbours stay apart; in crowds from a narrower background still, which
-    # costs real images and tissue with light out of focus more than it gains
-    "spots": Method(find_by_spots, smoothing=0.7, background=2.0),
-    # pixels gain from smooth ones; the background is wider than any spot and narrower than cells' glow
-    "pixels": Method(find_by_pixels, smoothing=1.0, background=3.0),
-    "hamming": Method(find_by_hamming, smoothing=1.0, background=3.0),
+    name: Method(find, *FILTER_SIGMAS[name])
+    for name, find in {"spots": find_by_spots, "pixels": find_by_pixels, "hamming": find_by_hamming}.items()
 }
-DEFAULT_METHOD = "spots"
 
 
 def method_named(name: str) -> Method:

@@ -1,4 +1,4 @@
-"""One molecule seen twice, in neighbouring planes or in the overlap of neighbouring fields, is counted once."""
+"""One molecule seen twice in a field, in neighbouring planes or as rim and splinter of itself, is counted once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ SPLINTER_RADIUS = 3.0
 # of the brightest splinter. Of simulated calls in five planes this takes out a third to a half of the wrong ones and
 # up to 1 % of the right ones; half of it, or twice as far, is worse
 SPLINTER_SHARE = 0.7
-FIELD_RADIUS = 0.3  # micrometre; registration and stage error, below the distance between molecules of one gene
 
 
 def same_molecule_pairs(word: np.ndarray, x: np.ndarray, y: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
@@ -87,31 +86,6 @@ def once(
     whole = np.flatnonzero(~halos(word, x, y, plane, mass))
     keep, z = merge_planes(word[whole], x[whole], y[whole], plane[whole], mass[whole])
     return whole[keep], z
-
-
-def duplicates_between_fields(
-    word: np.ndarray, global_x: np.ndarray, global_y: np.ndarray, fov: np.ndarray, edge_distance: np.ndarray
-) -> np.ndarray:
-    """Which molecules another field shows as well, and better; (molecule,) bool.
-
-    Molecules of equal word in different fields within 0.3 micrometre are one; the one farthest from the edge of its
-    field (edge_distance, any unit) stays, at equal distance the one of the lower row. Pairs are settled from the
-    closest on, and each molecule takes part in one, so that two real neighbours are not both dropped.
-    """
-    i, j = same_molecule_pairs(word, global_x, global_y, FIELD_RADIUS)
-    between = fov[i] != fov[j]
-    i, j = i[between], j[between]
-    separation = np.hypot(global_x[i] - global_x[j], global_y[i] - global_y[j])
-    duplicate = np.zeros(len(word), bool)
-    partners: list[set[int]] = [set() for _ in range(len(word))] if len(i) else []
-    for k in np.lexsort((j, i, separation)):
-        a, b = int(min(i[k], j[k])), int(max(i[k], j[k]))
-        if duplicate[a] or duplicate[b] or fov[b] in partners[a] or fov[a] in partners[b]:
-            continue
-        partners[a].add(int(fov[b]))
-        partners[b].add(int(fov[a]))
-        duplicate[b if edge_distance[a] >= edge_distance[b] else a] = True
-    return duplicate
 
 
 def _groups(n: int, i: np.ndarray, j: np.ndarray) -> np.ndarray:

@@ -11,8 +11,9 @@ from merfish.config import RunConfig
 from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration, Survey
 from merfish.imaging.experiment import Experiment
+from merfish.imaging.frames import read_bits, read_fiducials, read_stain
 from merfish.imaging.illumination import Glow, KnownLight, Light, given_flat, measure_glow
-from merfish.imaging.images import read_bits, read_fiducials, read_frames, read_stain
+from merfish.imaging.images import read_frames
 from merfish.imaging.normalize import Normalization, find_spots
 from merfish.imaging.preprocess import bandpass
 from merfish.imaging.registration import align, measure_drift, measure_field_drift

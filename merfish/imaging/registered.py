@@ -7,10 +7,11 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from merfish._files import refuse_escape
 from merfish.codebook import read_codebook
 from merfish.errors import InputError
 from merfish.imaging import images
-from merfish.imaging.experiment import Experiment, refuse_escape
+from merfish.imaging.experiment import Experiment
 from merfish.imaging.organization import NO_ROUND, Channel, Movie, read_microscope, read_positions
 
 BITS = "stack"  # stack_0.tif, stack_1.tif, ... hold the bits; DAPI_0.tif, ... a stain of that name

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from merfish.codebook import Codebook
+from merfish.config import MISIDENTIFICATION_RATE
 
-MISIDENTIFICATION_RATE = 0.05  # share of kept calls that may be wrong; Chen et al. 2015 and MERlin aim at the same
 # What a few blanks cannot tell is taken from simulated fields of 0.003-0.03 molecules a pixel with known truth: log
 # odds of being wrong: constant, and slopes against log area, distance, log intensity and corrected bits.
 PRIOR_PIXELS = np.array([-3.5, -0.8, 4.0, 0.0, 2.0])

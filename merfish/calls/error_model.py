@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from merfish.calls.filtering import keep_calls, rate_calls
 from merfish.codebook import Codebook
-from merfish.decoding.filtering import keep_calls, rate_calls
 
 LEVEL = 1.96  # normal quantile of a 95 % interval
 

@@ -1,0 +1,209 @@
+"""From the tables that describe an experiment, and the names of its images, to (field, bit, plane) -> file, frame."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from merfish._files import refuse_escape
+from merfish.codebook import Codebook, read_codebook
+from merfish.errors import InputError
+from merfish.imaging import images
+from merfish.imaging.experiment import Experiment
+from merfish.imaging.organization import (
+    NO_ROUND,
+    Z_TOLERANCE,
+    Channel,
+    Movie,
+    read_data_organization,
+    read_microscope,
+    read_positions,
+)
+from merfish.imaging.registered import open_registered, stack_files
+
+# Seconds that a user's expressions may take over all file names: real ones need microseconds a name.
+MATCH_SECONDS = 20.0
+
+
+def open_experiment(
+    folder: str | os.PathLike[str],
+    *,
+    data_organization: str | os.PathLike[str] | None = None,
+    codebook: str | os.PathLike[str] | None = None,
+    positions: str | os.PathLike[str] | None = None,
+    microscope: str | os.PathLike[str] | None = None,
+) -> Experiment:
+    """Read the tables of an experiment in MERlin's layout and find its image files. Opens no image.
+
+    folder: holds the images, and ``data_organization.csv``, ``codebook.csv``, ``positions.csv`` and
+    ``microscope.json`` unless others are named. Bits are matched to the codebook's columns by ``bitNumber`` (from 1),
+    or by readout name if the file has no such column; other rows are stains. A folder without data organization but
+    with images ``stack_FIELD`` holds registered stacks (see `merfish.imaging.registered.open_registered`).
+
+    Raises InputError naming file, row and field for anything that cannot be read or does not agree.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root}: expected a folder with the images of an experiment")
+    tables = {
+        "data_organization": Path(data_organization or root / "data_organization.csv"),
+        "codebook": Path(codebook or root / "codebook.csv"),
+        "positions": Path(positions or root / "positions.csv"),
+        "microscope": Path(microscope or root / "microscope.json"),
+    }
+    if data_organization is None and not tables["data_organization"].exists() and (stacks := stack_files(root)):
+        del tables["data_organization"]
+        return open_registered(root, stacks, tables)
+    book = read_codebook(tables["codebook"])
+    channels = read_data_organization(tables["data_organization"], book.bit_names)
+    bits, stains = _match_bits(channels, book, tables["data_organization"])
+    stage = read_positions(tables["positions"])
+    scope = read_microscope(tables["microscope"])
+    movies = {channel.movie for channel in channels} | {c.fiducial[0] for c in channels if c.fiducial is not None}
+    files = _find_files(root, movies, len(stage), tables["data_organization"])
+    return Experiment(root, tables, book, positions=stage, bits=bits, stains=stains, files=files, **scope)
+
+
+def _match_bits(
+    channels: tuple[Channel, ...], book: Codebook, path: Path
+) -> tuple[tuple[Channel, ...], tuple[Channel, ...]]:
+    """Split channels into bits, in codebook order, and stains; refuse tables that disagree."""
+    rows: dict[int, list[Channel]] = defaultdict(list)
+    for channel in channels:
+        if channel.bit is not None and channel.bit < book.n_bits:
+            rows[channel.bit].append(channel)
+    missing = [k + 1 for k in range(book.n_bits) if k not in rows]
+    if missing:
+        raise InputError(f"{path}: no row for bit {', '.join(map(str, missing))} of the codebook's {book.n_bits} bits")
+    for bit, doubles in sorted(rows.items()):
+        if len(doubles) > 1:
+            lines = ", ".join(f"line {c.line} ({c.name!r})" for c in doubles)
+            raise InputError(f"{path}: bitNumber {bit + 1} stands in several rows: {lines}")
+    bits = tuple(rows[bit][0] for bit in range(book.n_bits))
+    _check_names(bits, book, path)
+    first = bits[0]
+    for channel in bits[1:]:
+        same = len(channel.z) == len(first.z) and np.allclose(channel.z, first.z, rtol=0, atol=Z_TOLERANCE)
+        if not same:
+            raise InputError(
+                f"{path}: line {channel.line} ({channel.name!r}): zPos {channel.z} differs from {first.z} "
+                f"of line {first.line} ({first.name!r}); every bit needs the same planes"
+            )
+    stains = tuple(replace(channel, bit=None) for channel in channels if channel not in bits)
+    names = [channel.name for channel in (*bits, *stains)]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise InputError(f"{path}: channel names stand in several rows: {', '.join(doubled)}")
+    return bits, stains
+
+
+def _check_names(bits: tuple[Channel, ...], book: Codebook, path: Path) -> None:
+    """If codebook and data organization name the same readouts, they must number them alike."""
+    for k, channel in enumerate(bits):
+        if channel.readout in book.bit_names and book.bit_names[k] != channel.readout:
+            raise InputError(
+                f"{path}: line {channel.line}: bitNumber {k + 1} is readout {channel.readout!r}, but the codebook's "
+                f"bit {k + 1} is {book.bit_names[k]!r} and its bit {book.bit_names.index(channel.readout) + 1} is "
+                f"{channel.readout!r}"
+            )
+
+
+def _find_files(root: Path, movies: Iterable[Movie], n_fovs: int, table: Path) -> dict[tuple[Movie, int], Path]:
+    """Match the names of a folder's images; each may be one movie of one field."""
+    entries = {entry.name: entry for entry in os.scandir(root) if Path(entry.name).suffix.lower() in images.SUFFIXES}
+    names = sorted(entries)
+    by_expression: dict[str, list[Movie]] = defaultdict(list)
+    for movie in movies:
+        by_expression[movie.regexp].append(movie)
+    files: dict[tuple[Movie, int], Path] = {}
+    for regexp, groups in zip(by_expression, match_names(list(by_expression), names), strict=True):
+        if isinstance(groups, str):
+            raise InputError(f"{table}: the expression {regexp} cannot be used: {groups}")
+        wanted = {(movie.image_type, movie.imaging_round): movie for movie in by_expression[regexp]}
+        for name, found in groups.items():
+            where = f"{root / name}: by {regexp}"
+            same_type = {r: m for (t, r), m in wanted.items() if found.get("imageType") in (None, t)}
+            if not same_type:
+                continue
+            number = _name_number(where, "imagingRound", found.get("imagingRound"), NO_ROUND)
+            if number not in same_type:
+                continue
+            fov = _name_number(where, "fov", found.get("fov"), None)
+            if fov >= n_fovs:
+                raise InputError(
+                    f"{root / name}: field {fov}, but the positions list {n_fovs} fields, 0 to {n_fovs - 1}"
+                )
+            refuse_escape(root, entries[name])
+            movie = same_type[number]
+            other = files.setdefault((movie, fov), root / name)
+            if other != root / name:
+                raise InputError(f"{other} and {name} are both {movie.image_type!r} field {fov} round {number}")
+    if not files:
+        raise InputError(f"{root}: none of its {len(names)} image files matches the expressions of {table}")
+    return files
+
+
+def _name_number(where: str, group: str, text: str | None, default: int | None) -> int:
+    if text is None and default is not None:
+        return default
+    if text is None or not re.fullmatch(r"[0-9]{1,9}", text):
+        raise InputError(f"{where}: group {group}: expected a number, got {text!r}")
+    return int(text)
+
+
+# Runs in a process of its own: Python's matcher cannot be interrupted from a thread, and some expressions take
+# exponential time. An expression must match a name up to its extension; if it matches none so, from its start.
+_MATCHER = r"""
+import json, re, sys
+expressions, names = json.load(sys.stdin)
+stem = re.compile(r"(?:\.ome)?\.[A-Za-z0-9]+$")
+result = []
+for text in expressions:
+    try:
+        pattern = re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        result.append(str(error))
+        continue
+    groups = {}
+    for name in names:
+        found = pattern.fullmatch(stem.sub("", name)) or pattern.fullmatch(name)
+        if found:
+            groups[name] = found.groupdict()
+    if not groups:
+        groups = {name: found.groupdict() for name in names if (found := pattern.match(name))}
+    result.append(groups)
+json.dump(result, sys.stdout)
+"""
+
+
+def match_names(expressions: list[str], names: list[str]) -> list[dict[str, dict[str, str | None]] | str]:
+    """Match every name against every expression within `MATCH_SECONDS`.
+
+    Returns, for each expression, the groups of each name that it matches, or what is wrong with it.
+    Raises InputError if matching takes too long.
+    """
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCHER],
+            input=json.dumps([expressions, names]),
+            capture_output=True,
+            text=True,
+            timeout=MATCH_SECONDS,
+            check=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(
+            f"matching {len(names)} file names took more than {MATCH_SECONDS:g} s; simplify the expressions: "
+            + " ; ".join(expressions)
+        ) from error
+    result: list[dict[str, dict[str, str | None]] | str] = json.loads(answer.stdout)
+    return result

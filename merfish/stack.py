@@ -1,0 +1,45 @@
+"""One registered stack in memory to molecules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from merfish.calls.filtering import keep_calls, rate_calls
+from merfish.codebook import Codebook
+from merfish.config import DEFAULT_METHOD, MISIDENTIFICATION_RATE
+from merfish.decoding.methods import check_stack, decode_filtered, method_named
+from merfish.imaging.normalize import Normalization, peak_normalization
+from merfish.imaging.preprocess import Bandpassed
+
+
+def decode(
+    stack: np.ndarray,
+    codebook: Codebook,
+    *,
+    method: str = DEFAULT_METHOD,
+    preprocess: bool = True,
+    misidentification_rate: float = MISIDENTIFICATION_RATE,
+) -> pd.DataFrame:
+    """Molecules of one registered stack, those that may be kept at a misidentification rate.
+
+    stack: (bit, y, x) or (bit, z, y, x), any real dtype, raw camera counts unless ``preprocess`` is False: then it
+    is filtered and normalised already (no spot = 0, one molecule's spot = 1 high).
+    Returns a transcript table (`merfish.transcripts.COLUMNS`), pixels with the centre of the first pixel at 0.
+    Raises InputError if stack and codebook do not fit, or the stack holds NaN.
+    """
+    return keep_calls(decode_all(stack, codebook, method=method, preprocess=preprocess), misidentification_rate)
+
+
+def decode_all(
+    stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
+) -> pd.DataFrame:
+    """As `decode`, with every molecule found, each with its probability to be right."""
+    check_stack(stack, codebook)
+    if not preprocess:
+        calls = decode_filtered(stack, codebook, Normalization.identity(codebook.n_bits), method=method)
+    else:
+        chosen = method_named(method)
+        filtered = Bandpassed(stack, smoothing=chosen.smoothing, background=chosen.background)
+        calls = decode_filtered(filtered, codebook, peak_normalization(filtered), method=method)
+    return rate_calls(calls, codebook)
