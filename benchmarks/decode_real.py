@@ -23,7 +23,7 @@ from scipy.spatial import cKDTree
 from tables import as_markdown
 
 from merfish import datasets, plots, read_codebook
-from merfish.calls.error_model import bit_error_rates
+from merfish.calls.error_model import bit_error_rates, tally_words
 from merfish.calls.filtering import keep_calls, rate_calls
 from merfish.cells.counts import assign_cells
 from merfish.codebook import Codebook
@@ -68,7 +68,9 @@ def real_fields() -> tuple[pd.DataFrame, pd.DataFrame]:
             found = rate_calls(pd.concat(parts, ignore_index=True), book)
             rows += [{"method": method, "book": number, **counts} for counts in count_fields(found, len(bits))]
             if number == 0:
-                rates.append(bit_error_rates(found, book).assign(method=method))
+                columns = (found[name].to_numpy() for name in ("barcode_id", "shown", "probability"))
+                tally = tally_words(*columns, np.ones(len(found), bool), book)
+                rates.append(bit_error_rates(tally, book).assign(method=method))
     return pd.DataFrame(rows), pd.concat(rates, ignore_index=True)
 
 

@@ -27,7 +27,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 import merfish
-from merfish import runfolder
+from merfish import results
 from merfish.calls.filtering import keep_calls
 from merfish.config import RunConfig
 from merfish.imaging import field as field_module
@@ -35,6 +35,7 @@ from merfish.imaging.calibration import Calibration
 from merfish.imaging.experiment import Experiment
 from merfish.imaging.opening import open_experiment
 from merfish.imaging.registration import measure_drift
+from merfish.pipeline.survey import read_calibration
 from merfish.simulate import Disturbances, match_calls, simulate_experiment
 
 RESULTS = Path(__file__).parent / "results"
@@ -77,9 +78,9 @@ def run_case(folder: Path, name: str, shape: tuple[int, int], seed: int, drift: 
     return Case(
         raw,
         out,
-        runfolder.read_json(out / runfolder.RUN),
+        results.read_run(out),
         open_experiment(raw),
-        pd.read_parquet(out / runfolder.ALL_TRANSCRIPTS),
+        pd.read_parquet(out / results.ALL_TRANSCRIPTS),
         pd.read_parquet(truth / "molecules.parquet"),
         pd.read_csv(truth / "fields.csv")[["x", "y"]].to_numpy(),
     )
@@ -175,7 +176,7 @@ def recall(case: Case, skip: tuple[int, ...] = ()) -> dict[str, float]:
 def overlaps(case: Case) -> dict[str, float]:
     """Of right calls in overlaps: the share that stands twice in the result, and the share of molecules lost."""
     kept = keep_calls(case.calls, case.record["parameters"]["misidentification_rate"])
-    final = pd.read_parquet(case.out / runfolder.TRANSCRIPTS)
+    final = pd.read_parquet(case.out / results.TRANSCRIPTS)
     seen = sum(within(true_places(case, fov), case, 0).astype(int) for fov in case.source.fovs) >= 2
     before = np.unique(in_overlap(matched(case, kept), seen))
     after = in_overlap(matched(case, final), seen)
@@ -314,7 +315,7 @@ def main() -> None:
     }
     stage = run_case(folder, "stage", shape, 6, 5.0, Disturbances(stage_error=2.0))
     disturbed = cases["all disturbances"]
-    calibration = Calibration.from_json((disturbed.out / "fovs" / runfolder.CALIBRATION).read_text())
+    calibration = read_calibration(disturbed.out)
     perfect, lost = recall(cases["perfect"]), recall(disturbed)
     text = f"""Made by `python benchmarks/imaging.py`{" --quick" if quick else ""}.
 

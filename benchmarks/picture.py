@@ -9,7 +9,7 @@ import anndata
 import numpy as np
 import shapely
 
-from merfish import plots, runfolder
+from merfish import plots, results
 from merfish.cells.counts import read_cells
 from merfish.transcripts import read_transcripts
 
@@ -17,9 +17,9 @@ from merfish.transcripts import read_transcripts
 def main(demo: Path) -> None:
     """Draw molecules of one field, enlarged, beside the cells coloured by their domain."""
     run = demo / "tissue_run"
-    calls = read_transcripts(run / runfolder.TRANSCRIPTS)
+    calls = read_transcripts(run / results.TRANSCRIPTS)
     fov = int(calls["fov"].value_counts().idxmax())
-    image = np.load(runfolder.field_folder(run, fov) / "overview.npy", allow_pickle=False)
+    image = np.load(results.field_folder(run, fov) / "overview.npy", allow_pickle=False)
     figure = plots.overview(image, calls[calls["fov"] == fov])
     left, middle = figure.axes
     left.set_title("one field, brightest bit, molecules called", fontsize=10)
@@ -28,7 +28,7 @@ def main(demo: Path) -> None:
     right = figure.add_subplot(1, 3, 3)
     for place, ax in enumerate((left, middle, right)):
         ax.set_subplotspec(figure.add_gridspec(1, 3)[place])
-    cells = read_cells(run / runfolder.CELLS).set_index("cell_id")
+    cells = read_cells(run / results.CELLS).set_index("cell_id")
     table = anndata.read_h5ad(demo / "tissue_embedded.h5ad")
     kinds = table.obs["spatial_domain"].astype(str).to_numpy()
     for kind, colour in zip(sorted(set(kinds)), plots.CATEGORIES, strict=False):

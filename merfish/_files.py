@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from merfish.errors import InputError
 
@@ -49,3 +56,46 @@ def refuse_escape(root: Path, entry: os.DirEntry[str]) -> None:
     """Raise InputError for a link that leads out of the experiment's folder."""
     if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
         raise InputError(f"{entry.path}: links to {Path(entry.path).resolve()}, outside the experiment's folder")
+
+
+LITTER = re.compile(r"\..+\.[a-z0-9_]{8}")  # what a killed `whole_file` leaves behind
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary folders that killed writers left in a folder. Call it where nobody else writes."""
+    for entry in list(os.scandir(folder)) if folder.is_dir() else []:
+        if LITTER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all; numbers that JSON has no word for (NaN, infinity) become null."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """A value of Python's and NumPy's types as JSON knows them."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises InputError if the file is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable JSON file ({error})") from error
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

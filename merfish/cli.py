@@ -5,6 +5,7 @@ Everything heavy is imported where it is used, so that ``--help`` answers at onc
 
 from __future__ import annotations
 
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +15,10 @@ import typer
 
 from merfish.errors import InputError
 
-FAILED_FIELDS = 3  # exit code of a run in which some fields could not be decoded
+# Exit codes
+BAD_INPUT = 2
+FAILED_FIELDS = 3  # of a run in which some fields could not be decoded
+INTERRUPTED = 130  # as shells have it
 
 app = typer.Typer(
     help="Decode MERFISH image stacks into molecules, cells and counts.",
@@ -25,6 +29,7 @@ app = typer.Typer(
 codebook_app = typer.Typer(help="Build, check and show codebooks.", no_args_is_help=True)
 app.add_typer(codebook_app, name="codebook")
 
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]
 BookFile = Annotated[Path, typer.Argument(help="Codebook file (CSV, or merfishtools' text).", metavar="BOOK")]
 
 
@@ -38,14 +43,39 @@ class Method(StrEnum):
 
 def main() -> None:
     """Run the command line; mistakes in the input end with one message and exit code 2."""
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop(str(error), BAD_INPUT)
     except OSError as error:
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(2)
+        stop(system_error(error), BAD_INPUT)
+    except Interrupted:
+        stop("stopped; what was finished is kept, and the same command goes on from there", INTERRUPTED)
+
+
+class Interrupted(BaseException):
+    """Ctrl-C; Click turns a KeyboardInterrupt into "Aborted", which says nothing of what is kept."""
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
+
+def stop(message: str, code: int) -> None:
+    """End with one message."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def system_error(error: OSError) -> str:
+    """What the system refused, in words."""
+    from merfish.pipeline.cluster import is_disk_full
+
+    where = f"{error.filename}: " if error.filename else ""
+    if is_disk_full(error):
+        return f"{where}the disk is full ({error.strerror or error}). Make room; the same command goes on from there"
+    return f"{where}{error.strerror or error}"
 
 
 @app.command()
@@ -74,7 +104,8 @@ def decode(
     ] = 0.05,
 ) -> None:
     """Decode one registered stack into OUT/transcripts.parquet."""
-    from merfish.pipeline import decode_file, molecule_lines
+    from merfish.pipeline.record import molecule_lines
+    from merfish.pipeline.single import decode_file
 
     figures = decode_file(
         stack,
@@ -95,6 +126,9 @@ def run(
     fov: Annotated[str | None, typer.Option(help="Fields to run, as 0,3-5; all when not given.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one with all cores when not given.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
+    slurm: Annotated[
+        int | None, typer.Option(min=1, help="Most SLURM jobs at a time, as dask-jobqueue is configured.")
+    ] = None,
     data_organization: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/data_organization.csv.")] = None,
     codebook: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/codebook.csv.")] = None,
     positions: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/positions.csv.")] = None,
@@ -102,18 +136,19 @@ def run(
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out fields with faulty files.")] = False,
 ) -> None:
     """Decode a whole raw experiment into molecules, cells and counts; writes OUT/report.html."""
-    from merfish.pipeline import run as run_experiment
-    from merfish.pipeline import run_summary
+    from merfish.pipeline import process
+    from merfish.pipeline.record import run_summary
 
-    if workers is not None and scheduler is not None:
-        raise InputError("--workers and --scheduler exclude each other")
-    run_experiment(
+    if sum(choice is not None for choice in (workers, scheduler, slurm)) > 1:
+        raise InputError("--workers, --scheduler and --slurm exclude each other")
+    process(
         experiment,
         out=out,
         config=config,
         fovs=None if fov is None else parse_fovs(fov),
         workers=workers,
         scheduler=scheduler,
+        slurm_jobs=slurm,
         tables={
             "data_organization": data_organization,
             "codebook": codebook,
@@ -126,12 +161,20 @@ def run(
     summary = run_summary(out)
     for line in summary["lines"]:
         print(line)
-    if summary["failed"]:
+    if summary["failed"] or summary["notice"]:
         sys.exit(FAILED_FIELDS)
 
 
 @app.command()
-def report(out: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]) -> None:
+def status(out: RunFolder) -> None:
+    """Fields done, running and failed, why, and the time left."""
+    from merfish.pipeline.status import status_lines
+
+    print(*status_lines(out), sep="\n")
+
+
+@app.command()
+def report(out: RunFolder) -> None:
     """Write DIR/report.html again from the results of a run."""
     from merfish.report import write_run_report
 

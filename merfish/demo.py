@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import shapely
 
-from merfish import plots, runfolder
+from merfish import plots, results
 from merfish.codebook import Codebook
 from merfish.config import RunConfig
 from merfish.errors import InputError
@@ -46,7 +46,7 @@ def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, i
         f"Made by “merfish demo” in {time.perf_counter() - started:.0f} s: real data that ships with the package, "
         "and a simulated tissue whose truth is known."
     )
-    page = write_report(out / runfolder.REPORT, "MERFISH from raw images to neighbourhoods", lead, sections)
+    page = write_report(out / results.REPORT, "MERFISH from raw images to neighbourhoods", lead, sections)
     print(f"done in {time.perf_counter() - started:.0f} s; open {page}")
     return page
 
@@ -103,12 +103,12 @@ def real_fields(out: Path) -> list[Section]:
 
 def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]:
     """Calls of genes and of blanks in each field: first row the real codebook, then permuted ones."""
-    from merfish.imaging.calibration import Calibration
     from merfish.imaging.field import register_field
     from merfish.imaging.opening import open_experiment
+    from merfish.pipeline.survey import read_calibration
 
     source, config = open_experiment(experiment), RunConfig()
-    calibration = Calibration.from_json((folder / "fovs" / runfolder.CALIBRATION).read_text())
+    calibration = read_calibration(folder)
     rng = np.random.default_rng(SEED)
     books = [source.codebook]
     books += [source.codebook.permuted(rng.permutation(source.codebook.n_bits)) for _ in range(N_PERMUTED)]
@@ -182,7 +182,7 @@ def score_run(folder: Path, raw: Path) -> dict[str, Any]:
     from merfish.simulate import match_calls
     from merfish.transcripts import read_transcripts
 
-    calls = read_transcripts(folder / runfolder.TRANSCRIPTS)
+    calls = read_transcripts(folder / results.TRANSCRIPTS)
     truth = pd.read_parquet(raw / "truth" / "molecules.parquet")
     paired, real = match_calls(_in_microns(calls), _in_microns(truth), radius=MATCH_MICRONS)
     # partners may lie beyond the margin, so that neither side loses at the cut
@@ -193,10 +193,10 @@ def score_run(folder: Path, raw: Path) -> dict[str, Any]:
         "precision": inner_calls[paired].sum() / inner_calls.sum(),
         "median_error": float(np.median(error)),
     }
-    cells = read_cells(folder / runfolder.CELLS)
+    cells = read_cells(folder / results.CELLS)
     true_cells = read_cells(raw / "truth" / "cells.parquet")
     match = match_cells(cells["geometry"].to_numpy(), true_cells["geometry"].to_numpy())
-    table = anndata.read_h5ad(folder / runfolder.CELL_BY_GENE)
+    table = anndata.read_h5ad(folder / results.CELL_BY_GENE)
     true_table = anndata.read_h5ad(raw / "truth" / "cell_by_gene.h5ad")
     genes = true_table.var_names[~true_table.var["is_blank"].to_numpy(bool)]
     true = true_table[:, genes].X.toarray()
@@ -254,10 +254,10 @@ def embed_tissue(out: Path) -> list[Section]:
 
     from merfish.cells.counts import read_cells
 
-    table = anndata.read_h5ad(out / "tissue_run" / runfolder.CELL_BY_GENE)
+    table = anndata.read_h5ad(out / "tissue_run" / results.CELL_BY_GENE)
     table = table[:, ~table.var["is_blank"].to_numpy(bool)].copy()
     table = table[np.asarray(table.X.sum(axis=1)).ravel() > 0].copy()
-    cells = read_cells(out / "tissue_run" / runfolder.CELLS).set_index("cell_id")
+    cells = read_cells(out / "tissue_run" / results.CELLS).set_index("cell_id")
     domain_of = score_run(out / "tissue_run", out / "tissue")["domain_of_cell"]
     rows = np.flatnonzero(np.isin(table.obs["cell_id"], cells.index))
     by_row = {cell_id: domain_of.get(row, "") for row, cell_id in enumerate(cells.index)}

@@ -159,10 +159,9 @@ def stage(said: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figur
     return figure
 
 
-def words_called(found: pd.DataFrame, kept: pd.DataFrame, names: Sequence[str], is_blank: np.ndarray) -> Figure:
-    """Molecules of each word, most abundant first, blanks in red; pale: found, but not kept."""
+def words_called(before: np.ndarray, counts: np.ndarray, names: Sequence[str], is_blank: np.ndarray) -> Figure:
+    """Molecules of each word (word,), most abundant first, blanks in red; pale: found (before), but not kept."""
     figure, (ax,) = new_figure(11, 3.4)
-    before, counts = (np.bincount(calls["barcode_id"], minlength=len(names)) for calls in (found, kept))
     order = np.lexsort((-before, -counts))
     colours = np.where(is_blank[order], BLANK, GENE)
     ax.bar(range(len(names)), before[order], color=colours, width=0.85, alpha=0.25)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from merfish import plots, runfolder
+from merfish import plots, results
 from merfish._files import whole_file
 from merfish.calls.filtering import few_blanks
 from merfish.errors import InputError
-from merfish.transcripts import read_transcripts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+OVERVIEW = "overview.npy"  # of each field
 WIDE_INCHES = 8.0
 FEWEST_CELLS_DRAWN = 10  # fewer lie too far apart to be seen on one picture
+MOST_CELLS_DRAWN = 50_000  # more are smaller than the pixels of a picture
 
 
 @dataclass(frozen=True)
@@ -73,46 +73,37 @@ def write_report(path: Path, title: str, lead: str, sections: Sequence[Section])
     return path
 
 
-def write_run_report(out: str | os.PathLike[str]) -> Path:
-    """Write ``report.html`` of a run from its results. Raises InputError if the folder holds no finished run."""
-    out = Path(out)
-    run = read_run(out)
+def write_run_report(out: Path, stage: Path | None = None) -> Path:
+    """Write ``report.html`` of a run from its results. Raises InputError if the folder holds no finished run.
+
+    stage: where the results and the report stand, ``out`` when not given.
+    """
+    stage = stage or out
+    run = results.read_run(stage)
     figures = run["figures"]
     lead = f"{figures['n_fields']} fields, {figures['n_kept']:,} molecules, merfish {run['versions']['merfish']}"
-    return write_report(out / runfolder.REPORT, f"MERFISH run of {run['inputs']['folder']}", lead, run_sections(out))
+    title = f"MERFISH run of {run['inputs']['folder']}"
+    return write_report(stage / results.REPORT, title, lead, run_sections(out, stage))
 
 
-def read_run(out: Path) -> dict[str, Any]:
-    """The record of a finished run. Raises InputError if there is none."""
-    record: dict[str, Any] = runfolder.read_json(out / runfolder.RUN)
-    if "figures" not in record or "fields" not in record:
-        raise InputError(f"{out / runfolder.RUN}: not the record of a whole run")
-    return record
-
-
-def run_sections(out: Path) -> list[Section]:
-    """What the page of a run says: molecules, quality of the images, cells."""
-    from merfish.cells.counts import read_cells
-
-    run = read_run(out)
-    figures = run["figures"]
-    calls = read_transcripts(out / runfolder.TRANSCRIPTS)
+def run_sections(out: Path, stage: Path | None = None) -> list[Section]:
+    """What the page of a run says: molecules, quality of the images, cells; arguments as of `write_run_report`."""
+    stage = stage or out
+    run = results.read_run(stage)
     bits = run["bits"]
     shifts = pd.DataFrame([{"fov": int(fov), **row} for fov, f in run["fields"].items() for row in f["drift"]])
+    brightness = plots.bit_brightness(
+        np.array(bits["scale"]), np.array(bits["background"]), bits["names"], bits["colors"]
+    )
     sections = [
-        Section("Molecules", _molecule_text(figures), figures=_molecule_pictures(out, run, calls)),
+        Section("Molecules", _molecule_text(run), figures=_molecule_pictures(out, stage, run)),
         Section(
             "Images",
             [_drift_text(shifts), *bit_warnings(run)],
             tables=[*_chromatic_table(run["chromatic"]), *_light_table(run["light"])],
             figures=[
                 *([picture(plots.drift(shifts), "Drift of each round")] if len(shifts) else []),
-                picture(
-                    plots.bit_brightness(
-                        np.array(bits["scale"]), np.array(bits["background"]), bits["names"], bits["colors"]
-                    ),
-                    "Brightness of a molecule in each bit",
-                ),
+                picture(brightness, "Brightness of a molecule in each bit"),
                 picture(plots.error_rates(run["bit_error_rates"]), "How often a bit is lost or gained, from the calls"),
             ],
         ),
@@ -122,14 +113,20 @@ def run_sections(out: Path) -> list[Section]:
     if run["failed"]:
         rows = [(fov, reason) for fov, reason in run["failed"].items()]
         sections.append(Section("Fields that failed", tables=[Table(("field", "reason"), rows)]))
-    cells = read_cells(out / runfolder.CELLS)
-    if len(cells):
-        text = f"{len(cells):,} cells, {figures['transcripts_per_cell']:.1f} molecules a cell in the median; "
-        text += f"{figures['share_in_cells']:.0%} of the molecules lie in cells."
-        drawn = len(cells) >= FEWEST_CELLS_DRAWN
-        outlines = [picture(plots.cells(cells["geometry"].to_numpy()), "Cell outlines")] if drawn else []
-        sections.append(Section("Cells", [text], figures=outlines))
-    return sections
+    return sections + _cell_section(stage, run["figures"])
+
+
+def _cell_section(stage: Path, figures: dict[str, Any]) -> list[Section]:
+    from merfish.cells.counts import read_cells
+
+    if not figures["n_cells"]:
+        return []
+    text = f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.1f} molecules a cell in the median; "
+    text += f"{figures['share_in_cells']:.0%} of the molecules lie in cells."
+    drawn = FEWEST_CELLS_DRAWN <= figures["n_cells"] <= MOST_CELLS_DRAWN
+    cells = read_cells(stage / results.CELLS) if drawn else None
+    outlines = [] if cells is None else [picture(plots.cells(cells["geometry"].to_numpy()), "Cell outlines")]
+    return [Section("Cells", [text], figures=outlines)]
 
 
 def _drift_text(shifts: pd.DataFrame) -> str:
@@ -166,9 +163,9 @@ def _chromatic_table(fits: dict[str, dict[str, Any]]) -> list[Table]:
     rows = [
         (
             color,
-            f"{fit['shift']:.2f} px",
+            "unknown" if fit["shift"] is None else f"{fit['shift']:.2f} px",
             f"{fit['pairs']:,.0f}",
-            "unknown" if np.isnan(fit["error"]) else f"{fit['error']:.3f} px",
+            "unknown" if fit["error"] is None else f"{fit['error']:.3f} px",
             "yes" if fit["map"] != np.eye(2, 3).tolist() else "no: it does not help",
         )
         for color, fit in fits.items()
@@ -177,16 +174,19 @@ def _chromatic_table(fits: dict[str, dict[str, Any]]) -> list[Table]:
     return [Table(columns, rows)] if rows else []
 
 
-def _molecule_text(figures: dict[str, Any]) -> list[str]:
+def _molecule_text(run: dict[str, Any]) -> list[str]:
+    figures, notice = run["figures"], run["calibration"]["notice"]
     rate = figures["misidentification_rate"]
     known = "How many of them are wrong is not known."
     if rate is not None:
-        known = f"{rate:.1%} of them are expected to be wrong, by the blanks"
+        known = f"{rate:.1%} of them are expected to be wrong"
+        known += ", by the blanks" if figures["blanks_in_book"] else ""
         known += _interval(" (by the kept blanks alone {})", figures["by_blanks"])
         known += _interval("; where the filter was not fitted, {}", figures["held_out"]) + "."
-        if few := few_blanks(figures["n_found_blank"]):
+        if few := few_blanks(figures["n_found_blank"], figures["blanks_in_book"]):
             known += f" But {few}."
     return [
+        *([f"Warning: {notice}."] if notice else []),
         f"{figures['n_found']:,} molecules found, {figures['n_kept']:,} kept ({figures['n_blank']:,} of them blanks). "
         + known,
         f"{figures['n_duplicates']:,} seen in two overlapping fields were counted once.",
@@ -228,17 +228,25 @@ def _interval(text: str, value: dict[str, float] | None) -> str:
     return text.format("{rate:.1%}, 95 % interval {low:.1%} to {high:.1%}".format(**value)) if value else ""
 
 
-def _molecule_pictures(out: Path, run: dict[str, Any], calls: pd.DataFrame) -> list[Picture]:
-    book = run["codebook"]
-    found = read_transcripts(out / runfolder.ALL_TRANSCRIPTS)
-    pictures = [
-        picture(
-            plots.words_called(found, calls, book["names"], np.array(book["is_blank"])),
-            "Molecules of each word; blanks carry no RNA, so what they collect is error",
-        )
-    ]
+def _molecule_pictures(out: Path, stage: Path, run: dict[str, Any]) -> list[Picture]:
+    words = run["words"]
+    called = plots.words_called(
+        np.array(words["n_found"]), np.array(words["n_kept"]), words["gene"], np.array(run["codebook"]["is_blank"])
+    )
+    pictures = [picture(called, "Molecules of each word; blanks carry no RNA, so what they collect is error")]
     if run["fields"]:
-        fov = max((int(f) for f in run["fields"]), key=lambda f: int((calls["fov"] == f).sum()))
-        image = np.load(runfolder.field_folder(out, fov) / "overview.npy", allow_pickle=False)
-        pictures.insert(0, picture(plots.overview(image, calls[calls["fov"] == fov]), f"Field {fov}"))
+        fov = max((int(f) for f in run["fields"]), key=lambda f: int(run["fields"][str(f)]["n_found"]))
+        path = results.field_folder(out, fov) / OVERVIEW
+        calls = pd.read_parquet(stage / results.TRANSCRIPTS, filters=[("fov", "==", fov)])
+        if path.is_file():
+            pictures.insert(0, picture(plots.overview(read_overview(path), calls), f"Field {fov}"))
     return pictures
+
+
+def read_overview(path: Path) -> np.ndarray:
+    """The overview picture of a field, uint8 (y, x). Raises InputError if it is damaged."""
+    try:
+        image: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: damaged ({error}); run again into the same folder") from error
+    return image

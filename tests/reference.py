@@ -231,3 +231,37 @@ def refit_spot(image, x, y, height, profile, slope, bins, core, stiffness):
         values.append(0.0)
     top, along_x, along_y = np.linalg.lstsq(np.array(rows), np.array(values), rcond=None)[0]
     return x + along_x / top, y + along_y / top, top
+
+
+def word_tally(word, shown, probability, kept, codebook):
+    """What `merfish.calls.error_model.tally_words` counts, call by call."""
+    tally = {name: np.zeros(codebook.n_words) for name in ("found", "kept", "kept_exact", "right", "exact")}
+    tally |= {name: np.zeros(codebook.n_bits) for name in ("lost", "gained")}
+    for w, bits, p, keep in zip(word, shown, probability, kept, strict=True):
+        seen = np.array([(int(bits) >> k) & 1 for k in range(codebook.n_bits)])
+        wrong = np.flatnonzero(seen != codebook.words[w])
+        tally["found"][w] += 1
+        if keep:
+            tally["kept"][w] += 1
+            tally["kept_exact"][w] += len(wrong) == 0
+            tally["right"][w] += p
+        if len(wrong) == 0:
+            tally["exact"][w] += p
+        if len(wrong) == 1:
+            tally["lost" if codebook.words[w][wrong[0]] else "gained"][wrong[0]] += p
+    return tally
+
+
+def pairs_of_fields(a, b, radius):
+    """One-to-one pairs of equal word within ``radius``, the closest first."""
+    near = sorted(
+        (np.hypot(a.x[i] - b.x[j], a.y[i] - b.y[j]), i, j)
+        for i in range(len(a.word))
+        for j in range(len(b.word))
+        if a.word[i] == b.word[j]
+    )
+    pairs = []
+    for distance, i, j in near:
+        if distance <= radius and all(i != k and j != m for k, m in pairs):
+            pairs.append((i, j))
+    return sorted(pairs)

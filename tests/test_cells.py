@@ -11,8 +11,10 @@ from scipy.ndimage import gaussian_filter
 from skimage.draw import disk
 
 import reference
+from merfish.cells import merging
 from merfish.cells.counts import assign_cells, count_table, read_cells, write_cells
-from merfish.cells.segmentation import merge_fields, outlines, segment
+from merfish.cells.merging import field_frame, in_stage_frame, number_cells, same_cells
+from merfish.cells.segmentation import outlines, segment
 from merfish.codebook import mhd4_codebook
 from merfish.errors import InputError
 from merfish.simulate import simulate_experiment
@@ -265,17 +267,39 @@ def disc(x, y, radius):
     return shapely.Point(x, y).buffer(radius)
 
 
+def merge_fields(outlines_by_fov, positions, shape, scale):
+    """All cells of some fields, merged as a run does it, but all at once."""
+    fovs = sorted(outlines_by_fov)
+    shapes = {
+        fov: in_stage_frame(np.array([*outlines_by_fov[fov].values(), None], dtype=object)[:-1], positions[fov], scale)
+        for fov in fovs
+    }
+    frames = {fov: field_frame(positions[fov], shape, scale) for fov in fovs}
+    links = [
+        (a, i, b, j)
+        for a in fovs
+        for b in fovs
+        if a < b
+        for i, j in zip(*same_cells(shapes[a], shapes[b], frames[a], frames[b]), strict=True)
+    ]
+    numbers = number_cells({fov: len(shapes[fov]) for fov in fovs}, np.array(links, int).reshape(-1, 4))
+    members = numbers.members(np.arange(len(numbers.home)))
+    geometry = [shapes[row.fov][row.outline] for row in members.itertuples()]
+    cells = merging.unite(members, np.array([*geometry, None], dtype=object)[:-1])
+    return merging.part(cells, cells)
+
+
 def test_merge_fields__counts_a_cell_in_an_overlap_once():
     # fields of 100 x 100 pixels of 1 micrometre that share 40 columns; the cell at 80 is seen whole by both
     left = {1: disc(80, 50, 12), 2: disc(20, 20, 10)}
     right = {1: disc(20.5, 50, 12), 2: disc(70, 70, 10)}
-    cells = merge_fields({0: left, 1: right}, [(0, 0), (60, 0)], (100, 100), 1.0, depth=3.0)
+    cells = merge_fields({0: left, 1: right}, [(0, 0), (60, 0)], (100, 100), 1.0)
     assert len(cells) == 3
     assert list(cells["cell_id"]) == [1, 2, 3]
     assert list(cells["fov"]) == [0, 0, 1]
     assert cells["center_x"][0] == pytest.approx(80, abs=0.6)
     assert cells["center_x"][2] == pytest.approx(130)
-    np.testing.assert_allclose(cells["volume"], 3.0 * cells["area"])
+    np.testing.assert_allclose(cells["volume"], merging.DEPTH * cells["area"])
     assert cells["area"][0] == pytest.approx(np.pi * 144, rel=0.02)
 
 

@@ -10,8 +10,6 @@ from hypothesis.extra.numpy import arrays
 
 import reference
 from merfish import InputError, datasets, decode, mhd4_codebook, read_codebook, simulate_stack
-from merfish.calls.filtering import keep_at_rate, misidentification_probability
-from merfish.calls.overlap import duplicates_between_fields
 from merfish.codebook import Codebook
 from merfish.decoding import _kernels
 from merfish.decoding.overlap import merge_planes
@@ -277,37 +275,9 @@ def test_decode__rejects_an_unknown_method(field):
         decode(field[0], BOOK, method="magic")
 
 
-def test_misidentification_probability_is_calibrated_and_keep_at_rate_holds():
-    rng = np.random.default_rng(5)
-    n, blank_fraction = 20_000, 0.2
-    quality = rng.normal(size=(n, 1))
-    wrong = rng.random(n) < 1 / (1 + np.exp(2 + 2 * quality[:, 0]))
-    is_blank = wrong & (rng.random(n) < blank_fraction)
-    probability = misidentification_probability(quality, is_blank, blank_fraction)
-    for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 0.7)):
-        chosen = (probability >= low) & (probability < high)
-        assert wrong[chosen].mean() == pytest.approx(probability[chosen].mean(), abs=0.05)
-    keep = keep_at_rate(probability, 0.05)
-    assert wrong[keep].mean() == pytest.approx(0.05, abs=0.02)
-    assert keep.mean() > 0.5
-
-
-def test_misidentification_probability__is_unknown_without_blanks():
-    probability = misidentification_probability(np.zeros((3, 1)), np.zeros(3, bool), 0.0)
-    assert np.isnan(probability).all()
-    assert keep_at_rate(probability).all()
-
-
 def test_merge_planes_joins_neighbouring_planes_only():
     word = np.array([1, 1, 1, 2, 1])
     x = np.array([5.0, 5.4, 5.2, 5.0, 50.0])
     keep, z = merge_planes(word, x, np.zeros(5), np.array([0, 1, 3, 0, 1]), np.array([1.0, 3.0, 1.0, 1.0, 1.0]))
     assert keep.tolist() == [1, 2, 3, 4]
     assert z.tolist() == [0.75, 3, 0, 1]
-
-
-def test_duplicates_between_fields_keeps_the_one_farther_from_the_edge():
-    word = np.array([1, 1, 1, 2])
-    x = np.array([10.0, 10.1, 10.15, 10.0])
-    duplicate = duplicates_between_fields(word, x, np.zeros(4), np.array([0, 1, 0, 1]), np.array([3.0, 5.0, 3.0, 1.0]))
-    assert duplicate.tolist() == [False, False, True, False]

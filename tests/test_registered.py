@@ -11,7 +11,7 @@ import tifffile
 import zarr
 
 import merfish
-from merfish import InputError, runfolder
+from merfish import InputError, results
 from merfish.imaging.frames import read_bits
 from merfish.imaging.opening import open_experiment
 from merfish.imaging.preflight import preflight
@@ -43,14 +43,14 @@ def folder(tmp_path):
 def test_run__of_registered_stacks(folder, tmp_path):
     table = merfish.run(folder, out=tmp_path / "out")
     assert table.n_obs == 0  # no stain
-    calls = read_transcripts(tmp_path / "out" / runfolder.TRANSCRIPTS)
+    calls = read_transcripts(tmp_path / "out" / results.TRANSCRIPTS)
     truth = pd.read_parquet(tmp_path / "truth.parquet")
     places = calls[["barcode_id"]].assign(x=(calls["global_x"] - 5) / SCALE, y=(calls["global_y"] - 7) / SCALE)
     paired, _ = match_calls(places, truth)
     assert len(paired) > 0.75 * len(truth)
     assert len(paired) > 0.9 * len(calls)  # each counted once
     assert set(calls["fov"]) == {0, 1}
-    assert "registered already" in (tmp_path / "out" / runfolder.REPORT).read_text()
+    assert "registered already" in (tmp_path / "out" / results.REPORT).read_text()
 
 
 def test_open_experiment__planes_and_stains(folder):

@@ -10,15 +10,17 @@ import pandas as pd
 import pytest
 
 import merfish
-from merfish import InputError, pipeline, runfolder
+from merfish import InputError, results
 from merfish.cells.counts import read_cells
 from merfish.config import RunConfig, read_config
 from merfish.demo import run_demo, score_run
+from merfish.pipeline import fields, folder
+from merfish.pipeline.record import run_summary
 from merfish.simulate import simulate_experiment
 from merfish.simulate.disturbances import Disturbances, illumination
 from merfish.transcripts import COLUMNS, read_transcripts
 
-TABLES = [runfolder.TRANSCRIPTS, runfolder.ALL_TRANSCRIPTS, runfolder.CELLS]
+TABLES = [results.TRANSCRIPTS, results.ALL_TRANSCRIPTS, results.CELLS, results.CELL_BY_GENE]
 
 
 @pytest.fixture(scope="session")
@@ -40,9 +42,7 @@ def copy(raw, tmp_path):
 
 def same_results(a, b):
     for name in TABLES:
-        pd.testing.assert_frame_equal(pd.read_parquet(a / name), pd.read_parquet(b / name))
-    one, other = (anndata.read_h5ad(folder / runfolder.CELL_BY_GENE) for folder in (a, b))
-    assert (one.X != other.X).nnz == 0
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 def test_run_writes_what_it_promises(done):
@@ -50,18 +50,18 @@ def test_run_writes_what_it_promises(done):
     assert calls.dtypes.astype(str).to_dict() == COLUMNS
     assert len(found) > len(calls) > 100
     assert calls["transcript_id"].is_unique
-    cells = read_cells(done / runfolder.CELLS)
+    cells = read_cells(done / results.CELLS)
     assert {"cell_id", "fov", "center_x", "center_y", "volume", "n_transcripts", "geometry"} <= set(cells.columns)
-    table = anndata.read_h5ad(done / runfolder.CELL_BY_GENE)
+    table = anndata.read_h5ad(done / results.CELL_BY_GENE)
     assert table.X.sum() == (calls["cell_id"] >= 0).sum() == cells["n_transcripts"].sum()
     assert table.obsm["spatial"].shape == (len(cells), 2)
     assert table.var["detection_efficiency"].between(0.3, 1).all()
-    record = json.loads((done / runfolder.RUN).read_text())
+    record = json.loads((done / results.RUN).read_text())
     assert {"versions", "parameters", "inputs", "figures", "fields", "bit_error_rates", "seconds"} <= set(record)
     figures = record["figures"]
     assert figures["by_blanks"]["low"] <= figures["misidentification_rate"] <= figures["by_blanks"]["high"]
     assert figures["held_out"]["low"] <= 0.05 <= figures["held_out"]["high"]
-    assert not list(done.glob("**/.*.*"))  # nothing half-written
+    assert not [path for path in done.glob("**/.*") if path.name != ".lock"]  # nothing half-written
 
 
 def test_run_recovers_the_simulated_truth(done, raw):
@@ -80,10 +80,10 @@ def test_run_takes_out_chromatic_shifts(tmp_path):
     maps = pd.read_csv(raw / "truth" / "chromatic.csv", index_col="color")
     true = {color: row.to_numpy().reshape(2, 3) for color, row in maps.iterrows()}
     bent = true[750] @ np.linalg.inv(np.vstack([true[650], [0, 0, 1]]))
-    found = json.loads((tmp_path / "out" / runfolder.RUN).read_text())["chromatic"]["750"]
+    found = json.loads((tmp_path / "out" / results.RUN).read_text())["chromatic"]["750"]
     corners = np.array([[0, 0, 1], [0, 255, 1], [255, 0, 1], [255, 255, 1]]).T
     assert np.hypot(*((np.array(found["map"]) - bent) @ corners)).max() < 0.15
-    assert "750" in (tmp_path / "out" / runfolder.REPORT).read_text()
+    assert "750" in (tmp_path / "out" / results.REPORT).read_text()
     assert score_run(tmp_path / "out", raw)["recall"] > 0.7
 
 
@@ -92,13 +92,13 @@ def test_run_of_images_as_cameras_make_them(tmp_path):
     wrong = Disturbances(vignetting=0.5, hot_pixels=50, dead_bit=3, saturated_fov=2)
     raw = simulate_experiment(tmp_path / "raw", fields=(1, 3), shape=(256, 256), seed=4, disturbances=wrong)
     merfish.run(raw, out=tmp_path / "out")
-    record = json.loads((tmp_path / "out" / runfolder.RUN).read_text())
+    record = json.loads((tmp_path / "out" / results.RUN).read_text())
     assert "saturated" in record["failed"]["2"]
-    lines = pipeline.run_summary(tmp_path / "out")["lines"]
+    lines = run_summary(tmp_path / "out")["lines"]
     assert any("No molecule shows in bit4" in line for line in lines)
     assert all(40 <= light["hot"] <= 50 for light in record["light"].values())
     calls, truth = (
-        pd.read_parquet(p) for p in (tmp_path / "out" / runfolder.TRANSCRIPTS, raw / "truth/molecules.parquet")
+        pd.read_parquet(p) for p in (tmp_path / "out" / results.TRANSCRIPTS, raw / "truth/molecules.parquet")
     )
     seen = truth["global_x"] < calls["global_x"].max()
     assert not calls["is_blank"].mean() > 0.1
@@ -107,7 +107,7 @@ def test_run_of_images_as_cameras_make_them(tmp_path):
     np.save(flat, illumination((256, 256), 0.5))
     known = RunConfig(flat_fields={"650": str(flat), "750": str(flat)}, dark_level=100.0)
     merfish.run(raw, out=tmp_path / "known", config=known, fovs=[0, 1])
-    given = json.loads((tmp_path / "known" / runfolder.RUN).read_text())["light"]["650"]
+    given = json.loads((tmp_path / "known" / results.RUN).read_text())["light"]["650"]
     assert given["dark"] == 100
     assert given["least"] == pytest.approx(0.5, abs=1e-3)
     with pytest.raises(InputError, match="no bit has the colour '488'"):
@@ -115,25 +115,25 @@ def test_run_of_images_as_cameras_make_them(tmp_path):
 
 
 def test_report_loads_nothing_from_elsewhere(done):
-    page = (done / runfolder.REPORT).read_text()
+    page = (done / results.REPORT).read_text()
     assert page.count("data:image/png;base64,") >= 5
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
 
 
 def test_run_resumes_to_the_same_result(raw, done, tmp_path, monkeypatch):
-    work, seen = pipeline.process_field, []
+    work, seen = fields.process_field, []
 
     def interrupted(experiment, fov, *rest):
         if seen:
             raise KeyboardInterrupt
         seen.append(fov)
-        work(experiment, fov, *rest)
+        return work(experiment, fov, *rest)
 
-    monkeypatch.setattr(pipeline, "process_field", interrupted)
+    monkeypatch.setattr(fields, "process_field", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merfish.run(raw, out=tmp_path / "out")
-    assert not (tmp_path / "out" / runfolder.RUN).exists()
-    monkeypatch.setattr(pipeline, "process_field", lambda e, fov, *rest: seen.append(fov) or work(e, fov, *rest))
+    assert not (tmp_path / "out" / results.RUN).exists()
+    monkeypatch.setattr(fields, "process_field", lambda e, fov, *rest: seen.append(fov) or work(e, fov, *rest))
     merfish.run(raw, out=tmp_path / "out")
     assert sorted(seen) == [0, 1, 2, 3]  # none twice
     same_results(done, tmp_path / "out")
@@ -144,13 +144,8 @@ def test_workers_give_the_same_result(raw, done, tmp_path):
     same_results(done, tmp_path / "out")
 
 
-def test_run__refuses_a_folder_of_other_parameters(raw, done):
-    with pytest.raises(InputError, match="method was 'spots', is 'pixels'"):
-        merfish.run(raw, out=done, config=RunConfig(method="pixels"))
-
-
 def test_run__refuses_a_folder_that_another_run_holds(raw, tmp_path):
-    with runfolder.owned(tmp_path / "out"), pytest.raises(InputError, match="another run is writing here: process"):
+    with folder.owned(tmp_path / "out"), pytest.raises(InputError, match="another run is writing here: process"):
         merfish.run(raw, out=tmp_path / "out")
 
 
@@ -166,9 +161,9 @@ def test_run_keep_going_leaves_out_faulty_fields(copy, tmp_path):
     broken.write_bytes(broken.read_bytes()[:1000])
     table = merfish.run(copy, out=tmp_path / "out", keep_going=True)
     assert table.n_obs > 0
-    summary = pipeline.run_summary(tmp_path / "out")
+    summary = run_summary(tmp_path / "out")
     assert list(summary["failed"]) == ["1"]
-    assert set(read_transcripts(tmp_path / "out" / runfolder.TRANSCRIPTS)["fov"]) == {0, 2, 3}
+    assert set(read_transcripts(tmp_path / "out" / results.TRANSCRIPTS)["fov"]) == {0, 2, 3}
 
 
 def test_run__marks_a_field_whose_rounds_do_not_match(copy, tmp_path):
@@ -181,7 +176,7 @@ def test_run__marks_a_field_whose_rounds_do_not_match(copy, tmp_path):
     frames = read_frames(path, [0, 1, 2])
     tifffile.imwrite(path, rng.poisson(100, frames.shape).astype(np.uint16), photometric="minisblack")
     merfish.run(copy, out=tmp_path / "out")
-    failed = pipeline.run_summary(tmp_path / "out")["failed"]
+    failed = run_summary(tmp_path / "out")["failed"]
     assert list(failed) == ["2"]
     assert "rounds 4 do not match" in failed["2"]
 
@@ -190,9 +185,9 @@ def test_run_of_an_empty_sample_is_empty_and_whole(tmp_path):
     raw = simulate_experiment(tmp_path / "raw", fields=(1, 1), shape=(128, 128), density=0.0)
     table = merfish.run(raw, out=tmp_path / "out")
     assert table.X.sum() == 0
-    calls = read_transcripts(tmp_path / "out" / runfolder.TRANSCRIPTS)
+    calls = read_transcripts(tmp_path / "out" / results.TRANSCRIPTS)
     assert calls.dtypes.astype(str).to_dict() == COLUMNS
-    assert (tmp_path / "out" / runfolder.REPORT).is_file()
+    assert (tmp_path / "out" / results.REPORT).is_file()
 
 
 def test_run_without_stains_has_no_cells(copy, tmp_path):
@@ -200,7 +195,7 @@ def test_run_without_stains_has_no_cells(copy, tmp_path):
     (copy / "data_organization.csv").write_text("".join(row for row in rows if not row.startswith(("DAPI", "polyT"))))
     table = merfish.run(copy, out=tmp_path / "out", fovs=[0])
     assert table.n_obs == 0
-    assert (read_transcripts(tmp_path / "out" / runfolder.TRANSCRIPTS)["cell_id"] == -1).all()
+    assert (read_transcripts(tmp_path / "out" / results.TRANSCRIPTS)["cell_id"] == -1).all()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,14 +9,13 @@ from scipy import ndimage
 
 import reference
 from merfish import decode, mhd4_codebook, simulate_stack
-from merfish.calls.error_model import bit_error_rates, held_out_rate, misidentification_rate, wilson, word_statistics
-from merfish.calls.filtering import few_blanks, keep_at_rate, keep_calls, rate_calls
+from merfish.calls.filtering import keep_calls
 from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding.overlap import halos
 from merfish.decoding.pixels import on_bits
 from merfish.decoding.spots import RADIUS, start_log_ratio, word_abundance
 from merfish.imaging.normalize import locate_peaks, weighted_median
-from merfish.simulate import Imaging, match_calls, score_calls
+from merfish.simulate import match_calls, score_calls
 from merfish.stack import decode_all
 
 BOOK = mhd4_codebook([f"g{k}" for k in range(130)])
@@ -162,61 +160,3 @@ def test_radius_fits_the_grid():
     from merfish.decoding.spots import CELL
 
     assert RADIUS <= CELL  # only neighbouring cells are searched
-
-
-def test_bit_error_rates_are_those_put_in():
-    imaging = Imaging(lost=0.15, gained=0.03)
-    stack, _ = simulate_stack(BOOK, shape=(512, 512), density=0.004, seed=8, imaging=imaging)
-    found = decode_all(stack, BOOK)
-    rates = bit_error_rates(found, BOOK)
-    assert rates["lost"].mean() == pytest.approx(0.15, abs=0.02)
-    assert rates["gained"].mean() == pytest.approx(0.03, abs=0.01)
-    assert rates["lost"].between(rates["lost_low"], rates["lost_high"]).all()
-    assert (rates["lost_low"] <= 0.15).sum() + (rates["lost_high"] >= 0.15).sum() >= 28
-
-
-def test_detection_efficiency_is_the_share_found():
-    stack, truth = simulate_stack(BOOK, shape=(512, 512), density=0.004, seed=9)
-    found = decode_all(stack, BOOK)
-    kept = keep_calls(found)
-    efficiency = word_statistics(found, kept, BOOK)["detection_efficiency"]
-    assert efficiency.mean() == pytest.approx(len(match_calls(kept, truth)[0]) / len(truth), abs=0.06)
-
-
-def test_held_out_rate_is_that_of_calls_rated_by_others():
-    rng = np.random.default_rng(3)
-    n = 60_000
-    odds = rng.normal(2.5, 3, n)
-    wrong = rng.random(n) < 1 / (1 + np.exp(odds))
-    genes, blanks = np.flatnonzero(~BOOK.is_blank), np.flatnonzero(BOOK.is_blank)
-    word = np.where(wrong, rng.integers(BOOK.n_words, size=n), rng.choice(genes, n))
-    calls = pd.DataFrame(
-        {
-            "barcode_id": word,
-            "is_blank": np.isin(word, blanks),
-            "probability": 1 / (1 + np.exp(-odds)),
-            "fov": rng.integers(4, size=n),
-            "x": rng.random(n),
-        }
-    )
-    for table in (calls, calls.assign(fov=0)):
-        rate, low, high = held_out_rate(table, BOOK, 0.05)
-        assert low < 0.05 < high
-        assert rate == pytest.approx(0.05, abs=0.01)
-    kept = keep_calls(rate_calls(calls, BOOK))
-    chosen = keep_at_rate(1 - rate_calls(calls, BOOK)["probability"].to_numpy())
-    assert wrong[chosen].mean() == pytest.approx(0.05, abs=0.01)
-    assert misidentification_rate(kept, BOOK)[0] == pytest.approx(0.05, abs=0.01)
-
-
-def test_few_blanks_are_told():
-    assert "only 3 blanks" in few_blanks(3)
-    assert few_blanks(30) is None
-
-
-def test_wilson_holds_its_extremes():
-    assert wilson(0, 0) == pytest.approx((np.nan,) * 3, nan_ok=True)
-    assert wilson(0, 10)[1] == 0
-    assert wilson(10, 0)[2] == 1
-    share, low, high = wilson(10, 90)
-    assert (share, low, high) == pytest.approx((0.1, 0.0552, 0.1744), abs=1e-3)

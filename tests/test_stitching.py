@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from merfish.calls.stitching import link_fields, shared_offset, solve_positions, stitch
+from merfish.calls import stitching
+from merfish.calls.stitching import FieldPlaces, Links, link_field, overlapping_fields, shared_offset, solve_positions
 
 SIZE = 50.0  # micrometre, of a field
 SEEN = 0.7  # of the molecules, in each field
@@ -31,6 +32,20 @@ def draw(side: int, stage_error: float, seed: int, density: float = 0.5):
     return [table[name].to_numpy() for name in ("word", "x", "y", "fov")], said, true
 
 
+def link(word, x, y, fov, said) -> list[Links]:
+    """Links of all fields, each with the later ones near it."""
+
+    def read(number: int) -> FieldPlaces:
+        return FieldPlaces(word[fov == number], x[fov == number], y[fov == number])
+
+    near = overlapping_fields(range(len(said)), said, (SIZE, SIZE))
+    return [link_field(a, [b for b in near[a] if b > a], read, said, (SIZE, SIZE)) for a in range(len(said))]
+
+
+def stitch(word, x, y, fov, said) -> stitching.Stitching:
+    return stitching.stitch(said, link(word, x, y, fov, said))
+
+
 def error(found: np.ndarray, true: np.ndarray) -> np.ndarray:
     off = found - true
     return np.hypot(*(off - off.mean(axis=0)).T)
@@ -38,7 +53,7 @@ def error(found: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 def test_stitch__finds_the_fields_again():
     calls, said, true = draw(4, 2.0, seed=0)
-    found = stitch(*calls, said, (SIZE, SIZE))
+    found = stitch(*calls, said)
     assert np.median(error(said, true)) > 1.0
     assert error(found.positions, true).max() < 0.05
     assert found.links["used"].all()
@@ -49,7 +64,7 @@ def test_stitch__finds_the_fields_again():
 def test_stitch__leaves_fields_that_share_nothing():
     calls, said, _ = draw(2, 2.0, seed=1)
     far = said * 3
-    found = stitch(*calls, far, (SIZE, SIZE))
+    found = stitch(*calls, far)
     assert not len(found.links)
     assert (found.positions == far).all()
     assert found.untied == 0
@@ -58,14 +73,14 @@ def test_stitch__leaves_fields_that_share_nothing():
 
 def test_stitch__tells_fields_that_are_mirrored():
     (word, x, y, fov), said, _ = draw(2, 0.1, seed=4)
-    found = stitch(word, SIZE - x, y, fov, said, (SIZE, SIZE))
+    found = stitch(word, SIZE - x, y, fov, said)
     assert found.untied >= 2  # those side by side at least
 
 
 def test_stitch__of_nothing():
     none = np.empty(0, int)
     said = np.zeros((3, 2))
-    assert (stitch(none, none.astype(float), none.astype(float), none, said, (SIZE, SIZE)).positions == said).all()
+    assert (stitch(none, none.astype(float), none.astype(float), none, said).positions == said).all()
 
 
 def test_shared_offset__not_from_genes_that_gather_in_the_same_cells():
@@ -81,7 +96,7 @@ def test_shared_offset__not_from_genes_that_gather_in_the_same_cells():
 
 def test_solve_positions__leaves_out_a_link_that_contradicts_the_others():
     calls, said, true = draw(3, 2.0, seed=3)
-    links, _ = link_fields(*calls, said, (SIZE, SIZE))
+    links = stitch(*calls, said).links
     links.loc[4, ["dx", "dy"]] += [3.0, -2.0]
     positions, judged = solve_positions(said, links)
     assert judged.index[~judged["used"]].tolist() == [4]

@@ -2,16 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
 import numpy as np
 import pandas as pd
 
-from merfish.calls.filtering import keep_calls, rate_calls
+from merfish.calls.filtering import Evidence, Tally, fit_log_odds, log_odds_wrong, threshold_at_rate
 from merfish.codebook import Codebook
 
 LEVEL = 1.96  # normal quantile of a 95 % interval
 
 
-def bit_error_rates(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
+@dataclass(frozen=True, eq=False)
+class WordTally:
+    """Calls of each word, (word,), and what each bit did to them, (bit,); tallies of fields add up.
+
+    found, kept, kept_exact: int64, calls before and after filtering, and those of the latter that show their word
+    exactly. right: float64, sum of the probabilities of the kept. exact: float64, sum of the probabilities of all that
+    show their word exactly; lost, gained: the same of those that differ from their word in nothing but this bit.
+    """
+
+    found: np.ndarray
+    kept: np.ndarray
+    kept_exact: np.ndarray
+    right: np.ndarray
+    exact: np.ndarray
+    lost: np.ndarray
+    gained: np.ndarray
+
+
+def tally_words(
+    word: np.ndarray, shown: np.ndarray, probability: np.ndarray, kept: np.ndarray, codebook: Codebook
+) -> WordTally:
+    """Count rated calls: word int (call,), shown uint64, probability float of being right, kept bool."""
+    n = codebook.n_words
+    error = shown ^ codebook.codes[word]
+    exact = error == 0
+    single = np.bitwise_count(error) == 1
+    bit = np.bitwise_count(error[single] - np.uint64(1)).astype(np.int64)
+    on = codebook.words.astype(bool)[word[single], bit]
+    weight = np.asarray(probability, float)
+    by_bit = (np.bincount(bit[rows], weight[single][rows], codebook.n_bits) for rows in (on, ~on))
+    return WordTally(
+        np.bincount(word, minlength=n),
+        np.bincount(word[kept], minlength=n),
+        np.bincount(word[kept & exact], minlength=n),
+        np.bincount(word[kept], weight[kept], n),
+        np.bincount(word[exact], weight[exact], n),
+        *by_bit,
+    )
+
+
+def add_word_tallies(tallies: Sequence[WordTally], codebook: Codebook) -> WordTally:
+    """The tally of the calls of all fields, added in their order."""
+    none = np.empty(0, np.int64)
+    empty = tally_words(none, none.astype(np.uint64), none, none.astype(bool), codebook)
+    return WordTally(*(sum(getattr(t, field.name) for t in (empty, *tallies)) for field in fields(WordTally)))
+
+
+def bit_error_rates(tally: WordTally, codebook: Codebook) -> pd.DataFrame:
     """Rates of 1->0 and 0->1 errors of each bit, with 95 % intervals.
 
     Molecules that lost nothing but this bit are compared with those that show their word exactly: both are found
@@ -19,19 +69,14 @@ def bit_error_rates(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
     2016). Likewise those that gained nothing but this bit. Peaks hidden by a neighbour count as lost, accidental
     neighbours as gained: the rates are those of the images, in crowds a little above those of the chemistry.
 
-    calls: transcript table with ``shown``, of every call found: each counts with its probability to be right, so that
-    molecules with errors, which are less certain, are not left out.
+    Every call found counts with its probability to be right, so that molecules with errors, which are less certain,
+    are not left out.
     Returns one row a bit: bit, lost, lost_low, lost_high, gained, gained_low, gained_high; NaN where nothing tells.
     """
-    word = calls["barcode_id"].to_numpy()
-    weight = np.nan_to_num(calls["probability"].to_numpy(float), nan=1.0)
-    error = calls["shown"].to_numpy(np.uint64) ^ codebook.codes[word]
-    exact = np.bincount(word[error == 0], weight[error == 0], codebook.n_words)
     rows = []
     for bit, on in enumerate(codebook.words.T.astype(bool)):
-        only = error == np.uint64(1) << np.uint64(bit)
-        lost = wilson(weight[only & on[word]].sum(), exact[on].sum())
-        gained = wilson(weight[only & ~on[word]].sum(), exact[~on].sum())
+        lost = wilson(tally.lost[bit], tally.exact[on].sum())
+        gained = wilson(tally.gained[bit], tally.exact[~on].sum())
         rows.append((codebook.bit_names[bit], *lost, *gained))
     return pd.DataFrame(rows, columns=["bit", "lost", "lost_low", "lost_high", "gained", "gained_low", "gained_high"])
 
@@ -47,39 +92,41 @@ def wilson(hits: float, others: float) -> tuple[float, float, float]:
     return share, max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def misidentification_rate(calls: pd.DataFrame, codebook: Codebook) -> tuple[float, float, float]:
+def misidentification_rate(n_blank: float, n_calls: float, codebook: Codebook) -> tuple[float, float, float]:
     """Share of wrong calls, from the blanks among them alone, with its 95 % interval.
 
     Wrong calls fall on any word alike, so there are as many as blanks called times words over blank words. NaN without
     blanks in the codebook or without calls.
     """
-    n_blank = int(calls["is_blank"].sum())
-    n_words, n_blank_words = codebook.n_words, int(codebook.is_blank.sum())
+    n_blank_words = int(codebook.is_blank.sum())
     if not n_blank_words:
         return np.nan, np.nan, np.nan
-    rate, low, high = (share * n_words / n_blank_words for share in wilson(n_blank, len(calls) - n_blank))
+    share = wilson(n_blank, n_calls - n_blank)
+    rate, low, high = (part * codebook.n_words / n_blank_words for part in share)
     return rate, low, min(high, 1.0)
 
 
-def held_out_rate(unrated: pd.DataFrame, codebook: Codebook, rate: float) -> tuple[float, float, float]:
+def held_out_rate(
+    halves: tuple[Tally, Tally], evidence: Evidence, codebook: Codebook, rate: float
+) -> tuple[float, float, float]:
     """The misidentification rate, with its interval, that filtering for ``rate`` reaches where it was not fitted.
 
-    Each half of the fields (of one field, its left and its right half) is rated by the blanks of the other half.
-    unrated: every call found, as decoders give them: `rate_calls` was not applied yet.
+    Each half of the calls is rated by the blanks of the other half; NaN if a half has no calls.
     """
-    if unrated.empty:
-        return np.nan, np.nan, np.nan
-    fov = unrated["fov"].to_numpy()
-    place = fov if len(np.unique(fov)) > 1 else unrated["x"].to_numpy()
-    second = np.searchsorted(np.unique(place), place) % 2 == 1 if place is fov else place > np.median(place)
-    kept = [keep_calls(rate_calls(unrated, codebook, learn_from=~half)[half], rate) for half in (second, ~second)]
-    return misidentification_rate(pd.concat(kept), codebook)
+    n_blank = n_calls = 0
+    for one, other in (halves, halves[::-1]):
+        if not one.calls.sum():
+            return np.nan, np.nan, np.nan
+        odds = fit_log_odds(other, float(codebook.is_blank.mean()), evidence)
+        kept = log_odds_wrong(one.values, odds) <= threshold_at_rate(one, odds, rate)
+        n_blank += int(one.blanks[kept].sum())
+        n_calls += int(one.calls[kept].sum())
+    return misidentification_rate(n_blank, n_calls, codebook)
 
 
-def word_statistics(found: pd.DataFrame, kept: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
+def word_statistics(tally: WordTally, codebook: Codebook) -> pd.DataFrame:
     """One row a word: what was called, how exactly, and which share of its molecules is detected.
 
-    found, kept: transcript tables before and after filtering, ``shown`` in both.
     confidence_ratio: exact calls over exact and corrected ones (Chen et al. 2015; blanks show what chance gives);
     misidentification_rate: expected share of wrong ones among the kept; its interval is that of all words, as it comes
     from the same blanks;
@@ -87,33 +134,30 @@ def word_statistics(found: pd.DataFrame, kept: pd.DataFrame, codebook: Codebook)
     counted by their exact calls over the probability of being exact, which follows from the rates of the bits. In
     crowds that is too high: molecules whose bits hide in several neighbours count nowhere.
     """
-    rates = bit_error_rates(found, codebook)
+    rates = bit_error_rates(tally, codebook)
     lost, gained = (np.nan_to_num(rates[name].to_numpy()) for name in ("lost", "gained"))
-    on = codebook.words.astype(bool)
-    probability_exact = np.where(on, 1 - lost, 1 - gained).prod(axis=1)
-    word = kept["barcode_id"].to_numpy()
-    exact = np.bincount(word[kept["shown"].to_numpy(np.uint64) == codebook.codes[word]], minlength=codebook.n_words)
-    calls = np.bincount(word, minlength=codebook.n_words)
+    probability_exact = np.where(codebook.words.astype(bool), 1 - lost, 1 - gained).prod(axis=1)
+    n_exact, n_kept = tally.kept_exact.sum(), tally.kept.sum()
+    unknown = np.full(codebook.n_words, np.nan)
     # wrong calls are taken out of the numerator, as the blanks tell them
-    right = np.nan_to_num(kept["probability"].to_numpy(float), nan=1.0).sum()
-    with np.errstate(invalid="ignore"):
-        efficiency = probability_exact * right / exact.sum() if exact.sum() else np.full(codebook.n_words, np.nan)
-        confidence = exact / calls
-    wrong = np.bincount(word, 1 - kept["probability"].to_numpy(float), codebook.n_words)
-    _, low, high = misidentification_rate(kept, codebook)
+    efficiency = probability_exact * tally.right.sum() / n_exact if n_exact else unknown
+    wrong = tally.kept - tally.right
+    _, low, high = misidentification_rate(tally.kept[codebook.is_blank].sum(), n_kept, codebook)
     with np.errstate(invalid="ignore", divide="ignore"):
-        rate = wrong / calls
-        of_all = wrong.sum() / calls.sum()
+        confidence = tally.kept_exact / tally.kept
+        rate = wrong / tally.kept
+        of_all = wrong.sum() / n_kept
+        interval = [np.minimum(rate * end / of_all, 1.0) for end in (low, high)]
     return pd.DataFrame(
         {
             "gene": codebook.names,
-            "n_found": np.bincount(found["barcode_id"], minlength=codebook.n_words),
-            "n_kept": calls,
-            "n_exact": exact,
+            "n_found": tally.found,
+            "n_kept": tally.kept,
+            "n_exact": tally.kept_exact,
             "confidence_ratio": confidence,
             "misidentification_rate": rate,
-            "misidentification_low": np.minimum(rate * low / of_all, 1.0),
-            "misidentification_high": np.minimum(rate * high / of_all, 1.0),
+            "misidentification_low": interval[0],
+            "misidentification_high": interval[1],
             "detection_efficiency": np.minimum(efficiency, 1.0),
         }
     )

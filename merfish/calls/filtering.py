@@ -1,6 +1,13 @@
-"""Which calls to keep at a wanted misidentification rate, learnt from the blanks."""
+"""Which calls to keep at a wanted misidentification rate, learnt from the blanks.
+
+Nothing here needs all calls of an experiment at once: `tally_calls` counts those of one field by what tells good calls
+from bad, tallies add up over fields, and `fit_log_odds` and `threshold_at_rate` work on the sum.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -8,58 +15,114 @@ import pandas as pd
 from merfish.codebook import Codebook
 from merfish.config import MISIDENTIFICATION_RATE
 
-# What a few blanks cannot tell is taken from simulated fields of 0.003-0.03 molecules a pixel with known truth: log
-# odds of being wrong: constant, and slopes against log area, distance, log intensity and corrected bits.
-PRIOR_PIXELS = np.array([-3.5, -0.8, 4.0, 0.0, 2.0])
-# the same against the spot decoder's own log odds of being wrong, which are nearly right
-PRIOR_SPOTS = np.array([0.1, 0.83])
-# about the number of blanks that it takes to outweigh a prior's slopes; its constant weighs one quarter
-WEIGHT_PIXELS, WEIGHT_SPOTS = 4.0, 64.0
 MAX_LOG_ODDS = 12.0
 FEWEST_BLANKS = 10  # called; with fewer the 95 % interval of the rate spans more than a factor of 3
 
 
-def misidentification_probability(
-    features: np.ndarray,
-    is_blank: np.ndarray,
-    blank_fraction: float,
-    prior: np.ndarray | None = None,
-    weight: float = WEIGHT_PIXELS,
-    learn_from: np.ndarray | None = None,
-) -> np.ndarray:
-    """Probability that each call is wrong.
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Features of a call that tell good from bad, and what is expected of them.
+
+    steps: (feature,) width of a tally's bins, far below what changes the odds noticeably. prior: (1 + feature,)
+    expected log odds of being wrong where all features are 0, and their change for each unit of a feature; weight:
+    about the number of blanks that it takes to outweigh the slopes of the prior, its constant weighs one quarter.
+    unchecked: (1 + feature,) log odds where the codebook has no blanks to check them.
+    """
+
+    steps: tuple[float, ...]
+    prior: tuple[float, ...]
+    weight: float
+    unchecked: tuple[float, ...]
+
+
+# The decoder's own log odds of being wrong, which are nearly right. Priors are from simulated fields of 0.003-0.03
+# molecules a pixel with known truth.
+POSTERIOR = Evidence(steps=(0.02,), prior=(0.1, 0.83), weight=64.0, unchecked=(0.0, 1.0))
+# Patches of pixels: log area, distance, log intensity, corrected bits.
+PATCHES = Evidence(
+    steps=(0.05, 0.02, 0.1, 1.0),
+    prior=(-3.5, -0.8, 4.0, 0.0, 2.0),
+    weight=4.0,
+    unchecked=(-3.5, -0.8, 4.0, 0.0, 2.0),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Tally:
+    """Calls counted by what tells good from bad: values (bin, feature) float64; calls, blanks (bin,) int64."""
+
+    values: np.ndarray
+    calls: np.ndarray
+    blanks: np.ndarray
+
+
+def call_features(calls: pd.DataFrame) -> tuple[np.ndarray, Evidence]:
+    """Features (call, feature) float64 of a transcript table, and what they are.
+
+    A probability that the decoder has given is taken as the one feature, as log odds of being wrong; else there are
+    log area, distance, log intensity and corrected bits (2 = more).
+    """
+    stated = calls["probability"].to_numpy(float)
+    if len(calls) and not np.isnan(stated).any():
+        odds = np.log(np.maximum(1 - stated, 1e-9)) - np.log(np.maximum(stated, 1e-9))
+        return np.clip(odds, -MAX_LOG_ODDS, MAX_LOG_ODDS)[:, None], POSTERIOR
+    features = [
+        np.log(np.maximum(calls["area"].to_numpy(float), 1)),
+        np.nan_to_num(calls["distance"].to_numpy(float)),
+        np.log(np.maximum(calls["intensity"].to_numpy(float), 1e-2)),
+        np.minimum(calls["hamming_distance"].to_numpy(float), 2),
+    ]
+    return np.column_stack(features), PATCHES
+
+
+def tally_calls(features: np.ndarray, is_blank: np.ndarray, evidence: Evidence) -> Tally:
+    """Count calls, features (call, feature) and is_blank (call,) bool, in bins of the evidence's steps."""
+    return _counted(np.rint(features / evidence.steps).astype(np.int64), is_blank, np.ones(len(is_blank)), evidence)
+
+
+def add_tallies(tallies: Sequence[Tally], evidence: Evidence) -> Tally:
+    """The tally of the calls of all. Counts are integers, so that the order of fields does not matter."""
+    values = np.concatenate([np.empty((0, len(evidence.steps))), *(tally.values for tally in tallies)])
+    calls, blanks = (np.concatenate([[], *(getattr(t, name) for t in tallies)]) for name in ("calls", "blanks"))
+    return _counted(np.rint(values / evidence.steps).astype(np.int64), blanks, calls, evidence)
+
+
+def _counted(bins: np.ndarray, blanks: np.ndarray, calls: np.ndarray, evidence: Evidence) -> Tally:
+    if not len(bins):
+        none = np.empty(0, np.int64)
+        return Tally(np.empty((0, len(evidence.steps))), none, none)
+    unique, place = np.unique(bins, axis=0, return_inverse=True)
+    count, blank = (np.bincount(place.ravel(), weights).astype(np.int64) for weights in (calls, blanks))
+    return Tally(unique * np.array(evidence.steps), count, blank)
+
+
+def fit_log_odds(tally: Tally, blank_fraction: float, evidence: Evidence) -> np.ndarray:
+    """Log odds of a call to be wrong, (1 + feature,): a constant and the change for each unit of a feature.
 
     A wrong call falls on any word alike, so a call that is wrong with probability p is a blank with probability
-    p times the share of words that are blanks (Moffitt et al. 2016 use it bin by bin). p is a logistic function of
-    the features, which needs a few parameters where bins need as many as there are bins.
+    p times ``blank_fraction``, the share of words that are blanks (Moffitt et al. 2016 use it bin by bin). p is a
+    logistic function of the features, which needs a few parameters where bins need as many as there are bins.
 
-    features: (call, feature) float, anything that tells good calls from bad: brightness, area, distance.
-    is_blank: (call,) bool. blank_fraction: blank words over all words. prior: (1 + feature,) expected log odds where
-    all features are 0 and their change for each unit of a feature, 0 when not given; weight: how many blanks it
-    takes to outweigh them. learn_from: (call,) bool, the calls whose blanks are looked at, all when not given.
-    Returns (call,) float32 in [0, 1]; NaN for all calls if the codebook has no blanks.
+    Without blanks in the codebook the odds are those that the evidence gives unchecked.
     """
-    n = len(is_blank)
-    if blank_fraction <= 0 or n == 0:
-        return np.full(n, np.nan, np.float32)
-    spread = features.std(axis=0)
+    if blank_fraction <= 0:
+        return np.array(evidence.unchecked)
+    prior = np.array(evidence.prior)
+    n = tally.calls.sum()
+    if not n:
+        return prior
+    mean = tally.calls @ tally.values / n
+    spread = np.sqrt(tally.calls @ (tally.values - mean) ** 2 / n)
     spread[spread == 0] = 1
-    design = np.column_stack([np.ones(n), (features - features.mean(axis=0)) / spread])
-    start = np.zeros(design.shape[1])
-    if prior is not None:
-        start[0] = prior[0] + features.mean(axis=0) @ prior[1:]
-        start[1:] = prior[1:] * spread
-    seen = slice(None) if learn_from is None else learn_from
-    slope = _wrong_given_blanks(design[seen], is_blank[seen], blank_fraction, start, weight)
-    return _logistic(design @ slope).astype(np.float32)
-
-
-def _logistic(log_odds: np.ndarray) -> np.ndarray:
-    return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -30, 30))))
+    design = np.column_stack([np.ones(len(tally.calls)), (tally.values - mean) / spread])
+    start = np.concatenate([[prior[0] + mean @ prior[1:]], prior[1:] * spread])
+    slope = _wrong_given_blanks(design, tally, blank_fraction, start, evidence.weight)
+    raw = slope[1:] / spread
+    return np.concatenate([[slope[0] - mean @ raw], raw])
 
 
 def _wrong_given_blanks(
-    design: np.ndarray, is_blank: np.ndarray, blank_fraction: float, prior: np.ndarray, weight: float
+    design: np.ndarray, tally: Tally, blank_fraction: float, prior: np.ndarray, weight: float
 ) -> np.ndarray:
     """Logistic regression of a hidden label: P(wrong) = s(design @ slope), P(blank) = blank_fraction * P(wrong).
 
@@ -71,8 +134,12 @@ def _wrong_given_blanks(
     for _ in range(100):
         wrong = _logistic(design @ slope)
         blank = blank_fraction * wrong
-        gradient = design.T @ ((is_blank - blank) * (1 - wrong) / (1 - blank)) - stiffness * (slope - prior)
-        information = (design * (blank * (1 - wrong) ** 2 / (1 - blank))[:, None]).T @ design + np.diag(stiffness)
+        # a book of blanks alone: every call is one, whatever the odds
+        rest = np.maximum(1 - blank, 1e-12)
+        gradient = design.T @ ((tally.blanks - tally.calls * blank) * (1 - wrong) / rest)
+        gradient -= stiffness * (slope - prior)
+        curvature = tally.calls * blank * (1 - wrong) ** 2 / rest
+        information = (design * curvature[:, None]).T @ design + np.diag(stiffness)
         step = np.clip(np.linalg.solve(information, gradient), -1, 1)
         slope += step
         if np.abs(step).max() < 1e-8:
@@ -80,13 +147,38 @@ def _wrong_given_blanks(
     return slope
 
 
-def keep_at_rate(probability_wrong: np.ndarray, rate: float = MISIDENTIFICATION_RATE) -> np.ndarray:
-    """The largest set of most trusted calls whose expected share of wrong ones is at most ``rate``; (call,) bool.
+def log_odds_wrong(features: np.ndarray, odds: np.ndarray) -> np.ndarray:
+    """Log odds (call,) of calls to be wrong, features (call, feature), by what `fit_log_odds` gave."""
+    return np.asarray(odds[0] + features @ odds[1:])
 
-    With unknown probabilities (NaN) every call is kept.
+
+def probability_wrong(features: np.ndarray, odds: np.ndarray) -> np.ndarray:
+    """Probability (call,) float64 of calls to be wrong, features (call, feature), by what `fit_log_odds` gave."""
+    return _logistic(log_odds_wrong(features, odds))
+
+
+def _logistic(log_odds: np.ndarray) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -30, 30))))
+
+
+def threshold_at_rate(tally: Tally, odds: np.ndarray, rate: float) -> float:
+    """The log odds of being wrong up to which calls are kept, so that their expected share of wrong ones is ``rate``.
+
+    That is the largest set of most trusted calls with at most that share; -inf if there is none.
     """
-    if np.isnan(probability_wrong).any():
-        return np.ones(len(probability_wrong), bool)
+    level = log_odds_wrong(tally.values, odds)
+    order = np.argsort(level, kind="stable")
+    level, calls = level[order], tally.calls[order]
+    share = np.cumsum(calls * _logistic(level)) / np.cumsum(calls)
+    n = int(np.searchsorted(share, rate, side="right"))
+    if n == len(level):
+        return np.inf
+    # half-way to the first bin that is left out: calls of a bin lie on both sides of its middle
+    return float((level[n - 1] + level[n]) / 2) if n else -np.inf
+
+
+def keep_at_rate(probability_wrong: np.ndarray, rate: float = MISIDENTIFICATION_RATE) -> np.ndarray:
+    """The largest set of most trusted calls whose expected share of wrong ones is at most ``rate``; (call,) bool."""
     order = np.argsort(probability_wrong, kind="stable")
     share = np.cumsum(probability_wrong[order], dtype=float) / np.arange(1, len(order) + 1)
     keep = np.zeros(len(order), bool)
@@ -95,38 +187,12 @@ def keep_at_rate(probability_wrong: np.ndarray, rate: float = MISIDENTIFICATION_
     return keep
 
 
-def call_features(calls: pd.DataFrame) -> np.ndarray:
-    """What tells good calls from bad, (call, 4) float: log area, distance, log intensity, corrected bits (2 = more).
-
-    calls: a transcript table (see `merfish.transcripts.COLUMNS`).
-    """
-    return np.column_stack(
-        [
-            np.log(np.maximum(calls["area"].to_numpy(float), 1)),
-            np.nan_to_num(calls["distance"].to_numpy(float)),
-            np.log(np.maximum(calls["intensity"].to_numpy(float), 1e-2)),
-            np.minimum(calls["hamming_distance"].to_numpy(float), 2),
-        ]
-    )
-
-
-def rate_calls(calls: pd.DataFrame, codebook: Codebook, learn_from: np.ndarray | None = None) -> pd.DataFrame:
-    """The same table with ``probability``, that each call is right, learnt from the blanks.
-
-    learn_from: (call,) bool, the rows whose blanks are looked at; all when not given.
-
-    A probability that the decoder has given is taken as the one feature, else there are those of `call_features`.
-    """
-    stated = calls["probability"].to_numpy(float)
-    if len(calls) and not np.isnan(stated).any():
-        odds = np.log(np.maximum(1 - stated, 1e-9)) - np.log(np.maximum(stated, 1e-9))
-        features, prior, weight = np.clip(odds, -MAX_LOG_ODDS, MAX_LOG_ODDS)[:, None], PRIOR_SPOTS, WEIGHT_SPOTS
-    else:
-        features, prior, weight = call_features(calls), PRIOR_PIXELS, WEIGHT_PIXELS
-    is_blank = calls["is_blank"].to_numpy(bool)
-    blank_fraction = float(codebook.is_blank.mean())
-    wrong = misidentification_probability(features, is_blank, blank_fraction, prior, weight, learn_from)
-    return calls.assign(probability=(1 - wrong).astype(np.float32))
+def rate_calls(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
+    """The same transcript table with ``probability``, that each call is right, as the blanks among them tell."""
+    features, evidence = call_features(calls)
+    tally = tally_calls(features, calls["is_blank"].to_numpy(bool), evidence)
+    odds = fit_log_odds(tally, float(codebook.is_blank.mean()), evidence)
+    return calls.assign(probability=(1 - probability_wrong(features, odds)).astype(np.float32))
 
 
 def keep_calls(calls: pd.DataFrame, rate: float = MISIDENTIFICATION_RATE) -> pd.DataFrame:
@@ -134,8 +200,10 @@ def keep_calls(calls: pd.DataFrame, rate: float = MISIDENTIFICATION_RATE) -> pd.
     return calls[keep_at_rate(1 - calls["probability"].to_numpy(float), rate)].reset_index(drop=True)
 
 
-def few_blanks(n_called: int) -> str | None:
-    """What to know of a misidentification rate that hardly any blank has told; None if there are enough."""
+def few_blanks(n_called: int, blanks_in_book: bool = True) -> str | None:
+    """What to know of a misidentification rate that few blanks have checked; None if there are enough."""
+    if not blanks_in_book:
+        return "the codebook has no blanks: the rate is the decoder's own estimate, which nothing has checked"
     if n_called >= FEWEST_BLANKS:
         return None
     return (

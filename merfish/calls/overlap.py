@@ -2,33 +2,72 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from merfish.decoding.overlap import same_molecule_pairs
+import numpy as np
+from scipy.spatial import cKDTree
+
+from merfish.calls._kernels import settle_pairs
 
 FIELD_RADIUS = 0.3  # micrometre; registration and stage error, below the distance between molecules of one gene
 
 
-def duplicates_between_fields(
-    word: np.ndarray, global_x: np.ndarray, global_y: np.ndarray, fov: np.ndarray, edge_distance: np.ndarray
-) -> np.ndarray:
-    """Which molecules another field shows as well, and better; (molecule,) bool.
+@dataclass(frozen=True, eq=False)
+class Sightings:
+    """Kept calls of a field, (molecule,): word int, global x, y (micrometre), distance from the edge of the field."""
 
-    Molecules of equal word in different fields within 0.3 micrometre are one; the one farthest from the edge of its
-    field (edge_distance, any unit) stays, at equal distance the one of the lower row. Pairs are settled from the
-    closest on, and each molecule takes part in one, so that two real neighbours are not both dropped.
+    fov: int
+    word: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    edge: np.ndarray
+
+
+def seen_better_elsewhere(own: Sightings, others: Iterable[Sightings]) -> np.ndarray:
+    """Which molecules of a field another field shows as well, and better; (molecule,) bool.
+
+    Molecules of equal word in two fields within 0.3 micrometre are one; the one farthest from the edge of its field
+    stays, at equal distance that of the lower field. Each two fields are compared by themselves, in the same way from
+    both sides, so that what is dropped here stays there.
     """
-    i, j = same_molecule_pairs(word, global_x, global_y, FIELD_RADIUS)
-    between = fov[i] != fov[j]
-    i, j = i[between], j[between]
-    separation = np.hypot(global_x[i] - global_x[j], global_y[i] - global_y[j])
-    duplicate = np.zeros(len(word), bool)
-    partners: list[set[int]] = [set() for _ in range(len(word))] if len(i) else []
-    for k in np.lexsort((j, i, separation)):
-        a, b = int(min(i[k], j[k])), int(max(i[k], j[k]))
-        if duplicate[a] or duplicate[b] or fov[b] in partners[a] or fov[a] in partners[b]:
-            continue
-        partners[a].add(int(fov[b]))
-        partners[b].add(int(fov[a]))
-        duplicate[b if edge_distance[a] >= edge_distance[b] else a] = True
-    return duplicate
+    worse = np.zeros(len(own.word), bool)
+    for other in others:
+        first, second = (own, other) if own.fov < other.fov else (other, own)
+        i, j = pair_up(first, second)
+        first_stays = first.edge[i] >= second.edge[j]
+        if first is own:
+            worse[i[~first_stays]] = True
+        else:
+            worse[j[first_stays]] = True
+    return worse
+
+
+def pair_up(a: Sightings, b: Sightings) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a and of b that are one molecule, (pair,) each.
+
+    Pairs are settled from the closest on, and each molecule takes part in one, so that two real neighbours are not
+    both dropped.
+    """
+    near_a, near_b = _common(a, b)
+    trees = [
+        # a third axis on which different words lie farther apart than the radius
+        cKDTree(np.column_stack([part.x[rows], part.y[rows], part.word[rows] * (4 * FIELD_RADIUS)]))
+        for part, rows in ((a, near_a), (b, near_b))
+    ]
+    near = trees[0].sparse_distance_matrix(trees[1], FIELD_RADIUS, output_type="ndarray")
+    near = near[np.lexsort((near["j"], near["i"], near["v"]))]
+    settled = np.empty(len(near), bool)
+    i, j = (np.ascontiguousarray(near[name], np.int64) for name in ("i", "j"))
+    settle_pairs(i, j, np.zeros(len(near_a), bool), np.zeros(len(near_b), bool), settled)
+    return near_a[i[settled]], near_b[j[settled]]
+
+
+def _common(a: Sightings, b: Sightings) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a and b that lie where both fields have molecules."""
+    if not (len(a.word) and len(b.word)):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    low = [max(getattr(a, axis).min(), getattr(b, axis).min()) - FIELD_RADIUS for axis in ("x", "y")]
+    high = [min(getattr(a, axis).max(), getattr(b, axis).max()) + FIELD_RADIUS for axis in ("x", "y")]
+    inside = [(s.x >= low[0]) & (s.x <= high[0]) & (s.y >= low[1]) & (s.y <= high[1]) for s in (a, b)]
+    return np.flatnonzero(inside[0]), np.flatnonzero(inside[1])

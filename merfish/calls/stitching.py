@@ -7,6 +7,7 @@ by least squares.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,60 +58,88 @@ class Stitching:
         return {**places, "stage_error": error, "links": self.links.to_dict("list"), "untied": self.untied}
 
 
-def stitch(
-    word: np.ndarray,
-    x: np.ndarray,
-    y: np.ndarray,
-    fov: np.ndarray,
+@dataclass(frozen=True, eq=False)
+class FieldPlaces:
+    """Kept calls of a field: word int (molecule,); x, y float64 (molecule,), micrometre from the field's position."""
+
+    word: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+
+
+@dataclass(frozen=True)
+class Links:
+    """What the overlaps of a field with later ones tell.
+
+    rows: of each tied pair a, b, dx, dy, shared, error, as in `Stitching.links`. untied: overlaps in which both fields
+    show many molecules, but not the same ones.
+    """
+
+    rows: list[tuple[int, int, float, float, int, float]]
+    untied: int
+
+
+def overlapping_fields(
+    fovs: Sequence[int], positions: np.ndarray, size: tuple[float, float], beyond: float = MOST_ERROR
+) -> dict[int, list[int]]:
+    """For each field the other fields that may show the same places, sorted.
+
+    positions: (fov, 2) x, y, indexed by field; size: (x, y) of a field; beyond: how far two fields that lie apart may
+    be from each other; all in micrometre.
+    """
+    known = np.array(sorted(fovs), int)
+    near: dict[int, list[int]] = {int(fov): [] for fov in known}
+    pairs = KDTree(positions[known] / (np.array(size) + beyond)).query_pairs(1.0, p=np.inf) if len(known) else set()
+    for a, b in pairs:
+        near[int(known[a])].append(int(known[b]))
+        near[int(known[b])].append(int(known[a]))
+    return {fov: sorted(others) for fov, others in near.items()}
+
+
+def link_field(
+    fov: int,
+    others: Sequence[int],
+    read: Callable[[int], FieldPlaces],
     positions: np.ndarray,
     size: tuple[float, float],
-) -> Stitching:
-    """Correct the positions of fields.
+) -> Links:
+    """How far a field is off against each of the overlapping fields ``others``.
 
-    word, fov: int (molecule,); x, y: place in the field, micrometre from its position. positions: (fov, 2) x, y of the
-    stage, micrometre; size: (x, y) of a field, micrometre. Only differences between fields can be known: the mean of
-    each group of fields that are tied together stays.
+    read: gives the calls of a field. positions: (fov, 2) x, y of the stage, micrometre; size: (x, y) of a field.
     """
-    links, untied = link_fields(word, x, y, fov, positions, size)
-    return Stitching(positions, *solve_positions(positions, links), untied)
-
-
-def link_fields(
-    word: np.ndarray,
-    x: np.ndarray,
-    y: np.ndarray,
-    fov: np.ndarray,
-    positions: np.ndarray,
-    size: tuple[float, float],
-) -> tuple[pd.DataFrame, int]:
-    """How far each two overlapping fields are off; arguments as of `stitch`.
-
-    Returns links with columns a, b, dx, dy, shared, error, and the number of overlaps that should tie but do not.
-    """
-    place = np.column_stack([x, y]) + positions[fov]
-    order = np.argsort(fov, kind="stable")
-    known, starts = np.unique(fov[order], return_index=True)
-    rows = dict(zip(known.tolist(), np.split(order, starts[1:]), strict=True)) if len(known) else {}
-    reach = np.array(size) + MOST_ERROR
-    links, untied = [], 0
-    for a, b in sorted(KDTree(positions[known] / reach).query_pairs(1.0, p=np.inf)) if len(known) else []:
-        a, b = known[a], known[b]
-        one, other = (within(rows[f], place, positions[g], size, MOST_ERROR) for f, g in ((a, b), (b, a)))
-        offset = shared_offset(word[one], place[one], word[other], place[other])
+    here = read(fov)
+    rows, untied = [], 0
+    for other in others:
+        there = read(other)
+        one, its_place, inner = _seen_by(here, positions[fov], positions[other], size)
+        two, their_place, their_inner = _seen_by(there, positions[other], positions[fov], size)
+        offset = shared_offset(one, its_place, two, their_place)
         if offset is not None:
             (dx, dy), shared, error = offset
-            links.append((int(a), int(b), -dx, -dy, shared, error))
-        elif min(len(within(r, place, positions[g], size, 0.0)) for r, g in ((one, b), (other, a))) >= MANY:
+            rows.append((fov, other, -float(dx), -float(dy), shared, error))
+        elif min(inner, their_inner) >= MANY:
             untied += 1
-    return pd.DataFrame(links, columns=["a", "b", "dx", "dy", "shared", "error"]), untied
+    return Links(rows, untied)
 
 
-def within(
-    rows: np.ndarray, place: np.ndarray, position: np.ndarray, size: tuple[float, float], beyond: float
-) -> np.ndarray:
-    """Those rows of place (molecule, 2) that lie in a field, or at most ``beyond`` outside of it, micrometre."""
-    off = np.abs(place[rows] - position - np.array(size) / 2)
-    return rows[(off <= np.array(size) / 2 + beyond).all(axis=1)]
+def _seen_by(
+    places: FieldPlaces, own: np.ndarray, other: np.ndarray, size: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Words and places (molecule, 2) that another field may show too, and how many it shows by the stage."""
+    place = np.column_stack([places.x, places.y]) + own
+    off = np.abs(place - other - np.array(size) / 2) - np.array(size) / 2
+    near = (off <= MOST_ERROR).all(axis=1)
+    return places.word[near], place[near], int((off <= 0).all(axis=1).sum())
+
+
+def stitch(positions: np.ndarray, links: Sequence[Links]) -> Stitching:
+    """Correct the positions (fov, 2) of the stage, x, y in micrometre, by the links of all fields, in their order.
+
+    Only differences between fields can be known: the mean of each group of fields that are tied together stays.
+    """
+    rows = [row for part in links for row in part.rows]
+    table = pd.DataFrame(rows, columns=["a", "b", "dx", "dy", "shared", "error"])
+    return Stitching(positions, *solve_positions(positions, table), sum(part.untied for part in links))
 
 
 def shared_offset(

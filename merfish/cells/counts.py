@@ -73,12 +73,20 @@ def count_table(transcripts: pd.DataFrame, cells: pd.DataFrame, codebook: Codebo
         raise InputError(f"transcripts: barcode_id {wrong} is not in a codebook of {codebook.n_words}")
     ones = np.ones(len(word), np.int32)
     counts = csr_matrix(coo_array((ones, (row, word)), shape=(len(cells), codebook.n_words)))
-    obs = cells.drop(columns=["geometry", "n_transcripts"], errors="ignore")
-    obs = obs.assign(n_transcripts=np.asarray(counts.sum(axis=1), np.int64).ravel())
-    obs.index = pd.Index(ids.astype(str), name=None)
-    var = pd.DataFrame({"is_blank": codebook.is_blank}, index=pd.Index(codebook.names, name="gene"))
+    described = cells.drop(columns=["geometry", "n_transcripts"], errors="ignore")
+    described = described.assign(n_transcripts=np.asarray(counts.sum(axis=1), np.int64).ravel())
     spatial = cells[["center_x", "center_y"]].to_numpy(np.float64)
-    return AnnData(X=counts, obs=obs, var=var, obsm={"spatial": spatial})
+    return AnnData(X=counts, obs=cell_obs(described), var=word_var(codebook), obsm={"spatial": spatial})
+
+
+def cell_obs(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells, without their geometry, as ``obs`` of a table of counts: indexed by cell_id as text."""
+    return cells.set_index(pd.Index(cells["cell_id"].to_numpy(np.int64).astype(str), name=None))
+
+
+def word_var(codebook: Codebook) -> pd.DataFrame:
+    """The words of a codebook as ``var`` of a table of counts."""
+    return pd.DataFrame({"is_blank": codebook.is_blank}, index=pd.Index(codebook.names, name="gene"))
 
 
 def write_cells(cells: pd.DataFrame, path: str | os.PathLike[str]) -> None:

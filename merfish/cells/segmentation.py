@@ -1,15 +1,10 @@
-"""Cells from stains: label images, outlines, and one table of cells from overlapping fields."""
+"""Cells from stains: label images and outlines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
-import pandas as pd
 import shapely
 from scipy import ndimage
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from shapely import Polygon
 
 from merfish.errors import InputError
@@ -26,9 +21,6 @@ GAP = 1.0  # widest dark line between cells that counts as a line
 NECK = 0.35  # half the width below which a bridge is none
 MIN_CONTRAST = 10.0  # of anything stained over its surround, in sigma of the smoothed noise
 MIN_BRIGHTNESS = 0.15  # of anything stained, as a share of the 95th percentile of its neighbourhood
-SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
-MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
-NEARLY_WHOLE = 0.8  # share of a cell that one field must have seen for its outline to stand
 EDGE_LEVEL = 0.5  # an edge lies at this share of a cell's own brightness
 
 
@@ -187,7 +179,7 @@ def outlines(labels: np.ndarray) -> dict[int, Polygon]:
         holes = [ring.exterior for ring in rings if ring is not shell and shell.contains(ring)]
         corner = np.array([box[1].start - 1, box[0].start - 1])
         outline = _moved(Polygon(shell.exterior, holes), corner)
-        found[label] = outline if outline.is_valid else _largest(shapely.make_valid(outline))
+        found[label] = outline if outline.is_valid else largest_polygon(shapely.make_valid(outline))
     return found
 
 
@@ -195,101 +187,7 @@ def _moved(polygon: Polygon, by: np.ndarray) -> Polygon:
     return shapely.transform(polygon, lambda xy: xy + by)
 
 
-def _largest(geometry: shapely.Geometry) -> Polygon:
+def largest_polygon(geometry: shapely.Geometry) -> Polygon:
     """The largest polygon in a geometry of any type; empty if there is none."""
     parts = [part for part in shapely.get_parts(geometry) if isinstance(part, Polygon)]
     return max(parts, key=lambda part: part.area, default=Polygon())
-
-
-def merge_fields(
-    outlines_by_fov: Mapping[int, Mapping[int, Polygon]],
-    positions: Mapping[int, Sequence[float]] | np.ndarray,
-    shape: tuple[int, int],
-    microns_per_pixel: float,
-    *,
-    depth: float = 1.0,
-) -> pd.DataFrame:
-    """One table of cells from the outlines of overlapping fields; a cell that two fields see stands once.
-
-    outlines_by_fov: for each field its outlines in pixels (x, y), as from `outlines`. positions: x, y of each
-    field's first pixel centre, micrometre, indexed by field. shape: (y, x) of a field. depth: of the imaged
-    tissue, micrometre, for the volume.
-
-    Two outlines are one cell if they are each other's best match within the overlap of their fields and
-    agree there (intersection over union above 0.4), or if one lies mostly within the other. A cell is its
-    largest outline if that is nearly all of it, so that a cell seen whole keeps its shape; a cell that every
-    field cuts is the union of its parts. Where different cells still overlap, the larger keeps the ground.
-
-    Returns cell_id int64 (from 1, in the order of fields), fov int32 (whose outline, or largest part, it is),
-    center_x, center_y, area (square micrometre), volume (cubic) and geometry, micrometre.
-    """
-    fovs = sorted(outlines_by_fov)
-    fov = np.repeat(np.array(fovs, np.int32), [len(outlines_by_fov[f]) for f in fovs])
-    pixels = np.array([outline for f in fovs for outline in outlines_by_fov[f].values()], dtype=object)
-    corner = np.array([positions[int(f)] for f in fov], np.float64).reshape(-1, 2)
-    vertices = shapely.get_num_coordinates(pixels)
-    outline = shapely.transform(pixels, lambda xy: xy * microns_per_pixel + np.repeat(corner, vertices, axis=0))
-    low = corner - 0.5 * microns_per_pixel
-    high = low + np.array(shape)[::-1] * microns_per_pixel
-    frame = shapely.box(low[:, 0], low[:, 1], high[:, 0], high[:, 1])
-    group = _same_cell(fov, outline, frame)
-    geometry, owner = _part(*_unite(fov, outline, group))
-    center = shapely.get_coordinates(shapely.centroid(geometry)).reshape(-1, 2)
-    area = shapely.area(geometry)
-    return pd.DataFrame(
-        {
-            "cell_id": np.arange(1, len(geometry) + 1, dtype=np.int64),
-            "fov": owner,
-            "center_x": center[:, 0],
-            "center_y": center[:, 1],
-            "area": area,
-            "volume": area * depth,
-            "geometry": geometry,
-        }
-    )
-
-
-def _same_cell(fov: np.ndarray, outline: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Number (outline,) the cells that outlines belong to; ``frame`` is the field that each was seen in."""
-    i, j = shapely.STRtree(outline).query(outline, predicate="intersects")
-    i, j = np.compress((i < j) & (fov[i] != fov[j]), [i, j], axis=1)
-    common = shapely.intersection(frame[i], frame[j])
-    a, b = shapely.intersection(outline[i], common), shapely.intersection(outline[j], common)
-    shared = shapely.area(shapely.intersection(a, b))
-    agreement = shared / np.maximum(shapely.area(shapely.union(a, b)), 1e-12)
-    within = shared / np.maximum(np.minimum(shapely.area(outline[i]), shapely.area(outline[j])), 1e-12)
-    pairs = pd.DataFrame({"i": i, "j": j, "fov_i": fov[i], "fov_j": fov[j], "agreement": agreement})
-    best = (agreement == pairs.groupby(["i", "fov_j"])["agreement"].transform("max")) & (
-        agreement == pairs.groupby(["j", "fov_i"])["agreement"].transform("max")
-    )
-    same = (best.to_numpy(bool) & (agreement > SAME_CELL)) | (within > MOSTLY_WITHIN)
-    links = coo_array((np.ones(same.sum(), bool), (i[same], j[same])), shape=(len(outline), len(outline)))
-    return connected_components(links, directed=False)[1]
-
-
-def _unite(fov: np.ndarray, outline: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Geometry and field (cell,) of each group of outlines, in the order of their first outline."""
-    members: dict[int, list[int]] = {}
-    for row, number in enumerate(group):
-        members.setdefault(number, []).append(row)
-    area = shapely.area(outline)
-    geometry, owner = [], []
-    for rows in members.values():
-        largest = max(rows, key=lambda row: area[row])
-        union = _largest(shapely.union_all(outline[rows]))
-        geometry.append(outline[largest] if area[largest] >= NEARLY_WHOLE * union.area else union)
-        owner.append(fov[largest])
-    return np.array(geometry, dtype=object), np.array(owner, np.int32)
-
-
-def _part(geometry: np.ndarray, owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take what two cells share from the smaller one; drop what is then too small to be a part of a cell."""
-    i, j = shapely.STRtree(geometry).query(geometry, predicate="intersects")
-    i, j = np.compress(i < j, [i, j], axis=1)
-    overlapping = shapely.area(shapely.intersection(geometry[i], geometry[j])) > 1e-6
-    area = shapely.area(geometry)
-    for a, b in zip(i[overlapping], j[overlapping], strict=True):
-        large, small = (a, b) if area[a] >= area[b] else (b, a)
-        geometry[small] = _largest(shapely.difference(geometry[small], geometry[large]))
-    kept = shapely.area(geometry) >= 0.25 * CELL_AREA[0]
-    return geometry[kept], owner[kept]

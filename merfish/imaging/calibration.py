@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,22 +59,17 @@ class Calibration:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, exactly."""
-        fits = {color: {**asdict(fit), "map": fit.map.tolist()} for color, fit in self.chromatic.items()}
+        fits = {color: fit.to_dict() for color, fit in self.chromatic.items()}
         light = {color: light.to_dict() for color, light in self.light.items()}
         return {"normalization": self.normalization.to_dict(), "chromatic": fits, "light": light}
 
-    def to_json(self) -> str:
-        """As text, exactly."""
-        return json.dumps(self.to_dict(), indent=1) + "\n"
-
     @classmethod
-    def from_json(cls, text: str, given: Mapping[str, KnownLight] | None = None) -> Calibration:
-        """Read what `to_json` wrote; flat fields that were given are not in it and are given again."""
-        values: dict[str, Any] = json.loads(text)
-        fits = {color: ColorFit(**{**fit, "map": np.array(fit["map"])}) for color, fit in values["chromatic"].items()}
+    def from_dict(cls, values: Mapping[str, Any], given: Mapping[str, KnownLight] | None = None) -> Calibration:
+        """What `to_dict` gave; flat fields that were given are not in it and are given again."""
+        fits = {color: ColorFit.from_dict(fit) for color, fit in values["chromatic"].items()}
         light = {
-            color: replace(Light.from_dict(known), flat=given[color].flat if given else None)
-            for color, known in values["light"].items()
+            color: replace(Light.from_dict(found), flat=given[color].flat if given else None)
+            for color, found in values["light"].items()
         }
         return cls(Normalization.from_dict(values["normalization"]), fits, light)
 

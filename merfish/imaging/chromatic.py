@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.spatial import KDTree
@@ -54,6 +55,17 @@ class ColorFit:
     def applied(self) -> bool:
         """Whether the map is used."""
         return not np.array_equal(self.map, np.eye(2, 3))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, exactly; what is not known is None."""
+        known = {name: value if np.isfinite(value) else None for name, value in vars(self).items() if name != "map"}
+        return {"map": self.map.tolist(), **known}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ColorFit:
+        """What `to_dict` gave."""
+        known = {name: np.nan if value is None else value for name, value in values.items() if name != "map"}
+        return cls(np.array(values["map"]), **known)
 
 
 def fit_chromatic(

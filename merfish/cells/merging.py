@@ -1,0 +1,175 @@
+"""One table of cells from the outlines of overlapping fields.
+
+A field knows only its own outlines and those of the fields that overlap it, so that an experiment of any size is merged
+field by field: `same_cells` finds the outlines of one cell in two fields, `number_cells` gives each cell its number,
+`unite` its geometry, and `part` takes care that no two cells share ground.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import shapely
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from merfish.cells.segmentation import CELL_AREA, largest_polygon
+
+SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
+MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
+NEARLY_WHOLE = 0.8  # share of a cell that one field must have seen for its outline to stand
+DEPTH = 1.0  # micrometre, of the imaged slice: volume is area times this
+NO_LINKS = np.empty((0, 4), np.int64)
+
+
+def in_stage_frame(outlines: np.ndarray, position: np.ndarray, microns_per_pixel: float) -> np.ndarray:
+    """Outlines (outline,) in pixels, x, y, as micrometres; position: x, y of the field's first pixel centre."""
+    return np.asarray(shapely.transform(outlines, lambda xy: xy * microns_per_pixel + position), dtype=object)
+
+
+def field_frame(position: np.ndarray, shape: tuple[int, int], microns_per_pixel: float) -> shapely.Polygon:
+    """What a field of shape (y, x) sees, micrometre."""
+    low = np.asarray(position) - 0.5 * microns_per_pixel
+    high = low + np.array(shape)[::-1] * microns_per_pixel
+    return shapely.box(*low, *high)
+
+
+def same_cells(
+    a: np.ndarray, b: np.ndarray, frame_a: shapely.Polygon, frame_b: shapely.Polygon
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of outlines of two fields (micrometre) that show one cell.
+
+    Two outlines are one cell if they are each other's best match in what both fields see and agree there
+    (intersection over union above 0.4), or if one lies mostly within the other.
+    """
+    i, j = shapely.STRtree(b).query(a, predicate="intersects")
+    common = shapely.intersection(frame_a, frame_b)
+    one, other = shapely.intersection(a[i], common), shapely.intersection(b[j], common)
+    shared = shapely.area(shapely.intersection(one, other))
+    agreement = shared / np.maximum(shapely.area(shapely.union(one, other)), 1e-12)
+    within = shared / np.maximum(np.minimum(shapely.area(a[i]), shapely.area(b[j])), 1e-12)
+    best = (agreement == _best(i, agreement)) & (agreement == _best(j, agreement))
+    same = (best & (agreement > SAME_CELL)) | (within > MOSTLY_WITHIN)
+    return i[same], j[same]
+
+
+def _best(row: np.ndarray, value: np.ndarray) -> np.ndarray:
+    best = np.zeros(row.max() + 1 if len(row) else 0)
+    np.maximum.at(best, row, value)
+    return best[row]
+
+
+@dataclass(frozen=True, eq=False)
+class CellNumbers:
+    """Which cell each outline belongs to, all outlines listed field by field.
+
+    fovs: (fov,) sorted. first: (fov + 1,) row of the first outline of each field. cell: (outline,) int64, cells
+    numbered from 0 in the order of their first outlines. home: (cell,) int64, index in ``fovs`` of the field of that
+    first outline, which never decreases. order: (outline,) rows sorted by cell; start: (cell + 1,) where each begins.
+    """
+
+    fovs: np.ndarray
+    first: np.ndarray
+    cell: np.ndarray
+    home: np.ndarray
+    order: np.ndarray
+    start: np.ndarray
+
+    def at_home(self, fov: int) -> np.ndarray:
+        """The cells whose home a field is, sorted."""
+        k = np.searchsorted(self.fovs, fov)
+        return np.arange(*np.searchsorted(self.home, [k, k + 1]))
+
+    def homes(self, fovs: Sequence[int]) -> list[int]:
+        """The home fields of all cells of which some fields have outlines."""
+        k = np.searchsorted(self.fovs, fovs)
+        cells = [self.cell[self.first[i] : self.first[i + 1]] for i in k]
+        return self.fovs[np.unique(self.home[np.concatenate(cells)])].tolist() if cells else []
+
+    def members(self, cells: np.ndarray) -> pd.DataFrame:
+        """The outlines of some cells (sorted), by cell, field and outline: columns cell, fov, outline."""
+        count = self.start[cells + 1] - self.start[cells]
+        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        rows = self.order[np.repeat(self.start[cells], count) + within]
+        k = np.searchsorted(self.first, rows, side="right") - 1
+        return pd.DataFrame({"cell": self.cell[rows], "fov": self.fovs[k], "outline": rows - self.first[k]})
+
+
+def number_cells(n_outlines: Mapping[int, int], links: np.ndarray) -> CellNumbers:
+    """Number the cells of all fields.
+
+    n_outlines: of each field. links: (link, 4) int64, field, outline, field, outline of one cell, each.
+    """
+    fovs = np.array(sorted(n_outlines), np.int64)
+    first = np.concatenate([[0], np.cumsum([n_outlines[int(fov)] for fov in fovs])]).astype(np.int64)
+    a, b = (first[np.searchsorted(fovs, links[:, k])] + links[:, k + 1] for k in (0, 2))
+    n = int(first[-1])
+    label = connected_components(coo_array((np.ones(len(a), bool), (a, b)), shape=(n, n)), directed=False)[1]
+    _, begin, place = np.unique(label, return_index=True, return_inverse=True)
+    rank = np.empty(len(begin), np.int64)
+    rank[np.argsort(begin)] = np.arange(len(begin))
+    cell = rank[place.ravel()]
+    order = np.argsort(cell, kind="stable")
+    start = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=len(begin)))]).astype(np.int64)
+    home = np.searchsorted(first, np.sort(begin), side="right") - 1
+    return CellNumbers(fovs, first, cell, home, order, start)
+
+
+def unite(members: pd.DataFrame, geometry: np.ndarray) -> pd.DataFrame:
+    """One geometry a cell from its outlines, micrometre, in the order of cells.
+
+    members: cell, fov, outline, sorted by cell; geometry: (outline,) of each row. A cell is its largest outline if
+    that is nearly all of it, so that a cell seen whole keeps its shape; a cell that every field cuts is the union of
+    its parts. Returns columns cell, fov (of its largest outline) and geometry.
+    """
+    area = shapely.area(geometry)
+    cell, fov = members["cell"].to_numpy(), members["fov"].to_numpy()
+    bounds = np.append(np.flatnonzero(np.diff(cell, prepend=-1)), len(cell))
+    rows = []
+    for start, stop in pairwise(bounds):
+        largest = start + int(np.argmax(area[start:stop]))
+        shape = geometry[largest]
+        if stop - start > 1:
+            union = largest_polygon(shapely.union_all(geometry[start:stop]))
+            shape = shape if area[largest] >= NEARLY_WHOLE * union.area else union
+        rows.append((cell[start], fov[largest], shape))
+    table = pd.DataFrame(rows, columns=["cell", "fov", "geometry"])
+    return table.astype({"cell": "int64", "fov": "int32", "geometry": object})
+
+
+def part(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """The cells (as `unite` gives them) without the ground that larger ones take; those too small then are dropped.
+
+    others: all cells that may touch them, themselves too. What two cells share belongs to the larger one, at equal
+    areas to the one of the lower number. Returns the table of cells that users read: cell_id int64 (number + 1), fov,
+    center_x, center_y (micrometre), area (square), volume (cubic), geometry.
+    """
+    geometry, rival = cells["geometry"].to_numpy(object).copy(), others["geometry"].to_numpy(object)
+    number, rival_number = cells["cell"].to_numpy(), others["cell"].to_numpy()
+    area, rival_area = shapely.area(geometry), shapely.area(rival)
+    i, j = shapely.STRtree(rival).query(geometry, predicate="intersects")
+    larger = (rival_area[j] > area[i]) | ((rival_area[j] == area[i]) & (rival_number[j] < number[i]))
+    i, j = i[larger], j[larger]
+    overlapping = shapely.area(shapely.intersection(geometry[i], rival[j])) > 1e-6
+    i, j = i[overlapping], j[overlapping]
+    order = np.lexsort((rival_number[j], i))
+    for row, other in zip(i[order], j[order], strict=True):
+        geometry[row] = largest_polygon(shapely.difference(geometry[row], rival[other]))
+    final = shapely.area(geometry)
+    kept = final >= 0.25 * CELL_AREA[0]
+    center = shapely.get_coordinates(shapely.centroid(geometry[kept])).reshape(-1, 2)
+    return pd.DataFrame(
+        {
+            "cell_id": number[kept] + 1,
+            "fov": cells["fov"].to_numpy(np.int32)[kept],
+            "center_x": center[:, 0],
+            "center_y": center[:, 1],
+            "area": final[kept],
+            "volume": final[kept] * DEPTH,
+            "geometry": geometry[kept],
+        }
+    )

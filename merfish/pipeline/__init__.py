@@ -1,0 +1,265 @@
+"""The whole experiment: maps over fields with small reductions between them.
+
+Only this folder knows of folders, resume and workers. Its modules in the order of a run: `manifest` says what results
+depend on, `survey` calibrates, `fields` decodes, `reconcile` lets fields agree, `assemble` puts molecules into cells,
+`tables` and `record` write; `folder` keeps records on disk, `cluster` runs the maps, `progress` shows them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merfish import results
+from merfish.calls.error_model import word_statistics
+from merfish.config import RunConfig, read_config
+from merfish.errors import InputError
+from merfish.imaging.experiment import Experiment
+from merfish.imaging.opening import open_experiment
+from merfish.imaging.preflight import preflight
+from merfish.pipeline import folder
+from merfish.pipeline.assemble import assemble
+from merfish.pipeline.cluster import Failure, RunMap, run_map_on
+from merfish.pipeline.fields import FieldWork
+from merfish.pipeline.manifest import Manifest, changed_parts
+from merfish.pipeline.progress import Display, display, log
+from merfish.pipeline.reconcile import Fields, reconcile
+from merfish.pipeline.record import run_record
+from merfish.pipeline.survey import Calibrated, shared_calibration
+from merfish.pipeline.tables import write_tables
+from merfish.report import write_run_report
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def run(
+    experiment: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    config: RunConfig | str | os.PathLike[str] | None = None,
+    fovs: Sequence[int] | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    slurm_jobs: int | None = None,
+    tables: Mapping[str, Path | None] | None = None,
+    keep_going: bool = False,
+    progress: bool = False,
+) -> AnnData:
+    """Decode a whole raw experiment into ``out`` and return its table of counts.
+
+    experiment: folder in MERlin's layout (see `merfish.imaging.opening.open_experiment`); tables: the same files
+    by other paths. config: a `RunConfig` or a YAML file. fovs: some of the fields; results that cover more fields
+    already are kept. workers, scheduler, slurm_jobs: see `merfish.pipeline.cluster.run_map_on`. keep_going: leave out
+    fields whose files are faulty instead of refusing.
+
+    What is there already is used if all that it depends on is as it was; else it is made again. A field that fails is
+    listed in ``run.json`` and on the report, and the rest goes on. Raises InputError for faulty tables or files, before
+    any work.
+    """
+    import anndata
+
+    process(
+        experiment,
+        out=out,
+        config=config,
+        fovs=fovs,
+        workers=workers,
+        scheduler=scheduler,
+        slurm_jobs=slurm_jobs,
+        tables=tables,
+        keep_going=keep_going,
+        progress=progress,
+    )
+    return anndata.read_h5ad(Path(out) / results.CELL_BY_GENE)
+
+
+def process(
+    experiment: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    config: RunConfig | str | os.PathLike[str] | None,
+    fovs: Sequence[int] | None,
+    workers: int | None,
+    scheduler: str | None,
+    slurm_jobs: int | None,
+    tables: Mapping[str, Path | None] | None,
+    keep_going: bool,
+    progress: bool,
+) -> None:
+    """As `run`, with results on disk only."""
+    out = Path(out)
+    settings = config if isinstance(config, RunConfig) else read_config(config)
+    source = open_experiment(experiment, **dict(tables or {}))
+    chosen = choose_fovs(source, fovs)
+    failed = check_files(source, chosen, keep_going)
+    refuse_other_results(out)
+    with folder.owned(out), display(out, progress) as shown, run_map_on(workers, scheduler, slurm_jobs) as run_map:
+        manifest = Manifest(source, settings)
+        calibrated = shared_calibration(source, settings, manifest, out, run_map, shown)
+        target = covered(out, chosen, manifest, calibrated)
+        good = [fov for fov in target if fov not in failed]
+        parts = {fov: manifest.of_field(fov, calibrated.digest) for fov in good}
+        work = FieldWork(source, settings, calibrated.calibration, out, parts)
+        says = decode_fields(work, run_map, failed, shown)
+        key = manifest.of_results({fov: parts[fov] for fov in says}, failed)
+        if published_key(out) == key:
+            shown.say(f"{out}: nothing has changed, the results stand")
+            return
+        combine(source, settings, out, says, failed, calibrated, key, run_map, shown)
+
+
+def choose_fovs(experiment: Experiment, fovs: Sequence[int] | None) -> list[int]:
+    """The fields asked for, sorted. Raises InputError for one that has no position."""
+    if fovs is None:
+        return list(experiment.fovs)
+    unknown = sorted(set(fovs) - set(experiment.fovs))
+    if unknown:
+        raise InputError(f"fields {unknown} are asked for, the experiment has 0 to {len(experiment.fovs) - 1}")
+    return sorted(set(fovs))
+
+
+def check_files(experiment: Experiment, fovs: Sequence[int], keep_going: bool) -> dict[int, str]:
+    """Fields with faulty files and why. Raises InputError listing every fault unless ``keep_going``."""
+    listing = preflight(experiment, fovs)
+    faults = listing[listing["problem"] != ""]
+    bad = faults["fov"].unique().tolist()
+    if len(faults) and (not keep_going or len(bad) == len(fovs)):
+        lines = [f"field {row.fov}: {row.file}: {row.problem}" for row in faults.itertuples()]
+        shown = "\n  ".join(lines[:20]) + (f"\n  and {len(lines) - 20} more" if len(lines) > 20 else "")
+        raise InputError(f"{experiment.folder}: {len(faults)} of {len(listing)} files cannot be used:\n  {shown}")
+    return {
+        fov: "; ".join(f"{row.file}: {row.problem}" for row in faults[faults["fov"] == fov].itertuples()) for fov in bad
+    }
+
+
+def refuse_other_results(out: Path) -> None:
+    """Raise InputError if ``out`` holds the results of ``merfish decode``."""
+    if (out / results.RUN).is_file() and not (out / results.FIELDS).is_dir():
+        raise InputError(f"{out} holds results that are not those of a run; choose another folder or remove it")
+
+
+def published_key(out: Path) -> str:
+    """The key of the results in a folder; empty if there are none or they are not whole."""
+    try:
+        record = results.read_run(out)
+    except InputError:
+        return ""
+    sizes = record.get("results", {})
+    whole = sizes and all((out / name).is_file() and (out / name).stat().st_size == n for name, n in sizes.items())
+    return str(record.get("key", "")) if whole else ""
+
+
+def covered(out: Path, chosen: Sequence[int], manifest: Manifest, calibrated: Calibrated) -> list[int]:
+    """The fields asked for, and those that the results in ``out`` cover already.
+
+    Raises InputError if fewer fields are asked for than results cover that could not be kept.
+    """
+    try:
+        before = [int(fov) for fov in results.read_run(out)["fields"]]
+    except (InputError, ValueError):
+        return list(chosen)
+    others = sorted(set(before) - set(chosen))
+    lost = [fov for fov in others if fov not in manifest.experiment.fovs]
+    stale = [fov for fov in others if fov not in lost and _stale(out, fov, manifest, calibrated)]
+    if (lost or stale) and len(chosen) < len(manifest.experiment.fovs):
+        raise InputError(
+            f"{out} holds results of {len(before)} fields, and what they were made from has changed since; a run of "
+            f"{len(chosen)} fields would replace them. Run all fields, or choose another folder"
+        )
+    return sorted({*chosen, *others} - set(lost))
+
+
+def _stale(out: Path, fov: int, manifest: Manifest, calibrated: Calibrated) -> bool:
+    record = folder.read_record(results.field_folder(out, fov))
+    return record is None or record["parts"] != manifest.of_field(fov, calibrated.digest)
+
+
+def decode_fields(
+    work: FieldWork, run_map: RunMap, failed: dict[int, str], shown: Display
+) -> dict[int, dict[str, Any]]:
+    """Make the records of all fields that are not there, or not as they would be made now; say why.
+
+    Adds fields that fail to ``failed``. Returns what the records say. Raises OSError if the disk is full.
+    """
+    out, says = work.out, {}
+    again: dict[str, list[int]] = {}
+    for fov, parts in work.parts.items():
+        place = results.field_folder(out, fov)
+        record = folder.read_record(place)
+        if record is not None and record["parts"] == parts:
+            says[fov] = record
+        elif place.exists():
+            why = changed_parts(record["parts"], parts) if record else ["damaged on disk"]
+            again.setdefault(", ".join(why), []).append(fov)
+    for reason, fovs in again.items():
+        shown.say(f"{fields_text(fovs)}: made again ({reason})")
+    todo = [fov for fov in work.parts if fov not in says]
+    if says and todo:
+        shown.say(f"{fields_text(says)}: done before")
+    with shown.step("fields"):
+        n_molecules, started = 0, time.time()
+        for done, (fov, outcome) in enumerate(shown.track(run_map(work, todo), len(todo), "decode"), 1):
+            if isinstance(outcome, Failure):
+                if outcome.disk_full:
+                    raise OSError(28, f"no space left; {done - 1} fields were decoded and are kept", str(out))
+                failed[fov] = outcome.reason
+                log.error("field %d failed: %s\n%s", fov, outcome.reason, outcome.traceback)
+            else:
+                n_molecules += outcome
+                log.info("field %d: %d molecules found", fov, outcome)
+                shown.note(f"{n_molecules:,} molecules")
+            folder.write_progress(out, started, done, len(todo), failed)
+    for fov in todo:
+        record = None if fov in failed else folder.read_record(results.field_folder(out, fov))
+        if record is not None:
+            says[fov] = record
+    return dict(sorted(says.items()))
+
+
+def fields_text(fovs: Iterable[int]) -> str:
+    """Fields as people write them.
+
+    >>> fields_text([0, 1, 2, 5])
+    'fields 0-2, 5'
+    """
+    runs: list[list[int]] = []
+    for fov in sorted(fovs):
+        if runs and fov == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], fov]
+        else:
+            runs.append([fov])
+    text = ", ".join("-".join(map(str, run)) for run in runs)
+    return f"field{'' if len(runs) == 1 and len(runs[0]) == 1 else 's'} {text}"
+
+
+def combine(
+    experiment: Experiment,
+    config: RunConfig,
+    out: Path,
+    says: Mapping[int, Mapping[str, Any]],
+    failed: Mapping[int, str],
+    calibrated: Calibrated,
+    key: str,
+    run_map: RunMap,
+    shown: Display,
+) -> None:
+    """From the records of all fields to the tables, the record and the report of the run, published together."""
+    work = folder.new_work(out)
+    height, width = next((said["shape"] for said in says.values()), (1, 1))
+    outlines = {fov: int(said["n_outlines"]) for fov, said in says.items()}
+    fields = Fields(out, work, experiment, tuple(says), (height, width), outlines)
+    found = reconcile(fields, config.misidentification_rate, run_map, shown)
+    words = word_statistics(found.words, experiment.codebook)
+    assemble(fields, found, run_map, shown)
+    stage = folder.new_stage(out)
+    written = write_tables(fields, found, words, stage, shown)
+    record = run_record(fields, says, failed, config, calibrated, found, words, written)
+    sizes = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
+    folder.write_json(stage / results.RUN, {**record, "key": key, "results": sizes, "seconds": shown.timings()})
+    write_run_report(out, stage)
+    folder.publish(out)
+    folder.remove_work(out)

@@ -1,0 +1,276 @@
+"""Where a map over fields runs: in this process, in processes of this machine, on a Dask cluster, in SLURM jobs.
+
+All of them call the same function on the same fields, so that results do not depend on the choice. A field that raises
+or whose worker dies gives a `Failure`; the others go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing as mp
+import os
+import signal
+import threading
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from merfish.errors import InputError
+
+MOST_DEATHS = 3  # of its worker, after which a field is given up
+CONNECT_SECONDS = 30.0  # for which a scheduler is waited for
+
+Work = Callable[[int], Any]
+RunMap = Callable[[Work, Sequence[int]], Iterator[tuple[int, Any]]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a field gave no result; ``traceback`` is empty where its data are to blame."""
+
+    reason: str
+    traceback: str = ""
+    disk_full: bool = False
+
+
+class StepError(RuntimeError):
+    """A step of the program failed on a field, though its images were decoded."""
+
+    def __init__(self, message: str, failure: Failure) -> None:
+        super().__init__(message)
+        self.failure = failure
+
+
+@contextmanager
+def run_map_on(
+    workers: int | None = None, scheduler: str | None = None, slurm_jobs: int | None = None
+) -> Iterator[RunMap]:
+    """Yield a function (work, fields) -> iterator of (field, result or `Failure`), in the order in which they end.
+
+    workers: processes on this machine, None = this process, where kernels use all cores. scheduler: address of a
+    running Dask scheduler. slurm_jobs: number of SLURM jobs, each as dask-jobqueue's configuration describes it.
+    """
+    if scheduler is not None or slurm_jobs is not None:
+        with _dask_client(scheduler, slurm_jobs) as client:
+            yield lambda work, items: _map_on_dask(client, work, items)
+    elif workers is not None:
+        pool = _Processes(workers)
+        try:
+            yield pool.map
+        finally:
+            pool.close()
+    else:
+        yield lambda work, items: ((item, attempt(work, item)) for item in items)
+
+
+def attempt(work: Work, item: int) -> Any:
+    """What ``work`` gives for an item, or a `Failure` if it raises."""
+    try:
+        return work(item)
+    except InputError as error:
+        return Failure(str(error).removeprefix(f"field {item}: "))
+    except Exception as error:
+        return Failure(f"{type(error).__name__}: {error}", traceback.format_exc(), is_disk_full(error))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room left; HDF5 and Arrow only say so in words."""
+    code = getattr(error, "errno", None)
+    return code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "errno = 28" in str(error)
+
+
+# --- processes of this machine, over pipes: nothing listens on a port -------------------------------------------
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process, our end of its pipe, and the number of the work that it was sent last."""
+
+    process: Any
+    connection: Connection
+    knows: int = 0
+
+
+class _Processes:
+    """Processes that are started when they are needed, and again when they die."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.idle: list[_Worker] = []
+        self.busy: dict[_Worker, int] = {}
+        self.works = 0
+
+    def map(self, work: Work, items: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """See `run_map_on`. An item whose worker dies is tried again, three times in all."""
+        self.works += 1
+        waiting, deaths = deque(items), Counter[int]()
+        while waiting or self.busy:
+            while waiting and len(self.busy) < self.number:
+                self._hand_out(work, waiting.popleft())
+            for worker in self._reported():
+                item = self.busy.pop(worker)
+                try:
+                    outcome = worker.connection.recv()
+                except (EOFError, OSError):
+                    self._end(worker)
+                    deaths[item] += 1
+                    if deaths[item] < MOST_DEATHS:
+                        waiting.append(item)
+                        continue
+                    outcome = Failure(f"its worker died {MOST_DEATHS} times: killed, or out of memory")
+                else:
+                    self.idle.append(worker)
+                yield item, outcome
+
+    def _hand_out(self, work: Work, item: int) -> None:
+        worker = self.idle.pop() if self.idle else self._start()
+        self.busy[worker] = item
+        try:
+            if worker.knows != self.works:
+                worker.connection.send(work)
+                worker.knows = self.works
+            worker.connection.send(item)
+        except OSError:
+            pass  # it died; that is noticed where its answer is read
+
+    def _reported(self) -> list[_Worker]:
+        by_connection = {worker.connection: worker for worker in self.busy}
+        return [by_connection[connection] for connection in wait(list(by_connection))]  # type: ignore[index]
+
+    def _start(self) -> _Worker:
+        context = mp.get_context("spawn")
+        ours, theirs = context.Pipe()
+        threads = max(1, (os.cpu_count() or 1) // self.number)
+        process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def _end(self, worker: _Worker) -> None:
+        worker.connection.close()
+        worker.process.kill()
+        worker.process.join()
+
+    def close(self) -> None:
+        """End all processes, also those that are still at work."""
+        for worker in [*self.idle, *self.busy]:
+            self._end(worker)
+
+
+def _serve(connection: Connection, threads: int) -> None:
+    """Life of a worker: it is sent a function now and then, and items for it; it ends with its parent."""
+    import numba
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    numba.set_num_threads(min(threads, numba.get_num_threads()))
+    work: Work | None = None
+    while True:
+        try:
+            message = connection.recv()
+            if callable(message):
+                work = message
+            elif work is not None:
+                connection.send(attempt(work, message))
+        except (EOFError, OSError):
+            return
+
+
+def _end_with_parent() -> None:
+    parent = mp.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+# --- Dask ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _dask_client(scheduler: str | None, slurm_jobs: int | None) -> Iterator[Any]:
+    from distributed import Client
+
+    if slurm_jobs is not None:
+        with _slurm_cluster(slurm_jobs) as cluster, Client(cluster) as client:
+            yield client
+        return
+    try:
+        client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise InputError(
+            f"--scheduler {scheduler!r}: no Dask scheduler answers there ({error or type(error).__name__}); expected "
+            "an address such as tcp://10.0.0.1:8786"
+        ) from error
+    with client:
+        yield client
+
+
+@contextmanager
+def _slurm_cluster(jobs: int) -> Iterator[Any]:
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError:
+        raise InputError("--slurm needs the package dask-jobqueue: pip install 'merfish[cluster]'") from None
+    try:
+        cluster = SLURMCluster()
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"--slurm: dask-jobqueue cannot describe a job ({error}); give at least cores and memory under "
+            "jobqueue: slurm: in ~/.config/dask/jobqueue.yaml"
+        ) from error
+    with cluster:
+        cluster.adapt(minimum_jobs=1, maximum_jobs=jobs)
+        yield cluster
+
+
+def _map_on_dask(client: Any, work: Work, items: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """The work is sent once; of the items only a few a thread are with the scheduler at any time."""
+    from distributed import as_completed
+
+    client.wait_for_workers(1)
+    # a task, not scattered data: the scheduler can make it again on another worker when the one that holds it dies
+    shared = client.submit(_same, work, pure=False)
+    waiting, suspects = deque(items), Counter[int]()
+
+    def submit(item: int) -> Any:
+        future = client.submit(_attempt_on_dask, shared, item, pure=False, key=f"field-{item}-{os.urandom(6).hex()}")
+        of[future.key] = item
+        return future
+
+    of: dict[str, int] = {}
+    ahead = 2 * max(1, sum(worker["nthreads"] for worker in client.scheduler_info()["workers"].values()))
+    first = [submit(waiting.popleft()) for _ in range(min(ahead, len(waiting)))]
+    running = as_completed(first, loop=client.loop)
+    for future in running:
+        item = of.pop(future.key)
+        fault = future.exception() if future.status != "cancelled" else OSError("the scheduler was lost")
+        if fault is None:
+            yield item, future.result()
+        elif type(fault).__name__ == "KilledWorker" and not suspects[item]:
+            # its neighbours in the queue are blamed for the death of a worker too: it is tried once more
+            suspects[item] += 1
+            waiting.append(item)
+        elif type(fault).__name__ == "KilledWorker":
+            yield item, Failure("its workers died again and again: killed, or out of memory")
+        else:
+            yield item, Failure(f"{type(fault).__name__}: {fault}")
+        del future
+        while waiting and len(of) < ahead:
+            running.add(submit(waiting.popleft()))
+
+
+def _same(work: Work) -> Work:
+    return work
+
+
+def _attempt_on_dask(work: Work, item: int) -> Any:
+    import numba
+    from distributed import get_worker
+
+    if get_worker().state.nthreads > 1:
+        numba.set_num_threads(1)
+    return attempt(work, item)

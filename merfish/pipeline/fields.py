@@ -1,0 +1,150 @@
+"""Map: one field's images -> its record: molecules, cell outlines, and the summaries that later steps add up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+
+from merfish import results
+from merfish.calls.filtering import Tally, call_features, tally_calls
+from merfish.config import RunConfig
+from merfish.decoding.methods import decode_filtered
+from merfish.imaging.calibration import Calibration
+from merfish.imaging.experiment import Experiment
+from merfish.imaging.field import register_field, register_stain
+from merfish.imaging.normalize import Normalization
+from merfish.pipeline.folder import new_record
+from merfish.report import OVERVIEW
+
+OVERVIEW_WHITE = 1.5  # height, in molecules, that the overview picture shows as white
+CALLS, OUTLINES, TALLY = "calls.parquet", "outlines.parquet", "tally.npz"
+# What a field knows of its calls; the rest of `merfish.transcripts.COLUMNS` follows from the run.
+CALL_COLUMNS = (
+    "barcode_id", "x", "y", "z", "hamming_distance", "probability", "intensity", "area", "distance", "shown",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class FieldWork:
+    """Decodes and segments one field into its record; parts: of each field, what the record depends on."""
+
+    experiment: Experiment
+    config: RunConfig
+    calibration: Calibration
+    out: Path
+    parts: Mapping[int, Mapping[str, str]]
+
+    def __call__(self, fov: int) -> int:
+        """The number of molecules found."""
+        with new_record(results.field_folder(self.out, fov), self.parts[fov]) as (folder, says):
+            says |= process_field(self.experiment, fov, self.config, self.calibration, folder)
+        return int(says["n_found"])
+
+
+def process_field(
+    experiment: Experiment, fov: int, config: RunConfig, calibration: Calibration, folder: Path
+) -> dict[str, Any]:
+    """Decode and segment one field into files of ``folder``; returns what the record says of it."""
+    clock = _Clock()
+    field = register_field(experiment, fov, config, calibration)
+    clock.lap("register")
+    calls = decode_filtered(field.bits, experiment.codebook, calibration.normalization, method=config.method)
+    # where some round has no image nothing can be told
+    calls = calls[field.valid[np.rint(calls["y"]).astype(int), np.rint(calls["x"]).astype(int)]]
+    clock.lap("decode")
+    outlines = segment_field(experiment, fov, config)
+    clock.lap("segment")
+    pq.write_table(pa.Table.from_pandas(calls[list(CALL_COLUMNS)], preserve_index=False), folder / CALLS)
+    write_outlines(outlines, folder / OUTLINES)
+    np.save(folder / OVERVIEW, overview(field.bits, calibration.normalization))
+    write_tally(calls, folder / TALLY)
+    clock.lap("write")
+    return {
+        "drift": field.drift.to_dict("records"),
+        "shape": field.valid.shape,
+        "saturated": field.saturated.tolist(),
+        "n_found": len(calls),
+        "n_outlines": len(outlines),
+        "seconds": clock.laps,
+    }
+
+
+class _Clock:
+    """Seconds of each of the steps that follow each other."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+
+def overview(bits: np.ndarray, normalization: Normalization) -> np.ndarray:
+    """The brightest bit of each pixel, uint8 (y, x)."""
+    height = (bits.max(axis=1) - normalization.background[:, None, None]) * normalization.gain[:, None, None]
+    return (np.clip(height.max(axis=0) / OVERVIEW_WHITE, 0, 1) * 255).astype(np.uint8)
+
+
+def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> list[shapely.Polygon]:
+    """Outlines of the cells of a field, pixels of round 0; none without a stain of the nuclei."""
+    from merfish.cells.segmentation import outlines, segment
+
+    stains = {stain.name.lower() for stain in experiment.stains}
+    if config.nuclei_stain.lower() not in stains:
+        return []
+    nuclei = register_stain(experiment, fov, config.nuclei_stain)
+    cytoplasm = None
+    if config.cytoplasm_stain.lower() in stains:
+        cytoplasm = register_stain(experiment, fov, config.cytoplasm_stain)
+    return list(outlines(segment(nuclei, cytoplasm, experiment.microns_per_pixel)).values())
+
+
+# --- the files of a record ----------------------------------------------------------------------------------------
+
+
+def read_calls(out: Path, fov: int) -> pd.DataFrame:
+    """Every call of a field, columns `CALL_COLUMNS`."""
+    return pq.read_table(results.field_folder(out, fov) / CALLS).to_pandas()
+
+
+def write_outlines(outlines: list[shapely.Polygon], path: Path) -> None:
+    """Write outlines (pixel)."""
+    column = pa.array(shapely.to_wkb(np.array(outlines, dtype=object)), pa.binary())
+    pq.write_table(pa.table({"geometry": column}), path)
+
+
+def read_outlines(out: Path, fov: int) -> np.ndarray:
+    """Outlines of a field (outline,), pixels."""
+    table = pq.read_table(results.field_folder(out, fov) / OUTLINES)
+    return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), dtype=object)
+
+
+def write_tally(calls: pd.DataFrame, path: Path) -> None:
+    """Write what filtering learns from a field: the tallies of its left and right halves."""
+    features, evidence = call_features(calls)
+    blank = calls["is_blank"].to_numpy(bool)
+    right = calls["x"].to_numpy() > calls["x"].median()
+    halves = [tally_calls(features[side], blank[side], evidence) for side in (~right, right)]
+    arrays = {f"{name}{k}": getattr(half, name) for k, half in enumerate(halves) for name in _TALLY}
+    np.savez(path, **arrays)
+
+
+_TALLY = ("values", "calls", "blanks")
+
+
+def read_tally(out: Path, fov: int) -> tuple[Tally, Tally]:
+    """What `write_tally` wrote."""
+    with np.load(results.field_folder(out, fov) / TALLY, allow_pickle=False) as arrays:
+        left, right = (Tally(*(arrays[f"{name}{k}"] for name in _TALLY)) for k in (0, 1))
+    return left, right

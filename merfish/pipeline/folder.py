@@ -1,0 +1,189 @@
+"""What a run keeps on disk: one owner at a time, records that are whole and known to be so, results published together.
+
+A record is a folder with files and ``record.json``, which names the key of what they depend on and their checksums; it
+is used only if both hold. Results are staged beside the fields; from the moment the staged set is marked complete, a
+kill can only delay its publication, which the next command on the folder finishes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from merfish import results
+from merfish._files import file_record, plain, read_json, sweep, whole_file, write_json
+from merfish.errors import InputError
+
+CALIBRATION = "calibration.json"
+PROGRESS = "progress.json"
+RECORD = "record.json"
+_LOCK = ".lock"
+_HOLDER = ".lock.holder"
+_STAGED = ".staged"
+_COMPLETE = "complete.json"
+_WORK = ".work"
+
+
+@contextmanager
+def owned(out: Path) -> Iterator[None]:
+    """Make ``out`` and hold its lock; finish or sweep what a killed run left there.
+
+    Raises InputError naming the holder if another run has it, or if ``out`` cannot be a folder.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{out}: a file stands there; expected a folder, or nothing yet") from None
+    holder = out / _HOLDER
+    lock = FileLock(out / _LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        told = holder.read_text(encoding="utf-8").strip() if holder.is_file() else ""
+        raise InputError(f"{out}: another run is writing here: {told or 'unknown process'}") from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+        finish_publication(out)
+        remove_work(out)
+        for folder in (out, out / results.FIELDS):
+            sweep(folder)
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def is_held(out: Path) -> str:
+    """Who writes into ``out`` at the moment; empty if nobody does."""
+    if not (out / _LOCK).is_file():
+        return ""
+    lock = FileLock(out / _LOCK, blocking=False)
+    try:
+        with lock:
+            return ""
+    except Timeout:
+        return (out / _HOLDER).read_text(encoding="utf-8").strip() if (out / _HOLDER).is_file() else "unknown process"
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value that JSON can hold, the same for equal values."""
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def new_record(folder: Path, parts: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Write a record, whole or not at all: yields the folder for its files, and a dictionary for what it says.
+
+    parts: digests of what it depends on, by name; together they are its key.
+    """
+    with whole_file(folder) as part:
+        part.mkdir()
+        says: dict[str, Any] = {}
+        yield part, says
+        files = {path.name: file_record(path)["sha256"] for path in sorted(part.iterdir())}
+        content = plain({"parts": dict(parts), "files": files, **says})
+        (part / RECORD).write_text(json.dumps({"sha256": digest(content), "content": content}), encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What a record says, with its parts and files; None if it is absent or damaged in any way."""
+    says = read_checked(folder / RECORD)
+    if says is None:
+        return None
+    try:
+        whole = all(file_record(folder / name)["sha256"] == found for name, found in says["files"].items())
+    except OSError:
+        return None
+    return says if whole else None
+
+
+def write_checked(path: Path, content: Any) -> None:
+    """Write JSON with its checksum."""
+    content = plain(content)
+    write_json(path, {"sha256": digest(content), "content": content})
+
+
+def read_checked(path: Path) -> Any:
+    """Read what `write_checked` wrote; None if it is absent or damaged."""
+    try:
+        found = read_json(path)
+        return found["content"] if found["sha256"] == digest(found["content"]) else None
+    except (InputError, KeyError, TypeError, RecursionError):
+        return None
+
+
+# --- files that only the steps after decoding need ---------------------------------------------------------------
+
+
+def new_work(out: Path) -> Path:
+    """An empty folder for them."""
+    remove_work(out)
+    work = out / results.FIELDS / _WORK
+    work.mkdir(parents=True)
+    return work
+
+
+def remove_work(out: Path) -> None:
+    """Remove what a step, or a killed run, left."""
+    shutil.rmtree(out / results.FIELDS / _WORK, ignore_errors=True)
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def new_stage(out: Path) -> Path:
+    """An empty folder in which results are written before they are published."""
+    stage = out / _STAGED
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    return stage
+
+
+def publish(out: Path) -> None:
+    """Put all staged results in place of those of an earlier run. Survives a kill at any moment."""
+    stage = out / _STAGED
+    names = sorted(path.name for path in stage.iterdir())
+    for name in names:
+        with open(stage / name, "rb") as file:
+            os.fsync(file.fileno())
+    write_json(stage / _COMPLETE, names)
+    finish_publication(out)
+
+
+def finish_publication(out: Path) -> None:
+    """Publish a complete stage; remove an incomplete one. The record comes last: where it is, all else is."""
+    stage = out / _STAGED
+    if (stage / _COMPLETE).is_file():
+        names = read_json(stage / _COMPLETE)
+        if (stage / results.RUN).exists():
+            (out / results.RUN).unlink(missing_ok=True)
+        for name in sorted(names, key=lambda name: name == results.RUN):
+            if (stage / name).exists():
+                (stage / name).replace(out / name)
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+def write_progress(out: Path, started: float, done: int, total: int, failed: Mapping[int, str]) -> None:
+    """Note how far the fields are, for `merfish status`; a moment's truth that no later step reads."""
+    path = out / results.FIELDS / PROGRESS
+    part = path.with_suffix(".part")
+    path.parent.mkdir(exist_ok=True)
+    said = {"started": started, "time": time.time(), "done": done, "total": total, "failed": failed}
+    part.write_text(json.dumps(plain(said)))
+    part.replace(path)

@@ -1,0 +1,100 @@
+"""What a person sees and what the log keeps while a run goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from merfish import results
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+T = TypeVar("T")
+log = logging.getLogger("merfish.run")
+
+
+class Display:
+    """One progress display, a line a step; silent if ``progress`` is None."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.progress = progress
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a step, for the record."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def timings(self) -> dict[str, float]:
+        """Seconds of each step, and of all so far."""
+        return {**self.seconds, "total": time.perf_counter() - self.started}
+
+    def track(self, items: Iterable[T], total: int, name: str) -> Iterator[T]:
+        """Pass items on while a line shows how many have come, at which rate, and how long the rest will take."""
+        if self.progress is None or not total:
+            yield from items
+            return
+        task = self.progress.add_task(name, total=total, note="")
+        for item in items:
+            self.progress.advance(task)
+            yield item
+
+    def note(self, text: str) -> None:
+        """Show how much was found so far on the line of the last step."""
+        if self.progress is not None and self.progress.tasks:
+            self.progress.update(self.progress.tasks[-1].id, note=text)
+
+    def say(self, text: str) -> None:
+        """A line that stays, also in the log."""
+        log.info(text)
+        if self.progress is not None:
+            self.progress.console.print(text, markup=False, highlight=False)
+
+
+@contextmanager
+def display(out: Path, show: bool) -> Iterator[Display]:
+    """A `Display` that is shown if ``show``, with the log in ``out``."""
+    handler = logging.FileHandler(out / results.LOG, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    before, log.propagate = log.propagate, False
+    level = log.level
+    log.setLevel(logging.INFO)
+    try:
+        if not show:
+            yield Display(None)
+            return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns) as progress:
+            yield Display(progress)
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+        log.propagate = before
+        log.setLevel(level)

@@ -1,0 +1,208 @@
+"""Reduce what fields say about each other: rates and filter, stage positions, cells that several fields show.
+
+Every step is a map over fields that reads a field and those that overlap it, and a small reduction; memory does not
+grow with the number of fields beyond a few numbers for each field and cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from merfish.calls.error_model import WordTally, add_word_tallies, held_out_rate, tally_words
+from merfish.calls.filtering import (
+    PATCHES,
+    POSTERIOR,
+    add_tallies,
+    call_features,
+    fit_log_odds,
+    log_odds_wrong,
+    probability_wrong,
+    threshold_at_rate,
+)
+from merfish.calls.stitching import MOST_ERROR, FieldPlaces, Links, Stitching, link_field, overlapping_fields, stitch
+from merfish.cells.merging import NO_LINKS, CellNumbers, field_frame, in_stage_frame, number_cells, same_cells
+from merfish.imaging.experiment import Experiment
+from merfish.pipeline.cluster import Failure, RunMap, StepError, Work
+from merfish.pipeline.fields import read_calls, read_outlines, read_tally
+from merfish.pipeline.progress import Display
+
+KEPT_DTYPE = np.dtype([("row", "i8"), ("word", "i4"), ("x", "f4"), ("y", "f4")])
+
+
+@dataclass(frozen=True, eq=False)
+class Fields:
+    """The fields that results are made of.
+
+    out: the run's folder; work: for files that only the steps after decoding need; shape: (y, x) of a field, pixel;
+    outlines: number of cell outlines of each field.
+    """
+
+    out: Path
+    work: Path
+    experiment: Experiment
+    fovs: tuple[int, ...]
+    shape: tuple[int, int]
+    outlines: dict[int, int]
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """(x, y) of a field, micrometre."""
+        scale = self.experiment.microns_per_pixel
+        return self.shape[1] * scale, self.shape[0] * scale
+
+    def near(self, positions: np.ndarray, beyond: float) -> dict[int, list[int]]:
+        """For each field those that overlap it or lie at most ``beyond`` micrometres away."""
+        return overlapping_fields(self.fovs, positions, self.size, beyond)
+
+    def file(self, name: str, fov: int) -> Path:
+        """Where a step keeps what it knows of a field."""
+        return self.work / f"{name}_{fov:04d}.npy"
+
+
+@dataclass(frozen=True, eq=False)
+class Filter:
+    """Log odds of a call to be wrong (see `merfish.calls.filtering.fit_log_odds`), and up to which calls are kept.
+
+    held_out: misidentification rate with its interval where the filter was not fitted.
+    """
+
+    odds: np.ndarray
+    threshold: float
+    held_out: tuple[float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Reconciled:
+    """What the fields agree on; words: tallies of all calls."""
+
+    filter: Filter
+    words: WordTally
+    stitching: Stitching
+    cells: CellNumbers
+
+
+def reconcile(fields: Fields, rate: float, run_map: RunMap, display: Display) -> Reconciled:
+    """Learn the filter, the positions and the cells of all fields."""
+    experiment, fovs = fields.experiment, fields.fovs
+
+    def each(name: str, work: Work) -> list[Any]:
+        found = map_all(name, work, fovs, run_map, display)
+        return [found[fov] for fov in fovs]
+
+    learnt = learn_filter(fields, rate)
+    words = add_word_tallies(each("filter", RateWork(fields, learnt)), experiment.codebook)
+    near = fields.near(experiment.positions, MOST_ERROR)
+    stitching = stitch(experiment.positions, each("stitch", LinkWork(fields, near)))
+    overlapping = fields.near(stitching.positions, 0.0)
+    pairs = each("match cells", SameCellsWork(fields, stitching.positions, overlapping))
+    cells = number_cells(fields.outlines, np.concatenate([NO_LINKS, *pairs]))
+    return Reconciled(learnt, words, stitching, cells)
+
+
+def map_all(name: str, work: Work, fovs: Sequence[int], run_map: RunMap, display: Display) -> dict[int, Any]:
+    """The result of every field. Raises StepError if one fails: after decoding that is not the fault of its data."""
+    found = {}
+    with display.step(name):
+        for fov, outcome in display.track(run_map(work, fovs), len(fovs), name):
+            if isinstance(outcome, Failure):
+                raise StepError(f"{name}, field {fov}: {outcome.reason}", outcome)
+            found[fov] = outcome
+    return found
+
+
+def learn_filter(fields: Fields, rate: float) -> Filter:
+    """Fit the odds of calls to be wrong to the tallies of all fields; find what to keep at a misidentification rate."""
+    tallies = [read_tally(fields.out, fov) for fov in fields.fovs]
+    # every other field, or the two sides of a single one
+    sides = [[half for halves in tallies[k::2] for half in halves] for k in (0, 1)]
+    if len(tallies) == 1:
+        sides = [[half] for half in tallies[0]]
+    called = [[half for half in side if len(half.calls)] for side in sides]
+    widths = {half.values.shape[1] for side in called for half in side}
+    evidence = PATCHES if len(PATCHES.steps) in widths else POSTERIOR
+    halves = add_tallies(called[0], evidence), add_tallies(called[1], evidence)
+    everything, book = add_tallies(halves, evidence), fields.experiment.codebook
+    odds = fit_log_odds(everything, float(book.is_blank.mean()), evidence)
+    held_out = held_out_rate(halves, evidence, book, rate)
+    return Filter(odds, threshold_at_rate(everything, odds, rate), held_out)
+
+
+@dataclass(frozen=True, eq=False)
+class RateWork:
+    """Rates the calls of a field, notes which are kept, and counts them by word."""
+
+    fields: Fields
+    filter: Filter
+
+    def __call__(self, fov: int) -> WordTally:
+        """Counts of the field; its kept calls go to the file ``kept``."""
+        calls = read_calls(self.fields.out, fov)
+        probability, keep = rate_field(calls, self.filter)
+        word, shown = calls["barcode_id"].to_numpy(), calls["shown"].to_numpy()
+        kept = np.empty(int(keep.sum()), KEPT_DTYPE)
+        kept["row"], kept["word"] = np.flatnonzero(keep), word[keep]
+        kept["x"], kept["y"] = calls["x"].to_numpy()[keep], calls["y"].to_numpy()[keep]
+        np.save(self.fields.file("kept", fov), kept)
+        return tally_words(word, shown, probability, keep, self.fields.experiment.codebook)
+
+
+def rate_field(calls: pd.DataFrame, chosen: Filter) -> tuple[np.ndarray, np.ndarray]:
+    """Probability to be right, float32, and whether it is kept, of each call of a field."""
+    if not len(calls):
+        return np.empty(0, np.float32), np.empty(0, bool)
+    features, _ = call_features(calls)
+    keep = log_odds_wrong(features, chosen.odds) <= chosen.threshold
+    return (1 - probability_wrong(features, chosen.odds)).astype(np.float32), keep
+
+
+@dataclass(frozen=True, eq=False)
+class LinkWork:
+    """Compares a field with the later ones near it."""
+
+    fields: Fields
+    near: dict[int, list[int]]
+
+    def __call__(self, fov: int) -> Links:
+        """Their links."""
+        later = [other for other in self.near[fov] if other > fov]
+        return link_field(fov, later, self._places, self.fields.experiment.positions, self.fields.size)
+
+    def _places(self, fov: int) -> FieldPlaces:
+        kept, scale = np.load(self.fields.file("kept", fov)), self.fields.experiment.microns_per_pixel
+        return FieldPlaces(kept["word"], kept["x"].astype(float) * scale, kept["y"].astype(float) * scale)
+
+
+@dataclass(frozen=True, eq=False)
+class SameCellsWork:
+    """Finds the outlines of a field that show the same cells as outlines of later fields."""
+
+    fields: Fields
+    positions: np.ndarray
+    near: dict[int, list[int]]
+
+    def __call__(self, fov: int) -> np.ndarray:
+        """(link, 4) field, outline, field, outline."""
+        links = [NO_LINKS]
+        here, frame = self._outlines(fov)
+        for other in self.near[fov] if len(here) else []:
+            if other > fov and self.fields.outlines[other]:
+                there, its_frame = self._outlines(other)
+                i, j = same_cells(here, there, frame, its_frame)
+                links.append(np.column_stack([np.full(len(i), fov), i, np.full(len(j), other), j]))
+        return np.concatenate(links)
+
+    def _outlines(self, fov: int) -> tuple[np.ndarray, Any]:
+        scale = self.fields.experiment.microns_per_pixel
+        frame = field_frame(self.positions[fov], self.fields.shape, scale)
+        return stage_outlines(self.fields, self.positions, fov), frame
+
+
+def stage_outlines(fields: Fields, positions: np.ndarray, fov: int) -> np.ndarray:
+    """Outlines of a field, micrometre."""
+    return in_stage_frame(read_outlines(fields.out, fov), positions[fov], fields.experiment.microns_per_pixel)

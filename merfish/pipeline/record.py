@@ -1,0 +1,129 @@
+"""``run.json``: what was asked, what was found, and what a terminal says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from merfish import results
+from merfish._files import file_record
+from merfish.calls.error_model import WordTally, bit_error_rates, misidentification_rate
+from merfish.calls.filtering import few_blanks
+from merfish.codebook import Codebook, check_codebook
+from merfish.config import RunConfig
+from merfish.imaging.experiment import Experiment
+from merfish.pipeline.manifest import versions
+from merfish.pipeline.reconcile import Fields, Reconciled
+from merfish.pipeline.survey import Calibrated
+from merfish.pipeline.tables import Written
+from merfish.report import bit_warnings, untied_text
+
+
+def run_record(
+    fields: Fields,
+    says: Mapping[int, Mapping[str, Any]],
+    failed: Mapping[int, str],
+    config: RunConfig,
+    calibrated: Calibrated,
+    found: Reconciled,
+    words: pd.DataFrame,
+    written: Written,
+) -> dict[str, Any]:
+    """Everything about a run but its tables; says: what the records of the fields say."""
+    experiment, calibration = fields.experiment, calibrated.calibration
+    book = experiment.codebook
+    kept = {fov: {name: value for name, value in said.items() if name not in ("parts", "files")}
+            for fov, said in says.items()}  # fmt: skip
+    return {
+        "versions": versions(),
+        "parameters": config.model_dump(),
+        "inputs": describe_inputs(experiment, fields.fovs),
+        "codebook": {"names": book.names, "is_blank": book.is_blank.tolist()},
+        "bits": {
+            "names": book.bit_names,
+            "colors": [channel.color for channel in experiment.bits],
+            **calibration.normalization.to_dict(),
+        },
+        "calibration": {"surveyed": calibrated.surveyed, "notice": calibrated.notice},
+        "chromatic": calibration.to_dict()["chromatic"],
+        "light": calibration.light_figures(),
+        "bit_error_rates": bit_error_rates(found.words, book).to_dict("list"),
+        "words": words.to_dict("list"),
+        "stage": found.stitching.to_dict(),
+        "fields": kept,
+        "failed": dict(failed),
+        "figures": {
+            **call_figures(found.words, book),
+            "held_out": interval(found.filter.held_out),
+            "n_fields": len(fields.fovs),
+            "n_duplicates": int(found.words.kept.sum()) - written.n_molecules,
+            "n_kept": written.n_molecules,
+            "n_cells": written.n_cells,
+            "share_in_cells": written.n_in_cells / written.n_molecules if written.n_molecules else 0.0,
+            "transcripts_per_cell": written.transcripts_per_cell,
+        },
+    }
+
+
+def call_figures(words: WordTally, codebook: Codebook) -> dict[str, Any]:
+    """Numbers of molecules before and after filtering, the share of the kept that is expected to be wrong, warnings."""
+    n_kept, blank = int(words.kept.sum()), codebook.is_blank
+    return {
+        "n_found": int(words.found.sum()),
+        "n_found_blank": int(words.found[blank].sum()),
+        "n_kept": n_kept,
+        "n_blank": int(words.kept[blank].sum()),
+        "blanks_in_book": bool(blank.any()),
+        "misidentification_rate": float(1 - words.right.sum() / n_kept) if n_kept else None,
+        "by_blanks": interval(misidentification_rate(words.kept[blank].sum(), n_kept, codebook)),
+        "warnings": list(check_codebook(codebook).warnings),
+    }
+
+
+def interval(rate: tuple[float, float, float]) -> dict[str, float] | None:
+    """A rate and the ends of its interval for a record, None where it is not known."""
+    return None if np.isnan(rate[0]) else dict(zip(("rate", "low", "high"), rate, strict=True))
+
+
+def describe_inputs(experiment: Experiment, fovs: Sequence[int]) -> dict[str, Any]:
+    """The tables with their hashes, and the images with their sizes."""
+    wanted = set(fovs)
+    images = {
+        str(path.relative_to(experiment.folder)): path.stat().st_size
+        for (_, fov), path in experiment.files.items()
+        if fov in wanted
+    }
+    tables = {name: {"path": str(path), **file_record(path)} for name, path in experiment.tables.items()}
+    return {"folder": str(experiment.folder), "tables": tables, "images": images}
+
+
+def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
+    """How many molecules were found, how many of them are wrong, and what the codebook leaves open, for a terminal."""
+    rate = figures["misidentification_rate"]
+    line = f"{figures['n_kept']:,} molecules ({figures['n_blank']:,} blanks) of {figures['n_found']:,} found"
+    warnings = [f"codebook: {warning}" for warning in figures["warnings"]]
+    if rate is None:
+        return [line, *warnings]
+    few = few_blanks(figures["n_found_blank"], figures["blanks_in_book"])
+    return [f"{line}, {rate:.1%} expected wrong", *([few] if few else []), *warnings]
+
+
+def run_summary(out: Path) -> dict[str, Any]:
+    """A finished run in a few lines, and the fields that failed."""
+    record = results.read_run(out)
+    figures, failed = record["figures"], record["failed"]
+    notice = record["calibration"]["notice"]
+    lines = [
+        *molecule_lines(figures),
+        *([f"warning: {notice}"] if notice else []),
+        *bit_warnings(record),
+        *filter(None, [untied_text(record["stage"])]),
+        f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules a cell in the median",
+        *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),
+        f"results in {out}, report in {out / results.REPORT}",
+    ]
+    return {"lines": lines, "failed": failed, "notice": notice}

@@ -1,0 +1,45 @@
+"""How far a run is, read from its folder while it goes on or after it ended."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from pathlib import Path
+
+from merfish import results
+from merfish._files import read_json
+from merfish.errors import InputError
+from merfish.pipeline import folder
+
+
+def status_lines(out: Path) -> list[str]:
+    """A run in a few lines. Raises InputError if ``out`` is not the folder of a run."""
+    if not (out / results.FIELDS).is_dir():
+        raise InputError(f"{out}: no folder {results.FIELDS} there; expected the folder of a run")
+    holder = folder.is_held(out)
+    lines = [f"running: {holder}" if holder else "not running"]
+    try:
+        progress = read_json(out / results.FIELDS / folder.PROGRESS)
+    except InputError:
+        progress = None
+    if progress:
+        lines.append(_decoded(progress, bool(holder)))
+        lines += [f"field {fov} failed: {reason}" for fov, reason in progress["failed"].items()]
+    return [*lines, *_results(out)]
+
+
+def _decoded(progress: dict[str, float], running: bool) -> str:
+    done, total = int(progress["done"]), int(progress["total"])
+    line = f"{done} of {total} fields that were to be decoded are done"
+    if not running or not 0 < done < total:
+        return line
+    left = (progress["time"] - progress["started"]) / done * (total - done) - (time.time() - progress["time"])
+    return f"{line}, {datetime.timedelta(seconds=round(max(left, 0)))} left"
+
+
+def _results(out: Path) -> list[str]:
+    try:
+        figures = results.read_run(out)["figures"]
+    except InputError:
+        return ["no results yet"]
+    return [f"results: {figures['n_fields']} fields, {figures['n_kept']:,} molecules, {figures['n_cells']:,} cells"]

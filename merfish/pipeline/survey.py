@@ -1,0 +1,147 @@
+"""Map over sampled fields, reduce to the calibration that all fields share.
+
+The sample does not depend on which fields are asked for, and a field counts for what it shows: fields are surveyed in
+an order that spreads over the experiment, until enough of them show molecules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from merfish import results
+from merfish.config import RunConfig
+from merfish.errors import InputError
+from merfish.imaging.calibration import Calibration, Survey, calibrate
+from merfish.imaging.experiment import Experiment
+from merfish.imaging.field import known_light, survey_field
+from merfish.pipeline.cluster import Failure, RunMap
+from merfish.pipeline.folder import CALIBRATION, digest, read_checked, write_checked
+from merfish.pipeline.manifest import Manifest
+from merfish.pipeline.progress import Display
+
+# clear spots of a bit, in the median of the bits, without which a field says little about their scale: the median of
+# so many heights is known to 10 %
+FEWEST_SPOTS = 20
+GOLDEN = (np.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """The calibration, its digest, and what each surveyed field gave: "" where it counts, else why it does not."""
+
+    calibration: Calibration
+    digest: str
+    surveyed: dict[int, str]
+
+    @property
+    def notice(self) -> str:
+        """What to know where no field, or fewer than wanted, shows molecules; else empty."""
+        dull = {fov: reason for fov, reason in self.surveyed.items() if reason}
+        used = len(self.surveyed) - len(dull)
+        if used:
+            return ""
+        told = "; ".join(f"field {fov}: {reason}" for fov, reason in list(dull.items())[:5])
+        return f"no field shows molecules, so that background and scale of the bits are not known ({told})"
+
+
+@dataclass(frozen=True, eq=False)
+class SurveyWork:
+    """Surveys one field."""
+
+    experiment: Experiment
+    config: RunConfig
+
+    def __call__(self, fov: int) -> Survey:
+        return survey_field(self.experiment, fov, self.config)
+
+
+def spread_order(fovs: tuple[int, ...]) -> list[int]:
+    """Fields in an order of which any beginning lies spread over all of them (golden-ratio sequence).
+
+    >>> spread_order((0, 1, 2, 3, 4, 5))
+    [3, 0, 4, 2, 5, 1]
+    """
+    n = len(fovs)
+    places = ((np.arange(4 * n + 8) * GOLDEN + 0.5) % 1 * n).astype(int)
+    return [fovs[k] for k in dict.fromkeys([*places.tolist(), *range(n)])]
+
+
+def shared_calibration(
+    experiment: Experiment, config: RunConfig, manifest: Manifest, out: Path, run_map: RunMap, display: Display
+) -> Calibrated:
+    """Measure on some fields what all of them share, or read it if that was done from the same images.
+
+    Raises InputError if no field can be surveyed at all.
+    """
+    path = out / results.FIELDS / CALIBRATION
+    given = known_light(experiment, config)
+    known = read_checked(path)
+    if known is not None and _is_current(known["surveyed"], manifest):
+        calibration = Calibration.from_dict(known["calibration"], given)
+        return Calibrated(calibration, digest(known["calibration"]), _reasons(known["surveyed"]))
+    if known is not None:
+        display.say("calibration: made again, since the images or parameters that it was made from changed")
+    surveys: dict[int, Survey] = {}
+    reasons: dict[int, str] = {}
+    with display.step("calibrate"):
+        wanted = min(config.normalization_fields, len(experiment.fovs))
+        for fov, outcome in _surveyed(experiment, config, wanted, run_map, display):
+            reasons[fov] = outcome.reason if isinstance(outcome, Failure) else _shows_too_little(outcome, experiment)
+            if isinstance(outcome, Survey):
+                surveys[fov] = outcome
+    if not surveys:
+        told = "; ".join(f"field {fov}: {reason}" for fov, reason in list(reasons.items())[:5])
+        raise InputError(f"{experiment.folder}: no field can be used for calibration. {told}")
+    useful = {fov: survey for fov, survey in surveys.items() if not reasons[fov]} or surveys
+    calibration = calibrate([useful[fov] for fov in sorted(useful)], experiment.bits, given)
+    content = {
+        "surveyed": [[fov, manifest.of_survey(fov), reason] for fov, reason in reasons.items()],
+        "calibration": calibration.to_dict(),
+    }
+    write_checked(path, content)
+    return Calibrated(calibration, digest(content["calibration"]), reasons)
+
+
+def _surveyed(
+    experiment: Experiment, config: RunConfig, wanted: int, run_map: RunMap, display: Display
+) -> Iterator[tuple[int, Any]]:
+    """Survey fields in their order until ``wanted`` of them show molecules, a batch at a time."""
+    order = spread_order(experiment.fovs)
+    while wanted and order:
+        batch, order = order[:wanted], order[wanted:]
+        outcomes = dict(display.track(run_map(SurveyWork(experiment, config), batch), len(batch), "calibrate"))
+        for fov in batch:
+            yield fov, outcomes[fov]
+            if isinstance(outcomes[fov], Survey) and not _shows_too_little(outcomes[fov], experiment):
+                wanted -= 1
+
+
+def _shows_too_little(survey: Survey, experiment: Experiment) -> str:
+    spots = np.bincount(survey.spots.bit, minlength=len(experiment.bits))
+    median = float(np.median(spots))
+    return "" if median >= FEWEST_SPOTS else f"{median:.0f} spots a bit in the median"
+
+
+def _is_current(surveyed: list[Any], manifest: Manifest) -> bool:
+    """Whether a calibration was made from the fields, as they are now, that would be surveyed now."""
+    order = spread_order(manifest.experiment.fovs)[: len(surveyed)]
+    return [fov for fov, *_ in surveyed] == order and all(
+        manifest.of_survey(fov) == parts for fov, parts, _ in surveyed
+    )
+
+
+def _reasons(surveyed: list[Any]) -> dict[int, str]:
+    return {int(fov): reason for fov, _, reason in surveyed}
+
+
+def read_calibration(out: Path, given: Mapping[str, Any] | None = None) -> Calibration:
+    """The calibration of a run. Raises InputError if it is missing or damaged."""
+    known = read_checked(out / results.FIELDS / CALIBRATION)
+    if known is None:
+        raise InputError(f"{out / results.FIELDS / CALIBRATION}: missing or damaged; run again into the same folder")
+    return Calibration.from_dict(known["calibration"], given)

@@ -1,0 +1,34 @@
+"""The results of a run: the names of its files, and its record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from merfish._files import read_json
+from merfish.errors import InputError
+
+TRANSCRIPTS = "transcripts.parquet"
+ALL_TRANSCRIPTS = "transcripts_all.parquet"
+CELLS = "cells.parquet"
+CELL_BY_GENE = "cell_by_gene.h5ad"
+RUN = "run.json"
+REPORT = "report.html"
+LOG = "merfish.log"
+FIELDS = "fovs"
+
+
+def field_folder(out: Path, fov: int) -> Path:
+    """Where the intermediate results of a field stand, whole or absent."""
+    return out / FIELDS / f"fov_{fov:04d}"
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """The record of a finished run. Raises InputError if there is none."""
+    path = out / RUN
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected the folder of a finished run")
+    record = read_json(path)
+    if not (isinstance(record, dict) and {"figures", "fields", "failed", "bits"} <= record.keys()):
+        raise InputError(f"{path}: not the record of a whole run")
+    return record
