@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from merfish._text import shown
 from merfish.config import RunConfig
 from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration, Survey
@@ -99,6 +100,24 @@ def known_light(experiment: Experiment, config: RunConfig) -> dict[str, KnownLig
         raise InputError(f"flat_fields: no bit has the colour {unknown[0]!r}; they have {', '.join(sorted(colors))}")
     flats = {color: given_flat(read_frames(path, [0])[0], path) for color, path in config.flat_fields.items()}
     return {color: KnownLight(flats.get(color), config.dark_level) for color in colors}
+
+
+def chosen_stains(experiment: Experiment, config: RunConfig) -> tuple[str | None, str | None]:
+    """Names of the stains of nuclei and cytoplasm as the experiment has them; None for a default that it has not.
+
+    Raises InputError for one that the configuration names and the experiment has not.
+    """
+    known = {stain.name.lower(): stain.name for stain in experiment.stains}
+    chosen = []
+    for field in ("nuclei_stain", "cytoplasm_stain"):
+        asked = getattr(config, field)
+        found = known.get(asked.lower())
+        if found is None and field in config.model_fields_set:
+            raise InputError(
+                f"{field}: the experiment has no stain {shown(asked)}; it has {', '.join(known.values()) or 'none'}"
+            )
+        chosen.append(found)
+    return chosen[0], chosen[1]
 
 
 def full_range(dtype: np.dtype) -> float:
