@@ -20,8 +20,10 @@ _LINE_ENDS = "\t\n\r"
 
 
 def read_text(path: str | os.PathLike[str], what: str, limit: int = MAX_TABLE) -> str:
-    """The text of a table. Raises InputError for a file that is no regular file, larger than ``limit`` bytes, not UTF-8,
-    or holds control characters; ``what`` says in the message what was expected of it."""
+    """The text of a table; ``what`` names it in messages.
+
+    Raises InputError for what is no regular file, is larger than ``limit`` bytes, no UTF-8 or holds control characters.
+    """
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

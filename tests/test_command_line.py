@@ -68,7 +68,7 @@ def test_codebook_commands_send_no_control_characters(monkeypatch, tmp_path, cap
     ["1-0", "0-99999999999", "99999999999", "²", "0,²", "", "1,,2", "1,", "3-", "-3", "1-2-3", "１", "0-1000000"],
 )
 def test_parse_fovs__refuses(text):
-    with pytest.raises(InputError, match="--fov .* expected"):
+    with pytest.raises(InputError, match=r"--fov .* expected"):
         cli.parse_fovs(text)
 
 
@@ -78,7 +78,7 @@ def test_parse_fovs__lists_and_ranges():
 
 @pytest.mark.parametrize("text", ["4", "4x", "²x2", "999999999x1", "4x4x4"])
 def test_parse_pair__refuses(text):
-    with pytest.raises(InputError, match="--fields .* expected two numbers"):
+    with pytest.raises(InputError, match=r"--fields .* expected two numbers"):
         cli.parse_pair("--fields", text)
 
 

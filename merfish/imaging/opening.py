@@ -143,8 +143,8 @@ def _refuse_more_bits(channels: Sequence[Channel], bits: Sequence[Channel], path
     if more:
         rows = listed([f"line {c.line} ({c.name!r})" for c in more], ", ")
         raise InputError(
-            f"{path}: the codebook has {len(bits)} bits, but there are more bits here: {rows}; use the codebook of this "
-            "experiment, or if they are stains leave their bitNumber empty"
+            f"{path}: the codebook has {len(bits)} bits, but there are more bits here: {rows}; use the codebook of "
+            "this experiment, or if they are stains leave their bitNumber empty"
         )
 
 
@@ -154,7 +154,7 @@ def _stem(name: str) -> str:
 
 
 def _refuse_shared_frames(bits: Sequence[Channel], files: Mapping[tuple[Movie, int], Path], table: Path) -> None:
-    """Refuse bits that show the same images, and bits that show beads. Rows may name a file by different expressions."""
+    """Refuse bits that show the same image, and bits that show beads. Different expressions may name the same file."""
     of_movie: dict[Movie, Path] = {}
     for (movie, _), path in sorted(files.items(), key=lambda item: item[0][1]):
         of_movie.setdefault(movie, path)

@@ -21,8 +21,9 @@ def preflight(experiment: Experiment, fovs: Iterable[int] | None = None) -> pd.D
     """Check every image file that some fields (default: all) need, reading headers, and look for files given twice.
 
     Returns one row a field and file: fov, channel (names, comma separated), round, file (of one that is missing, the
-    expression that its name should match), expected, found, problem (empty if there is none). Expected are uint16 frames of the microscope's dimensions (else of the commonest size),
-    as many as in most files of the same image type and enough for the data organization.
+    expression that its name should match), expected, found, problem (empty if there is none). Expected are uint16
+    frames of the microscope's dimensions (else of the commonest size), as many as in most files of the same image type
+    and enough for the data organization.
 
     Raises InputError for a field without a stage position.
     """
