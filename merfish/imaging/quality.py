@@ -23,14 +23,17 @@ SIGMAS = 6.0  # robust, of the values of all fields and bits, beyond which one i
 MIN_FIELDS = 3  # with fewer, bits can only be compared with each other, and bits differ
 # ... if it is also this factor off: with MIN_FIELDS, and with fewer.
 FACTORS = {"brightness": (2.0, 5.0), "background": (2.0, 8.0), "noise": (2.0, 5.0), "width": (1.2, 1.4)}
-SPOT_FACTORS = (5.0, 20.0)
-CHANCE = 1e-7  # that so few or so many spots come about where some are expected
-ENOUGH_SPOTS = 30  # to tell their height and width
+# Spots are few below their usual number over the first (many beyond their number times it), if chance would not bring
+# so few of their usual number over the second: bits serve different genes, fields have different cells.
+SPOT_FACTORS = ((5.0, 2.0), (20.0, 5.0))
+CHANCE = 1e-7
+ENOUGH_SPOTS = 15  # to tell their height and width
 # Where the bits' light agrees to this correlation, in the median, one that is below it by so much shows another place.
 COMMON_LIKENESS, LOST_LIKENESS = 0.6, 0.5
-# Two rounds are swapped if that explains their values so many times better, and by so many squared sigmas.
-SWAP_RATIO, SWAP_GAIN = 4.0, 60.0
-_SWAP_FLOORS = {"brightness": 0.08, "background": 0.04, "noise": 0.04, "width": 0.02}  # sigma, of logarithms
+# Two rounds are swapped if that leaves so many times smaller squares, and by so many squared sigmas.
+SWAP_RATIO, SWAP_GAIN = 3.0, 30.0
+# Sigmas of logarithms, below which values are not trusted.
+_SWAP_FLOORS = {"brightness": 0.04, "spots": 0.15, "background": 0.01, "noise": 0.02, "width": 0.01}
 
 MIN_CEILING = 255  # camera counts; no camera saturates below
 CEILING_SIGMAS = 5.0  # times as many pixels at the ceiling as at each value next below it
@@ -78,7 +81,7 @@ def measure_quality(
     - brightness: median of the light of its spots, camera counts over the background; NaN without spots
     - spots: clear spots in the part of the field that is looked at, the same part for every bit
     - background: median of the raw image, camera counts
-    - noise: sigma of the filtered image without its spots, camera counts
+    - noise: sigma of the filtered image without its spots, camera counts; 0 if all pixels are alike
     - width: sigma of its spots after the filter, pixel, larger out of focus; NaN without spots
     - likeness: correlation, over blocks of the field, of its light with the light of the other bits
     """
@@ -88,6 +91,8 @@ def measure_quality(
     middle = raw[:, raw.shape[1] // 2]
     background = [float(np.median(sample_of(image))) for image in middle]
     table = pd.DataFrame(rows, columns=["brightness", "spots", "noise", "width"])
+    # what the correction of the light makes of an even image is no noise
+    table.loc[[np.ptp(sample_of(image)) == 0 for image in middle], "noise"] = 0.0
     table = table.assign(fov=fov, bit=list(names), round=list(rounds), color=list(colors))
     return table.assign(background=background, likeness=likeness(middle))[COLUMNS]
 
@@ -144,7 +149,7 @@ def likeness(images: np.ndarray) -> np.ndarray:
 
 
 def flag_quality(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `measure_quality` of any number of fields with a column ``flags``: what is wrong, "" if nothing.
+    """The rows of `measure_quality` of any number of fields with a column ``reasons``: what is wrong, "" if nothing.
 
     A bit of a field is compared with the same bit in the other fields and with the other bits of the field, by medians;
     of fewer than `MIN_FIELDS` fields with the other bits alone, which finds only gross faults. Two rounds of a field
@@ -157,7 +162,7 @@ def flag_quality(table: pd.DataFrame) -> pd.DataFrame:
         for name in COLUMNS[4:]
     }
     reasons: list[list[list[str]]] = [[[] for _ in bits] for _ in fovs]
-    dark = grid["noise"] == 0
+    dark = ~(grid["noise"] > 0)
     for f, b in np.argwhere(dark):
         reasons[f][b].append("no image: its pixels are all alike")
     enough = len(fovs) >= MIN_FIELDS
@@ -171,7 +176,7 @@ def flag_quality(table: pd.DataFrame) -> pd.DataFrame:
         first = table.drop_duplicates("bit").set_index("bit").loc[bits]
         _flag_swaps(grid, first["round"].to_numpy(), first["color"].to_numpy(), clear, reasons)
     place = {(fov, bit): "; ".join(reasons[f][b]) for f, fov in enumerate(fovs) for b, bit in enumerate(bits)}
-    return table.assign(flags=[place[key] for key in zip(table["fov"], table["bit"], strict=True)])
+    return table.assign(reasons=[place[key] for key in zip(table["fov"], table["bit"], strict=True)])
 
 
 def _expected(values: np.ndarray, enough: bool, per_field: bool = True) -> np.ndarray:
@@ -199,10 +204,10 @@ def _sigma(off: np.ndarray) -> float:
 def _flag_spots(spots: np.ndarray, dark: np.ndarray, enough: bool, reasons: list[list[list[str]]]) -> None:
     log = np.log(np.where(dark, np.nan, spots) + 0.5)
     expected = np.exp(_expected(log, enough))
-    factor = SPOT_FACTORS[0 if enough else 1]
-    few = special.pdtr(spots, expected / factor) < CHANCE
-    many = special.pdtrc(np.maximum(spots - 1, 0), expected * factor) < CHANCE
-    for f, b in np.argwhere((few | (many & (spots >= ENOUGH_SPOTS))) & ~dark):
+    factor, margin = SPOT_FACTORS[0 if enough else 1]
+    few = (spots * factor < expected) & (special.pdtr(spots, expected / margin) < CHANCE)
+    many = (spots > expected * factor) & (special.pdtrc(np.maximum(spots - 1, 0), expected * margin) < CHANCE)
+    for f, b in np.argwhere((few | many) & ~dark):
         what = "few spots" if few[f, b] else "many spots"
         reasons[f][b].append(f"{what}: {spots[f, b]:.0f} where {expected[f, b]:.0f} are usual")
 
@@ -253,6 +258,7 @@ def _flag_swaps(
         values.append(log / sigma)
         expected.append(usual / sigma)
     seen, usual = np.stack(values), np.stack(expected)  # (value, fov, bit)
+    found: list[tuple[float, int, int, int]] = []
     for i, j in combinations(np.unique(rounds), 2):
         a, b = np.flatnonzero(rounds == i), np.flatnonzero(rounds == j)
         a, b = a[np.argsort(colors[a], kind="stable")], b[np.argsort(colors[b], kind="stable")]
@@ -261,6 +267,13 @@ def _flag_swaps(
         here, there = np.concatenate([a, b]), np.concatenate([b, a])
         off = np.nansum((seen[:, :, here] - usual[:, :, here]) ** 2, axis=(0, 2))
         swapped = np.nansum((seen[:, :, here] - usual[:, :, there]) ** 2, axis=(0, 2))
-        for f in np.flatnonzero((off - swapped > SWAP_GAIN) & (off > SWAP_RATIO * swapped)):
-            for k in here:
+        gain = off - swapped
+        found += [
+            (-gain[f], f, i, j) for f in np.flatnonzero((gain > SWAP_GAIN) & (off > SWAP_RATIO * swapped)).tolist()
+        ]
+    taken: set[tuple[int, int]] = set()
+    for _, f, i, j in sorted(found):  # of pairs that share a round, the one that explains most
+        if not taken & {(f, i), (f, j)}:
+            taken |= {(f, i), (f, j)}
+            for k in np.flatnonzero((rounds == i) | (rounds == j)):
                 reasons[f][k].append(f"rounds {i} and {j} look swapped")
