@@ -54,8 +54,9 @@ def _flush(path: Path, recurse: bool = True) -> None:
 
 def refuse_escape(root: Path, entry: os.DirEntry[str]) -> None:
     """Raise InputError for a link that leads out of the experiment's folder."""
-    if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve()):
-        raise InputError(f"{entry.path}: links to {Path(entry.path).resolve()}, outside the experiment's folder")
+    # realpath, unlike resolve, also answers for links that lead in a circle
+    if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(root)):
+        raise InputError(f"{entry.path}: links to {os.path.realpath(entry.path)}, outside the experiment's folder")
 
 
 LITTER = re.compile(r"\..+\.[a-z0-9_]{8}")  # what a killed `whole_file` leaves behind

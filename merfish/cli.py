@@ -5,6 +5,7 @@ Everything heavy is imported where it is used, so that ``--help`` answers at onc
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from enum import StrEnum
@@ -13,12 +14,15 @@ from typing import Annotated
 
 import typer
 
+from merfish._text import listed, printable
 from merfish.errors import InputError
 
 # Exit codes
 BAD_INPUT = 2
 FAILED_FIELDS = 3  # of a run in which some fields could not be decoded
 INTERRUPTED = 130  # as shells have it
+MOST_FIELDS = 1_000_000  # field numbers beyond are typing errors
+MOST_PIXELS = 100_000  # and numbers of rows or columns beyond these
 
 app = typer.Typer(
     help="Decode MERFISH image stacks into molecules, cells and counts.",
@@ -64,7 +68,7 @@ def _interrupt(*_: object) -> None:
 
 def stop(message: str, code: int) -> None:
     """End with one message."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -240,9 +244,9 @@ def codebook_check(book: BookFile) -> None:
     print(f"minimum distance  {found.min_distance}: corrects {found.corrects}, detects {found.detects}")
     print(f"words per bit     {' '.join(map(str, found.bit_usage))}")
     for warning in found.warnings:
-        print(f"warning: {warning}")
+        print(f"warning: {printable(warning)}")
     if found.problems:
-        raise InputError(f"{book}: " + "; ".join(found.problems))
+        raise InputError(f"{book}: {listed(found.problems)}")
 
 
 @codebook_app.command("show")
@@ -253,7 +257,7 @@ def codebook_show(book: BookFile) -> None:
     codebook = read_codebook(book)
     width = max(map(len, codebook.names))
     for name, word in zip(codebook.names, codebook.words, strict=True):
-        print(f"{name:<{width}}  {''.join('1' if bit else '.' for bit in word)}")
+        print(f"{printable(name):<{width}}  {''.join('1' if bit else '.' for bit in word)}")
 
 
 def parse_fovs(text: str) -> list[int]:
@@ -264,10 +268,16 @@ def parse_fovs(text: str) -> list[int]:
     """
     fovs: set[int] = set()
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        # not str.isdigit: superscripts are digits to it
+        found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        if found is None:
             raise InputError(f"--fov {text!r}: expected numbers and ranges such as 0,3-5, got {part!r}")
-        fovs.update(range(int(first), int(last or first) + 1))
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first or last >= MOST_FIELDS:
+            raise InputError(
+                f"--fov {text!r}: expected ranges from the lower to the higher field below {MOST_FIELDS}, got {part!r}"
+            )
+        fovs.update(range(first, last + 1))
     return sorted(fovs)
 
 
@@ -277,10 +287,10 @@ def parse_pair(option: str, text: str) -> tuple[int, int]:
     >>> parse_pair("--shape", "512x256")
     (512, 256)
     """
-    first, cross, second = text.lower().partition("x")
-    if not (cross and first.strip().isdigit() and second.strip().isdigit()):
-        raise InputError(f"{option} {text!r}: expected two numbers such as 4x4")
-    return int(first), int(second)
+    found = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX]\s*([0-9]{1,9})\s*", text)
+    if found is None or max(int(found[1]), int(found[2])) > MOST_PIXELS:
+        raise InputError(f"{option} {text!r}: expected two numbers such as 4x4, each at most {MOST_PIXELS}")
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

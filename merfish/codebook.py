@@ -6,18 +6,20 @@ import csv
 import io
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from merfish._files import whole_file
+from merfish._text import has_control, listed, read_text, shown
 from merfish.errors import InputError
 
 MAX_BITS = 64
+MAX_WORDS = 50_000  # every pair is compared; the largest books have some 10,000
 _BIT_COLUMN = re.compile(r"bit[ _]?0*(\d+)", re.IGNORECASE)
 _BLANK = re.compile(r"blank|notarget", re.IGNORECASE)
 
@@ -49,6 +51,9 @@ class Codebook:
                 f"{len(self.names)} names, {len(self.ids)} ids and {len(self.bit_names)} bit names "
                 f"do not fit words of shape {words.shape}"
             )
+        for name in (*self.names, *self.ids, *self.bit_names):
+            if has_control(name):
+                raise InputError(f"a name in a codebook holds control characters: {shown(name)}")
         words.setflags(write=False)
         object.__setattr__(self, "words", words)
 
@@ -108,23 +113,25 @@ def read_codebook(path: str | os.PathLike[str]) -> Codebook:
     codebook = parse_codebook(path)
     problems = check_codebook(codebook).problems
     if problems:
-        raise InputError(f"{path}: " + "; ".join(problems))
+        raise InputError(f"{path}: {listed(problems)}")
     return codebook
 
 
 def parse_codebook(path: str | os.PathLike[str]) -> Codebook:
     """As `read_codebook`, but duplicates are kept, for `check_codebook` to name."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the codebook: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: the codebook is not UTF-8 text: {error}") from error
+    text = read_text(path, "codebook")
     bit_names: list[str] = []
     header: list[str] | None = None
     rows: list[tuple[int, list[str]]] = []
     delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    for line, raw in enumerate(csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True), start=1):
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    try:
+        lines = [(reader.line_num, raw) for raw in reader]
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: {error}") from error
+    if len(lines) > MAX_WORDS + 10:
+        raise InputError(f"{path}: {len(lines)} lines, expected at most {MAX_WORDS} words")
+    for line, raw in lines:
         fields = [field.strip() for field in raw]
         while fields and not fields[-1]:
             fields.pop()
@@ -203,13 +210,12 @@ def check_codebook(codebook: Codebook) -> CodebookReport:
     """
     codes = codebook.codes
     problems = [
-        f"name {name!r} stands {count} times: words {_places(codebook.names, name)}"
-        for name, count in Counter(codebook.names).items()
-        if count > 1
+        f"name {name!r} stands {len(rows)} times: words {', '.join(str(row + 1) for row in rows)}"
+        for name, rows in _repeated(codebook.names)
     ]
     problems += [
         f"word {''.join(map(str, codebook.words[rows[0]]))} stands for {', '.join(codebook.names[r] for r in rows)}"
-        for rows in (np.flatnonzero(codes == code) for code, count in Counter(codes.tolist()).items() if count > 1)
+        for _, rows in _repeated(codes.tolist())
     ]
     problems += [f"word {codebook.names[row]!r} has no bit on" for row in np.flatnonzero(codes == 0)]
     distance = min_distance(codes)
@@ -239,8 +245,12 @@ def check_codebook(codebook: Codebook) -> CodebookReport:
     )
 
 
-def _places(names: Sequence[str], name: str) -> str:
-    return ", ".join(str(row + 1) for row, other in enumerate(names) if other == name)
+def _repeated(values: Sequence[Any]) -> list[tuple[Any, list[int]]]:
+    """Values that stand more than once, each with its rows."""
+    rows: dict[Any, list[int]] = defaultdict(list)
+    for row, value in enumerate(values):
+        rows[value].append(row)
+    return [(value, places) for value, places in rows.items() if len(places) > 1]
 
 
 def min_distance(codes: np.ndarray) -> int:
@@ -313,10 +323,7 @@ def read_gene_list(path: str | os.PathLike[str]) -> tuple[list[str], list[float]
 
     Returns names and expression (None if no line has one). Raises InputError naming the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the gene list: {error}") from error
+    lines = read_text(path, "gene list").splitlines()
     names: list[str] = []
     values: list[float] = []
     for number, line in enumerate(lines, start=1):

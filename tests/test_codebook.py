@@ -106,6 +106,12 @@ def test_read_codebook_understands(tmp_path, text):
         (["gene,value", "A,1"], "neither bit1,... columns nor a barcode column"),
         (["name,id,barcode", "A,,1100", "B,,11"], "line 3 has 2 bits"),
         ([], "no words found"),
+        ([HEADER, WORD_LINES[0].replace("A,", "A\x00,")], r"line 2: holds the control character '\\x00'"),
+        ([HEADER, WORD_LINES[0].replace("A,", "\x1b[31mA,")], r"line 2: holds the control character '\\x1b'"),
+        ([HEADER, WORD_LINES[0].replace("A,", '"A\nB",')], r"control characters: 'A\\nB'"),
+        ([HEADER, WORD_LINES[0].replace("A,", "A" * 200_000 + ",")], "line 2: field larger than"),
+        ([HEADER, *[WORD_LINES[0]] * 60_000], "60001 lines, expected at most 50000 words"),
+        ([HEADER, *[WORD_LINES[0]] * 9_000], "name 'A' stands 9000 times"),
     ],
 )
 def test_read_codebook__rejects(tmp_path, lines, message):
@@ -133,6 +139,11 @@ def test_check_codebook_reports_without_refusing(tmp_path):
     assert (report.n_words, report.n_blanks, report.min_distance, report.corrects) == (4, 1, 2, 0)
     assert any("cannot be corrected" in warning for warning in report.warnings)
     assert any("bit 8" in warning for warning in report.warnings)
+
+
+def test_codebook__refuses_names_that_no_file_can_hold():
+    with pytest.raises(InputError, match=r"control characters: 'g\\x00'"):
+        mhd4_codebook(["g\0"])
 
 
 def test_codebook_is_frozen():

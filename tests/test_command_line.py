@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import tifffile
 
 from merfish import cli, mhd4_codebook, simulate_stack, write_codebook
 from merfish._files import whole_file
+from merfish.errors import InputError
 from merfish.transcripts import read_transcripts
 
 
@@ -47,6 +49,37 @@ def test_codebook_check_of_a_faulty_book_names_its_rows(monkeypatch, tmp_path, c
     assert "words             3" in out
     assert "name 'A' stands 2 times: words 1, 3" in err
     assert "110011 stands for A, B" in err
+
+
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_codebook_commands_send_no_control_characters(monkeypatch, tmp_path, capsys, command):
+    book = tmp_path / "b\x1b[31m.csv"
+    book.write_text("bit_names,a\x9b2J,b\nname,id,barcode\n\x1b]0;me\x07,,10\n\x1b]0;me\x07,,01\n")
+    assert call(monkeypatch, "codebook", command, book) == 2
+    book.write_text("bit_names,a,b\nname,id,barcode\nA\u202eB,,10\nC,,10\n")
+    assert call(monkeypatch, "codebook", command, book) == 2
+    written = "".join(capsys.readouterr())
+    assert r"b\x1b[31m.csv" in written
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", written)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1-0", "0-99999999999", "99999999999", "²", "0,²", "", "1,,2", "1,", "3-", "-3", "1-2-3", "１", "0-1000000"],
+)
+def test_parse_fovs__refuses(text):
+    with pytest.raises(InputError, match=r"--fov .* expected"):
+        cli.parse_fovs(text)
+
+
+def test_parse_fovs__lists_and_ranges():
+    assert cli.parse_fovs(" 7, 0-2 ,1") == [0, 1, 2, 7]
+
+
+@pytest.mark.parametrize("text", ["4", "4x", "²x2", "999999999x1", "4x4x4"])
+def test_parse_pair__refuses(text):
+    with pytest.raises(InputError, match=r"--fields .* expected two numbers"):
+        cli.parse_pair("--fields", text)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".tif"])

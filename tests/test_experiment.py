@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,9 +14,11 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merfish import datasets
+from merfish import datasets, mhd4_codebook
+from merfish.config import RunConfig
 from merfish.errors import InputError
 from merfish.imaging import opening as module
+from merfish.imaging.field import chosen_stains
 from merfish.imaging.frames import read_bits, read_fiducials, read_stain
 from merfish.imaging.opening import match_names, open_experiment
 from merfish.imaging.organization import read_data_organization, read_microscope, read_positions
@@ -245,6 +248,83 @@ def test_open_experiment__readouts_in_another_order(folder):
     assert [channel.readout for channel in open_experiment(folder).bits] == ["R1", "R2", "R3", "R4"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("0;1;2;", "0;3;2;", r"line 4 \('bit3'\): frame 3 .*'hal', round 1, is also that of line 5|line 5 .* line 4"),
+        ("0;1;2;", "0;1;6;", r"line 4 \('bit3'\): frame 6 .*'hal', round 1, shows the beads of line 4 \('bit3'\)"),
+        ("DAPI,DAPI", "bit5,DAPI", r"has 4 bits, but there are more bits here: line 6 \('bit5'\)"),
+        ("zPos,fid", "frame,fid", "several columns are called 'frame'"),
+        ("0;1;2;", "0;1;1e300;", r"line 4 \('bit3'\): frame: 3 numbers up to 1e\+300"),
+        (",3,1,750", ",3," + "9" * 30 + ",750", r"line 4 \('bit3'\): imagingRound: 1 numbers up to 1e\+30"),
+        ("polyT,polyT", "poly\x1b[31mT,polyT", r"line 7: holds the control character '\\x1b'"),
+        ("polyT,polyT", '"poly\nT",polyT', "expected one line of plain text"),
+    ],
+)
+def test_open_experiment__refuses_what_would_mislead(before, after, message, folder):
+    edit(folder / "data_organization.csv", before, after)
+    with pytest.raises(InputError, match=message):
+        open_experiment(folder)
+
+
+def test_open_experiment__codebook_of_fewer_bits(folder):
+    text = (folder / "codebook.csv").read_text().splitlines()
+    (folder / "codebook.csv").write_text(
+        "\n".join(line.rsplit(",", 1)[0] for line in text).replace("B,b,0,0,1", "B,b,0,1,1")
+    )
+    with pytest.raises(InputError, match=r"3 bits, but there are more bits here: line 5 \('bit4'\)"):
+        open_experiment(folder)
+    # a number that follows the bits', in their images and a colour of theirs, is one whatever its name
+    edit(folder / "data_organization.csv", "bit4,R4", "last,R4")
+    with pytest.raises(InputError, match=r"line 5 \('last'\)"):
+        open_experiment(folder)
+    edit(folder / "data_organization.csv", ",4,1,650", ",,1,650")
+    assert [stain.name for stain in open_experiment(folder).stains] == ["last", "DAPI", "polyT"]
+
+
+def test_open_experiment__one_file_by_two_expressions(folder):
+    other = ROUND.replace("[0-9]", r"\d")
+    edit(folder / "data_organization.csv", f"bit3,R3,hal,{ROUND},3,1", f"bit3,R3,hal,{other},3,0")
+    with pytest.raises(InputError, match=r"line 4 \('bit3'\): frame 0 .*'hal', round 0, is also that of line 2"):
+        open_experiment(folder)
+
+
+SHARED = Path("/work/shared/data/codebooks")
+
+
+@pytest.mark.parametrize(("name", "n_bits", "n_stains"), [("L26E1", 16, 2), ("MF3", 20, 2), ("NAc", 20, 32)])
+@pytest.mark.skipif(not SHARED.exists(), reason="the labs' tables are not part of the repository")
+def test_match_bits__labs_number_stains_and_genes_beyond_the_bits(name, n_bits, n_stains):
+    path = SHARED / f"{name}_data_organization.csv"
+    channels = read_data_organization(path)
+    bits, stains = module._match_bits(channels, mhd4_codebook(["A"], n_bits), path)
+    assert (len(bits), len(stains)) == (n_bits, n_stains)
+    with pytest.raises(InputError, match=f"has {n_bits - 1} bits, but there are more"):
+        module._match_bits(channels, mhd4_codebook(["A"], n_bits - 1), path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_tables__that_are_pipes(folder):
+    for name in ("data_organization.csv", "codebook.csv", "positions.csv", "microscope.json"):
+        (folder / name).rename(folder / "whole")
+        os.mkfifo(folder / name)
+        with pytest.raises(InputError, match=rf"{name}: expected the .*, a regular file; got a pipe"):
+            open_experiment(folder)
+        (folder / name).unlink()
+        (folder / "whole").rename(folder / name)
+
+
+def test_chosen_stains__default_may_be_absent_but_not_what_was_asked(folder):
+    edit(folder / "data_organization.csv", "polyT,polyT", "cyto,cyto")
+    opened = open_experiment(folder)
+    assert chosen_stains(opened, RunConfig()) == ("DAPI", None)
+    assert chosen_stains(opened, RunConfig(cytoplasm_stain="CYTO")) == ("DAPI", "cyto")
+    with pytest.raises(InputError, match="nuclei_stain: the experiment has no stain 'DAPII'; it has DAPI, cyto"):
+        chosen_stains(opened, RunConfig(nuclei_stain="DAPII"))
+    with pytest.raises(InputError, match="cytoplasm_stain: the experiment has no stain 'polyT'"):
+        chosen_stains(opened, RunConfig(cytoplasm_stain="polyT"))
+
+
 def test_open_experiment__bits_by_name_without_numbers(tmp_path):
     rows = [",".join(field for i, field in enumerate(row.split(",")) if i != 4) for row in ROWS if '"' not in row]
     path = tmp_path / "d.csv"
@@ -267,6 +347,9 @@ def test_read_data_organization__rejects_empty(text, tmp_path):
         ("1,2\n3\n", "line 2: expected x,y"),
         ("x,y\n1,2\n", "line 1: expected x,y"),
         ("1,2\n\n3,nan\n", "line 3: expected finite"),
+        ("1,2\n-inf,2\n", "line 2: expected finite"),
+        ("1,1e300\n", "line 1: expected finite x,y in micrometre, at most 1e.07, got '1,1e300'"),
+        ("1,2\n1,\x002\n", r"line 2: holds the control character '\\x00'"),
         ("1,2,3\n", "line 1: expected x,y"),
     ],
 )
@@ -281,13 +364,19 @@ def test_read_positions__rejects(text, message, tmp_path):
     [
         ("{", "not JSON"),
         ("[1]", "expected an object"),
-        ("{}", "microns_per_pixel: expected a positive number, got None"),
+        ("[" * 60_000, "not JSON"),
+        ('{"microns_per_pixel": ' + "9" * 5000 + "}", "not JSON"),
+        ("{}", "microns_per_pixel: expected a positive number from .*, got None"),
         ('{"microns_per_pixel": 0}', "microns_per_pixel"),
         ('{"microns_per_pixel": true}', "microns_per_pixel"),
         ('{"microns_per_pixel": NaN}', "microns_per_pixel"),
+        ('{"microns_per_pixel": Infinity}', "microns_per_pixel: .* got inf"),
+        ('{"microns_per_pixel": 1' + "0" * 400 + "}", "microns_per_pixel: .* got 1000.*"),
+        ('{"microns_per_pixel": 1e-300}', "microns_per_pixel: .* got 1e-300"),
         ('{"microns_per_pixel": 0.1, "transpose": 1}', "transpose: expected true or false, got 1"),
         ('{"microns_per_pixel": 0.1, "image_dimensions": [2048]}', "image_dimensions: expected .*width"),
         ('{"microns_per_pixel": 0.1, "image_dimensions": [2048, -1]}', "image_dimensions"),
+        ('{"microns_per_pixel": 0.1, "image_dimensions": [2048, 1000000]}', "image_dimensions: .*at most 65536"),
     ],
 )
 def test_read_microscope__rejects(text, message, tmp_path):
@@ -305,7 +394,10 @@ def problems(folder: Path, **options: object) -> dict[str, str]:
 
 def test_preflight__missing_round(folder):
     (folder / "hal_001_01.tif").unlink()
-    assert problems(folder) == {"1/1": "missing"}
+    assert problems(folder) == {
+        "1/1": "missing: no name of image type 'hal' and imaging round 1 matches this expression"
+    }
+    assert preflight(open_experiment(folder))["file"].tolist()[-2:] == [ROUND, "hal-stain_001.tif"]
     assert problems(folder, fovs=[0]) == {}
     with pytest.raises(InputError, match="'hal', field 1, imaging round 1"):
         read_bits(open_experiment(folder), 1)
@@ -314,7 +406,9 @@ def test_preflight__missing_round(folder):
 def test_preflight__whole_field_missing(folder):
     for path in folder.glob("*_001*"):
         path.unlink()
-    assert problems(folder) == {"1/0": "missing", "1/1": "missing", "1/-1": "missing"}
+    found = problems(folder)
+    assert set(found) == {"1/0", "1/1", "1/-1"}
+    assert found["1/-1"] == "missing: no name of image type 'hal-stain' matches this expression"
 
 
 @pytest.mark.parametrize(("frames", "message"), [(6, "frame 6 .from 0. is needed"), (9, "most files .* have 7")])

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from merfish._jit import map_bits
+from merfish._text import shown
 from merfish.config import RunConfig
 from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration, Survey
@@ -15,7 +17,9 @@ from merfish.imaging.frames import read_bits, read_fiducials, read_stain
 from merfish.imaging.illumination import Glow, KnownLight, Light, given_flat, measure_glow
 from merfish.imaging.images import read_frames
 from merfish.imaging.normalize import Normalization, find_spots
+from merfish.imaging.organization import NO_ROUND
 from merfish.imaging.preprocess import bandpass
+from merfish.imaging.quality import camera_ceiling, measure_quality
 from merfish.imaging.registration import align, measure_drift, measure_field_drift
 
 # share of a bit's pixels, in the median of the bits; that is most of the pixels that spots have
@@ -28,7 +32,8 @@ class RegisteredField:
 
     bits: (bit, z, y, x) float32, filtered. drift: a row a round, as `measure_field_drift` gives it. shifts: (bit, 2)
     dy, dx in pixel, that drift for each bit. valid: (y, x) bool, where all rounds have an image. saturated: (bit,)
-    int64, pixels at the end of the camera's range, all planes together.
+    int64, pixels at the end of the camera's range, all planes together. quality: a row a bit, as `measure_quality`
+    gives it.
     """
 
     bits: np.ndarray
@@ -36,6 +41,7 @@ class RegisteredField:
     shifts: np.ndarray
     valid: np.ndarray
     saturated: np.ndarray
+    quality: pd.DataFrame
 
 
 def register_field(
@@ -67,17 +73,19 @@ def _register(
     experiment: Experiment, fov: int, bits: np.ndarray, config: RunConfig, calibration: Calibration | None
 ) -> RegisteredField:
     smoothing, background = config.filter_sigmas
-    saturated = (bits == full_range(bits.dtype)).sum(axis=(1, 2, 3))
+    ceiling = camera_ceiling(bits)
+    saturated = np.array(map_bits(lambda image: np.count_nonzero(image >= ceiling), bits))
     if experiment.registered:
         everywhere, still = np.ones(bits.shape[-2:], bool), np.zeros((len(bits), 2))
         filtered = bandpass(bits, smoothing=smoothing, background=background)
-        return RegisteredField(filtered, pd.DataFrame(), still, everywhere, saturated)
+        quality = _quality(experiment, fov, bits, filtered, np.full(len(bits), NO_ROUND))
+        return RegisteredField(filtered, pd.DataFrame(), still, everywhere, saturated, quality)
     share = float(np.median(saturated)) / bits[0].size
     if share > MOST_SATURATED:
         raise InputError(
             f"field {fov}: {share:.1%} of the pixels of its bits are saturated, spots cannot be told apart"
         )
-    maps = None
+    raw, maps = bits, None
     if calibration is not None:
         bits, maps = calibration.even_light(bits, experiment.bits), calibration.maps_of_bits(experiment.bits)
     beads, round_of_bit = read_fiducials(experiment, fov)
@@ -88,7 +96,15 @@ def _register(
     shifts = drift[["dy", "dx"]].to_numpy(float)[round_of_bit]
     aligned, valid = align(bits, shifts, maps)
     filtered = bandpass(aligned, smoothing=smoothing, background=background)
-    return RegisteredField(filtered, drift, shifts, valid, saturated)
+    quality = _quality(experiment, fov, raw, filtered, round_of_bit)
+    return RegisteredField(filtered, drift, shifts, valid, saturated, quality)
+
+
+def _quality(
+    experiment: Experiment, fov: int, raw: np.ndarray, filtered: np.ndarray, round_of_bit: np.ndarray
+) -> pd.DataFrame:
+    names, colors = [bit.name for bit in experiment.bits], [bit.color for bit in experiment.bits]
+    return measure_quality(fov, raw, filtered, names, round_of_bit.tolist(), colors)
 
 
 def known_light(experiment: Experiment, config: RunConfig) -> dict[str, KnownLight]:
@@ -101,9 +117,22 @@ def known_light(experiment: Experiment, config: RunConfig) -> dict[str, KnownLig
     return {color: KnownLight(flats.get(color), config.dark_level) for color in colors}
 
 
-def full_range(dtype: np.dtype) -> float:
-    """The largest value of a camera that counts in this type."""
-    return float(np.iinfo(dtype).max) if dtype.kind in "ui" else np.inf
+def chosen_stains(experiment: Experiment, config: RunConfig) -> tuple[str | None, str | None]:
+    """Names of the stains of nuclei and cytoplasm as the experiment has them; None for a default that it has not.
+
+    Raises InputError for one that the configuration names and the experiment has not.
+    """
+    known = {stain.name.lower(): stain.name for stain in experiment.stains}
+    chosen = []
+    for field in ("nuclei_stain", "cytoplasm_stain"):
+        asked = getattr(config, field)
+        found = known.get(asked.lower())
+        if found is None and field in config.model_fields_set:
+            raise InputError(
+                f"{field}: the experiment has no stain {shown(asked)}; it has {', '.join(known.values()) or 'none'}"
+            )
+        chosen.append(found)
+    return chosen[0], chosen[1]
 
 
 def register_stain(experiment: Experiment, fov: int, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The only module that opens image files: TIFF, OME-TIFF, .dax, .nd2, .npy, Zarr and OME-Zarr.
+"""The only way to image files: TIFF, OME-TIFF, .dax, .nd2, .npy, Zarr and OME-Zarr.
 
 An image file is a movie here: frames counted from 0 in file order, whatever axes the file names, as microscopes'
 data organizations count them. Headers are read apart from frames, so that a whole experiment can be checked first.
@@ -7,30 +7,27 @@ data organizations count them. Headers are read apart from frames, so that a who
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from merfish._text import kind_of
 from merfish.errors import InputError
+from merfish.imaging import _tiff, _zarr
+from merfish.imaging._header import MOST_FRAME, Header, refuse_bomb
+
+__all__ = ["SUFFIXES", "Header", "fingerprint", "is_constant", "read_frames", "read_header", "read_stack"]
 
 _SAMPLE = 1 << 16  # bytes
-_MAX_FRAME = 1 << 32  # bytes; a header that asks for more is damaged
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says about its frames. ``problem`` is empty, or why its frames cannot be read or trusted."""
-
-    frames: int
-    shape: tuple[int, int]
-    dtype: np.dtype[Any]
-    problem: str = ""
+_MAX_INF = 1 << 16  # bytes of the text beside a .dax
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -41,8 +38,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     path = Path(path)
     with _understood(path):
         header: Header = _FORMATS[_suffix(path)][0](path)
-        if header.shape[0] * header.shape[1] * header.dtype.itemsize > _MAX_FRAME:
-            raise InputError(f"{path}: its header asks for frames of {header.shape[1]} x {header.shape[0]} px")
+        size = f"{header.shape[1]} x {header.shape[0]} px"
+        if header.frame_bytes > MOST_FRAME:
+            raise InputError(f"{path}: its header asks for frames of {size}, {header.frame_bytes} bytes each")
+        if not header.problem and (header.frame_bytes == 0 or header.frames == 0):
+            return replace(header, problem=f"{header.frames} frames of {size}: no pixels")
         return header
 
 
@@ -57,7 +57,11 @@ def read_frames(path: str | os.PathLike[str], frames: Sequence[int]) -> np.ndarr
         beyond = [frame for frame in frames if not 0 <= frame < found.frames]
         if found.problem or beyond:
             raise InputError(f"{path}: " + (found.problem or f"frame {beyond[0]} asked of {found.frames} frames"))
+        if path.is_file():  # of Zarr each chunk is checked
+            refuse_bomb(path, len(set(frames)) * found.frame_bytes, path.stat().st_size)
         images = np.asarray(_FORMATS[_suffix(path)][1](path, frames, found))
+        if images.shape != (len(frames), *found.shape):
+            raise InputError(f"{path}: images of shape {images.shape}, its header says {(len(frames), *found.shape)}")
     return images.astype(images.dtype.newbyteorder("="), copy=False)
 
 
@@ -99,13 +103,11 @@ def read_stack(path: str | os.PathLike[str]) -> np.ndarray:
     with _understood(path):
         suffix = _suffix(path)
         if suffix == ".npy":
-            stack, axes = _load_npy(path), ""
+            stack, axes = np.array(_load_npy(path)), ""
         elif suffix == ".zarr":
-            array, axes = _open_zarr(path)
-            _refuse(path, _missing_chunks(array))
-            stack = np.asarray(array[:])
+            stack, axes = _zarr.read_stack(path)
         elif suffix in (".tif", ".tiff"):
-            stack, axes = _tiff_stack(path)
+            stack, axes = _tiff.read_stack(path)
         else:
             raise InputError(f"{path}: expected a stack as .npy, .tif, .ome.tif or .zarr")
     stack = _in_order(path, stack, axes.upper())
@@ -140,14 +142,28 @@ def _in_order(path: Path, stack: np.ndarray, axes: str) -> np.ndarray:
 @contextmanager
 def _understood(path: Path) -> Iterator[None]:
     """Turn whatever a reader raises on a file that it cannot understand into an InputError that names the file."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
+    _refuse_special(path)
     try:
         yield
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"{path}: cannot be read as an image: {error or type(error).__name__}") from error
+
+
+def _refuse_special(path: Path) -> None:
+    """Raise InputError for what is not there, and for what never ends or never answers: pipes, sockets, devices."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if path.is_symlink():
+            raise InputError(f"{path}: links to {os.readlink(path)}: {error.strerror}") from error
+        raise InputError(f"{path}: no such file" + (f": {error.strerror}" if path.name else "")) from error
+    except ValueError as error:  # a NUL in the name
+        raise InputError(f"{path}: no such file: {error}") from error
+    folder = path.suffix.lower() == ".zarr"
+    if not (stat.S_ISDIR(status.st_mode) if folder else stat.S_ISREG(status.st_mode)):
+        raise InputError(f"{path}: expected {'a folder' if folder else 'a regular file'}, got {kind_of(status)}")
 
 
 def _refuse(path: Path, problem: str) -> None:
@@ -162,93 +178,6 @@ def _suffix(path: Path) -> str:
     return suffix
 
 
-# --- TIFF: pages in file order. tifffile's series are not used for movies: some microscopes make every frame a
-# series of its own, and a page-wise stack that was cut short shows as fewer pages without complaint.
-
-
-def _open_tiff(path: Path) -> Any:
-    import tifffile
-
-    # An OME-TIFF may name other files, anywhere; only this one is read.
-    return tifffile.TiffFile(path, _multifile=False)
-
-
-def _tiff_pages(tif: Any) -> list[Any]:
-    return [page for page in tif.pages if not page.is_reduced]
-
-
-def _tiff_contiguous(tif: Any, pages: list[Any]) -> tuple[int, int] | None:
-    """(frames, offset) if a single page's header stands for frames that follow each other (ImageJ, tifffile)."""
-    series = tif.series if len(pages) == 1 else []
-    if len(series) == 1 and series[0].dataoffset is not None:
-        frames = int(np.prod(series[0].shape, dtype=np.int64)) // int(np.prod(pages[0].shape, dtype=np.int64))
-        if frames > 1:
-            return frames, series[0].dataoffset
-    return None
-
-
-def _tiff_header(path: Path) -> Header:
-    with _open_tiff(path) as tif:
-        pages = _tiff_pages(tif)
-        if not pages:
-            raise InputError(f"{path}: a TIFF file without images")
-        page = pages[0]
-        frames, problem = len(pages), ""
-        if len(page.shape) != 2:
-            return Header(
-                frames, page.shape[:2], np.dtype(page.dtype), f"frames of shape {page.shape}, expected (y, x)"
-            )
-        size = tif.filehandle.size
-        if contiguous := _tiff_contiguous(tif, pages):
-            frames, offset = contiguous
-            held = (size - offset) // page.nbytes
-            if held < frames:
-                problem = f"cut short: its header promises {frames} frames, its {size} bytes hold {held}"
-        else:
-            problem = _tiff_problem(pages, size)
-        return Header(frames, page.shape, np.dtype(page.dtype), problem)
-
-
-def _tiff_problem(pages: list[Any], size: int) -> str:
-    first = pages[0]
-    for number, page in enumerate(pages):
-        if page.shape != first.shape or page.dtype != first.dtype:
-            return f"frame {number} is {page.dtype} {page.shape}, frame 0 {first.dtype} {first.shape}"
-        # Zero bytes or offset mark a tile that was never written; tifffile would fill it with zeros.
-        ends = [o + n if o and n else size + 1 for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
-        if not ends or max(ends) > size:
-            return f"cut short: the pixels of frame {number} are not all within its {size} bytes"
-        if page.compression == 1 and sum(page.databytecounts) < page.nbytes:
-            return f"cut short: frame {number} has {sum(page.databytecounts)} bytes of pixels, expected {page.nbytes}"
-    # After the last page of a whole file the chain of pages ends; one that was cut points beyond the end.
-    return ""
-
-
-def _tiff_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray:
-    with _open_tiff(path) as tif:
-        pages = _tiff_pages(tif)
-        if contiguous := _tiff_contiguous(tif, pages):
-            _, offset = contiguous
-            dtype = header.dtype.newbyteorder(tif.byteorder)
-            movie = np.memmap(path, dtype, "r", offset, (header.frames, *header.shape))
-            return np.stack([movie[frame] for frame in frames])
-        return np.stack([pages[frame].asarray() for frame in frames])
-
-
-def _tiff_stack(path: Path) -> tuple[np.ndarray, str]:
-    """A whole TIFF as one array and the names of its axes, "" if it names none for all its pages."""
-    header = _tiff_header(path)
-    _refuse(path, header.problem)
-    with _open_tiff(path) as tif:
-        series = tif.series
-        if len(series) == 1 and series[0].size == header.frames * header.shape[0] * header.shape[1]:
-            named = series[0].axes if tif.is_ome or tif.is_imagej else ""
-            return series[0].asarray(), named
-        if tif.is_ome and len(series) > 1:
-            raise InputError(f"{path}: an OME-TIFF with {len(series)} images; expected one stack")
-    return _tiff_frames(path, range(header.frames), header), ""
-
-
 # --- .dax: frames of raw 16-bit integers; size and byte order stand in the .inf file beside it.
 
 
@@ -256,11 +185,13 @@ def _dax_info(path: Path) -> tuple[int, tuple[int, int], np.dtype[Any]]:
     inf = path.with_suffix(".inf")
     if not inf.exists():
         raise InputError(f"{inf}: missing; it must say frame dimensions, number of frames and data type of {path.name}")
-    if inf.resolve().parent != path.resolve().parent:
+    if os.path.dirname(os.path.realpath(inf)) != os.path.dirname(os.path.realpath(path)):
         raise InputError(f"{inf}: links to a file outside the folder of {path.name}")
-    text = inf.read_text(encoding="utf-8", errors="replace")
-    size = re.search(r"frame dimensions\s*=\s*(\d+)\s*x\s*(\d+)", text, re.IGNORECASE)
-    count = re.search(r"number of frames\s*=\s*(\d+)", text, re.IGNORECASE)
+    _refuse_special(inf)
+    with open(inf, encoding="utf-8", errors="replace") as file:
+        text = file.read(_MAX_INF)
+    size = re.search(r"frame dimensions\s*=\s*([0-9]{1,9})\s*x\s*([0-9]{1,9})\b", text, re.IGNORECASE)
+    count = re.search(r"number of frames\s*=\s*([0-9]{1,9})\b", text, re.IGNORECASE)
     kind = re.search(r"data type\s*=\s*16 bit integers \(binary, (little|big) endian\)", text, re.IGNORECASE)
     for field, found in (("frame dimensions = W x H", size), ("number of frames = N", count)):
         if not found:
@@ -325,7 +256,7 @@ def _nd2_channels(file: Any) -> int:
 def _nd2_header(path: Path) -> Header:
     with _open_nd2(path) as file:
         sizes = dict(file.sizes)
-        images = int(np.prod([size for axis, size in sizes.items() if axis not in "CYXS"], dtype=np.int64))
+        images = math.prod(int(size) for axis, size in sizes.items() if axis not in "CYXS")
         problem = "colour images (RGB), expected one value a pixel" if "S" in sizes else ""
         if sizes.get("P", 1) > 1:
             problem = f"holds {sizes['P']} stage positions, expected a file a field"
@@ -346,66 +277,34 @@ def _nd2_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
 # --- .npy and Zarr: arrays whose last two axes are y, x; the axes before count frames.
 
 
-def _load_npy(path: Path, mmap: bool = False) -> np.ndarray:
-    array: np.ndarray = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+def _load_npy(path: Path) -> np.ndarray:
+    # mapped: a header that promises more than the file holds is refused, before any memory is asked for
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
 
 def _array_header(shape: tuple[int, ...], dtype: np.dtype[Any], problem: str = "") -> Header:
     if len(shape) < 2:
         return Header(0, (0, 0), dtype, f"an array of shape {shape}, expected (frame, y, x)")
-    return Header(int(np.prod(shape[:-2], dtype=np.int64)), (shape[-2], shape[-1]), dtype.newbyteorder("="), problem)
+    return Header(math.prod(shape[:-2]), (shape[-2], shape[-1]), dtype.newbyteorder("="), problem)
 
 
 def _npy_header(path: Path) -> Header:
-    array = _load_npy(path, mmap=True)
+    array = _load_npy(path)
     return _array_header(array.shape, array.dtype)
 
 
 def _npy_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray:
-    movie = _load_npy(path, mmap=True).reshape(-1, *header.shape)
+    movie = _load_npy(path).reshape(-1, *header.shape)
     return np.stack([movie[frame] for frame in frames])
 
 
-def _open_zarr(path: Path) -> tuple[Any, str]:
-    """The array of a Zarr store, or the full resolution of an OME-Zarr image, and the names of its axes."""
-    import zarr
-
-    node = zarr.open(str(path), mode="r")
-    if isinstance(node, zarr.Array):
-        names = getattr(node.metadata, "dimension_names", None)
-        return node, "".join(str(name)[:1] for name in names) if names and all(names) else ""
-    attributes: dict[str, Any] = dict(node.attrs)
-    images = (attributes.get("ome") or attributes).get("multiscales")
-    if not images:
-        raise InputError(f"{path}: a Zarr group without OME multiscales; expected an array or an OME-Zarr image")
-    axes = [axis["name"] if isinstance(axis, dict) else str(axis) for axis in images[0].get("axes", [])]
-    return node[images[0]["datasets"][0]["path"]], "".join(name[:1] for name in axes)
-
-
-def _missing_chunks(array: Any) -> str:
-    """Zarr reads a chunk that is not there as zeros, which no camera measures."""
-    missing = array.nchunks - array.nchunks_initialized
-    return f"{missing} of its {array.nchunks} chunks are missing" if missing > 0 else ""
-
-
-def _zarr_header(path: Path) -> Header:
-    array, _ = _open_zarr(path)
-    return _array_header(tuple(array.shape), np.dtype(array.dtype), _missing_chunks(array))
-
-
-def _zarr_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray:
-    array, _ = _open_zarr(path)
-    places = [np.unravel_index(frame, array.shape[:-2]) if array.ndim > 2 else () for frame in frames]
-    return np.stack([np.asarray(array[place]) for place in places])
-
-
 _FORMATS: dict[str, tuple[Any, Any]] = {
-    ".tif": (_tiff_header, _tiff_frames),
-    ".tiff": (_tiff_header, _tiff_frames),
+    ".tif": (_tiff.read_header, _tiff.read_frames),
+    ".tiff": (_tiff.read_header, _tiff.read_frames),
     ".dax": (_dax_header, _dax_frames),
     ".nd2": (_nd2_header, _nd2_frames),
     ".npy": (_npy_header, _npy_frames),
-    ".zarr": (_zarr_header, _zarr_frames),
+    ".zarr": (_zarr.read_header, _zarr.read_frames),
 }
 SUFFIXES = tuple(_FORMATS)

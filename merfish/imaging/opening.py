@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from merfish._files import refuse_escape
+from merfish._text import listed
 from merfish.codebook import Codebook, read_codebook
 from merfish.errors import InputError
 from merfish.imaging import images
@@ -30,8 +31,10 @@ from merfish.imaging.organization import (
 )
 from merfish.imaging.registered import open_registered, stack_files
 
-# Seconds that a user's expressions may take over all file names: real ones need microseconds a name.
-MATCH_SECONDS = 20.0
+# Seconds that a user's expressions may take, and for each pair of an expression and a file name: real ones need
+# microseconds. Bytes that the process that matches them may take: some expressions ask for any amount.
+MATCH_SECONDS, MATCH_SECONDS_A_NAME = 5.0, 5e-5
+MATCH_BYTES = 1 << 30
 
 
 def open_experiment(
@@ -70,6 +73,7 @@ def open_experiment(
     scope = read_microscope(tables["microscope"])
     movies = {channel.movie for channel in channels} | {c.fiducial[0] for c in channels if c.fiducial is not None}
     files = _find_files(root, movies, len(stage), tables["data_organization"])
+    _refuse_shared_frames(bits, files, tables["data_organization"])
     return Experiment(root, tables, book, positions=stage, bits=bits, stains=stains, files=files, **scope)
 
 
@@ -90,6 +94,7 @@ def _match_bits(
             raise InputError(f"{path}: bitNumber {bit + 1} stands in several rows: {lines}")
     bits = tuple(rows[bit][0] for bit in range(book.n_bits))
     _check_names(bits, book, path)
+    _refuse_more_bits(channels, bits, path)
     first = bits[0]
     for channel in bits[1:]:
         same = len(channel.z) == len(first.z) and np.allclose(channel.z, first.z, rtol=0, atol=Z_TOLERANCE)
@@ -115,6 +120,60 @@ def _check_names(bits: tuple[Channel, ...], book: Codebook, path: Path) -> None:
                 f"bit {k + 1} is {book.bit_names[k]!r} and its bit {book.bit_names.index(channel.readout) + 1} is "
                 f"{channel.readout!r}"
             )
+
+
+def _refuse_more_bits(channels: Sequence[Channel], bits: Sequence[Channel], path: Path) -> None:
+    """Refuse rows beyond the codebook's bits that are no stains: the codebook is of another, shorter code.
+
+    Labs also number stains and genes that are imaged one by one, far beyond the bits or right after them. A row is a
+    bit if it is called as bits are (bit17 beside bit1 to bit16), or if its number follows theirs without a gap, and it
+    stands in images of the same type and has a colour of theirs.
+    """
+    stems = {_stem(channel.name) for channel in bits}
+    images_of_bits = {(channel.movie.image_type, channel.color) for channel in bits}
+    numbers = {channel.bit for channel in channels}
+    more = []
+    for channel in channels:
+        if channel in bits or channel.stain:
+            continue
+        bit = channel.bit
+        follows = bit is not None and bit < len(channels) and numbers >= set(range(len(bits), bit + 1))
+        if _stem(channel.name) in stems or (follows and (channel.movie.image_type, channel.color) in images_of_bits):
+            more.append(channel)
+    if more:
+        rows = listed([f"line {c.line} ({c.name!r})" for c in more], ", ")
+        raise InputError(
+            f"{path}: the codebook has {len(bits)} bits, but there are more bits here: {rows}; use the codebook of "
+            "this experiment, or if they are stains leave their bitNumber empty"
+        )
+
+
+def _stem(name: str) -> str:
+    """A name without its numbers: those of bits differ in nothing else."""
+    return re.sub(r"[0-9]+", "#", name).lower()
+
+
+def _refuse_shared_frames(bits: Sequence[Channel], files: Mapping[tuple[Movie, int], Path], table: Path) -> None:
+    """Refuse bits that show the same image, and bits that show beads. Different expressions may name the same file."""
+    of_movie: dict[Movie, Path] = {}
+    for (movie, _), path in sorted(files.items(), key=lambda item: item[0][1]):
+        of_movie.setdefault(movie, path)
+    beads: dict[tuple[Path | Movie, int], Channel] = {}
+    for channel in bits:
+        if channel.fiducial is not None:
+            movie, frame = channel.fiducial
+            beads.setdefault((of_movie.get(movie, movie), frame), channel)
+    shown: dict[tuple[Path | Movie, int], Channel] = {}
+    for channel in bits:
+        for frame in channel.frames:
+            place = (of_movie.get(channel.movie, channel.movie), frame)
+            where = f"{table}: line {channel.line} ({channel.name!r}): frame {frame} of image type "
+            where += f"{channel.movie.image_type!r}, round {channel.movie.imaging_round},"
+            if place in beads:
+                raise InputError(f"{where} shows the beads of line {beads[place].line} ({beads[place].name!r})")
+            other = shown.setdefault(place, channel)
+            if other is not channel:
+                raise InputError(f"{where} is also that of line {other.line} ({other.name!r}); each bit has its own")
 
 
 def _find_files(root: Path, movies: Iterable[Movie], n_fovs: int, table: Path) -> dict[tuple[Movie, int], Path]:
@@ -164,14 +223,19 @@ def _name_number(where: str, group: str, text: str | None, default: int | None) 
 # exponential time. An expression must match a name up to its extension; if it matches none so, from its start.
 _MATCHER = r"""
 import json, re, sys
-expressions, names = json.load(sys.stdin)
+expressions, names, most = json.load(sys.stdin)
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+except ImportError:
+    pass  # Windows
 stem = re.compile(r"(?:\.ome)?\.[A-Za-z0-9]+$")
 result = []
 for text in expressions:
     try:
         pattern = re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        result.append(str(error))
+    except (re.error, OverflowError, RecursionError, MemoryError) as error:
+        result.append(str(error) or type(error).__name__)
         continue
     groups = {}
     for name in names:
@@ -186,24 +250,30 @@ json.dump(result, sys.stdout)
 
 
 def match_names(expressions: list[str], names: list[str]) -> list[dict[str, dict[str, str | None]] | str]:
-    """Match every name against every expression within `MATCH_SECONDS`.
+    """Match every name against every expression, in bounded time and memory.
 
     Returns, for each expression, the groups of each name that it matches, or what is wrong with it.
-    Raises InputError if matching takes too long.
+    Raises InputError if matching takes too long or too much memory.
     """
+    seconds = MATCH_SECONDS + MATCH_SECONDS_A_NAME * len(names) * len(expressions)
     try:
         answer = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _MATCHER],
-            input=json.dumps([expressions, names]),
+            input=json.dumps([expressions, names, MATCH_BYTES]),
             capture_output=True,
             text=True,
-            timeout=MATCH_SECONDS,
+            timeout=seconds,
             check=True,
         )
     except subprocess.TimeoutExpired as error:
         raise InputError(
-            f"matching {len(names)} file names took more than {MATCH_SECONDS:g} s; simplify the expressions: "
+            f"matching {len(names)} file names took more than {seconds:.3g} s; simplify the expressions: "
             + " ; ".join(expressions)
+        ) from error
+    except subprocess.CalledProcessError as error:
+        why = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+        raise InputError(
+            f"matching {len(names)} file names failed ({why}); simplify the expressions: " + " ; ".join(expressions)
         ) from error
     result: list[dict[str, dict[str, str | None]] | str] = json.loads(answer.stdout)
     return result

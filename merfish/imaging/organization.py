@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -10,16 +11,23 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from merfish._text import has_control, read_text, shown
 from merfish.errors import InputError
 
 NO_ROUND = -1
 Z_TOLERANCE = 1e-3  # micrometre; planes closer than this are one plane
 _MAX_EXPRESSION = 1000
+_MAX_ROWS = 1000  # of a data organization: 64 bits, stains, genes imaged one by one
+_MAX_PLANES = 10_000  # in a list of frames
+_MAX_INDEX = 10_000_000  # frames, rounds and bit numbers beyond are damage
+_MAX_PLACE = 1e7  # micrometre, 10 m: beyond any stage
+_PIXELS = (1e-3, 1e3)  # micrometre; beyond any microscope
+_MAX_MICROSCOPE = 1 << 16  # bytes
+_MAX_SIDE = 1 << 16  # pixel of an image
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Channel:
 
     bit: column of the codebook, from 0, or None for a stain. frames: indices in the movie from 0, one a plane of
     ``z`` (micrometre, ascending). fiducial: movie and frame that show the beads of the same imaging round, if any.
+    stain: whether the table says that it is one, by an empty bitNumber.
     """
 
     name: str
@@ -48,6 +57,7 @@ class Channel:
     frames: tuple[int, ...]
     z: tuple[float, ...]
     fiducial: tuple[Movie, int] | None
+    stain: bool = False
 
 
 def read_microscope(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -57,24 +67,31 @@ def read_microscope(path: str | os.PathLike[str]) -> dict[str, Any]:
     horizontally, not vertically; without ``image_dimensions`` every size is accepted if all files agree.
     """
     try:
-        given = json.loads(_read_text(path, "microscope file"))
-    except json.JSONDecodeError as error:
+        given = json.loads(read_text(path, "microscope file", _MAX_MICROSCOPE))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(given, dict):
         raise InputError(f"{path}: expected an object with microns_per_pixel, got {type(given).__name__}")
     scale = given.get("microns_per_pixel")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (0 < scale < math.inf):
-        raise InputError(f"{path}: microns_per_pixel: expected a positive number, got {scale!r}")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not (_PIXELS[0] <= scale <= _PIXELS[1]):
+        raise InputError(
+            f"{path}: microns_per_pixel: expected a positive number from {_PIXELS[0]:g} to {_PIXELS[1]:g}, "
+            f"got {shown(scale)}"
+        )
     flags = {"transpose": True, "flip_horizontal": True, "flip_vertical": False}
     for key in flags:
         flags[key] = given.get(key, flags[key])
         if not isinstance(flags[key], bool):
-            raise InputError(f"{path}: {key}: expected true or false, got {flags[key]!r}")
+            raise InputError(f"{path}: {key}: expected true or false, got {shown(flags[key])}")
     size = given.get("image_dimensions")
     if size is not None:
-        whole = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-        if not whole:
-            raise InputError(f"{path}: image_dimensions: expected [width, height] in pixel, got {size!r}")
+        whole = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
+        if not whole or not all(0 < side <= _MAX_SIDE for side in size):
+            raise InputError(
+                f"{path}: image_dimensions: expected [width, height] in pixel, at most {_MAX_SIDE}, got {shown(size)}"
+            )
         size = (size[0], size[1])
     return {"microns_per_pixel": float(scale), "image_dimensions": size, **flags}
 
@@ -82,16 +99,19 @@ def read_microscope(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_positions(path: str | os.PathLike[str]) -> np.ndarray:
     """Read stage positions: no header, ``x,y`` in micrometre, row i = field i. Returns (fov, 2) float64."""
     rows = []
-    for line, text in enumerate(_read_text(path, "positions").splitlines(), start=1):
+    for line, text in enumerate(read_text(path, "positions").split("\n"), start=1):
         fields = [field for field in re.split(r"[,;\s]+", text.strip()) if field]
         if not fields:
             continue
         try:
             x, y = (float(field) for field in fields)
         except ValueError:
-            raise InputError(f"{path}: line {line}: expected x,y in micrometre, got {text.strip()!r}") from None
-        if not (math.isfinite(x) and math.isfinite(y)):
-            raise InputError(f"{path}: line {line}: expected finite x,y, got {text.strip()!r}")
+            raise InputError(f"{path}: line {line}: expected x,y in micrometre, got {shown(text.strip())}") from None
+        if not (abs(x) <= _MAX_PLACE and abs(y) <= _MAX_PLACE):  # NaN neither
+            raise InputError(
+                f"{path}: line {line}: expected finite x,y in micrometre, at most {_MAX_PLACE:g}, "
+                f"got {shown(text.strip())}"
+            )
         rows.append((x, y))
     if not rows:
         raise InputError(f"{path}: no positions; expected one line x,y a field")
@@ -122,19 +142,10 @@ def read_data_organization(path: str | os.PathLike[str], bit_names: Iterable[str
     return tuple(channels)
 
 
-def _read_text(path: str | os.PathLike[str], what: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the {what}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: the {what} is not UTF-8 text: {error}") from error
-
-
 def _read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, str]]]:
-    reader = csv.reader(_read_text(path, "data organization").splitlines(), skipinitialspace=True)
+    reader = csv.reader(io.StringIO(read_text(path, "data organization"), newline=""), skipinitialspace=True)
     header: list[str] | None = None
-    rows = []
+    rows: list[tuple[int, dict[str, str]]] = []
     try:
         for fields in reader:
             fields = [field.strip() for field in fields]
@@ -142,7 +153,12 @@ def _read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, str]]]
                 continue
             if header is None:
                 header = fields
+                doubled = sorted({name for name in header if name and header.count(name) > 1})
+                if doubled:
+                    raise InputError(f"{path}: several columns are called {', '.join(map(shown, doubled))}")
                 continue
+            if len(rows) == _MAX_ROWS:
+                raise InputError(f"{path}: more than {_MAX_ROWS} rows; expected one a channel")
             if len(fields) > len(header) and any(fields[len(header) :]):
                 raise InputError(
                     f"{path}: line {reader.line_num} has {len(fields)} fields, the header {len(header)}; "
@@ -162,15 +178,18 @@ def _parse_row(path: str | os.PathLike[str], line: int, row: dict[str, str], pla
     where = f"{path}: line {line} ({name!r})"
     if not name:
         raise InputError(f"{path}: line {line}: the channel has no name")
+    for field, text in row.items():
+        if has_control(text):
+            raise InputError(f"{where}: {field}: expected one line of plain text, got {shown(text)}")
     frames = _numbers(where, "frame", row["frame"], int)
     z = _numbers(where, "zPos", row.get("zPos") or "0", float)
     if len(z) != len(frames):
         raise InputError(f"{where}: {len(frames)} values in frame but {len(z)} in zPos")
-    if frames and min(frames) < 0:
-        raise InputError(f"{where}: frame: expected indices from 0, got {row['frame']!r}")
+    if min(frames) < 0:
+        raise InputError(f"{where}: frame: expected indices from 0, got {shown(row['frame'])}")
     order = sorted(range(len(z)), key=z.__getitem__)
     if any(z[b] - z[a] < Z_TOLERANCE for a, b in pairwise(order)):
-        raise InputError(f"{where}: zPos: a plane is listed twice in {row['zPos']!r}")
+        raise InputError(f"{where}: zPos: a plane is listed twice in {shown(row.get('zPos'))}")
     if "bitNumber" in row:
         number = row["bitNumber"]
         bit = None if number.lower() in ("", "nan") else _integer(where, "bitNumber", number, 1) - 1
@@ -186,6 +205,7 @@ def _parse_row(path: str | os.PathLike[str], line: int, row: dict[str, str], pla
         frames=tuple(frames[i] for i in order),
         z=tuple(z[i] for i in order),
         fiducial=_fiducial(where, row),
+        stain="bitNumber" in row and bit is None,
     )
 
 
@@ -194,7 +214,7 @@ def _fiducial(where: str, row: dict[str, str]) -> tuple[Movie, int] | None:
         return None
     (frame, *others) = _numbers(where, "fiducialFrame", row["fiducialFrame"], int)
     if others or frame < 0:
-        raise InputError(f"{where}: fiducialFrame: expected one index from 0, got {row['fiducialFrame']!r}")
+        raise InputError(f"{where}: fiducialFrame: expected one index from 0, got {shown(row['fiducialFrame'])}")
     # A table that only names the frame means the channel's own movie.
     columns = {
         "imageType": row.get("fiducialImageType") or row["imageType"],
@@ -224,7 +244,7 @@ def _movie(where: str, row: dict[str, str], type_key: str, regexp_key: str, roun
 def _integer(where: str, field: str, text: str, least: int) -> int:
     (value, *others) = _numbers(where, field, text, int)
     if others or value < least:
-        raise InputError(f"{where}: {field}: expected one integer from {least}, got {text!r}")
+        raise InputError(f"{where}: {field}: expected one integer from {least}, got {shown(text)}")
     return value
 
 
@@ -236,7 +256,13 @@ def _numbers(where: str, field: str, text: str, kind: type) -> list[Any]:
         values = []
     if not values or not all(math.isfinite(value) and value == kind(value) for value in values):
         expected = "integers" if kind is int else "numbers"
-        raise InputError(f"{where}: {field}: expected {expected} such as [0 1 2], got {text!r}")
+        raise InputError(f"{where}: {field}: expected {expected} such as [0 1 2], got {shown(text)}")
+    largest = max(map(abs, values))
+    if len(values) > _MAX_PLANES or largest > (_MAX_INDEX if kind is int else _MAX_PLACE):
+        raise InputError(
+            f"{where}: {field}: {len(values)} numbers up to {largest:g}, expected at most {_MAX_PLANES} numbers up to "
+            f"{_MAX_INDEX if kind is int else _MAX_PLACE:g}"
+        )
     return [kind(value) for value in values]
 
 

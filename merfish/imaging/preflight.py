@@ -14,15 +14,16 @@ import pandas as pd
 from merfish.errors import InputError
 from merfish.imaging import images
 from merfish.imaging.experiment import Experiment
-from merfish.imaging.organization import Movie
+from merfish.imaging.organization import NO_ROUND, Movie
 
 
 def preflight(experiment: Experiment, fovs: Iterable[int] | None = None) -> pd.DataFrame:
     """Check every image file that some fields (default: all) need, reading headers, and look for files given twice.
 
-    Returns one row a field and file: fov, channel (names, comma separated), round, file, expected, found, problem
-    (empty if there is none). Expected are uint16 frames of the microscope's dimensions (else of the commonest size),
-    as many as in most files of the same image type and enough for the data organization.
+    Returns one row a field and file: fov, channel (names, comma separated), round, file (of one that is missing, the
+    expression that its name should match), expected, found, problem (empty if there is none). Expected are uint16
+    frames of the microscope's dimensions (else of the commonest size), as many as in most files of the same image type
+    and enough for the data organization.
 
     Raises InputError for a field without a stage position.
     """
@@ -47,20 +48,25 @@ def preflight(experiment: Experiment, fovs: Iterable[int] | None = None) -> pd.D
     for movie, fov in sources:
         needed = experiment.frames_needed[movie]
         frames = max(usual.get(movie.image_type, 0), max(needed) + 1)
-        found = headers.get((movie, fov), f"missing: no name matches {movie.regexp} with type {movie.image_type!r}")
+        found = headers.get((movie, fov), _missing(movie))
         path = paths.get((movie, fov))
         rows.append(
             {
                 "fov": fov,
                 "channel": ", ".join(dict.fromkeys(name for names in needed.values() for name in names)),
                 "round": movie.imaging_round,
-                "file": path.name if path else "",
+                "file": path.name if path else movie.regexp,
                 "expected": _describe(frames, shape, np.dtype(np.uint16)),
                 "found": found if isinstance(found, str) else _describe(found.frames, found.shape, found.dtype),
                 "problem": _problem(found, frames, max(needed), shape, experiment.registered) or twins.get(path, ""),
             }
         )
     return pd.DataFrame(rows, columns=["fov", "channel", "round", "file", "expected", "found", "problem"])
+
+
+def _missing(movie: Movie) -> str:
+    in_round = "" if movie.imaging_round == NO_ROUND else f" and imaging round {movie.imaging_round}"
+    return f"missing: no name of image type {movie.image_type!r}{in_round} matches this expression"
 
 
 def _header_or_reason(path: Path) -> images.Header | str:
@@ -84,7 +90,7 @@ def _describe(frames: int, shape: tuple[int, int], dtype: np.dtype) -> str:
 
 def _problem(found: images.Header | str, frames: int, last: int, shape: tuple[int, int], registered: bool) -> str:
     if isinstance(found, str):
-        return "missing" if found.startswith("missing") else found
+        return found
     problems = [found.problem] if found.problem else []
     if found.frames <= last:
         problems.append(f"{found.frames} frames, but frame {last} (from 0) is needed")
