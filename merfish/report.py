@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 OVERVIEW = "overview.npy"  # of each field
+MOST_LINES, MOST_ROWS = 5, 100  # of unusual images, on a console and on the page
 WIDE_INCHES = 8.0
 FEWEST_CELLS_DRAWN = 10  # fewer lie too far apart to be seen on one picture
 MOST_CELLS_DRAWN = 50_000  # more are smaller than the pixels of a picture
@@ -100,7 +101,11 @@ def run_sections(out: Path, stage: Path | None = None) -> list[Section]:
         Section(
             "Images",
             [_drift_text(shifts), *bit_warnings(run)],
-            tables=[*_chromatic_table(run["chromatic"]), *_light_table(run["light"])],
+            tables=[
+                *_quality_table(run["quality"]),
+                *_chromatic_table(run["chromatic"]),
+                *_light_table(run["light"]),
+            ],
             figures=[
                 *([picture(plots.drift(shifts), "Drift of each round")] if len(shifts) else []),
                 picture(brightness, "Brightness of a molecule in each bit"),
@@ -148,6 +153,22 @@ def bit_warnings(run: dict[str, Any]) -> list[str]:
         each = ", ".join(f"{name} {count:,}" for name, count in zip(names, total.tolist(), strict=True) if count)
         said.append(f"Saturated pixels, most of them in field {worst}: {each}.")
     return said
+
+
+def quality_lines(quality: dict[str, list[Any]]) -> list[str]:
+    """Fields whose images are unlike those of others, a line each, the first of them."""
+    rows: dict[int, list[str]] = {}
+    for fov, bit, reasons in zip(*(quality.get(name, []) for name in ("fov", "bit", "reasons")), strict=True):
+        rows.setdefault(fov, []).append(f"{bit} {reasons}")
+    lines = [f"field {fov}: {'; '.join(found)}" for fov, found in rows.items()]
+    more = len(lines) - MOST_LINES
+    return lines[:MOST_LINES] + ([f"{more} more fields have unusual images, see the report"] if more > 0 else [])
+
+
+def _quality_table(quality: dict[str, list[Any]]) -> list[Table]:
+    columns = ("fov", "round", "bit", "reasons")
+    rows = list(zip(*(quality.get(name, []) for name in columns), strict=True))[:MOST_ROWS]
+    return [Table(("field", "round", "bit", "what is unusual about its images"), rows)] if rows else []
 
 
 def _light_table(light: dict[str, dict[str, float]]) -> list[Table]:

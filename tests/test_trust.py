@@ -248,6 +248,30 @@ def test_run_without_blanks__keeps_the_posterior(experiment, tmp_path):
     assert "has no blanks" in (tmp_path / "out" / results.REPORT).read_text()
 
 
+# --- images of one field that are unlike the others' ------------------------------------------------------------
+
+
+def test_run__flags_a_bit_that_shows_nothing_in_one_field(experiment, tmp_path):
+    path = experiment / "merfish_001_02.tif"
+    images = tifffile.imread(path)
+    images[0] = 0
+    tifffile.imwrite(path, images, photometric="minisblack")
+    merfish.run(experiment, out=tmp_path / "out")
+    lines = run_summary(tmp_path / "out")["lines"]
+    assert [line for line in lines if line.startswith("field 1: ") and "no image: its pixels are all alike" in line]
+    assert "no image: its pixels are all alike" in (tmp_path / "out" / results.REPORT).read_text()
+
+
+def test_run__of_a_healthy_experiment_flags_nothing(done):
+    assert results.read_run(done)["quality"]["fov"] == []
+
+
+def test_run__a_stain_that_is_asked_for_and_not_there_is_an_error(raw, tmp_path):
+    with pytest.raises(InputError, match="nuclei_stain: the experiment has no stain 'DAPY'"):
+        merfish.run(raw, out=tmp_path / "out", config=RunConfig(nuclei_stain="DAPY"))
+    assert not (tmp_path / "out").exists()
+
+
 # --- damage ---------------------------------------------------------------------------------------------------
 
 

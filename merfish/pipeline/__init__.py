@@ -18,6 +18,7 @@ from merfish.calls.error_model import word_statistics
 from merfish.config import RunConfig, read_config
 from merfish.errors import InputError
 from merfish.imaging.experiment import Experiment
+from merfish.imaging.field import chosen_stains
 from merfish.imaging.opening import open_experiment
 from merfish.imaging.preflight import preflight
 from merfish.pipeline import folder
@@ -94,6 +95,7 @@ def process(
     out = Path(out)
     settings = config if isinstance(config, RunConfig) else read_config(config)
     source = open_experiment(experiment, **dict(tables or {}))
+    chosen_stains(source, settings)  # one that is asked for and not there is said before any work
     chosen = choose_fovs(source, fovs)
     failed = check_files(source, chosen, keep_going)
     refuse_other_results(out)

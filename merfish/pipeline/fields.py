@@ -20,7 +20,7 @@ from merfish.config import RunConfig
 from merfish.decoding.methods import decode_filtered
 from merfish.imaging.calibration import Calibration
 from merfish.imaging.experiment import Experiment
-from merfish.imaging.field import register_field, register_stain
+from merfish.imaging.field import chosen_stains, register_field, register_stain
 from merfish.imaging.normalize import Normalization
 from merfish.pipeline.folder import new_record
 from merfish.report import OVERVIEW
@@ -72,6 +72,7 @@ def process_field(
         "drift": field.drift.to_dict("records"),
         "shape": field.valid.shape,
         "saturated": field.saturated.tolist(),
+        "quality": field.quality.to_dict("list"),
         "n_found": len(calls),
         "n_outlines": len(outlines),
         "seconds": clock.laps,
@@ -100,14 +101,12 @@ def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> list[s
     """Outlines of the cells of a field, pixels of round 0; none without a stain of the nuclei."""
     from merfish.cells.segmentation import outlines, segment
 
-    stains = {stain.name.lower() for stain in experiment.stains}
-    if config.nuclei_stain.lower() not in stains:
+    nuclei, cytoplasm = chosen_stains(experiment, config)
+    if nuclei is None:
         return []
-    nuclei = register_stain(experiment, fov, config.nuclei_stain)
-    cytoplasm = None
-    if config.cytoplasm_stain.lower() in stains:
-        cytoplasm = register_stain(experiment, fov, config.cytoplasm_stain)
-    return list(outlines(segment(nuclei, cytoplasm, experiment.microns_per_pixel)).values())
+    body = None if cytoplasm is None else register_stain(experiment, fov, cytoplasm)
+    labels = segment(register_stain(experiment, fov, nuclei), body, experiment.microns_per_pixel)
+    return list(outlines(labels).values())
 
 
 # --- the files of a record ----------------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from merfish.calls.filtering import few_blanks
 from merfish.codebook import Codebook, check_codebook
 from merfish.config import RunConfig
 from merfish.imaging.experiment import Experiment
+from merfish.imaging.quality import flag_quality
 from merfish.pipeline.manifest import versions
 from merfish.pipeline.reconcile import Fields, Reconciled
 from merfish.pipeline.survey import Calibrated
 from merfish.pipeline.tables import Written
-from merfish.report import bit_warnings, untied_text
+from merfish.report import bit_warnings, quality_lines, untied_text
 
 
 def run_record(
@@ -54,6 +55,7 @@ def run_record(
         "bit_error_rates": bit_error_rates(found.words, book).to_dict("list"),
         "words": words.to_dict("list"),
         "stage": found.stitching.to_dict(),
+        "quality": unusual_images(says),
         "fields": kept,
         "failed": dict(failed),
         "figures": {
@@ -67,6 +69,18 @@ def run_record(
             "transcripts_per_cell": written.transcripts_per_cell,
         },
     }
+
+
+def unusual_images(says: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Bits of fields whose images are unlike those of others, and why: lists of fov, bit, round and reasons."""
+    tables = [pd.DataFrame(said["quality"]) for said in says.values()]
+    if not tables:
+        return {}
+    table = pd.concat(tables, ignore_index=True)
+    numbers = [name for name in table.columns if name not in ("fov", "bit", "round", "color")]
+    flagged = flag_quality(table.astype(dict.fromkeys(numbers, float)))
+    shown = flagged[flagged["reasons"] != ""]
+    return {name: shown[name].tolist() for name in ("fov", "bit", "round", "reasons")}
 
 
 def call_figures(words: WordTally, codebook: Codebook) -> dict[str, Any]:
@@ -121,6 +135,7 @@ def run_summary(out: Path) -> dict[str, Any]:
         *molecule_lines(figures),
         *([f"warning: {notice}"] if notice else []),
         *bit_warnings(record),
+        *quality_lines(record["quality"]),
         *filter(None, [untied_text(record["stage"])]),
         f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules a cell in the median",
         *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),
