@@ -1,0 +1,231 @@
+"""Memory and time of everything after decoding, on intermediates that this script writes as a run would.
+
+    python benchmarks/pipeline_scale.py [--fields 300 3000] [--molecules 60000] [--workers 2] [--folder DIR]
+
+Writes benchmarks/results/pipeline_scale.md. Fields of 2048 x 2048 px lie on a square and overlap by a tenth; both show
+the molecules and cells there. Nine of ten molecules are seen by a field, a few are wrong, the stage errs by 2 um.
+Each size runs in a process of its own; memory is the largest resident set of any process of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import shapely
+
+from merfish import mhd4_codebook, pipeline, results
+from merfish.config import RunConfig
+from merfish.imaging.calibration import Calibration
+from merfish.imaging.experiment import Experiment
+from merfish.imaging.normalize import Normalization
+from merfish.imaging.organization import Channel, Movie
+from merfish.pipeline.cluster import run_map_on
+from merfish.pipeline.fields import CALL_COLUMNS, CALLS, OUTLINES, write_outlines, write_tally
+from merfish.pipeline.folder import new_record, owned, read_record
+from merfish.pipeline.progress import display
+from merfish.pipeline.survey import Calibrated
+from merfish.report import OVERVIEW
+from merfish.transcripts import transcript_table
+
+SIDE, SCALE, TILES = 2048, 0.108, 10  # pixels, micrometre a pixel, tiles along a field; neighbours share one of them
+TILE = SIDE * SCALE / TILES
+CELLS_A_TILE, RADIUS = 3, 6.0
+STAGE_ERROR, PLACE_ERROR, SEEN = 2.0, 0.03, 0.9
+BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
+
+
+def tile(row: int, column: int, n: int) -> tuple[pd.DataFrame, np.ndarray]:
+    """Molecules (about n) and cell outlines of a tile of the tissue, micrometre; the same for every field."""
+    rng = np.random.default_rng([row + 1, column + 1])
+    count = rng.poisson(n)
+    word = rng.choice(np.flatnonzero(~BOOK.is_blank), count)
+    x, y = (rng.random((2, count)) + np.array([[column], [row]])) * TILE
+    centre = (rng.random((CELLS_A_TILE, 2)) + [column, row]) * TILE
+    return pd.DataFrame({"word": word, "x": x, "y": y}), shapely.buffer(shapely.points(centre), RADIUS, quad_segs=8)
+
+
+def true_corner(fov: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """First tile (row, column) of a field, and how far off (x, y, micrometre) the stage stops there."""
+    error = np.random.default_rng([7, fov]).normal(0, STAGE_ERROR, 2)
+    return np.array(divmod(fov, columns)) * (TILES - 1), error
+
+
+def write_field(out: Path, fov: int, columns: int, n_molecules: int) -> None:
+    """One field's record, as `merfish.pipeline.fields.FieldWork` writes it."""
+    first, error = true_corner(fov, columns)
+    parts = [
+        tile(first[0] + r, first[1] + c, n_molecules // TILES**2) for r in range(-1, TILES + 1) for c in range(-1, TILES + 1)
+    ]  # fmt: skip
+    corner = first[::-1] * TILE + error
+    rng = np.random.default_rng([1, fov])
+    molecules = pd.concat([part for part, _ in parts], ignore_index=True)
+    molecules = molecules[rng.random(len(molecules)) < SEEN]
+    place = molecules[["x", "y"]].to_numpy() - corner + rng.normal(0, PLACE_ERROR, (len(molecules), 2))
+    x, y = place.T / SCALE
+    inside = (x >= 0) & (x <= SIDE - 1) & (y >= 0) & (y <= SIDE - 1)
+    odds = rng.normal(4, 3, inside.sum())
+    wrong = rng.random(inside.sum()) < 1 / (1 + np.exp(odds))
+    word = np.where(wrong, rng.integers(BOOK.n_words, size=inside.sum()), molecules["word"].to_numpy()[inside])
+    calls = transcript_table(
+        BOOK, word, x=x[inside], y=y[inside], hamming_distance=0, intensity=1.0, probability=1 / (1 + np.exp(-odds))
+    )
+    cells = np.concatenate([cells for _, cells in parts])
+    pixels = shapely.transform(cells, lambda xy: (xy - corner) / SCALE)
+    seen = shapely.intersection(pixels, shapely.box(-0.5, -0.5, SIDE - 0.5, SIDE - 0.5))
+    seen = seen[shapely.area(seen) > 200]
+    with new_record(results.field_folder(out, fov), {"made": "benchmark"}) as (folder, says):
+        calls[list(CALL_COLUMNS)].to_parquet(folder / CALLS, index=False)
+        write_outlines(list(seen), folder / OUTLINES)
+        np.save(folder / OVERVIEW, np.zeros((SIDE, SIDE), np.uint8))
+        write_tally(calls, folder / "tally.npz")
+        says |= {"drift": [], "shape": (SIDE, SIDE), "saturated": [0] * 16, "n_found": len(calls)}
+        says |= {"n_outlines": len(seen), "seconds": {}, "quality": quality(fov)}
+
+
+def quality(fov: int) -> dict[str, list]:
+    """What a healthy field says of its images."""
+    rng = np.random.default_rng([3, fov])
+    names = ("brightness", "spots", "background", "noise", "width")
+    numbers = {name: (100 * np.exp(rng.normal(0, 0.05, 16))).tolist() for name in names}
+    rest = {"fov": [fov] * 16, "bit": list(BOOK.bit_names), "round": [k // 2 for k in range(16)], "likeness": [0.9] * 16}
+    return {**rest, "color": ["650", "750"] * 8, **numbers}
+
+
+class WriteWork:
+    """Writes one field."""
+
+    def __init__(self, out: Path, columns: int, n_molecules: int) -> None:
+        self.arguments = columns, n_molecules
+        self.out = out
+
+    def __call__(self, fov: int) -> None:
+        write_field(self.out, fov, *self.arguments)
+
+
+def experiment(out: Path, n_fields: int, columns: int) -> Experiment:
+    """An experiment without images."""
+    movie = Movie("none", "(?P<fov>[0-9]+)", -1)
+    bits = tuple(Channel(name, name, 0, k, "650", movie, (k,), (0.0,), None) for k, name in enumerate(BOOK.bit_names))
+    corners = [true_corner(fov, columns)[0][::-1] * TILE for fov in range(n_fields)]
+    return Experiment(
+        out, {}, BOOK, SCALE, False, False, False, None, np.array(corners, float), bits, (), {}, registered=True
+    )
+
+
+def combine(out: Path, n_fields: int, workers: int) -> None:
+    """Everything after decoding."""
+    columns = int(np.ceil(np.sqrt(n_fields)))
+    source = experiment(out, n_fields, columns)
+    calibrated = Calibrated(Calibration(Normalization.identity(16), {}, {}), "", {})
+    with owned(out), display(out, False) as shown, run_map_on(workers if workers > 1 else None) as run_map:
+        says = {}
+        with shown.step("check records"):
+            for fov in range(n_fields):
+                record = read_record(results.field_folder(out, fov))
+                assert record is not None
+                says[fov] = record
+        pipeline.combine(source, RunConfig(), out, says, {}, calibrated, "key", run_map, shown)
+
+
+def measure(folder: Path, n_fields: int, n_molecules: int, workers: int) -> dict[str, float]:
+    """Seconds and peak memory (bytes) of `combine`; intermediates are written where they are not there yet."""
+    out = folder / f"run_{n_fields}"
+    todo = [fov for fov in range(n_fields) if not results.field_folder(out, fov).exists()]
+    columns = int(np.ceil(np.sqrt(n_fields)))
+    with run_map_on(2) as run_map:
+        for fov, failure in run_map(WriteWork(out, columns, n_molecules), todo):
+            assert failure is None, (fov, failure)
+    command = [sys.executable, __file__, "--combine", str(out), "--fields", str(n_fields), "--workers", str(workers)]
+    started = time.perf_counter()
+    process = subprocess.Popen(command)
+    peak: dict[int, int] = {}
+    watch = threading.Thread(target=watch_memory, args=(process, peak))
+    watch.start()
+    assert process.wait() == 0
+    watch.join()
+    record = results.read_run(out)
+    return {
+        "fields": n_fields,
+        "molecules": record["figures"]["n_found"],
+        "cells": record["figures"]["n_cells"],
+        "seconds": time.perf_counter() - started,
+        "peak": max(peak.values()),
+        "steps": record["seconds"],
+        "stage_error_left": stage_error_left(record, columns),
+    }
+
+
+def watch_memory(process: subprocess.Popen, peak: dict[int, int]) -> None:
+    """Note the largest resident set of a process and its children while it runs."""
+    while process.poll() is None:
+        try:
+            parent = psutil.Process(process.pid)
+            for child in (parent, *parent.children(recursive=True)):
+                peak[child.pid] = max(peak.get(child.pid, 0), child.memory_info().rss)
+        except psutil.Error:
+            pass
+        time.sleep(0.2)
+
+
+def stage_error_left(record: dict, columns: int) -> float:
+    """Micrometre, rms along each axis: how far corrected positions are from the true ones, up to a common shift."""
+    positions = np.array(record["stage"]["positions"])
+    true = np.array([first[::-1] * TILE + error for first, error in (true_corner(f, columns) for f in range(len(positions)))])
+    off = positions - true
+    return float(np.sqrt(((off - off.mean(axis=0)) ** 2).mean()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fields", type=int, nargs="+", default=[300, 3000])
+    parser.add_argument("--molecules", type=int, default=60_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--combine", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.combine:
+        combine(options.combine, options.fields[0], options.workers)
+        return
+    folder = options.folder or Path(tempfile.mkdtemp())
+    rows = [measure(folder, n, options.molecules, options.workers) for n in options.fields]
+    steps = [name for name in rows[0]["steps"] if name != "total"]
+    text = [
+        f"Made by `python benchmarks/pipeline_scale.py --fields {' '.join(map(str, options.fields))} "
+        f"--molecules {options.molecules} --workers {options.workers}`.",
+        "",
+        "| fields | molecules found | cells | minutes | peak memory of any process, MB | ms a field | position error left, um |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {r['fields']} | {r['molecules']:,} | {r['cells']:,} | {r['seconds'] / 60:.1f} | {r['peak'] / 1e6:.0f} "
+            f"| {1e3 * r['seconds'] / r['fields']:.0f} | {r['stage_error_left']:.3f} |"
+            for r in rows
+        ),
+        "",
+        "Seconds of each step:",
+        "",
+        "| fields | " + " | ".join(steps) + " |",
+        "|---" * (len(steps) + 1) + "|",
+        *(f"| {r['fields']} | " + " | ".join(f"{r['steps'].get(s, 0):.0f}" for s in steps) + " |" for r in rows),
+    ]  # fmt: skip
+    page = "\n".join(text) + "\n"
+    (Path(__file__).parent / "results" / "pipeline_scale.md").write_text(page)
+    print(page, json.dumps(rows, indent=1))
+    if options.folder is None:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    mp.freeze_support()
+    main()
