@@ -52,7 +52,7 @@ def tile(row: int, column: int, n: int) -> tuple[pd.DataFrame, np.ndarray]:
     count = rng.poisson(n)
     word = rng.choice(np.flatnonzero(~BOOK.is_blank), count)
     x, y = (rng.random((2, count)) + np.array([[column], [row]])) * TILE
-    centre = (rng.random((CELLS_A_TILE, 2)) + [column, row]) * TILE
+    centre = (rng.random((CELLS_A_TILE, 2)) + np.array([column, row])) * TILE
     return pd.DataFrame({"word": word, "x": x, "y": y}), shapely.buffer(shapely.points(centre), RADIUS, quad_segs=8)
 
 
@@ -65,9 +65,8 @@ def true_corner(fov: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
 def write_field(out: Path, fov: int, columns: int, n_molecules: int) -> None:
     """One field's record, as `merfish.pipeline.fields.FieldWork` writes it."""
     first, error = true_corner(fov, columns)
-    parts = [
-        tile(first[0] + r, first[1] + c, n_molecules // TILES**2) for r in range(-1, TILES + 1) for c in range(-1, TILES + 1)
-    ]  # fmt: skip
+    around = range(-1, TILES + 1)
+    parts = [tile(first[0] + r, first[1] + c, n_molecules // TILES**2) for r in around for c in around]
     corner = first[::-1] * TILE + error
     rng = np.random.default_rng([1, fov])
     molecules = pd.concat([part for part, _ in parts], ignore_index=True)
@@ -99,7 +98,12 @@ def quality(fov: int) -> dict[str, list]:
     rng = np.random.default_rng([3, fov])
     names = ("brightness", "spots", "background", "noise", "width")
     numbers = {name: (100 * np.exp(rng.normal(0, 0.05, 16))).tolist() for name in names}
-    rest = {"fov": [fov] * 16, "bit": list(BOOK.bit_names), "round": [k // 2 for k in range(16)], "likeness": [0.9] * 16}
+    rest = {
+        "fov": [fov] * 16,
+        "bit": list(BOOK.bit_names),
+        "round": [k // 2 for k in range(16)],
+        "likeness": [0.9] * 16,
+    }
     return {**rest, "color": ["650", "750"] * 8, **numbers}
 
 
@@ -182,7 +186,9 @@ def watch_memory(process: subprocess.Popen, peak: dict[int, int]) -> None:
 def stage_error_left(record: dict, columns: int) -> float:
     """Micrometre, rms along each axis: how far corrected positions are from the true ones, up to a common shift."""
     positions = np.array(record["stage"]["positions"])
-    true = np.array([first[::-1] * TILE + error for first, error in (true_corner(f, columns) for f in range(len(positions)))])
+    true = np.array(
+        [first[::-1] * TILE + error for first, error in (true_corner(f, columns) for f in range(len(positions)))]
+    )
     off = positions - true
     return float(np.sqrt(((off - off.mean(axis=0)) ** 2).mean()))
 
@@ -205,7 +211,7 @@ def main() -> None:
         f"Made by `python benchmarks/pipeline_scale.py --fields {' '.join(map(str, options.fields))} "
         f"--molecules {options.molecules} --workers {options.workers}`.",
         "",
-        "| fields | molecules found | cells | minutes | peak memory of any process, MB | ms a field | position error left, um |",
+        "| fields | molecules found | cells | minutes | peak memory, MB | ms a field | error of positions, um |",
         "|---|---|---|---|---|---|---|",
         *(
             f"| {r['fields']} | {r['molecules']:,} | {r['cells']:,} | {r['seconds'] / 60:.1f} | {r['peak'] / 1e6:.0f} "

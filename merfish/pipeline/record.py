@@ -73,11 +73,14 @@ def run_record(
 
 def unusual_images(says: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Bits of fields whose images are unlike those of others, and why: lists of fov, bit, round and reasons."""
-    tables = [pd.DataFrame(said["quality"]) for said in says.values()]
-    if not tables:
+    columns: dict[str, list[Any]] = {}
+    for said in says.values():
+        for name, values in said["quality"].items():
+            columns.setdefault(name, []).extend(values)
+    if not columns:
         return {}
-    table = pd.concat(tables, ignore_index=True)
-    numbers = [name for name in table.columns if name not in ("fov", "bit", "round", "color")]
+    table = pd.DataFrame(columns)
+    numbers = [name for name in columns if name not in ("fov", "bit", "round", "color")]
     flagged = flag_quality(table.astype(dict.fromkeys(numbers, float)))
     shown = flagged[flagged["reasons"] != ""]
     return {name: shown[name].tolist() for name in ("fov", "bit", "round", "reasons")}

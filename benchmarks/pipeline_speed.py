@@ -1,0 +1,97 @@
+"""Where a run's time goes: one large field, 3,000 tiny ones, and one worker against two.
+
+    python benchmarks/pipeline_speed.py [--only field tiny scaling] [--tiny 3000]
+
+Writes benchmarks/results/pipeline_speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+import merfish
+from merfish import mhd4_codebook, results, simulate_stack
+from merfish.codebook import write_codebook
+from merfish.simulate import simulate_experiment
+
+
+def field(folder: Path, _: int) -> list[str]:
+    """A field of 16 bits, beads and two stains, 2048 x 2048 px, from its files to its record, all cores."""
+    raw = simulate_experiment(folder / "raw", fields=(1, 2), shape=(2048, 2048), seed=1)
+    for k in range(2):  # kernels are compiled, or read from their cache, by the first
+        merfish.run(raw, out=folder / f"out{k}")
+    record = results.read_run(folder / "out1")
+    rows = ["| field | register | decode | segment | write | all |", "|---|---|---|---|---|---|"]
+    for fov, said in record["fields"].items():
+        seconds = [said["seconds"][name] for name in ("register", "decode", "segment", "write")]
+        rows.append(f"| {fov} | " + " | ".join(f"{s:.2f} s" for s in (*seconds, sum(seconds))) + " |")
+    steps = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record["seconds"].items())
+    return [*rows, "", f"The whole run of two fields: {steps}."]
+
+
+def tiny(folder: Path, n: int) -> list[str]:
+    """Registered stacks of 16 x 24 x 24 px, so small that nearly all time is that of the run around the decoder."""
+    book = mhd4_codebook([f"gene{k}" for k in range(130)])
+    raw = folder / "raw"
+    raw.mkdir()
+    write_codebook(book, raw / "codebook.csv")
+    (raw / "microscope.json").write_text('{"microns_per_pixel": 0.1}')
+    side = int(np.ceil(np.sqrt(n)))
+    (raw / "positions.csv").write_text("".join(f"{2.4 * (k % side)},{2.4 * (k // side)}\n" for k in range(n)))
+    stack, _ = simulate_stack(book, shape=(384, 384), density=0.01, seed=0)
+    rng = np.random.default_rng(0)
+    for k in range(n):
+        top, left = rng.integers(0, 360, 2)
+        np.save(raw / f"stack_{k}.npy", stack[:, top : top + 24, left : left + 24])
+    rows = ["| fields | processes | ms a field | peak memory of the parent, MB |", "|---|---|---|---|"]
+    for fovs, workers in ((range(n // 10), None), (range(n), None), (range(n), 2)):
+        started = time.perf_counter()
+        merfish.run(raw, out=folder / f"out {len(fovs)} {workers}", fovs=list(fovs), workers=workers)
+        spent = 1e3 * (time.perf_counter() - started) / len(fovs)
+        peak = psutil.Process().memory_info().rss / 1e6
+        rows.append(f"| {len(fovs)} | {workers or 'this one'} | {spent:.0f} | {peak:.0f} |")
+    return rows
+
+
+def scaling(folder: Path, _: int) -> list[str]:
+    """16 fields of 1024 x 1024 px by one worker with one core, and by two."""
+    raw = simulate_experiment(folder / "raw", fields=(4, 4), shape=(1024, 1024), seed=2)
+    merfish.run(raw, out=folder / "warm", fovs=[0], workers=2)
+    seconds = {}
+    for workers in (1, 2):
+        merfish_run = merfish.run(raw, out=folder / f"out{workers}", workers=workers)
+        assert merfish_run.n_obs
+        seconds[workers] = results.read_run(folder / f"out{workers}")["seconds"]
+    rows = ["| step | 1 worker | 2 workers | ratio |", "|---|---|---|---|"]
+    for name in ("calibrate", "fields", "total"):
+        one, two = seconds[1][name], seconds[2][name]
+        rows.append(f"| {name} | {one:.1f} s | {two:.1f} s | {one / two:.2f} |")
+    return rows
+
+
+def main() -> None:
+    parts: dict[str, Callable[[Path, int], list[str]]] = {"field": field, "tiny": tiny, "scaling": scaling}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--tiny", type=int, default=3000)
+    options = parser.parse_args()
+    page = Path(__file__).parent / "results" / "pipeline_speed.md"
+    known = dict(part.split("\n\n", 1) for part in page.read_text().split("## ")[1:]) if page.is_file() else {}
+    for name in options.only:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = parts[name](Path(folder), options.tiny)
+        known[name] = f"{parts[name].__doc__}\n\n" + "\n".join(lines)
+        print(known[name])
+    text = "".join(f"## {name}\n\n{known[name].strip()}\n\n" for name in parts if name in known)
+    page.write_text(f"Made by `python benchmarks/pipeline_speed.py`.\n\n{text.strip()}\n")
+
+
+if __name__ == "__main__":
+    main()
