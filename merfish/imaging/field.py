@@ -156,8 +156,12 @@ def register_stains(
     if reference is None:
         return images, dict.fromkeys(names, "the bits have no beads, to which its own could be compared")
     faults = {name: "it has no beads" for name in names if name not in beads}
-    drift = measure_drift(np.stack([reference, *beads.values()])).iloc[1:]
-    for name, (_, row) in zip(beads, drift.iterrows(), strict=True):
+    # stains of one round share its beads
+    of = {name: next(other for other in beads if np.array_equal(beads[other], own)) for name, own in beads.items()}
+    distinct = list(dict.fromkeys(of.values()))
+    drift = measure_drift(np.stack([reference, *(beads[name] for name in distinct)])).iloc[1:].set_index([distinct])
+    for name in beads:
+        row = drift.loc[of[name]]
         if row["ok"]:
             images[name] = align(images[name][None], np.array([[row["dy"], row["dx"]]], float))[0][0]
         else:
