@@ -159,7 +159,7 @@ def register_stains(
     # stains of one round share its beads
     of = {name: next(other for other in beads if np.array_equal(beads[other], own)) for name, own in beads.items()}
     distinct = list(dict.fromkeys(of.values()))
-    drift = measure_drift(np.stack([reference, *(beads[name] for name in distinct)])).iloc[1:].set_index([distinct])
+    drift = measure_drift(np.stack([reference, *(beads[name] for name in distinct)])).iloc[1:].set_axis(distinct)
     for name in beads:
         row = drift.loc[of[name]]
         if row["ok"]:
