@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from merfish.config import RunConfig
 from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration, Survey
 from merfish.imaging.experiment import Experiment
-from merfish.imaging.frames import read_bits, read_fiducials, read_stain
+from merfish.imaging.frames import read_bits, read_fiducials, read_reference, read_stain
 from merfish.imaging.illumination import Glow, KnownLight, Light, given_flat, measure_glow
 from merfish.imaging.images import read_frames
 from merfish.imaging.normalize import Normalization, find_spots
@@ -133,6 +134,39 @@ def chosen_stains(experiment: Experiment, config: RunConfig) -> tuple[str | None
             )
         chosen.append(found)
     return chosen[0], chosen[1]
+
+
+def register_stains(
+    experiment: Experiment, fov: int, names: Sequence[str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Stains (y, x) by name, as `register_stain` gives them, and why some are not aligned with round 0, by name.
+
+    The beads of round 0 are read once, and all drifts are measured together. Raises InputError for an unknown stain.
+    """
+    images: dict[str, np.ndarray] = {}
+    beads: dict[str, np.ndarray] = {}
+    for name in names:
+        planes, own = read_stain(experiment, fov, name)
+        images[name] = planes.max(axis=0)
+        if own is not None:
+            beads[name] = own
+    if experiment.registered or not names:
+        return images, {}
+    reference = read_reference(experiment, fov)
+    if reference is None:
+        return images, dict.fromkeys(names, "the bits have no beads, to which its own could be compared")
+    faults = {name: "it has no beads" for name in names if name not in beads}
+    # stains of one round share its beads
+    of = {name: next(other for other in beads if np.array_equal(beads[other], own)) for name, own in beads.items()}
+    distinct = list(dict.fromkeys(of.values()))
+    drift = measure_drift(np.stack([reference, *(beads[name] for name in distinct)])).iloc[1:].set_axis(distinct)
+    for name in beads:
+        row = drift.loc[of[name]]
+        if row["ok"]:
+            images[name] = align(images[name][None], np.array([[row["dy"], row["dx"]]], float))[0][0]
+        else:
+            faults[name] = "its beads do not match those of round 0 at any drift"
+    return images, faults
 
 
 def register_stain(experiment: Experiment, fov: int, name: str) -> np.ndarray:

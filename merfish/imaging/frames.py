@@ -51,6 +51,14 @@ def read_fiducials(experiment: Experiment, fov: int) -> tuple[np.ndarray, np.nda
     return np.stack(images), np.array([sources.index(source) for source in beads if source is not None])
 
 
+def read_reference(experiment: Experiment, fov: int) -> np.ndarray | None:
+    """Read the bead image (y, x) of a field's round 0, oriented; None in an experiment without beads."""
+    source = experiment.bits[0].fiducial
+    if source is None or any(channel.fiducial is None for channel in experiment.bits):
+        return None
+    return _oriented(experiment, _read_sources(experiment, fov, [source])[0])
+
+
 def read_stain(experiment: Experiment, fov: int, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Read a stain, uint16 (z, y, x) with the planes of its channel, and the bead image of its round (y, x) or None.
 

@@ -31,7 +31,7 @@ ENOUGH_SPOTS = 15  # to tell their height and width
 # Where the bits' light agrees to this correlation, in the median, one that is below it by so much shows another place.
 COMMON_LIKENESS, LOST_LIKENESS = 0.6, 0.5
 # Two rounds are swapped if that leaves so many times smaller squares, and by so many squared sigmas.
-SWAP_RATIO, SWAP_GAIN = 3.0, 30.0
+SWAP_RATIO, SWAP_GAIN = 4.0, 80.0
 # Sigmas of logarithms, below which values are not trusted.
 _SWAP_FLOORS = {"brightness": 0.04, "spots": 0.15, "background": 0.01, "noise": 0.02, "width": 0.01}
 

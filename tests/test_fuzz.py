@@ -1,0 +1,26 @@
+"""Some hundred of the mutated inputs of benchmarks/fuzz.py: accepted, or refused by our own error."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
+SPEC = importlib.util.spec_from_file_location("fuzz", PATH)
+fuzz = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(fuzz)
+
+
+def test_whole_inputs_are_accepted():
+    fuzz.check_whole()
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries, about what is in a damaged file
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_mutated_inputs_are_accepted_or_refused(kind, monkeypatch):
+    monkeypatch.setattr(fuzz.signal, "alarm", lambda seconds: None)
+    outcomes = {seed: fuzz.try_one(kind, seed)[0] for seed in range(40)}
+    assert {seed: what for seed, what in outcomes.items() if what not in ("accepted", "refused")} == {}
+    assert set(outcomes.values()) == {"accepted", "refused"}
