@@ -100,7 +100,7 @@ def run_sections(out: Path, stage: Path | None = None) -> list[Section]:
         Section("Molecules", _molecule_text(run), figures=_molecule_pictures(out, stage, run)),
         Section(
             "Images",
-            [_drift_text(shifts), *bit_warnings(run)],
+            [_drift_text(shifts), *bit_warnings(run), *stain_lines(run["fields"])],
             tables=[
                 *_quality_table(run["quality"]),
                 *_chromatic_table(run["chromatic"]),
@@ -163,6 +163,16 @@ def quality_lines(quality: dict[str, list[Any]]) -> list[str]:
     lines = [f"field {fov}: {'; '.join(found)}" for fov, found in rows.items()]
     more = len(lines) - MOST_LINES
     return lines[:MOST_LINES] + ([f"{more} more fields have unusual images, see the report"] if more > 0 else [])
+
+
+def stain_lines(fields: dict[str, dict[str, Any]]) -> list[str]:
+    """Stains that could not be aligned with the bits: why, and in which fields."""
+    found: dict[str, list[str]] = {}
+    for fov, said in fields.items():
+        for name, reason in said.get("stains_not_aligned", {}).items():
+            found.setdefault(f"stain {name} is not aligned with the bits: {reason}", []).append(fov)
+    more = {text: ", ..." if len(fovs) > MOST_LINES else "" for text, fovs in found.items()}
+    return [f"{text} (fields {', '.join(fovs[:MOST_LINES])}{more[text]})" for text, fovs in found.items()]
 
 
 def _quality_table(quality: dict[str, list[Any]]) -> list[Table]:

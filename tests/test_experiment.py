@@ -14,7 +14,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merfish import datasets, mhd4_codebook
+from merfish import Codebook, datasets
 from merfish.config import RunConfig
 from merfish.errors import InputError
 from merfish.imaging import opening as module
@@ -289,18 +289,26 @@ def test_open_experiment__one_file_by_two_expressions(folder):
         open_experiment(folder)
 
 
-SHARED = Path("/work/shared/data/codebooks")
-
-
-@pytest.mark.parametrize(("name", "n_bits", "n_stains"), [("L26E1", 16, 2), ("MF3", 20, 2), ("NAc", 20, 32)])
-@pytest.mark.skipif(not SHARED.exists(), reason="the labs' tables are not part of the repository")
-def test_match_bits__labs_number_stains_and_genes_beyond_the_bits(name, n_bits, n_stains):
-    path = SHARED / f"{name}_data_organization.csv"
-    channels = read_data_organization(path)
-    bits, stains = module._match_bits(channels, mhd4_codebook(["A"], n_bits), path)
-    assert (len(bits), len(stains)) == (n_bits, n_stains)
-    with pytest.raises(InputError, match=f"has {n_bits - 1} bits, but there are more"):
-        module._match_bits(channels, mhd4_codebook(["A"], n_bits - 1), path)
+@pytest.mark.parametrize(
+    ("bits", "extra"),
+    [
+        # readout names for bits, stains numbered far beyond; genes imaged one by one right after the bits
+        (("RS0247", "RS0255"), (("polyT", 25, "hal-stains", 488), ("DAPI", 47, "hal-stains", 405))),
+        (("bit1", "bit2"), (("polyT", 48, "hal", 488), ("DAPI", 47, "hal", 405))),
+        (("bit1", "bit2"), (("Ncdn", 3, "hal-single", 650), ("Cck", 4, "hal-single", 750), ("DAPI", 47, "dapi", 405))),
+    ],
+)
+def test_match_bits__labs_number_stains_and_genes_beyond_the_bits(tmp_path, bits, extra):
+    path = tmp_path / "d.csv"
+    rows = [(bits[0], 1, "hal", 650), (bits[1], 2, "hal", 750), *extra]
+    lines = [f"{name},{name},{kind},{ROUND},{n},0,{color},{n},0,,,,," for name, n, kind, color in rows]
+    path.write_text("\n".join([HEADER, *lines]) + "\n")
+    book = Codebook(("A",), ("",), np.array([[1, 1]], np.uint8), ("a", "b"))
+    found, stains = module._match_bits(read_data_organization(path), book, path)
+    assert ([c.name for c in found], [c.name for c in stains]) == (list(bits), [name for name, *_ in extra])
+    shorter = Codebook(("A",), ("",), np.array([[1]], np.uint8), ("a",))
+    with pytest.raises(InputError, match="has 1 bits, but there are more"):
+        module._match_bits(read_data_organization(path), shorter, path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")

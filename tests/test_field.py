@@ -7,7 +7,7 @@ import pytest
 import tifffile
 
 from merfish.errors import InputError
-from merfish.imaging.field import register_stain, register_stains
+from merfish.imaging.field import register_stains
 from merfish.imaging.opening import open_experiment
 from merfish.simulate import simulate_experiment
 
@@ -18,7 +18,7 @@ def test_register_stains__together_as_one_by_one_and_says_what_is_not_aligned(tm
     images, faults = register_stains(opened, 0, ["DAPI", "polyT"])
     assert faults == {}
     for name, image in images.items():
-        np.testing.assert_array_equal(image, register_stain(opened, 0, name))
+        np.testing.assert_array_equal(image, register_stains(opened, 0, [name])[0][name])
     (path,) = raw.glob("stains_*.tif")
     frames = tifffile.imread(path)
     frames[-1] = np.random.default_rng(0).poisson(100, frames[-1].shape)

@@ -16,7 +16,7 @@ from merfish.imaging.quality import camera_ceiling, flag_quality, measure_qualit
 from merfish.simulate import simulate_experiment
 
 
-@pytest.fixture(scope="module", params=[0, 5])
+@pytest.fixture(scope="module", params=[5])
 def healthy(request, tmp_path_factory):
     """An experiment and the quality of its fields."""
     raw = tmp_path_factory.mktemp("quality") / "raw"

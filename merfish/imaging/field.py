@@ -139,7 +139,7 @@ def chosen_stains(experiment: Experiment, config: RunConfig) -> tuple[str | None
 def register_stains(
     experiment: Experiment, fov: int, names: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Stains (y, x) by name, as `register_stain` gives them, and why some are not aligned with round 0, by name.
+    """Stains (y, x) by name, the brightest plane of each pixel, aligned with round 0; and why some are not, by name.
 
     The beads of round 0 are read once, and all drifts are measured together. Raises InputError for an unknown stain.
     """
@@ -167,19 +167,3 @@ def register_stains(
         else:
             faults[name] = "its beads do not match those of round 0 at any drift"
     return images, faults
-
-
-def register_stain(experiment: Experiment, fov: int, name: str) -> np.ndarray:
-    """A stain (y, x), the brightest plane of each pixel, with the drift of its round taken out if its beads tell it."""
-    planes, beads = read_stain(experiment, fov, name)
-    image = planes.max(axis=0)
-    if beads is None:
-        return image
-    references, _ = read_fiducials(experiment, fov)
-    if not len(references):
-        return image
-    drift = measure_drift(np.stack([references[0], beads])).iloc[1]
-    if not drift["ok"]:  # outlines bear a drift of some pixels, a field without cells helps nobody
-        return image
-    aligned, _ = align(image[None], drift[["dy", "dx"]].to_numpy(float)[None])
-    return aligned[0]

@@ -20,7 +20,7 @@ from merfish.config import RunConfig
 from merfish.decoding.methods import decode_filtered
 from merfish.imaging.calibration import Calibration
 from merfish.imaging.experiment import Experiment
-from merfish.imaging.field import chosen_stains, register_field, register_stain
+from merfish.imaging.field import chosen_stains, register_field, register_stains
 from merfish.imaging.normalize import Normalization
 from merfish.pipeline.folder import new_record
 from merfish.report import OVERVIEW
@@ -61,7 +61,7 @@ def process_field(
     # where some round has no image nothing can be told
     calls = calls[field.valid[np.rint(calls["y"]).astype(int), np.rint(calls["x"]).astype(int)]]
     clock.lap("decode")
-    outlines = segment_field(experiment, fov, config)
+    outlines, faults = segment_field(experiment, fov, config)
     clock.lap("segment")
     pq.write_table(pa.Table.from_pandas(calls[list(CALL_COLUMNS)], preserve_index=False), folder / CALLS)
     write_outlines(outlines, folder / OUTLINES)
@@ -75,6 +75,7 @@ def process_field(
         "quality": field.quality.to_dict("list"),
         "n_found": len(calls),
         "n_outlines": len(outlines),
+        "stains_not_aligned": faults,
         "seconds": clock.laps,
     }
 
@@ -97,16 +98,20 @@ def overview(bits: np.ndarray, normalization: Normalization) -> np.ndarray:
     return (np.clip(height.max(axis=0) / OVERVIEW_WHITE, 0, 1) * 255).astype(np.uint8)
 
 
-def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> list[shapely.Polygon]:
-    """Outlines of the cells of a field, pixels of round 0; none without a stain of the nuclei."""
+def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> tuple[list[shapely.Polygon], dict[str, str]]:
+    """Outlines of the cells of a field, pixels of round 0, none without a stain of the nuclei; faults of the stains.
+
+    A stain that cannot be aligned is used as it is: outlines bear a drift of some pixels, a field without cells helps
+    nobody.
+    """
     from merfish.cells.segmentation import outlines, segment
 
-    nuclei, cytoplasm = chosen_stains(experiment, config)
+    nuclei, body = chosen_stains(experiment, config)
     if nuclei is None:
-        return []
-    body = None if cytoplasm is None else register_stain(experiment, fov, cytoplasm)
-    labels = segment(register_stain(experiment, fov, nuclei), body, experiment.microns_per_pixel)
-    return list(outlines(labels).values())
+        return [], {}
+    images, faults = register_stains(experiment, fov, [name for name in (nuclei, body) if name is not None])
+    labels = segment(images[nuclei], None if body is None else images[body], experiment.microns_per_pixel)
+    return list(outlines(labels).values()), faults
 
 
 # --- the files of a record ----------------------------------------------------------------------------------------

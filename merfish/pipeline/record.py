@@ -21,7 +21,7 @@ from merfish.pipeline.manifest import versions
 from merfish.pipeline.reconcile import Fields, Reconciled
 from merfish.pipeline.survey import Calibrated
 from merfish.pipeline.tables import Written
-from merfish.report import bit_warnings, quality_lines, untied_text
+from merfish.report import bit_warnings, quality_lines, stain_lines, untied_text
 
 
 def run_record(
@@ -139,6 +139,7 @@ def run_summary(out: Path) -> dict[str, Any]:
         *([f"warning: {notice}"] if notice else []),
         *bit_warnings(record),
         *quality_lines(record["quality"]),
+        *stain_lines(record["fields"]),
         *filter(None, [untied_text(record["stage"])]),
         f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules a cell in the median",
         *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),
