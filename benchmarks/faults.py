@@ -1,6 +1,6 @@
 """Faults injected into a simulated experiment, kills, damage and a full disk: what a run says and what is left of it.
 
-    python benchmarks/faults.py [--only inputs kills workers damage disk routes hosts] [--kills 100]
+    python benchmarks/faults.py [--only inputs kills workers damage disk routes hosts slurm] [--kills 100]
 
 Writes benchmarks/results/faults.md. ``disk`` mounts small file systems in memory and needs root on Linux.
 Every run is the command line's, in a process of its own; results are compared byte for byte.
@@ -392,6 +392,33 @@ def hosts(raw: Path, folder: Path) -> Iterator[str]:
             process.wait()
 
 
+SLURM = """jobqueue:
+  slurm:
+    cores: 1
+    processes: 1
+    memory: 4GB
+    walltime: '01:00:00'
+    interface: lo
+    log-directory: {folder}
+"""
+
+
+def slurm(raw: Path, folder: Path) -> Iterator[str]:
+    """Two SLURM jobs, one of which is cancelled in mid-run. Needs a running slurmctld and slurmd, and dask-jobqueue."""
+    fresh, _ = uninterrupted(raw, folder)
+    (folder / "jobqueue.yaml").write_text(SLURM.format(folder=folder))
+    os.environ["DASK_CONFIG"] = str(folder)
+    out = folder / "slurm"
+    process = start(raw, out, "--slurm", "2")
+    while not list(out.glob(f"{results.FIELDS}/fov_*")) and process.poll() is None:
+        time.sleep(0.05)
+    jobs = subprocess.run(["squeue", "-h", "-o", "%i"], capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["scancel", *jobs[:1]], check=True)
+    code, said = finish(process)
+    same = code == 0 and contents(out) == fresh
+    yield f"One of {len(jobs)} SLURM jobs cancelled: {'same bytes' if same else f'exit {code}: {said[-500:]}'}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -407,6 +434,7 @@ def main() -> None:
         "disk": lambda raw, folder: disk(raw, folder, max(options.kills // 5, 1)),
         "routes": routes,
         "hosts": hosts,
+        "slurm": slurm,
     }
     page = Path(__file__).parent / "results" / "faults.md"
     known = dict(part.split("\n\n", 1) for part in page.read_text().split("## ")[1:]) if page.is_file() else {}

@@ -99,7 +99,7 @@ def process(
     chosen = choose_fovs(source, fovs)
     failed = check_files(source, chosen, keep_going)
     refuse_other_results(out)
-    with folder.owned(out), display(out, progress) as shown, run_map_on(workers, scheduler, slurm_jobs) as run_map:
+    with folder.owned(out), display(out, progress) as shown, run_map_on(workers, scheduler, slurm_jobs, out) as run_map:
         manifest = Manifest(source, settings)
         calibrated = shared_calibration(source, settings, manifest, out, run_map, shown)
         target = covered(out, chosen, manifest, calibrated)

@@ -10,6 +10,7 @@ import errno
 import multiprocessing as mp
 import os
 import signal
+import tempfile
 import threading
 import traceback
 from collections import Counter, deque
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from merfish.errors import InputError
@@ -47,15 +49,19 @@ class StepError(RuntimeError):
 
 @contextmanager
 def run_map_on(
-    workers: int | None = None, scheduler: str | None = None, slurm_jobs: int | None = None
+    workers: int | None = None,
+    scheduler: str | None = None,
+    slurm_jobs: int | None = None,
+    shared: Path | None = None,
 ) -> Iterator[RunMap]:
     """Yield a function (work, fields) -> iterator of (field, result or `Failure`), in the order in which they end.
 
     workers: processes on this machine, None = this process, where kernels use all cores. scheduler: address of a
-    running Dask scheduler. slurm_jobs: number of SLURM jobs, each as dask-jobqueue's configuration describes it.
+    running Dask scheduler. slurm_jobs: number of SLURM jobs, each as dask-jobqueue's configuration describes it;
+    shared: a folder that they see too.
     """
     if scheduler is not None or slurm_jobs is not None:
-        with _dask_client(scheduler, slurm_jobs) as client:
+        with _dask_client(scheduler, slurm_jobs, shared) as client:
             yield lambda work, items: _map_on_dask(client, work, items)
     elif workers is not None:
         pool = _Processes(workers)
@@ -191,11 +197,11 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _dask_client(scheduler: str | None, slurm_jobs: int | None) -> Iterator[Any]:
+def _dask_client(scheduler: str | None, slurm_jobs: int | None, shared: Path | None) -> Iterator[Any]:
     from distributed import Client
 
     if slurm_jobs is not None:
-        with _slurm_cluster(slurm_jobs) as cluster, Client(cluster) as client:
+        with _slurm_cluster(slurm_jobs, shared) as cluster, Client(cluster) as client:
             yield client
         return
     try:
@@ -210,21 +216,29 @@ def _dask_client(scheduler: str | None, slurm_jobs: int | None) -> Iterator[Any]
 
 
 @contextmanager
-def _slurm_cluster(jobs: int) -> Iterator[Any]:
+def _slurm_cluster(jobs: int, shared: Path | None) -> Iterator[Any]:
     try:
+        import cryptography  # noqa: F401 -- for the certificates below
         from dask_jobqueue import SLURMCluster
     except ImportError:
-        raise InputError("--slurm needs the package dask-jobqueue: pip install 'merfish[cluster]'") from None
-    try:
-        cluster = SLURMCluster()
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"--slurm: dask-jobqueue cannot describe a job ({error}); give at least cores and memory under "
-            "jobqueue: slurm: in ~/.config/dask/jobqueue.yaml"
-        ) from error
-    with cluster:
-        cluster.adapt(minimum_jobs=1, maximum_jobs=jobs)
-        yield cluster
+        raise InputError("--slurm needs dask-jobqueue and cryptography: pip install 'merfish[cluster]'") from None
+    # certificates of this run alone: nobody else on the network may give its workers orders
+    with tempfile.TemporaryDirectory(prefix=".tls.", dir=shared) as secrets:
+        try:
+            cluster = SLURMCluster(
+                protocol="tls://",
+                security=True,
+                shared_temp_directory=secrets,
+                scheduler_options={"dashboard_address": None},
+            )
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"--slurm: dask-jobqueue cannot describe a job ({error}); give at least cores and memory under "
+                "jobqueue: slurm: in ~/.config/dask/jobqueue.yaml"
+            ) from error
+        with cluster:
+            cluster.adapt(minimum_jobs=1, maximum_jobs=jobs)
+            yield cluster
 
 
 def _map_on_dask(client: Any, work: Work, items: Sequence[int]) -> Iterator[tuple[int, Any]]:
