@@ -7,6 +7,7 @@ depend on, `survey` calibrates, `fields` decodes, `reconcile` lets fields agree,
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -207,7 +208,7 @@ def decode_fields(
         for done, (fov, outcome) in enumerate(shown.track(run_map(work, todo), len(todo), "decode"), 1):
             if isinstance(outcome, Failure):
                 if outcome.disk_full:
-                    raise OSError(28, f"no space left; {done - 1} fields were decoded and are kept", str(out))
+                    raise OSError(errno.ENOSPC, f"no space left; {done - 1} fields were decoded and are kept", str(out))
                 failed[fov] = outcome.reason
                 log.error("field %d failed: %s\n%s", fov, outcome.reason, outcome.traceback)
             else:

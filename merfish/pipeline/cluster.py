@@ -84,9 +84,10 @@ def attempt(work: Work, item: int) -> Any:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room left; HDF5 and Arrow only say so in words."""
+    """Whether an error says that there is no room left; HDF5, Arrow and NumPy only say so in words."""
+    words = ("No space left", "errno = 28", "requested and")
     code = getattr(error, "errno", None)
-    return code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "errno = 28" in str(error)
+    return code in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in words)
 
 
 # --- processes of this machine, over pipes: nothing listens on a port -------------------------------------------

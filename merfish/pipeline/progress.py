@@ -61,10 +61,17 @@ class Display:
             self.progress.console.print(text, markup=False, highlight=False)
 
 
+class _Log(logging.FileHandler):
+    """A log that cannot be written, on a full disk say, ends no run and prints nothing."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextmanager
 def display(out: Path, show: bool) -> Iterator[Display]:
     """A `Display` that is shown if ``show``, with the log in ``out``."""
-    handler = logging.FileHandler(out / results.LOG, encoding="utf-8", delay=True)
+    handler = _Log(out / results.LOG, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     before, log.propagate = log.propagate, False

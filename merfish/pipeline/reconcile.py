@@ -6,6 +6,7 @@ grow with the number of fields beyond a few numbers for each field and cell.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,8 @@ def map_all(name: str, work: Work, fovs: Sequence[int], run_map: RunMap, display
     with display.step(name):
         for fov, outcome in display.track(run_map(work, fovs), len(fovs), name):
             if isinstance(outcome, Failure):
+                if outcome.disk_full:
+                    raise OSError(errno.ENOSPC, "no space left", name)
                 raise StepError(f"{name}, field {fov}: {outcome.reason}", outcome)
             found[fov] = outcome
     return found

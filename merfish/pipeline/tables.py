@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,37 +54,69 @@ class Written:
 def write_tables(fields: Fields, found: Reconciled, words: pd.DataFrame, stage: Path, display: Display) -> Written:
     """Write transcripts, cells and counts into ``stage``.
 
-    words: statistics of each word, as `merfish.calls.error_model.word_statistics` gives them.
+    words: statistics of each word, as `merfish.calls.error_model.word_statistics` gives them. Raises OSError if the
+    disk is full.
     """
+    with display.step("write tables"):
+        per_cell = write_counts(fields, found, words, stage, display)
+        n_molecules, n_in_cells = write_transcripts(fields, found, stage, display)
+    return Written(n_molecules, n_in_cells, len(per_cell), float(np.median(per_cell)) if len(per_cell) else 0.0)
+
+
+def write_counts(fields: Fields, found: Reconciled, words: pd.DataFrame, stage: Path, display: Display) -> np.ndarray:
+    """Write ``cell_by_gene.h5ad`` and ``cells.parquet``; returns the number of molecules of each cell."""
     book = fields.experiment.codebook
     contributors = _contributors(fields, found)
-    n_molecules = n_in_cells = first_id = 0
-    schema = transcript_schema(book)
-    obs: list[pd.DataFrame] = []
+    reserve(stage, _most_bytes(fields, found))
+    obs = [_NO_OBS]
     with (
-        display.step("write tables"),
-        pq.ParquetWriter(stage / results.ALL_TRANSCRIPTS, schema) as every,
-        pq.ParquetWriter(stage / results.TRANSCRIPTS, schema) as kept,
         pq.ParquetWriter(stage / results.CELLS, CELL_SCHEMA) as cell_file,
         CountFile(stage / results.CELL_BY_GENE, book, words) as counts,
     ):
-        for fov in display.track(fields.fovs, len(fields.fovs), "write tables"):
-            calls, placed = field_transcripts(fields, found, fov, first_id)
-            first_id += len(calls)
-            every.write_table(pa.Table.from_pandas(calls, schema, preserve_index=False))
-            kept.write_table(pa.Table.from_pandas(placed, schema, preserve_index=False))
-            n_molecules += len(placed)
-            n_in_cells += int((placed["cell_id"] >= 0).sum())
+        for fov in display.track(fields.fovs, len(fields.fovs), "write counts"):
             cells = read_cell_part(fields, "cells", fov)
             block = count_block(fields, contributors[fov], cells["cell_id"].to_numpy(), book.n_words)
             cells = cells.assign(n_transcripts=np.asarray(block.sum(axis=1), np.int64).ravel())
             counts.append(block)
             cell_file.write_table(cells_table(cells))
             obs.append(cells.drop(columns="geometry"))
-        table = pd.concat([_NO_OBS, *obs], ignore_index=True)
+        table = pd.concat(obs, ignore_index=True)
         counts.finish(table)
-    per_cell = float(table["n_transcripts"].median()) if len(table) else 0.0
-    return Written(n_molecules, n_in_cells, len(table), per_cell)
+    return table["n_transcripts"].to_numpy()
+
+
+def write_transcripts(fields: Fields, found: Reconciled, stage: Path, display: Display) -> tuple[int, int]:
+    """Write both tables of transcripts; returns the numbers of molecules kept and of those in cells."""
+    schema = transcript_schema(fields.experiment.codebook)
+    n_molecules = n_in_cells = first_id = 0
+    with (
+        pq.ParquetWriter(stage / results.ALL_TRANSCRIPTS, schema) as every,
+        pq.ParquetWriter(stage / results.TRANSCRIPTS, schema) as kept,
+    ):
+        for fov in display.track(fields.fovs, len(fields.fovs), "write calls"):
+            calls, placed = field_transcripts(fields, found, fov, first_id)
+            first_id += len(calls)
+            every.write_table(pa.Table.from_pandas(calls, schema, preserve_index=False))
+            kept.write_table(pa.Table.from_pandas(placed, schema, preserve_index=False))
+            n_molecules += len(placed)
+            n_in_cells += int((placed["cell_id"] >= 0).sum())
+    return n_molecules, n_in_cells
+
+
+def reserve(folder: Path, n_bytes: int) -> None:
+    """Raise OSError unless so much can be written: HDF5 crashes the process when the disk is full."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+
+
+def _most_bytes(fields: Fields, found: Reconciled) -> int:
+    """More than counts and cells take: their parts on disk, a line of ``obs`` a cell, and what an empty file takes."""
+    names = (fields.file("counts", fov) for fov in fields.fovs)
+    cells = (fields.file("cells", fov).with_suffix(".parquet") for fov in fields.fovs)
+    parts = sum(path.stat().st_size for path in (*names, *cells))
+    return parts + 300 * len(found.cells.home) + (1 << 17)
 
 
 def transcript_schema(book: Codebook) -> pa.Schema:
