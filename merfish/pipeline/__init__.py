@@ -24,7 +24,7 @@ from merfish.imaging.opening import open_experiment
 from merfish.imaging.preflight import preflight
 from merfish.pipeline import folder
 from merfish.pipeline.assemble import assemble
-from merfish.pipeline.cluster import Failure, RunMap, run_map_on
+from merfish.pipeline.cluster import Failure, RunMap, cores, run_map_on
 from merfish.pipeline.fields import FieldWork
 from merfish.pipeline.manifest import Manifest, changed_parts
 from merfish.pipeline.progress import Display, display, log
@@ -101,6 +101,8 @@ def process(
     failed = check_files(source, chosen, keep_going)
     refuse_other_results(out)
     with folder.owned(out), display(out, progress) as shown, run_map_on(workers, scheduler, slurm_jobs, out) as run_map:
+        if workers is not None and workers > cores():
+            shown.say(f"{workers} workers are asked for; this machine has {cores()} cores, so many are used")
         manifest = Manifest(source, settings)
         calibrated = shared_calibration(source, settings, manifest, out, run_map, shown)
         target = covered(out, chosen, manifest, calibrated)

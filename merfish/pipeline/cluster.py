@@ -39,6 +39,11 @@ class Failure:
     disk_full: bool = False
 
 
+def cores() -> int:
+    """Cores of this machine: more processes than that take memory and gain nothing."""
+    return os.cpu_count() or 1
+
+
 class StepError(RuntimeError):
     """A step of the program failed on a field, though its images were decoded."""
 
@@ -56,9 +61,9 @@ def run_map_on(
 ) -> Iterator[RunMap]:
     """Yield a function (work, fields) -> iterator of (field, result or `Failure`), in the order in which they end.
 
-    workers: processes on this machine, None = this process, where kernels use all cores. scheduler: address of a
-    running Dask scheduler. slurm_jobs: number of SLURM jobs, each as dask-jobqueue's configuration describes it;
-    shared: a folder that they see too.
+    workers: processes on this machine, at most one a core; None = this process, where kernels use all cores.
+    scheduler: address of a running Dask scheduler. slurm_jobs: number of SLURM jobs, each as dask-jobqueue's
+    configuration describes it; shared: a folder that they see too.
     """
     if scheduler is not None or slurm_jobs is not None:
         with _dask_client(scheduler, slurm_jobs, shared) as client:
@@ -106,7 +111,7 @@ class _Processes:
     """Processes that are started when they are needed, and again when they die."""
 
     def __init__(self, number: int) -> None:
-        self.number = number
+        self.number = min(number, cores())
         self.idle: list[_Worker] = []
         self.busy: dict[_Worker, int] = {}
         self.works = 0
@@ -151,7 +156,7 @@ class _Processes:
     def _start(self) -> _Worker:
         context = mp.get_context("spawn")
         ours, theirs = context.Pipe()
-        threads = max(1, (os.cpu_count() or 1) // self.number)
+        threads = max(1, cores() // self.number)
         process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
         process.start()
         theirs.close()
