@@ -72,28 +72,6 @@ def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None
     return NeighbourGraph(index, distance)
 
 
-def nearest_among(
-    coordinates: np.ndarray,
-    others: np.ndarray,
-    k: int,
-    samples: np.ndarray | None = None,
-    other_samples: np.ndarray | None = None,
-) -> np.ndarray:
-    """Rows of the ``k`` cells of ``others`` (m, axis) nearest to each place of ``coordinates`` (cell, axis), within its
-    sample: int64 (cell, k), -1 where a sample has fewer cells."""
-    coordinates, others = checked_coordinates(coordinates), checked_coordinates(others)
-    names = np.zeros(len(coordinates), int) if samples is None else np.asarray(samples)
-    other_names = np.zeros(len(others), int) if other_samples is None else np.asarray(other_samples)
-    index = np.full((len(coordinates), k), -1, np.int64)
-    for name in np.unique(names):
-        rows, there = np.flatnonzero(names == name), np.flatnonzero(other_names == name)
-        found = min(k, len(there))
-        if found:
-            near = cKDTree(others[there]).query(coordinates[rows], found, workers=-1)[1]
-            index[rows, :found] = there[near.reshape(len(rows), found)]
-    return index
-
-
 def radius_graph(
     coordinates: np.ndarray, radius: float, samples: np.ndarray | None = None, max_degree: int = MAX_DEGREE
 ) -> NeighbourGraph:
