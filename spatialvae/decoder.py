@@ -44,3 +44,16 @@ class Decoder(nn.Module):
         features = F.relu(self.norm(self.hidden(inputs)))
         logits = self.out(torch.cat([inputs, features], -1))
         return logits, self.zero(features) if self.zero is not None else None
+
+    def slopes(self, z_cell: Tensor, batch: Tensor) -> Tensor:
+        """Derivatives of logits by z_cell, (cell, gene, dim); inputs (cell, dim) and (cell,)."""
+        inputs, dim = z_cell, z_cell.shape[1]
+        if self.n_batch:
+            inputs = torch.cat([z_cell, F.one_hot(batch, self.n_batch).to(z_cell.dtype)], -1)
+        hidden = self.hidden(inputs)
+        sd = (hidden.var(-1, correction=0, keepdim=True) + self.norm.eps).sqrt()
+        normal = (hidden - hidden.mean(-1, keepdim=True)) / sd
+        step = self.hidden.weight[:, :dim]
+        step = step - step.mean(0) - normal[..., None] * (normal @ step / normal.shape[-1])[:, None]
+        kept = (normal * self.norm.weight + self.norm.bias > 0) * self.norm.weight / sd
+        return self.out.weight[:, :dim] + self.out.weight[:, inputs.shape[1] :] @ (kept[..., None] * step)

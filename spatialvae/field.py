@@ -103,12 +103,11 @@ def fit_field(y: np.ndarray, laplacian: sp.csr_array, max_directions: int) -> Fi
 def solve(
     laplacian: sp.csr_array, r: float, weight: np.ndarray, target: np.ndarray, start: np.ndarray | None = None
 ) -> np.ndarray:
-    """Solve (1 + r L + diag weight_d) m_d = target_d of each column d, by conjugate gradients preconditioned by the
-    diagonal.
+    """Solve (1 + r L) m + W m = target by conjugate gradients preconditioned by the diagonal.
 
     Parameters
     ----------
-    weight : float (cell, dim), not negative
+    weight : W, not negative: float (cell, dim); or positive semidefinite matrices (cell, dim, dim)
     target : float (cell, dim)
     start : first guess, float (cell, dim)
 
@@ -116,59 +115,75 @@ def solve(
     -------
     m : float64 (cell, dim)
     """
-    diagonal = 1 + r * laplacian.diagonal()[:, None] + weight
+    joined = weight.ndim == 3
+    diagonal = 1 + r * laplacian.diagonal()[:, None] + (np.einsum("idd->id", weight) if joined else weight)
     m = np.zeros(target.shape) if start is None else np.array(start, float)
 
     def times(v: np.ndarray) -> np.ndarray:
-        return (1 + weight) * v + r * (laplacian @ v)
+        own = np.einsum("ide,ie->id", weight, v) if joined else weight * v
+        return v + own + r * (laplacian @ v)
+
+    def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        each = np.einsum("id,id->d", a, b)
+        return each.sum(keepdims=True) if joined else each  # one system, or one a dimension
 
     rest = target - times(m)
     along = step = rest / diagonal
-    product = (rest * step).sum(0)
-    enough = TOLERANCE**2 * np.maximum((target**2).sum(0), 1e-300)
+    size = product(rest, step)
+    enough = TOLERANCE**2 * np.maximum(product(target, target), 1e-300)
     for _ in range(MOST_ITERATIONS):
-        if ((rest**2).sum(0) <= enough).all():
+        if (product(rest, rest) <= enough).all():
             break
         image = times(along)
-        length = product / np.maximum((along * image).sum(0), 1e-300)
+        length = size / np.maximum(product(along, image), 1e-300)
         m += length * along
         rest = rest - length * image
         step = rest / diagonal
-        before, product = product, (rest * step).sum(0)
-        along = step + product / np.maximum(before, 1e-300) * along
+        before, size = size, product(rest, step)
+        along = step + size / np.maximum(before, 1e-300) * along
     return m
 
 
 def draws(laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One draw of each column of N(0, (1 + r L + diag weight_d)^-1), float64 (cell, dim): the precision matrix is
-    B'B for a B with a row an edge and two a cell, and B' times noise has it as covariance (Papandreou & Yuille 2010).
+    """One draw of N(0, (1 + r L + W)^-1), float64 (cell, dim), W as in ``solve``.
+
+    The precision matrix is B'B for a B with a row an edge and some a cell, and B' times noise has it as covariance
+    (Papandreou & Yuille 2010).
     """
-    upper = sp.triu(-laplacian, 1, format="coo")
-    edges, shape = upper.nnz, weight.shape
-    noise = rng.standard_normal((edges, shape[1])) * np.sqrt(r * upper.data)[:, None]
-    columns = np.arange(edges)
-    incidence = sp.csr_array(
-        (np.repeat([1.0, -1.0], edges), (np.r_[upper.row, upper.col], np.r_[columns, columns])), shape=(shape[0], edges)
-    )
+    shape, upper = weight.shape[:2], sp.triu(-laplacian, 1, format="coo")
+    columns = np.arange(upper.nnz)
+    noise = rng.standard_normal((upper.nnz, shape[1])) * np.sqrt(r * upper.data)[:, None]
+    ends = np.repeat([1.0, -1.0], upper.nnz), (np.r_[upper.row, upper.col], np.r_[columns, columns])
+    target = sp.csr_array(ends, shape=(shape[0], upper.nnz)) @ noise
     excess = np.maximum(np.asarray(laplacian.sum(1)).reshape(-1, 1), 0)  # of cells without neighbours
-    own = rng.standard_normal(shape) * np.sqrt(1 + weight + r * excess)
-    return solve(laplacian, r, weight, own + incidence @ noise)
+    target += rng.standard_normal(shape) * np.sqrt(1 + r * excess)
+    own = rng.standard_normal(shape)
+    if weight.ndim == 2:
+        target += np.sqrt(weight) * own
+    else:
+        values, vectors = np.linalg.eigh(weight)
+        target += np.einsum("ide,ie->id", vectors, np.sqrt(np.maximum(values, 0)) * own)
+    return solve(laplacian, r, weight, target)
 
 
 def posterior_variance(
     laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.Generator, samples: int
 ) -> np.ndarray:
-    """Diagonal of each (1 + r L + diag weight_d)^-1, float64 (cell, dim), from ``samples`` draws.
+    """Diagonal of (1 + r L + W)^-1, float64 (cell, dim), W as in ``solve``, from ``samples`` draws.
 
     Given its neighbours a cell's variance is known; only what the neighbours add is estimated (Siden, Lindgren, Bolin &
     Villani 2018).
     """
-    precision = 1 + r * laplacian.diagonal()[:, None] + weight
-    others = sp.csr_array(sp.diags_array(laplacian.diagonal()) - laplacian) * r
-    added = np.zeros(weight.shape)
+    own = r * laplacian.diagonal()
+    if weight.ndim == 2:
+        given = (1 / (1 + own[:, None] + weight))[..., None] * np.eye(weight.shape[1])
+    else:
+        given = np.linalg.inv(weight + (1 + own)[:, None, None] * np.eye(weight.shape[1]))
+    others = sp.csr_array(sp.diags_array(own) - r * laplacian)
+    added = np.zeros(weight.shape[:2])
     for _ in range(samples):
-        added += (others @ draws(laplacian, r, weight, rng) / precision) ** 2
-    return 1 / precision + added / samples
+        added += np.einsum("ide,ie->id", given, others @ draws(laplacian, r, weight, rng)) ** 2
+    return np.einsum("idd->id", given) + added / samples
 
 
 def _spectral_measure(laplacian: sp.csr_array, vectors: np.ndarray) -> Measure:

@@ -28,7 +28,8 @@ from spatialvae.data import (
 )
 from spatialvae.errors import InputError
 from spatialvae.linear import fit_linear
-from spatialvae.module import LIKELIHOODS, ROWS_AT_ONCE, Niche, Section, Shape, Sites, SpatialModule
+from spatialvae.module import LIKELIHOODS, ROWS_AT_ONCE, Section, Shape, Sites, SpatialModule
+from spatialvae.posterior import posterior
 from spatialvae.training import Plan, train
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 FORMAT = 5
 FILES = ("model.json", "model.safetensors")
-VARIANCE_DRAWS = 20  # of the niche, for its variance: known to a few per cent, as most of it is known exactly
 WHICH = ("both", "niche", "cell")
 
 
@@ -193,22 +193,22 @@ class SpatialVAE:
         """The embedding, float32 (cell, dim): niche then cell dimensions, or one of them ("niche", "cell").
 
         These are posterior means: z_cell says what a cell is, and serves to find cell types; z_niche, the smooth part
-        of its first dimensions, what its surroundings are, and serves to find domains. With ``return_dist`` their
-        variances follow, of the same shape. Both are in the units of the latents, in which cells vary by about 1.
+        of its first dimensions, what its surroundings are, and serves to find domains. Both are in the units of the
+        latents, in which cells vary by about 1. With ``return_dist`` means and variances of the posterior around its
+        mode are returned (``spatialvae.posterior``), of the same shape: slower, and closer to the posterior.
 
         ``adata`` may be a section that the model has never seen. Genes that it lacks count as not measured.
         """
         if which not in WHICH:
             raise InputError(f"which is {which!r}; expected one of {WHICH}")
         section = self._read(adata)
-        niche, cell = self._posterior(section, structured=return_dist)
-        parts = {
-            "niche": (niche.mean, niche.variance),
-            "cell": cell,
-            "both": (torch.cat([niche.mean, cell[0]], 1), torch.cat([niche.variance, cell[1]], 1)),
-        }
-        mean, variance = (part.numpy() for part in parts[which])
-        return (mean, variance) if return_dist else mean
+        if not return_dist:
+            niche, cell = self._means(section)
+            return {"niche": niche, "cell": cell, "both": torch.cat([niche, cell], 1)}[which].numpy()
+        of_niche, of_cell = posterior(self.module, section, self.module.sites(section))
+        both = (torch.cat(pair, 1) for pair in zip(of_niche, of_cell, strict=True))
+        mean, variance = {"niche": of_niche, "cell": of_cell, "both": both}[which]
+        return mean.numpy(), variance.numpy()
 
     @torch.no_grad()
     def get_normalized_expression(
@@ -234,7 +234,7 @@ class SpatialVAE:
             raise InputError(f"library_size is {library_size!r}; expected a number or 'latent'")
         columns = [self.genes.index(gene) for gene in genes]
         out = np.empty((section.cells.n_cells, len(genes)), np.float32)
-        z_cell = self._posterior(section)[1][0]
+        z_cell = self._means(section)[1]
         for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE):
             batch = section.batch[torch.from_numpy(rows)]
             if transform_batch is not None:
@@ -385,16 +385,11 @@ class SpatialVAE:
         cells = read_cells(adata, self.setup, self.genes, self.batch_names)
         return self.module.section(cells, build_graphs(cells))
 
-    def _posterior(
-        self, section: Section, structured: bool = False, seed: int = 0
-    ) -> tuple[Niche, tuple[torch.Tensor, torch.Tensor]]:
-        """Of z_niche, and mean and variance (cell, dim) of z_cell."""
-        module = self.module
-        sites = module.sites(section)
-        niche = module.solve(section.space, sites)
-        if structured:
-            niche = module.structured(section.space, sites, niche, VARIANCE_DRAWS, seed)
-        return niche, module.cells_given(sites, niche)
+    def _means(self, section: Section) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior means of z_niche (cell, D) and z_cell (cell, dim)."""
+        sites = self.module.sites(section)
+        niche = self.module.solve(section.space, sites)
+        return niche.mean, self.module.cells_given(sites, niche)[0]
 
     @torch.no_grad()
     def _terms(self, adata: AnnData | None, seed: int) -> np.ndarray:

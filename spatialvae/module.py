@@ -20,7 +20,7 @@ product of Gaussians cell by cell. Training alternates: niches given the encoder
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
@@ -31,7 +31,7 @@ from spatialvae import likelihoods, loss
 from spatialvae.data import Cells, Graphs, minibatches
 from spatialvae.decoder import Decoder
 from spatialvae.encoder import CellEncoder, combined, log_normalised
-from spatialvae.field import Measure, laplacian_of, posterior_variance, solve, trace_measure
+from spatialvae.field import Measure, laplacian_of, solve, trace_measure
 from spatialvae.linear import LinearStart
 
 LOG_2PI = math.log(2 * math.pi)
@@ -194,7 +194,8 @@ class SpatialModule(nn.Module):
         """Posterior of z_niche given ``sites``, of cells that are ``known`` (cell,), by default all.
 
         The mean is exact (``field.TOLERANCE``). The divergence is that of a Gaussian whose precision takes g at its
-        mean over cells, and the variance is what follows for an average place (``structured`` has each place's own).
+        mean over cells, and the variance is what follows for an average place (``spatialvae.posterior`` has each
+        place's own).
         """
         n = len(sites.target)
         if space is None:
@@ -222,14 +223,6 @@ class SpatialModule(nn.Module):
         if known is not None:
             weight = np.where(known[:, None], weight, 0.0)
         return weight, sites.target[:, :d].double().numpy(), v, float(self.range)
-
-    def structured(self, space: Space | None, sites: Sites, niche: Niche, samples: int, seed: int) -> Niche:
-        """``niche`` with each cell's own posterior variance, by ``samples`` draws."""
-        if space is None:
-            return niche
-        weight, _, v, r = self._system(sites, None)
-        variance = v * posterior_variance(space.laplacian, r, weight, np.random.default_rng(seed), samples)
-        return replace(niche, variance=torch.from_numpy(variance.astype(np.float32)))
 
     @torch.no_grad()
     def cells_given(self, sites: Sites, niche: Niche) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,22 @@ def test_posterior_variance__is_the_diagonal_of_the_dense_inverse(section):
         assert found[:, d].mean() == pytest.approx(exact.mean(), rel=0.03)
 
 
+def test_solve_and_draws__join_dimensions_as_dense_algebra_does(section):
+    _, _, laplacian = section
+    rng = np.random.default_rng(5)
+    root = rng.normal(size=(150, 2, 2))
+    weight, target = root @ root.transpose(0, 2, 1), rng.normal(size=(150, 2))
+    dense = np.kron(np.eye(150) + 4 * laplacian.toarray(), np.eye(2))
+    for i, own in enumerate(weight):
+        dense[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] += own
+    inverse = np.linalg.inv(dense)
+    np.testing.assert_allclose(
+        field.solve(laplacian, 4.0, weight, target), (inverse @ target.ravel()).reshape(150, 2), atol=1e-3
+    )
+    found = field.posterior_variance(laplacian, 4.0, weight, rng, 200)
+    np.testing.assert_allclose(found, inverse.diagonal().reshape(150, 2), rtol=0.25)
+
+
 def test_fit_field__finds_the_maximum_of_the_dense_likelihood(section):
     xyz, neighbours, laplacian = section
     rng = np.random.default_rng(2)

@@ -76,7 +76,6 @@ def test_niche__is_the_posterior_of_dense_algebra(trained):
     module, section = model.module, model._section
     sites = module.sites(section)
     niche = module.solve(section.space, sites)
-    structured = module.structured(section.space, sites, niche, 200, 0)
     root = np.eye(len(niche.mean)) + float(module.range) * section.space.laplacian.toarray()
     total = 0.0
     for d, v in enumerate(module.smooth_variance.tolist()):
@@ -85,7 +84,6 @@ def test_niche__is_the_posterior_of_dense_algebra(trained):
         covariance = np.linalg.inv(root / v + np.diag(g))
         mean = covariance @ (g * sites.target[:, d].numpy())
         np.testing.assert_allclose(niche.mean[:, d], mean, atol=2e-3)
-        np.testing.assert_allclose(structured.variance[:, d], covariance.diagonal(), rtol=0.3)
         equal = np.linalg.inv(root / v + g.mean() * np.eye(len(g)))
         assert niche.variance[:, d].mean() == pytest.approx(equal.diagonal().mean(), rel=0.1)
         energy = mean @ root @ mean / v + np.trace(root / v @ equal)
