@@ -3,9 +3,10 @@
     python benchmarks/heldout.py DATA                  # SpatialVAE alone
     python benchmarks/heldout.py DATA --peers FOLDER   # scVI beside it, in an environment of its own (--cache DIR)
 
-DATA holds spatial_tables/ and single_cell/; osmFISH comes with the package. Writes benchmarks/results/heldout.md and,
-beside scVI, heldout.png. FOLDER keeps tables and what scVI made of them; what is there already is left alone. Cell
-types need the extra [analysis]: pip install -c constraints.txt -e '.[vae,analysis]'.
+With --only, the named figures alone. DATA holds spatial_tables/ and single_cell/; osmFISH comes with the package.
+Writes benchmarks/results/heldout.md and, of all figures beside scVI, heldout.png. FOLDER keeps tables and what scVI
+made of them; what is there already is left alone. Cell types need the extra [analysis]:
+pip install -c constraints.txt -e '.[vae,analysis]'.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from spatialvae.module import PROPOSAL_WIDTH
 
 RESULTS = Path(__file__).parent / "results"
 LABELLED = ("hypothalamus", "osmfish")
-HELD_OUT = ("hypothalamus", "mop1", "cortex")
+HELD_OUT = ("bz5", "bz14", "mop1", "cortex", "osmfish", "hypothalamus")
 THINNED = ("hypothalamus", "mop1", "osmfish")
+FIGURES = ("types", "cells", "counts", "transfer")
 LATENT = 10  # dimensions of z where scVI has as many
 RESOLUTIONS = np.geomspace(0.1, 4, 12)
 
@@ -63,31 +65,38 @@ def deviance(table: anndata.AnnData, share: np.ndarray) -> float:
     return float(2 * (xlogy(removed, removed / expected) - removed + expected).mean())
 
 
-def of_spatialvae(tables: dict[str, anndata.AnnData], seed: int, samples: int) -> Iterator[Row]:
-    """All figures of ours for one seed."""
-    for name in LABELLED:
+def of_spatialvae(
+    tables: dict[str, anndata.AnnData], seed: int, samples: int, figures: tuple[str, ...]
+) -> Iterator[Row]:
+    """``figures`` of ours for one seed."""
+    for name in LABELLED if "types" in figures else ():
         latent = trained(tables[name], seed).get_latent_representation(which="cell")
         yield "types", name, "SpatialVAE", seed, best_nmi(latent, tables[name].obs["kind"], seed)
-    for name in HELD_OUT:
+    for name in HELD_OUT if "cells" in figures else ():
         rest, held = split(tables[name])
         model = trained(rest, seed, n_latent=LATENT)
         yield "cells", name, "SpatialVAE", seed, model.get_marginal_ll(held, samples, seed)
         if "spatial" in rest.obsm:
             given = model.get_marginal_ll(held, samples, seed, given=rest)
             yield "cells", name, "SpatialVAE, given neighbours", seed, given
-    for name in THINNED:
+    for name in THINNED if "counts" in figures else ():
         share = trained(tables[name], seed, layer="thinned", n_latent=LATENT).get_normalized_expression().to_numpy()
         yield "counts", name, "SpatialVAE", seed, deviance(tables[name], share)
+    if "transfer" not in figures:
+        return
     rest, held = split(tables["mop10"])
     for where, model in {"slice 1": trained(tables["mop1"], seed), "slice 10": trained(rest, seed)}.items():
         yield "transfer", "without neighbours", where, seed, model.get_marginal_ll(held, samples, seed)
         yield "transfer", "given neighbours", where, seed, model.get_marginal_ll(held, samples, seed, given=rest)
 
 
-def of_scvi(tables: dict[str, anndata.AnnData], folder: Path, seeds: int, cache: Path) -> Iterator[Row]:
-    """All figures of scVI, run where ``folder`` lacks them."""
+def of_scvi(
+    tables: dict[str, anndata.AnnData], folder: Path, seeds: int, cache: Path, figures: tuple[str, ...]
+) -> Iterator[Row]:
+    """``figures`` of scVI, run where ``folder`` lacks them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for method, names in {"scVI": LABELLED, "scVI_heldout": HELD_OUT, "scVI_thinned": THINNED}.items():
+    runs = {"types": ("scVI", LABELLED), "cells": ("scVI_heldout", HELD_OUT), "counts": ("scVI_thinned", THINNED)}
+    for method, names in (runs[figure] for figure in figures if figure in runs):
         for name in names:
             path = folder / f"{name}.h5ad"
             if not path.exists():
@@ -154,35 +163,45 @@ def picture(rows: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def page(rows: pd.DataFrame, seeds: int, samples: int) -> str:
+def page(rows: pd.DataFrame, seeds: int, samples: int, figures: tuple[str, ...], command: str) -> str:
     """The whole text."""
-    transfer = rows[rows["figure"] == "transfer"].groupby(["section", "method"], sort=False)["value"].median().unstack()
-    ratio = transfer["slice 1"] / transfer["slice 10"]
-    ratios = ", ".join(f"{value:.4f} {name}" for name, value in ratio.items())
-    grid = f"{len(RESOLUTIONS)} resolutions from {RESOLUTIONS[0]:g} to {RESOLUTIONS[-1]:g}"
-    return f"""# Cell types, held-out cells and held-out counts
+    text = f"""# Cell types, held-out cells and held-out counts
 
-Made by `python benchmarks/heldout.py DATA --peers FOLDER`. {seeds} seeds: median (least to largest). All cells with at
+Made by `{command}`. {seeds} seeds: median (least to largest). All cells with at
 least {LEAST} counts. scVI: scvi-tools 1.4.2, one environment for all figures, pins in `benchmarks/peers/scvi.txt`.
+"""
+    told = {"types": of_types, "cells": of_cells, "counts": of_counts, "transfer": of_transfer}
+    return text + "".join(told[figure](rows, samples) for figure in figures)
 
+
+def of_types(rows: pd.DataFrame, samples: int) -> str:
+    grid = f"{len(RESOLUTIONS)} resolutions from {RESOLUTIONS[0]:g} to {RESOLUTIONS[-1]:g}"
+    return f"""
 ## Cell types
 
 NMI of leiden (15 neighbours, the best of {grid}) on `z_cell` and on scVI's latent, both models
 with their defaults, trained on all cells without labels.
 
 {summary(rows, "types", 3)}
+"""
 
+
+def of_cells(rows: pd.DataFrame, samples: int) -> str:
+    return f"""
 ## Held-out cells
 
 Mean log p(x_i) in nats a cell of {REMOVED:.0%} of the cells, the same for both; NB, z of {LATENT} dimensions, total
-counts given; {samples:,} importance samples from q(z | x_i), for SpatialVAE {PROPOSAL_WIDTH} times as wide.
-"SpatialVAE" and "scVI" see nothing but the cell; "given neighbours" is log p(x_i | counts of the training cells nearest
-to it), another quantity. SpatialVAE has a z_niche of at most 10 dimensions besides, which is integrated out. scVI's
-figure is its own `get_marginal_ll`, per cell and then averaged: log-mean-exp of log p(x | z) + log p(z) - log q(z | x),
-the observed total as library size.
+counts given. The estimator is the same: importance samples ({samples:,} for SpatialVAE, 1,000 for scVI) from q(z | x_i)
+with its standard deviations {PROPOSAL_WIDTH} times as wide. scVI has its defaults, with early stopping.
+"SpatialVAE" and "scVI" see nothing but the cell; "given neighbours" is log p(x_i | counts of the training cells),
+another quantity: the field of the training cells at the place of the held-out one.
 
 {summary(rows, "cells", 2)}
+"""
 
+
+def of_counts(rows: pd.DataFrame, samples: int) -> str:
+    return f"""
 ## Held-out counts
 
 Of each count {REMOVED:.0%} was thinned away binomially; the models were trained on the rest (NB, z of {LATENT}
@@ -191,7 +210,14 @@ cell's remaining total times {REMOVED:g} / {1 - REMOVED:g}. Poisson, because it 
 SpatialVAE at posterior means (it sees the neighbours), scVI averaged over 25 draws.
 
 {summary(rows, "counts", 4)}
+"""
 
+
+def of_transfer(rows: pd.DataFrame, samples: int) -> str:
+    transfer = rows[rows["figure"] == "transfer"].groupby(["section", "method"], sort=False)["value"].median().unstack()
+    ratio = transfer["slice 1"] / transfer["slice 10"]
+    ratios = ", ".join(f"{value:.4f} {name}" for name, value in ratio.items())
+    return f"""
 ## A new section
 
 Mean log p(x_i) of the held-out cells of MOp slice 10 by a model of slice 1 and by one of the other cells of slice 10;
@@ -210,17 +236,20 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000, help="importance samples of SpatialVAE")
     parser.add_argument("--peers", type=Path, help="folder for tables and results of scVI")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of environments")
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES))
     options = parser.parse_args()
-    tables = sections(options.data)
-    rows = list(of_shares(tables))
+    figures, tables = tuple(options.only), sections(options.data)
+    rows = list(of_shares(tables)) if "counts" in figures else []
     if options.peers:
-        rows += of_scvi(tables, options.peers, options.seeds, options.cache)
+        rows += of_scvi(tables, options.peers, options.seeds, options.cache, figures)
     for seed in range(options.seeds):
-        rows += of_spatialvae(tables, seed, options.samples)
+        rows += of_spatialvae(tables, seed, options.samples, figures)
     table = pd.DataFrame(rows, columns=["figure", "section", "method", "seed", "value"])
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "heldout.md").write_text(page(table, options.seeds, options.samples))
-    if options.peers:
+    command = f"python benchmarks/heldout.py DATA{' --peers FOLDER' * bool(options.peers)} --seeds {options.seeds}"
+    command += f" --samples {options.samples}" + (f" --only {' '.join(figures)}" if figures != FIGURES else "")
+    (RESULTS / "heldout.md").write_text(page(table, options.seeds, options.samples, figures, command))
+    if options.peers and figures == FIGURES:
         picture(table, RESULTS / "heldout.png")
     print((RESULTS / "heldout.md").read_text())
 

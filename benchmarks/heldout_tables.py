@@ -46,6 +46,8 @@ def sections(data: Path) -> dict[str, anndata.AnnData]:
         "mop1": anndata.read_h5ad(data / "spatial_tables" / "merfish_mop_slice1.h5ad"),
         "mop10": anndata.read_h5ad(data / "spatial_tables" / "merfish_mop_slice10.h5ad"),
         "osmfish": datasets.osmfish(),
+        "bz5": anndata.read_h5ad(data / "spatial_tables" / "starmap_mpfc_BZ5.h5ad"),
+        "bz14": anndata.read_h5ad(data / "spatial_tables" / "starmap_mpfc_BZ14.h5ad"),
         "cortex": anndata.read_h5ad(data / "single_cell" / "zeisel_cortex_1464x1000.h5ad"),
     }
     counts = {name: dense(table.layers.get("counts_recovered", table.X)) for name, table in read.items()}

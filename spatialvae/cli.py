@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,7 +35,7 @@ def train(
     sample_key: Annotated[str | None, typer.Option(help="obs naming the section of each cell")] = None,
     batch_key: Annotated[str | None, typer.Option(help="obs naming batches to correct for")] = None,
     domains: Annotated[int | None, typer.Option(min=1, help="spatial domains to find")] = None,
-    max_epochs: Annotated[int | None, typer.Option(min=1, help="epochs at most")] = None,
+    max_epochs: Annotated[int | None, typer.Option(min=1, help="passes over the table at most")] = None,
     seed: Annotated[int, typer.Option(help="of weights, held-out cells and noise")] = 0,
 ) -> None:
     """Train a model on TABLE; write OUT/model, OUT/table.h5ad, history, plots and run.json.
@@ -45,12 +46,11 @@ def train(
     adata = _read(table)
     from spatialvae.distributed import is_first
     from spatialvae.model import SpatialVAE
-    from spatialvae.training import Plan
 
     SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
     with _status("reading counts, finding neighbours, fitting the spatial field"):
         model = SpatialVAE(adata, seed=seed)
-    model.train(max_epochs or Plan.max_epochs, seed=seed, progress=is_first())
+    model.train(max_epochs, seed=seed, progress=is_first())
     if not is_first():
         return
     with _status("embedding, writing"):
@@ -59,9 +59,9 @@ def train(
             model.domains(domains, seed=seed)
         elbo = model.get_elbo()
         _write_run(model, table, out, {"domains": domains, "seed": seed}, elbo, started)
-    shape = model.module.shape
+    shape, steps = model.module.shape, model.history["step"].iloc[-1]
     typer.echo(
-        f"{adata.n_obs} cells, {shape.n_genes} genes: {len(model.history)} epochs, {shape.n_niche} niche and "
+        f"{adata.n_obs} cells, {shape.n_genes} genes: {steps} steps, {shape.n_niche} niche and "
         f"{shape.n_cell} cell dimensions, ELBO {elbo:.2f} nats a cell. Written to {out}"
     )
 
@@ -115,7 +115,8 @@ def evaluate(
 
 
 def main() -> None:
-    """Run the command line; exit with 2 and one message on bad input."""
+    """Run the command line; exit with 2 and one message on bad input. Warnings are said in a line each."""
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"spatialvae: {message}", err=True)
     try:
         app()
     except InputError as error:
@@ -193,7 +194,7 @@ def _write_run(
     from spatialvae._files import whole
 
     adata, shape = model.adata, model.module.shape
-    model.save(out / "model")
+    model.save(out / "model", overwrite=True)
     _write_table(adata, table, out / "table.h5ad")
     with whole(out / "history.csv") as part:
         model.history.to_csv(part, index=False)
@@ -226,7 +227,7 @@ def _about(model: SpatialVAE, table: Path, parameters: dict[str, Any], elbo: flo
         "versions": {name: version(name) for name in ("merfish", "numpy", "torch", "anndata")},
         "input": {"path": str(table), "bytes": table.stat().st_size, "sha256": digest},
         "parameters": asdict(model.setup) | asdict(model.module.shape) | parameters,
-        "figures": {"epochs": len(model.history), "elbo": elbo},
+        "figures": {"steps": int(model.history["step"].iloc[-1]), "elbo": elbo},
         "seconds": round(time.time() - started, 2),
     }
 

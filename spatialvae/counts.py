@@ -33,6 +33,11 @@ class Counts:
     def shape(self) -> tuple[int, int]:
         return len(self.depth), self.n_genes
 
+    def spread_over(self, places: np.ndarray, n_genes: int) -> Counts:
+        """The same counts in a table of ``n_genes``, each column at its place of ``places``, the rest empty."""
+        indices = places.astype(np.min_scalar_type(n_genes - 1))[self.indices]
+        return Counts(self.indptr, indices, self.data, self.depth, n_genes)
+
     def blocks(self) -> Iterator[tuple[slice, sp.csr_array]]:
         """Consecutive rows and their counts, float32: never the whole table at once."""
         n, step = len(self.depth), max(ENTRIES // self.n_genes, 1)
@@ -59,29 +64,29 @@ def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
     a temporary one without a name (in ``TMPDIR``; 2 to 4 bytes a non-zero count), mapped into memory, which the system
     may page out and which goes with the last reference to it.
 
-    Raises InputError, naming ``where``, for values that are not non-negative integers and for cells without counts.
+    Cells may have no counts. Raises InputError, naming ``where``, for values that are not non-negative integers, for
+    a table without any count and for a damaged one.
     """
     from spatialvae import _kernels
 
     n, in_file = matrix.shape[0], not (isinstance(matrix, np.ndarray) or sp.issparse(matrix))
     length, depth, highest = np.zeros(n, np.int64), np.zeros(n), 0
-    for rows, genes, values in _entries(matrix, columns):
+    for rows, genes, values in _entries(matrix, columns, where):
         _check(rows, columns[genes], values, where)
         _kernels.tally(rows, values, length, depth)
         highest = max(highest, int(values.max(initial=0)))
-    empty = np.flatnonzero(depth == 0)
-    if len(empty):
-        raise InputError(f"{len(empty)} cells have no counts in {where}, the first in row {empty[0]}: remove them")
+    if highest == 0:
+        raise InputError(f"{where} holds no counts: all {n} cells are zero in the {len(columns)} genes of the model")
     indptr = np.append(0, np.cumsum(length))
     indices = _array(int(indptr[-1]), np.min_scalar_type(len(columns) - 1), in_file)
     data = _array(int(indptr[-1]), np.min_scalar_type(highest), in_file)
     free = indptr[:-1].copy()
-    for rows, genes, values in _entries(matrix, columns):
+    for rows, genes, values in _entries(matrix, columns, where):
         _kernels.append_entries(rows, genes, values, free, indices, data)
     return Counts(indptr, indices, data, depth.astype(np.float32), len(columns))
 
 
-def _entries(matrix: Any, columns: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _entries(matrix: Any, columns: np.ndarray, where: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Rows, places among ``columns`` and values of what is not zero, in blocks of rows (of columns, if it is CSC)."""
     place = np.full(matrix.shape[1], -1, np.int64)
     place[columns] = np.arange(len(columns))
@@ -91,16 +96,26 @@ def _entries(matrix: Any, columns: np.ndarray) -> Iterator[tuple[np.ndarray, np.
     chunk = (getattr(matrix, "chunks", None) or (1,))[0]
     step = -(-step // chunk) * chunk if isinstance(chunk, int) else step  # a chunk of a file is unpacked once
     for first in range(0, length, step):
-        block = matrix[:, first : first + step] if by_column else matrix[first : first + step]
-        entries = _canonical(block if sp.issparse(block) else sp.csr_array(np.asarray(block))).tocoo()
+        part = slice(first, first + step)
+        entries = _block(matrix, (slice(None), part) if by_column else part, where).tocoo()
         rows, genes = entries.row.astype(np.int64), entries.col.astype(np.int64)
         genes, rows = place[genes + first * by_column], rows + first * (not by_column)
         kept = (genes >= 0) & (entries.data != 0)
         yield rows[kept], genes[kept], entries.data[kept]
 
 
-def _canonical(block: Any) -> Any:
-    """``block`` with each entry once; the caller's matrix, which it may share memory with, stays as it is."""
+def _block(matrix: Any, part: Any, where: str) -> Any:
+    """``matrix[part]`` as a sparse matrix with each entry once; the caller's matrix, with which it may share memory,
+    stays as it is. Indices are checked before any compiled code follows them."""
+    try:
+        if sp.issparse(matrix) and matrix.format in ("csr", "csc"):
+            matrix.check_format(full_check=False)  # lengths of its arrays, before it is sliced
+        block = matrix[part]
+        block = block if sp.issparse(block) else sp.csr_array(np.asarray(block))
+        if block.format in ("csr", "csc"):
+            block.check_format(full_check=True)
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{where} is damaged, its row pointers or indices do not fit its data: {error}") from error
     if not block.has_canonical_format:
         block = block.copy()
         block.sum_duplicates()

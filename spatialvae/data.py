@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from spatialvae.graph import NeighbourGraph, checked_coordinates, knn_graph, sym
 if TYPE_CHECKING:
     from anndata import AnnData
 
-ATTENTION_NEIGHBOURS = 15
+WIDE_NEIGHBOURS = 15
 FIELD_NEIGHBOURS = 6  # in the plane, about the cells that touch
 
 
@@ -42,10 +44,12 @@ class Setup:
 @dataclass(frozen=True, eq=False)
 class Cells:
     """What the model reads of a table. ``coordinates`` float64 (cell, axis) or None; ``samples`` and ``batches`` int64
-    (cell,); ``batch_names`` in the order of their codes; ``depth`` float32 (cell,), the total counts."""
+    (cell,); ``batch_names`` in the order of their codes; ``depth`` float32 (cell,), the total counts; ``missing`` bool
+    (gene,), genes of the model that the table has not, whose columns of ``counts`` are empty."""
 
     counts: Counts
     genes: tuple[str, ...]
+    missing: np.ndarray
     coordinates: np.ndarray | None
     samples: np.ndarray
     batches: np.ndarray
@@ -62,7 +66,7 @@ class Cells:
 
 @dataclass(frozen=True, eq=False)
 class Graphs:
-    """``wide``: the neighbourhood that attention sees; ``near``: symmetric, the edges of the spatial prior."""
+    """``wide``: the neighbourhood that messages come from; ``near``: symmetric, the edges of the spatial prior."""
 
     wide: NeighbourGraph
     near: NeighbourGraph
@@ -88,79 +92,81 @@ def read_cells(
 ) -> Cells:
     """Check ``adata`` against ``setup`` and take out what the model reads.
 
-    ``genes`` and ``batch_names`` are those of a trained model, when there is one: genes are then matched by name.
-    Genes that ``var["is_blank"]`` marks are left out.
+    ``genes`` and ``batch_names`` are those of a trained model, when there is one: genes are then matched by name, and
+    a warning says how many the table lacks. Another says how many cells have no counts. Genes that ``var["is_blank"]``
+    marks are left out.
 
-    Raises InputError as ``check_table`` does, and for counts that are not non-negative integers, cells without counts,
-    genes or batches that the model does not know.
+    Raises InputError as ``check_table`` does, and for counts that are not non-negative integers, a table that is
+    damaged or shares fewer than 2 genes with the model, and batches that the model does not know.
     """
     _check_names(adata)
     matrix, where = _counts(adata, setup.layer)
     coordinates = _coordinates(adata, setup.spatial_key)
     samples = _codes(adata, setup.sample_key)[0]
     batches, names = _codes(adata, setup.batch_key)
-    columns = _columns(adata, genes)
+    columns, missing = _columns(adata, genes)
     if batch_names is not None and setup.batch_key is not None:
         unknown = [name for name in names if name not in batch_names]
         if unknown:
             raise InputError(f"obs[{setup.batch_key!r}] has batch {unknown[0]!r}; the model knows {list(batch_names)}")
         batches = np.array([batch_names.index(name) for name in names])[batches]
         names = batch_names
-    counts = read_counts(matrix, columns, where)
-    return Cells(counts, tuple(adata.var_names[columns]), coordinates, samples, batches, names)
+    counts = read_counts(matrix, columns[~missing], where)
+    if missing.any():
+        counts = counts.spread_over(np.flatnonzero(~missing), len(missing))
+    empty = np.flatnonzero(counts.depth == 0)
+    if len(empty):
+        known = "their neighbours" if coordinates is not None else "the average cell"
+        warnings.warn(
+            f"{len(empty)} cells have no counts in {where}, the first {adata.obs_names[empty[0]]!r}: what is known of "
+            f"them comes from {known}",
+            stacklevel=2,
+        )
+    names_of_genes = tuple(adata.var_names[columns]) if genes is None else genes
+    return Cells(counts, names_of_genes, missing, coordinates, samples, batches, names)
+
+
+def fingerprint(adata: AnnData, setup: Setup) -> int:
+    """A checksum of all that ``read_cells`` reads of a table in memory; what stays in a file counts as its name."""
+    matrix = _counts(adata, setup.layer)[0]
+    parts = [getattr(matrix, name) for name in ("data", "indices", "indptr")] if hasattr(matrix, "indptr") else [matrix]
+    if setup.spatial_key is not None:
+        parts.append(_coordinates(adata, setup.spatial_key))
+    parts += [_codes(adata, key)[0] for key in (setup.sample_key, setup.batch_key)]
+    value = 0
+    for part in parts:
+        value = zlib.crc32(
+            np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else str(part).encode(), value
+        )
+    return value
 
 
 def build_graphs(cells: Cells) -> Graphs | None:
     """Neighbours within each sample; None without coordinates."""
-    if cells.coordinates is None:
-        return None
-    wide = knn_graph(cells.coordinates, ATTENTION_NEIGHBOURS, cells.samples)
+    return None if cells.coordinates is None else graphs_of(cells.coordinates, cells.samples)
+
+
+def graphs_of(coordinates: np.ndarray, samples: np.ndarray) -> Graphs:
+    """Of cells at ``coordinates`` (cell, axis) of ``samples`` (cell,)."""
+    wide = knn_graph(coordinates, WIDE_NEIGHBOURS, samples)
     near = NeighbourGraph(wide.index[:, :FIELD_NEIGHBOURS], wide.distance[:, :FIELD_NEIGHBOURS])
-    return Graphs(wide, symmetrised(near, cells.coordinates))
+    return Graphs(wide, symmetrised(near, coordinates))
 
 
-def along_curve(coordinates: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Order of cells along a Z-order curve through each sample: neighbours in it are neighbours in space."""
-    low = coordinates.min(0)
-    span = max(float((coordinates.max(0) - low).max()), 1e-12)
-    cell = ((coordinates - low) / span * 65535).astype(np.uint64)
-    code = np.zeros(len(cell), np.uint64)
-    axes = cell.shape[1]
-    for bit in range(16):
-        for axis in range(axes):
-            code |= ((cell[:, axis] >> np.uint64(bit)) & np.uint64(1)) << np.uint64(bit * axes + axis)
-    return np.lexsort((code, samples))
+def read_places(adata: AnnData, setup: Setup) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (cell, axis) and name of the sample (cell,) of each cell of a table with coordinates."""
+    coordinates = _coordinates(adata, setup.spatial_key)
+    assert coordinates is not None
+    codes, names = _codes(adata, setup.sample_key)
+    return coordinates, np.array(names)[codes]
 
 
-def minibatches(rows: np.ndarray, size: int, patch: int, rng: np.random.Generator | None) -> Iterator[np.ndarray]:
-    """Cut ``rows`` (in the order of a space-filling curve) into minibatches of ``size`` cells.
-
-    Each is made of patches of ``patch`` consecutive cells, drawn in random order, so that neighbourhoods overlap
-    inside a patch while a minibatch still sees the whole section. Every row comes exactly once. Without ``rng`` the
-    order is that of ``rows``.
-    """
-    if rng is not None and patch == 1:
+def minibatches(rows: np.ndarray, size: int, rng: np.random.Generator | None = None) -> Iterator[np.ndarray]:
+    """``rows`` in minibatches of ``size``, shuffled by ``rng``, without it in their order. Every row comes once."""
+    if rng is not None:
         rows = rng.permutation(rows)
-    elif rng is not None:
-        start = int(rng.integers(patch))
-        patches = [piece for piece in np.split(rows, range(start, len(rows), patch)) if len(piece)]
-        rng.shuffle(patches)
-        rows = np.concatenate(patches)
     for first in range(0, len(rows), size):
         yield rows[first : first + size]
-
-
-def with_neighbours(rows: np.ndarray, neighbours: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``rows`` followed by those of their ``neighbours`` (cell, slot) that are not among them, each once; and where in
-    this list each row's neighbours stand, int32 (row, slot), -1 where there is none.
-
-    ``scratch`` int32 (cell,) must hold -1, and does again afterwards.
-    """
-    from spatialvae import _kernels
-
-    nodes = np.empty(len(rows) * (1 + neighbours.shape[1]), np.int64)
-    slots = np.empty((len(rows), neighbours.shape[1]), np.int32)
-    return nodes[: _kernels.with_neighbours(rows, neighbours, scratch, nodes, slots)], slots
 
 
 def _check_names(adata: AnnData) -> None:
@@ -182,19 +188,28 @@ def _counts(adata: AnnData, layer: str | None) -> tuple[Any, str]:
     return adata.layers[layer], f"layer {layer!r}"
 
 
-def _columns(adata: AnnData, genes: tuple[str, ...] | None) -> np.ndarray:
+def _columns(adata: AnnData, genes: tuple[str, ...] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Column of each gene of the model, and whether the table lacks it."""
     if genes is None:
+        columns = np.arange(adata.n_vars)
         if _keys.IS_BLANK in adata.var:
-            return np.flatnonzero(~adata.var[_keys.IS_BLANK].to_numpy(bool))
-        return np.arange(adata.n_vars)
+            columns = np.flatnonzero(~adata.var[_keys.IS_BLANK].to_numpy(bool))
+        return columns, np.zeros(len(columns), bool)
     columns = adata.var_names.get_indexer(list(genes))
-    missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
-    if missing:
+    missing = columns < 0
+    names = [gene for gene, absent in zip(genes, missing, strict=True) if absent]
+    if missing.sum() > len(genes) - 2:
         raise InputError(
-            f"the table lacks {len(missing)} of the {len(genes)} genes that the model was trained on, "
-            f"first {missing[:3]}"
+            f"the table has {len(genes) - len(names)} of the {len(genes)} genes that the model was trained on, "
+            f"expected 2 at least; it lacks {names[:3]}; are genes named in the same way?"
         )
-    return columns
+    if names:
+        warnings.warn(
+            f"the table lacks {len(names)} of the {len(genes)} genes that the model was trained on, first {names[:3]}: "
+            "they count as not measured",
+            stacklevel=3,
+        )
+    return columns, missing
 
 
 def _coordinates(adata: AnnData, key: str | None) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-r"""The linear, spatial part of the model: which directions of expression vary smoothly in space, and how smoothly.
+r"""Gaussian fields on the graph of cells: which directions of expression vary smoothly in space, and how smoothly.
 
 Scores ``y`` (cell, direction) on the graph with Laplacian ``L`` are modelled, direction by direction, as
 
@@ -8,9 +8,9 @@ a smooth field (the niche), a rough one (neighbours that resemble each other bec
 the cell alone. The smooth part penalises squared differences along edges (a conditional autoregression, Besag 1974):
 of the graph forms of Matern fields (Lindgren, Rue & Lindstrom 2011) the one that blurs borders least. Range ``r`` is
 shared by all directions, variances are each direction's own, and all are learnt by maximum likelihood: V_d is a
-function of L, so the log determinant and the quadratic form are integrals against spectral measures, which a few
-Lanczos steps give by Gauss quadrature (Ubaru, Chen & Saad 2017). Nothing of size (cell, cell) is made. The posterior
-mean of the smooth part is a polynomial filter on the graph, so that a fitted field applies to a new section at once.
+function of L, so the log determinant and the quadratic form are integrals against spectral measures. Those are exact
+for small tables; for large ones a few Lanczos steps give them by Gauss quadrature (Ubaru, Chen & Saad 2017). Nothing of
+size (cell, cell) is made of a large table.
 """
 
 from __future__ import annotations
@@ -23,59 +23,35 @@ from scipy.linalg import eigh, eigh_tridiagonal
 
 ROUGH_RANGE = 0.3  # a: hardly beyond the nearest neighbours
 RANGES = np.geomspace(1, 2000, 25)  # of r, in squared graph steps
+EXACT = 1500  # cells up to which eigenvalues are computed: half a second
 LANCZOS_STEPS = 40
 PROBES = 6  # random vectors for traces, at least
 COLUMNS_AT_ONCE = 8  # of Lanczos' vectors, four of which are held for each column
+NODES = 128  # of a trace measure: neighbouring nodes are merged
 UPDATES = 150
-MAX_DEGREE_OF_FILTER = 400
+TOLERANCE = 1e-4  # of conjugate gradients, relative to the right-hand side
+MOST_ITERATIONS = 1000
+
+Measure = tuple[np.ndarray, np.ndarray]  # nodes and weights, (..., node)
 
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """A fitted field. ``directions`` (score, direction) maps centred principal components to ``y``; the other
-    arrays are (direction,). ``gain`` is the log likelihood, in nats, gained over a model without the smooth part;
-    ``doubt`` the posterior variance of the smooth part at a cell, ``own`` the variance of what is not smooth there."""
+    """A fitted field of the directions that vary in space.
 
-    directions: np.ndarray
+    ``chosen`` int64 (direction,) are columns of the scores, the most spatial first. ``smooth``, ``rough`` and ``noise``
+    (direction,) are s, g and e of V, ``gain`` the log likelihood, in nats, gained over a model without the smooth part.
+    ``spread`` is the mean of diag (1 + r L)^-1 and ``rough_spread`` that of diag (1 + a L)^-1.
+    """
+
+    chosen: np.ndarray
     range: float
     smooth: np.ndarray
     rough: np.ndarray
     noise: np.ndarray
     gain: np.ndarray
-    doubt: np.ndarray
-    own: np.ndarray
-
-    @property
-    def n_directions(self) -> int:
-        return self.directions.shape[1]
-
-    def smooth_part(self, laplacian: sp.csr_array, scores: np.ndarray) -> np.ndarray:
-        """Posterior mean of the smooth part, (cell, direction) float32, of ``scores`` (cell, score)."""
-        y = np.asarray(scores @ self.directions, np.float32)
-
-        def response(eigenvalue: np.ndarray) -> np.ndarray:
-            smooth, variance = self._spectrum(eigenvalue)
-            return smooth / variance
-
-        return graph_filter(laplacian, y, response)
-
-    def niche(self, laplacian: sp.csr_array, neighbours: sp.csr_array, scores: np.ndarray) -> np.ndarray:
-        """The niche of each cell as field and neighbourhood show it, (cell, direction) float32.
-
-        The plain mean of ``y`` over a cell and its n ``neighbours`` estimates the niche with error variance
-        own / (1 + n), the field with variance doubt; each is weighted by the inverse of its variance. Where a few
-        cells tell much the mean prevails, whose borders are sharper; where they tell little, the field, which sees
-        further.
-        """
-        y = np.asarray(scores @ self.directions, np.float32)
-        members = 1 + np.asarray(neighbours.sum(1), np.float32).reshape(-1, 1)
-        mean = (y + neighbours @ y) / members
-        doubt, own = self.doubt.astype(np.float32), self.own.astype(np.float32)
-        field = self.smooth_part(laplacian, scores)
-        return field + doubt / (doubt + own / members) * (mean - field)
-
-    def _spectrum(self, eigenvalue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return _parts(eigenvalue, self.range, np.stack([self.smooth, self.rough, self.noise]))
+    spread: float
+    rough_spread: float
 
 
 def laplacian_of(adjacency: sp.csr_array) -> sp.csr_array:
@@ -84,19 +60,33 @@ def laplacian_of(adjacency: sp.csr_array) -> sp.csr_array:
     return sp.csr_array(sp.diags_array(degree) - adjacency)
 
 
-def fit_field(scores: np.ndarray, neighbours: sp.csr_array, laplacian: sp.csr_array, max_directions: int) -> Field:
-    """Find the spatial directions of ``scores`` (cell, score; centred) and fit a field to them.
+def spatial_directions(scores: np.ndarray, neighbours: sp.csr_array | None) -> np.ndarray:
+    """Directions (score, direction) in which ``scores`` (cell, score; centred) have unit variance and no correlation.
 
-    ``neighbours`` (cell, cell) lists each cell's neighbourhood, without itself. Directions are those that make a cell
-    most like the mean of its neighbours (Wartenberg 1985), in units in which the total variance is 1; a direction
-    is kept if its smooth part gains more log likelihood than its parameter costs (Akaike 1974).
+    With ``neighbours`` (cell, cell), each cell's neighbourhood without itself, they are ordered by how much a cell is
+    like the mean of its neighbours, most first (maximum autocorrelation factors, Switzer & Green 1984; Wartenberg
+    1985); without, by variance.
     """
-    n = len(scores)
-    directions = _autocorrelated(scores, neighbours)
-    y = scores @ directions
+    total = scores.T @ scores / len(scores)
+    ridge = 1e-6 * np.trace(total) / len(total) * np.eye(len(total))
+    if neighbours is None:
+        shared = total @ total
+    else:
+        degree = np.maximum(np.asarray(neighbours.sum(1)).ravel(), 1)
+        shared = scores.T @ ((neighbours @ scores) / degree[:, None]) / len(scores)
+    directions = eigh((shared + shared.T) / 2, total + ridge)[1][:, ::-1]
+    return directions * np.sign(directions[np.abs(directions).argmax(0), np.arange(directions.shape[1])])
+
+
+def fit_field(y: np.ndarray, laplacian: sp.csr_array, max_directions: int) -> Field:
+    """Fit a field to ``y`` (cell, direction; centred), in which directions are not correlated.
+
+    A direction is kept if its smooth part gains more log likelihood than its parameter costs (Akaike 1974).
+    """
+    n = len(y)
     power = (y**2).mean(0)
     measure = _spectral_measure(laplacian, y)
-    trace = _trace_measure(laplacian)
+    trace = trace_measure(laplacian)
     chosen = np.arange(y.shape[1])
     for _ in range(2):  # the shared range is learnt from the directions that turn out to be spatial
         r, variances, gain = _maximum_likelihood(power[chosen], (measure[0][chosen], measure[1][chosen]), trace, n)
@@ -104,58 +94,99 @@ def fit_field(scores: np.ndarray, neighbours: sp.csr_array, laplacian: sp.csr_ar
         keep = keep if len(keep) else np.array([int(np.argmax(gain))])
         keep = keep[np.argsort(-gain[keep], kind="stable")][:max_directions]
         chosen, variances, gain = chosen[keep], variances[:, keep], gain[keep]
-    part, total = _parts(trace[0], r, variances)
-    doubt = (trace[1] * (part - part**2 / total)).sum(1)
-    own = (trace[1] * (total - part)).sum(1)
+    nodes, weights = trace
+    spread, rough_spread = (float(weights @ (1 / (1 + a * nodes))) for a in (r, ROUGH_RANGE))
     smooth, rough, noise = variances
-    return Field(directions[:, chosen], r, smooth, rough, noise, gain, doubt, own)
+    return Field(chosen, r, smooth, rough, noise, gain, spread, rough_spread)
 
 
-def spectral_means(laplacian: sp.csr_array, r: float) -> tuple[float, float]:
-    """log det(1 + r L) and the trace of (1 + r L)^-1, each divided by the number of cells."""
-    nodes, weights = _trace_measure(laplacian)
-    return float((weights * np.log1p(r * nodes)).sum()), float((weights / (1 + r * nodes)).sum())
+def solve(
+    laplacian: sp.csr_array, r: float, weight: np.ndarray, target: np.ndarray, start: np.ndarray | None = None
+) -> np.ndarray:
+    """Solve (1 + r L) m + W m = target by conjugate gradients preconditioned by the diagonal.
 
+    Parameters
+    ----------
+    weight : W, not negative: float (cell, dim); or positive semidefinite matrices (cell, dim, dim)
+    target : float (cell, dim)
+    start : first guess, float (cell, dim)
 
-def graph_filter(laplacian: sp.csr_array, values: np.ndarray, response: object) -> np.ndarray:
-    """Apply ``response(L)`` to ``values`` (cell, direction) by its Chebyshev series.
-
-    ``response`` maps eigenvalues (m,) to (direction, m). The degree is the smallest that leaves coefficients below
-    1e-4 of the largest.
+    Returns
+    -------
+    m : float64 (cell, dim)
     """
-    top = 2.0 * float(laplacian.diagonal().max(initial=0.0)) + 1e-6  # Gershgorin
-    points = MAX_DEGREE_OF_FILTER + 1
-    angle = np.pi * (np.arange(points) + 0.5) / points
-    at = response(top * (np.cos(angle) + 1) / 2)  # type: ignore[operator]
-    series = 2 / points * at @ np.cos(np.outer(angle, np.arange(points)))
-    series[:, 0] /= 2
-    large = np.abs(series).max(0) > 1e-4 * np.abs(series).max()
-    degree = max(int(np.flatnonzero(large).max()), 1)
-    series = series.astype(np.float32)
-    step = sp.csr_array(laplacian * np.float32(2 / top) - sp.eye_array(len(values), dtype=np.float32))
-    before, now = values, step @ values
-    out = series[:, 0] * before + series[:, 1] * now
-    for order in range(2, degree + 1):
-        before, now = now, 2 * (step @ now) - before
-        out += series[:, order] * now
-    return out
+    joined = weight.ndim == 3
+    diagonal = 1 + r * laplacian.diagonal()[:, None] + (np.einsum("idd->id", weight) if joined else weight)
+    m = np.zeros(target.shape) if start is None else np.array(start, float)
+
+    def times(v: np.ndarray) -> np.ndarray:
+        own = np.einsum("ide,ie->id", weight, v) if joined else weight * v
+        return v + own + r * (laplacian @ v)
+
+    def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        each = np.einsum("id,id->d", a, b)
+        return each.sum(keepdims=True) if joined else each  # one system, or one a dimension
+
+    rest = target - times(m)
+    along = step = rest / diagonal
+    size = product(rest, step)
+    enough = TOLERANCE**2 * np.maximum(product(target, target), 1e-300)
+    for _ in range(MOST_ITERATIONS):
+        if (product(rest, rest) <= enough).all():
+            break
+        image = times(along)
+        length = size / np.maximum(product(along, image), 1e-300)
+        m += length * along
+        rest = rest - length * image
+        step = rest / diagonal
+        before, size = size, product(rest, step)
+        along = step + size / np.maximum(before, 1e-300) * along
+    return m
 
 
-def _autocorrelated(scores: np.ndarray, neighbours: sp.csr_array) -> np.ndarray:
-    """Directions (score, direction) with unit total variance, most autocorrelated first; positive ones only."""
-    degree = np.maximum(np.asarray(neighbours.sum(1)).ravel(), 1)
-    means = (neighbours @ scores) / degree[:, None]
-    total = scores.T @ scores / len(scores)
-    shared = scores.T @ means / len(scores)
-    ridge = 1e-6 * np.trace(total) / len(total) * np.eye(len(total))
-    correlation, directions = eigh((shared + shared.T) / 2, total + ridge)
-    order = np.argsort(-correlation)
-    order = order[: max(int((correlation > 0).sum()), 1)]
-    directions = directions[:, order]
-    return directions * np.sign(directions[np.abs(directions).argmax(0), np.arange(directions.shape[1])])
+def draws(laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One draw of N(0, (1 + r L + W)^-1), float64 (cell, dim), W as in ``solve``.
+
+    The precision matrix is B'B for a B with a row an edge and some a cell, and B' times noise has it as covariance
+    (Papandreou & Yuille 2010).
+    """
+    shape, upper = weight.shape[:2], sp.triu(-laplacian, 1, format="coo")
+    columns = np.arange(upper.nnz)
+    noise = rng.standard_normal((upper.nnz, shape[1])) * np.sqrt(r * upper.data)[:, None]
+    ends = np.repeat([1.0, -1.0], upper.nnz), (np.r_[upper.row, upper.col], np.r_[columns, columns])
+    target = sp.csr_array(ends, shape=(shape[0], upper.nnz)) @ noise
+    excess = np.maximum(np.asarray(laplacian.sum(1)).reshape(-1, 1), 0)  # of cells without neighbours
+    target += rng.standard_normal(shape) * np.sqrt(1 + r * excess)
+    own = rng.standard_normal(shape)
+    if weight.ndim == 2:
+        target += np.sqrt(weight) * own
+    else:
+        values, vectors = np.linalg.eigh(weight)
+        target += np.einsum("ide,ie->id", vectors, np.sqrt(np.maximum(values, 0)) * own)
+    return solve(laplacian, r, weight, target)
 
 
-def _spectral_measure(laplacian: sp.csr_array, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def posterior_variance(
+    laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.Generator, samples: int
+) -> np.ndarray:
+    """Diagonal of (1 + r L + W)^-1, float64 (cell, dim), W as in ``solve``, from ``samples`` draws.
+
+    Given its neighbours a cell's variance is known; only what the neighbours add is estimated (Siden, Lindgren, Bolin &
+    Villani 2018).
+    """
+    own = r * laplacian.diagonal()
+    if weight.ndim == 2:
+        given = (1 / (1 + own[:, None] + weight))[..., None] * np.eye(weight.shape[1])
+    else:
+        given = np.linalg.inv(weight + (1 + own)[:, None, None] * np.eye(weight.shape[1]))
+    others = sp.csr_array(sp.diags_array(own) - r * laplacian)
+    added = np.zeros(weight.shape[:2])
+    for _ in range(samples):
+        added += np.einsum("ide,ie->id", given, others @ draws(laplacian, r, weight, rng)) ** 2
+    return np.einsum("idd->id", given) + added / samples
+
+
+def _spectral_measure(laplacian: sp.csr_array, vectors: np.ndarray) -> Measure:
     """Gauss quadrature of each column's spectral measure: nodes and weights (column, step), weights summing to 1."""
     laplacian = laplacian.astype(float)
     parts = [
@@ -165,7 +196,7 @@ def _spectral_measure(laplacian: sp.csr_array, vectors: np.ndarray) -> tuple[np.
     return np.concatenate([nodes for nodes, _ in parts]), np.concatenate([weights for _, weights in parts])
 
 
-def _lanczos(laplacian: sp.csr_array, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _lanczos(laplacian: sp.csr_array, vectors: np.ndarray) -> Measure:
     """Plain three-term Lanczos: lost orthogonality only splits nodes, which does not change the integrals."""
     steps = min(LANCZOS_STEPS, len(vectors))
     columns = vectors.shape[1]
@@ -186,21 +217,29 @@ def _lanczos(laplacian: sp.csr_array, vectors: np.ndarray) -> tuple[np.ndarray, 
     return nodes, weights
 
 
-def _trace_measure(laplacian: sp.csr_array) -> tuple[np.ndarray, np.ndarray]:
+def trace_measure(laplacian: sp.csr_array) -> Measure:
     """Nodes and weights (node,): the sum of weight * f(node) is the trace of f(L) divided by the number of cells.
 
     The random vectors are always the same, so that a table has one field whatever the seed of the training.
     """
     n = laplacian.shape[0]
+    if n <= EXACT:
+        values = np.maximum(np.linalg.eigvalsh(laplacian.toarray().astype(float)), 0)
+        return _merged(values, np.full(n, 1 / n))
     count = int(np.clip(400_000 // n, PROBES, 200))  # the error falls with cells and with probes
     nodes, weights = _spectral_measure(laplacian, np.random.default_rng(0).choice([-1.0, 1.0], (n, count)))
-    return nodes.ravel(), weights.ravel() / count
+    return _merged(nodes.ravel(), weights.ravel() / count)
 
 
-def _parts(eigenvalue: np.ndarray, r: float, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Spectrum of the smooth part and of the whole, (direction, m), at ``eigenvalue`` (m,)."""
-    parts = variances[:, :, None] * _bases(eigenvalue, np.array([r]))[0][:, None, :]
-    return parts[0], parts.sum(0)
+def _merged(nodes: np.ndarray, weights: np.ndarray) -> Measure:
+    """The measure with neighbouring nodes replaced by their mean, in bins of log(1e-3 + node): spectra 1 / (1 + r node)
+    change little within one."""
+    place = np.log(1e-3 + nodes)
+    low, high = place.min(), place.max()
+    bins = np.minimum(((place - low) / max(high - low, 1e-12) * NODES).astype(int), NODES - 1)
+    total = np.bincount(bins, weights, NODES)
+    there = total > 0
+    return np.bincount(bins, weights * nodes, NODES)[there] / total[there], total[there]
 
 
 def _bases(eigenvalue: np.ndarray, ranges: np.ndarray) -> np.ndarray:
@@ -212,7 +251,7 @@ def _bases(eigenvalue: np.ndarray, ranges: np.ndarray) -> np.ndarray:
 
 
 def _maximum_likelihood(
-    power: np.ndarray, measure: tuple[np.ndarray, np.ndarray], trace: tuple[np.ndarray, np.ndarray], n: int
+    power: np.ndarray, measure: Measure, trace: Measure, n: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Range, variances (part, direction) and gain (direction,) in nats.
 

@@ -1,17 +1,23 @@
-"""Neighbour graphs of cells: coordinates in, lists of bounded degree out, never across samples."""
+"""Neighbour graphs of cells: coordinates in, lists of bounded degree out, never across samples; and PyTorch Geometric's
+``Data`` to take them to other layers and back."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.spatial import Delaunay, cKDTree
+from scipy.spatial import cKDTree
 
+from spatialvae import _keys
 from spatialvae.errors import InputError
 
-MAX_DEGREE = 64  # of a radius graph; more means that the radius is in another unit than the coordinates
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from torch_geometric.data import Data
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,81 +78,6 @@ def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None
     return NeighbourGraph(index, distance)
 
 
-def nearest_among(
-    coordinates: np.ndarray,
-    others: np.ndarray,
-    k: int,
-    samples: np.ndarray | None = None,
-    other_samples: np.ndarray | None = None,
-) -> np.ndarray:
-    """Rows of the ``k`` cells of ``others`` (m, axis) nearest to each place of ``coordinates`` (cell, axis), within its
-    sample: int64 (cell, k), -1 where a sample has fewer cells."""
-    coordinates, others = checked_coordinates(coordinates), checked_coordinates(others)
-    names = np.zeros(len(coordinates), int) if samples is None else np.asarray(samples)
-    other_names = np.zeros(len(others), int) if other_samples is None else np.asarray(other_samples)
-    index = np.full((len(coordinates), k), -1, np.int64)
-    for name in np.unique(names):
-        rows, there = np.flatnonzero(names == name), np.flatnonzero(other_names == name)
-        found = min(k, len(there))
-        if found:
-            near = cKDTree(others[there]).query(coordinates[rows], found, workers=-1)[1]
-            index[rows, :found] = there[near.reshape(len(rows), found)]
-    return index
-
-
-def radius_graph(
-    coordinates: np.ndarray, radius: float, samples: np.ndarray | None = None, max_degree: int = MAX_DEGREE
-) -> NeighbourGraph:
-    """All cells of the same sample within ``radius``. Cells may have no neighbour.
-
-    Raises InputError, before anything large is made, if a cell would have more than ``max_degree`` neighbours.
-    """
-    coordinates = checked_coordinates(coordinates)
-    if not radius > 0:
-        raise InputError(f"radius is {radius}; expected a positive length in the unit of the coordinates")
-    groups = _rows_of_samples(len(coordinates), samples)
-    trees = [cKDTree(coordinates[rows]) for rows in groups]
-    counts = [
-        tree.query_ball_point(coordinates[rows], radius, return_length=True, workers=-1) - 1
-        for tree, rows in zip(trees, groups, strict=True)
-    ]
-    most = max((int(c.max()) for c in counts), default=0)
-    if most > max_degree:
-        spacing = np.median(knn_graph(coordinates, 1, samples).distance)
-        raise InputError(
-            f"radius {radius:g} gives up to {most} neighbours a cell (at most {max_degree} expected): the median "
-            f"distance to the nearest cell is {spacing:.3g}; are radius and coordinates in the same unit?"
-        )
-    index = np.full((len(coordinates), max(most, 1)), -1, np.int32)
-    distance = np.full(index.shape, np.inf, np.float32)
-    for tree, rows in zip(trees, groups, strict=True):
-        pairs = tree.query_pairs(radius, output_type="ndarray")
-        _fill(index, distance, coordinates, rows[np.concatenate([pairs, pairs[:, ::-1]])])
-    return NeighbourGraph(index, distance)
-
-
-def delaunay_graph(coordinates: np.ndarray, samples: np.ndarray | None = None) -> NeighbourGraph:
-    """Cells that share an edge of the Delaunay triangulation of their sample.
-
-    Samples with too few cells, or with all cells on a line, have none.
-    """
-    coordinates = checked_coordinates(coordinates)
-    edges = [np.empty((0, 2), np.int64)]
-    for rows in _rows_of_samples(len(coordinates), samples):
-        if len(rows) <= coordinates.shape[1] + 1 or np.linalg.matrix_rank(np.ptp(coordinates[rows], 0)) == 0:
-            continue
-        simplices = Delaunay(coordinates[rows], qhull_options="QJ").simplices
-        corners = simplices.shape[1]
-        pairs = [simplices[:, [a, b]] for a in range(corners) for b in range(corners) if a != b]
-        edges.append(rows[np.unique(np.concatenate(pairs), axis=0)])
-    pairs_all = np.concatenate(edges)
-    most = int(np.bincount(pairs_all[:, 0], minlength=1).max())
-    index = np.full((len(coordinates), max(most, 1)), -1, np.int32)
-    distance = np.full(index.shape, np.inf, np.float32)
-    _fill(index, distance, coordinates, pairs_all)
-    return NeighbourGraph(index, distance)
-
-
 def symmetrised(graph: NeighbourGraph, coordinates: np.ndarray) -> NeighbourGraph:
     """The same graph with every edge in both directions."""
     matrix = graph.adjacency(symmetric=True).tocoo()
@@ -154,6 +85,70 @@ def symmetrised(graph: NeighbourGraph, coordinates: np.ndarray) -> NeighbourGrap
     index = np.full((graph.n_cells, most), -1, np.int32)
     distance = np.full(index.shape, np.inf, np.float32)
     _fill(index, distance, np.asarray(coordinates, float), np.stack([matrix.row, matrix.col], 1))
+    return NeighbourGraph(index, distance)
+
+
+def to_data(adata: AnnData, k: int = 15) -> Data:
+    """The cells of a table that ``SpatialVAE.setup_anndata`` prepared, as a ``torch_geometric.data.Data``.
+
+    ``pos`` float32 (cell, axis); ``edge_index`` int64 (2, edge), from each of a cell's ``k`` nearest of its sample to
+    the cell, targets in order, nearest first; ``edge_attr`` float32 (edge, 1), distances in the unit of the
+    coordinates; ``x`` float32 (cell, dim), ``obsm["X_spatialvae"]`` where it is there.
+
+    Raises InputError for a table without ``setup_anndata`` or without coordinates.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # on import, of torch.jit.script, not of the user's doing
+        from torch_geometric.data import Data
+
+    from spatialvae.data import Setup, read_places
+
+    setup = Setup.read(adata)
+    if setup.spatial_key is None:
+        raise InputError("the table was set up without spatial_key: it has no places to make a graph of")
+    coordinates, samples = read_places(adata, setup)
+    graph = knn_graph(coordinates, k, samples)
+    target, slot = np.nonzero(graph.index >= 0)
+    edges = np.stack([graph.index[target, slot], target]).astype(np.int64)
+    data = Data(
+        pos=torch.from_numpy(coordinates.astype(np.float32)),
+        edge_index=torch.from_numpy(edges),
+        edge_attr=torch.from_numpy(graph.distance[target, slot][:, None]),
+        num_nodes=adata.n_obs,
+    )
+    if _keys.LATENT in adata.obsm:
+        data.x = torch.from_numpy(np.asarray(adata.obsm[_keys.LATENT], np.float32))
+    return data
+
+
+def from_data(data: Data) -> NeighbourGraph:
+    """The neighbours that ``data.edge_index`` lists, (2, edge) from neighbour to cell, with ``data.edge_attr``, (edge,)
+    or (edge, 1), as distances, or else distances between ``data.pos``.
+
+    Raises InputError if an edge names a cell that is not there, or if there is nothing to tell distances from.
+    """
+    edges = np.asarray(data.edge_index.cpu())
+    n = int(data.num_nodes)
+    if edges.size and not 0 <= edges.min() <= edges.max() < n:
+        raise InputError(f"edge_index names cell {edges.max()} (or a negative one); there are {n} cells")
+    if data.edge_attr is not None:
+        far = np.asarray(data.edge_attr.cpu(), np.float32).reshape(-1)
+        if len(far) != edges.shape[1]:
+            raise InputError(f"edge_attr has {len(far)} values for {edges.shape[1]} edges; expected one distance each")
+    elif data.pos is not None:
+        places = np.asarray(data.pos.cpu(), np.float32)
+        far = np.linalg.norm(places[edges[0]] - places[edges[1]], axis=1)
+    else:
+        raise InputError("data has neither edge_attr nor pos: the distances of neighbours are not known")
+    order = np.lexsort((far, edges[1]))
+    source, target, far = edges[0][order], edges[1][order], far[order]
+    degree = np.bincount(target, minlength=n)
+    slot = np.arange(len(target)) - np.repeat(np.cumsum(degree) - degree, degree)
+    index = np.full((n, max(int(degree.max(initial=0)), 1)), -1, np.int32)
+    distance = np.full(index.shape, np.inf, np.float32)
+    index[target, slot], distance[target, slot] = source, far
     return NeighbourGraph(index, distance)
 
 

@@ -1,4 +1,4 @@
-"""The linear start of the model: principal components of log counts and the spatial field in them."""
+"""The linear start of the model: directions of log counts, batches' shifts in them and the spatial field of them."""
 
 from __future__ import annotations
 
@@ -7,112 +7,181 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.spatial import cKDTree
 
 from spatialvae.counts import Counts
 from spatialvae.data import Cells, Graphs
-from spatialvae.field import Field, fit_field, laplacian_of, spectral_means
+from spatialvae.errors import InputError
+from spatialvae.field import Field, fit_field, laplacian_of, spatial_directions
 
 DENSE_GENES = 3000  # up to here the gene covariance is made in full
-
-
-@dataclass(frozen=True, eq=False)
-class Components:
-    """Principal components of ``log(1 + scale x / depth)``: ``mean`` (gene,), ``loadings`` (gene, component) with
-    orthonormal columns, ``batch_mean`` (batch, component) the scores' mean in each batch."""
-
-    scale: float
-    mean: np.ndarray
-    loadings: np.ndarray
-    batch_mean: np.ndarray
-
-    def scores(self, cells: Cells) -> np.ndarray:
-        """(cell, component) float32, centred within each batch."""
-        offset = self.mean @ self.loadings + self.batch_mean
-        out = np.empty((cells.n_cells, self.loadings.shape[1]), np.float32)
-        for rows, logs in log_normalised(cells.counts, self.scale):
-            out[rows] = logs @ self.loadings - offset[cells.batches[rows]]
-        return out
+LEAST_VARIANCE = 1e-6  # of a component, relative to the first: less is rounding
+POWER_STEPS = 4  # of the randomised decomposition (Halko, Martinsson & Tropp 2011)
+OVERSAMPLED = 10
+PAIRED_CELLS = 6000  # of all batches together, that pairs are sought among
+ROUNDS = 20
 
 
 @dataclass(frozen=True, eq=False)
 class LinearStart:
-    """What the network starts from. ``niche_to_cell`` (component, direction) predicts a cell's scores from its
-    niche; ``residual`` (component,) is the variance that remains; ``log_det`` per cell of (1 + range L);
-    ``spread`` the mean variance at a cell of a field of unit variance parameter."""
+    """What the network starts from.
 
-    components: Components
+    ``scale`` and ``mean`` (gene,): y = log(1 + scale x / depth) - mean. ``encode`` (gene, dim) maps it to latents of
+    unit variance, ``decode`` (gene, dim) back; ``shift`` (batch, dim) is where each batch lies. ``own`` (dim,) is the
+    variance of what a cell does not share with its niche, which is the first latents; ``left`` the variance of a gene
+    that latents do not explain, averaged; ``share`` (gene,) of all counts.
+    """
+
+    scale: float
+    mean: np.ndarray
+    encode: np.ndarray
+    decode: np.ndarray
+    shift: np.ndarray
+    own: np.ndarray
+    left: float
+    share: np.ndarray
     field: Field | None
-    niche_to_cell: np.ndarray
-    residual: np.ndarray
-    log_det: float
-    spread: float
 
 
 def log_normalised(counts: Counts, scale: float) -> Iterator[tuple[slice, sp.csr_array]]:
     """``log(1 + scale x / depth)`` in blocks of cells: rows, and their values float32 (row, gene)."""
     for rows, block in counts.blocks():
-        factor = (scale / counts.depth[rows]).astype(np.float32)
+        factor = (scale / np.maximum(counts.depth[rows], 1)).astype(np.float32)
         block.data = np.log1p(block.data * np.repeat(factor, np.diff(block.indptr)))
         yield rows, block
 
 
-def fit_components(cells: Cells, n_components: int, seed: int = 0) -> Components:
-    """PCA by the gene covariance, or by a truncated SVD when genes are many."""
-    n, genes = cells.counts.shape
+def fit_components(cells: Cells, n_components: int, seed: int = 0) -> tuple[float, np.ndarray, np.ndarray, float]:
+    """PCA by the gene covariance, or by a randomised decomposition when genes are many; of cells that have counts.
+
+    Returns scale, mean (gene,), loadings (gene, component) with orthonormal columns, and the variance left, per gene.
+
+    Raises InputError if all cells have the same composition.
+    """
+    n, genes = int((cells.depth > 0).sum()), cells.counts.n_genes
     k = min(n_components, genes - 1, n - 1)
-    scale = float(np.median(cells.depth))
+    scale = float(np.median(cells.depth[cells.depth > 0]))
     full = genes <= DENSE_GENES
-    sums, products = np.zeros((len(cells.batch_names), genes)), np.zeros((genes, genes) if full else 0)
-    for rows, logs in log_normalised(cells.counts, scale):
-        batches = sp.csr_array(
-            (np.ones(logs.shape[0]), cells.batches[rows], np.arange(logs.shape[0] + 1)),
-            shape=(logs.shape[0], len(sums)),
-        )
-        sums += (batches.T @ logs).toarray()
+    mean, squares, products = np.zeros(genes), 0.0, np.zeros((genes, genes) if full else 0)
+    for _, logs in log_normalised(cells.counts, scale):
+        mean += logs.sum(0, dtype=float) / n
+        squares += float((logs.data.astype(float) ** 2).sum()) / n
         if full:
             dense = logs.toarray()
             products += dense.T @ dense
-    mean = sums.sum(0) / n
+    total = squares - float(mean @ mean)
     if full:
-        loadings = np.linalg.eigh(products / n - np.outer(mean, mean))[1][:, ::-1][:, :k]
+        values, vectors = np.linalg.eigh(products / n - np.outer(mean, mean))
+        values, loadings = values[::-1][:k], vectors[:, ::-1][:, :k]
     else:
-        loadings = _right_vectors(cells.counts, scale, mean, k, seed)
-    loadings = loadings * np.sign(loadings[np.abs(loadings).argmax(0), np.arange(k)])
-    members = np.bincount(cells.batches, minlength=len(sums))[:, None]
-    batch_mean = (sums - members * mean) / np.maximum(members, 1) @ loadings
-    return Components(scale, mean.astype(np.float32), loadings.astype(np.float32), batch_mean.astype(np.float32))
+        values, loadings = _leading(cells, scale, mean, k, seed)
+    if not total > 1e-9 * squares:
+        raise InputError(f"all {n} cells with counts have the same composition of {genes} genes: nothing to model")
+    k = max(int((values > LEAST_VARIANCE * values[0]).sum()), 1)
+    loadings = loadings[:, :k] * np.sign(loadings[np.abs(loadings[:, :k]).argmax(0), np.arange(k)])
+    return scale, mean, loadings, max(total - float(values[:k].sum()), 1e-6 * total) / genes
 
 
-def _right_vectors(counts: Counts, scale: float, mean: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """The first ``k`` right singular vectors (gene, k) of the centred logs."""
-    from scipy.sparse.linalg import LinearOperator, svds
+def _leading(cells: Cells, scale: float, mean: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``k`` variances and principal directions (gene, k) of the centred logs, by subspace iteration."""
+    n, genes = int((cells.depth > 0).sum()), len(mean)
+    width = min(k + OVERSAMPLED, genes, n)
+    basis = np.linalg.qr(np.random.default_rng(seed).standard_normal((genes, width)))[0]
+    for _ in range(POWER_STEPS):
+        image = np.zeros((genes, width))
+        for _, logs in log_normalised(cells.counts, scale):
+            image += logs.T @ (logs @ basis)
+        image = image / n - np.outer(mean, mean @ basis)
+        basis = np.linalg.qr(image)[0]
+    inner = np.zeros((width, width))
+    for _, logs in log_normalised(cells.counts, scale):
+        seen = logs @ basis
+        inner += seen.T @ seen
+    values, turn = np.linalg.eigh(inner / n - np.outer(mean @ basis, mean @ basis))
+    return values[::-1][:k], basis @ turn[:, ::-1][:, :k]
 
-    n, genes = counts.shape
 
-    def times(v: np.ndarray) -> np.ndarray:
-        return np.concatenate([logs @ v - mean @ v for _, logs in log_normalised(counts, scale)])
+def batch_shifts(scores: np.ndarray, batches: np.ndarray, n_batch: int, seed: int = 0) -> np.ndarray:
+    """Where each batch lies, (batch, score), whatever its composition, from ``scores`` (cell, score).
 
-    def transposed_times(v: np.ndarray) -> np.ndarray:
-        return sum(logs.T @ v[rows] for rows, logs in log_normalised(counts, scale)) - np.multiply.outer(mean, v.sum(0))
+    Cells of two batches that are each other's nearest are taken to be of one kind (Haghverdi, Lun, Morgan & Marioni
+    2018); shifts are the least-squares fit to the differences of such pairs, and are found again after they are taken
+    away, as in registration by closest points (Besl & McKay 1992). Their mean over all cells is zero.
+    """
+    shift = np.zeros((n_batch, scores.shape[1]))
+    if n_batch == 1:
+        return shift
+    rng = np.random.default_rng(seed)
+    rows = [np.flatnonzero(batches == b) for b in range(n_batch)]
+    rows = [rng.permutation(of)[: max(PAIRED_CELLS // n_batch, 50)] for of in rows]
+    for _ in range(ROUNDS):
+        laplacian, sums = np.zeros((n_batch, n_batch)), np.zeros_like(shift)
+        for a in range(n_batch):
+            for b in range(a):
+                here, there = scores[rows[a]] - shift[a], scores[rows[b]] - shift[b]
+                one, other = _mutual(here, there)
+                step = (here[one] - there[other]).sum(0)
+                sums[a] += step
+                sums[b] -= step
+                laplacian[[a, b], [a, b]] += len(one)
+                laplacian[[a, b], [b, a]] -= len(one)
+        step = np.linalg.pinv(laplacian) @ sums
+        shift += step
+        if (np.abs(step) < 1e-3 * scores.std(0)).all():
+            break
+    return shift - (np.bincount(batches, minlength=n_batch) / len(batches)) @ shift
 
-    centred = LinearOperator(
-        (n, genes), matvec=times, rmatvec=transposed_times, matmat=times, rmatmat=transposed_times, dtype=np.float32
-    )
-    _, values, right = svds(centred, k, rng=np.random.default_rng(seed))
-    return right[np.argsort(-values)].T
+
+def _mutual(here: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two sets of points that are each other's nearest."""
+    if not len(here) or not len(there):
+        return np.empty(0, int), np.empty(0, int)
+    forth, back = (cKDTree(b).query(a, workers=-1)[1] for a, b in ((here, there), (there, here)))
+    one = np.flatnonzero(back[forth] == np.arange(len(here)))
+    return one, forth[one]
 
 
 def fit_linear(cells: Cells, graphs: Graphs | None, n_components: int, max_niche: int, seed: int = 0) -> LinearStart:
-    """Components, the spatial field in them, and the regression of scores on the niche."""
-    components = fit_components(cells, n_components, seed)
-    scores = components.scores(cells).astype(float)
-    variance = scores.var(0) + 1e-8
-    if graphs is None:
-        return LinearStart(components, None, np.zeros((scores.shape[1], 0)), variance, 0.0, 1.0)
-    laplacian = laplacian_of(graphs.near.adjacency())
-    field = fit_field(scores, graphs.wide.adjacency(), laplacian, max_niche)
-    niche_to_cell = scores.T @ scores / len(scores) @ field.directions
-    explained = np.einsum("cd,d,cd->c", niche_to_cell, 1 - field.noise.clip(0.02, 1), niche_to_cell)
-    residual = np.maximum(variance - explained, 0.05 * variance)
-    means = spectral_means(laplacian, field.range)
-    return LinearStart(components, field, niche_to_cell, residual, *means)
+    """Components, batches' shifts, directions of unit variance and, of those that vary in space, the field."""
+    scale, mean, loadings, left = fit_components(cells, n_components, seed)
+    scores = np.empty((cells.n_cells, loadings.shape[1]))
+    for rows, logs in log_normalised(cells.counts, scale):
+        scores[rows] = logs @ loadings - mean @ loadings
+    there = cells.depth > 0
+    shift = batch_shifts(scores[there], cells.batches[there], len(cells.batch_names), seed)
+    scores -= shift[cells.batches]
+    wide = None if graphs is None else graphs.wide.adjacency()
+    scores = _imputed(scores, there, wide)
+    scores -= scores.mean(0)
+    directions = spatial_directions(scores, wide)
+    y = scores @ directions
+    own, field = y.var(0) + 1e-8, None
+    order = np.arange(y.shape[1])
+    if graphs is not None:
+        field = fit_field(y, laplacian_of(graphs.near.adjacency()), max_niche)
+        own[field.chosen] = field.rough * field.rough_spread + field.noise
+        order = np.r_[field.chosen, np.setdiff1d(order, field.chosen)]
+    shares = sum(block.sum(0, dtype=float) for _, block in cells.counts.blocks()) + 0.5
+    encode, decode = loadings @ directions, loadings @ np.linalg.inv(directions).T
+    return LinearStart(
+        scale,
+        mean,
+        encode[:, order],
+        decode[:, order],
+        (shift @ directions)[:, order],
+        own[order],
+        left,
+        shares / shares.sum(),
+        field,
+    )
+
+
+def _imputed(scores: np.ndarray, there: np.ndarray, neighbours: sp.csr_array | None) -> np.ndarray:
+    """``scores`` of cells without counts replaced by the mean of their neighbours that have some, or by zero."""
+    if there.all():
+        return scores
+    scores = np.where(there[:, None], scores, 0)
+    if neighbours is not None:
+        known = np.maximum(neighbours @ there.astype(float), 1)
+        scores[~there] = ((neighbours @ scores) / known[:, None])[~there]
+    return scores

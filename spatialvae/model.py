@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 import pandas as pd
@@ -15,18 +16,27 @@ import torch
 
 from spatialvae import _keys, analysis
 from spatialvae._files import whole
-from spatialvae.data import FIELD_NEIGHBOURS, Setup, along_curve, build_graphs, check_table, minibatches, read_cells
+from spatialvae.data import (
+    Setup,
+    build_graphs,
+    check_table,
+    fingerprint,
+    graphs_of,
+    minibatches,
+    read_cells,
+    read_places,
+)
 from spatialvae.errors import InputError
-from spatialvae.graph import nearest_among
 from spatialvae.linear import fit_linear
-from spatialvae.module import LIKELIHOODS, Posterior, Section, Shape, SpatialModule
+from spatialvae.module import LIKELIHOODS, ROWS_AT_ONCE, Section, Shape, Sites, SpatialModule
+from spatialvae.posterior import posterior
 from spatialvae.training import Plan, train
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 4
-ROWS_AT_ONCE = 2048
+FORMAT = 5
+FILES = ("model.json", "model.safetensors")
 WHICH = ("both", "niche", "cell")
 
 
@@ -65,27 +75,31 @@ class SpatialVAE:
     ) -> None:
         if gene_likelihood not in LIKELIHOODS:
             raise InputError(f"gene_likelihood is {gene_likelihood!r}; expected one of {LIKELIHOODS}")
+        for name, size in (("n_latent", n_latent), ("n_niche", n_niche), ("n_hidden", n_hidden)):
+            if size < 1:
+                advice = "; for a model without niches set spatial_key=None" if name == "n_niche" else ""
+                raise InputError(f"{name} is {size}; expected at least 1{advice}")
         self.setup = Setup.read(adata)
         self.adata = adata
         cells = read_cells(adata, self.setup)
         graphs = build_graphs(cells)
         start = fit_linear(cells, graphs, n_latent, n_niche, seed)
-        shares = sum(block.sum(0, dtype=float) for _, block in cells.counts.blocks()) + 0.5
         shape = Shape(
             len(cells.genes),
             len(cells.batch_names),
-            len(start.residual),
-            start.field.n_directions if start.field else 0,
+            len(start.own),
+            len(start.field.chosen) if start.field else 0,
             n_hidden,
             gene_likelihood,
         )
         self.genes, self.batch_names = cells.genes, cells.batch_names
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.module = SpatialModule(shape, start, np.log(shares / shares.sum())).to(_device())
+            self.module = SpatialModule(shape, start).to(_device())
         self.module.eval()
         self.history = pd.DataFrame()
         self._section = self.module.section(cells, graphs)
+        self._seen = fingerprint(adata, self.setup)
 
     @staticmethod
     def setup_anndata(
@@ -119,9 +133,10 @@ class SpatialVAE:
 
     def train(
         self,
-        max_epochs: int = Plan.max_epochs,
+        max_epochs: int | None = None,
         *,
-        batch_size: int = Plan.batch_size,
+        max_steps: int = Plan.max_steps,
+        batch_size: int | None = None,
         learning_rate: float = Plan.learning_rate,
         warm_up: int = Plan.warm_up,
         patience: int = Plan.patience,
@@ -129,40 +144,71 @@ class SpatialVAE:
         seed: int = Plan.seed,
         progress: bool = True,
     ) -> None:
-        """Train on the table given at the start; ``history`` gets one row an epoch. See ``training.Plan``."""
+        """Train on the table given at the start; a second call goes on from where the first ended, without warm-up.
+
+        ``history`` gets one row for every 100 steps. ``max_epochs`` is the same limit as ``max_steps`` in passes over
+        the table. For the others see ``training.Plan``. Held-out cells add nothing to the training of parameters or to
+        the niches of others; but the linear start has seen them, and results come from all cells. To judge a model by
+        cells that it has not seen, leave them out of the table.
+        """
+        for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; expected at least 1")
+        if not 0 <= held_out < 1 or not learning_rate > 0:
+            wanted = "a share in [0, 1) and a positive rate"
+            raise InputError(f"held_out is {held_out} and learning_rate {learning_rate}; expected {wanted}")
+        section, trained = self._read(None), len(self.history) > 0
         plan = Plan(
-            max_epochs=max_epochs,
-            batch_size=batch_size,
+            max_steps=max_steps,
             learning_rate=learning_rate,
-            warm_up=warm_up,
+            warm_up=0 if trained else warm_up,
             patience=patience,
             held_out=held_out,
             seed=seed,
         )
-        if max_epochs < 1 or batch_size < 1 or not 0 <= held_out < 1 or not learning_rate > 0:
-            raise InputError(f"a training plan needs positive epochs, batches and rate and held_out < 1; got {plan}")
-        with _bar(max_epochs, progress) as report:
-            history = pd.DataFrame(train(self.module, self._section, plan, report))
-        self.history = history.astype({"epoch": int, "restart": int})
+        plan = plan.fitted_to(section.cells.n_cells) if batch_size is None else replace(plan, batch_size=batch_size)
+        if max_epochs is not None:
+            n_train = section.cells.n_cells - int(held_out * section.cells.n_cells)
+            plan = replace(plan, max_steps=max_epochs * -(-n_train // plan.batch_size))
+        with _bar(plan.max_steps, progress) as report:
+            history = pd.DataFrame(train(self.module, section, plan, report))
+        if trained:
+            history[["step", "epoch"]] += self.history[["step", "epoch"]].iloc[-1]
+            history = pd.concat([self.history, history], ignore_index=True)
+        self.history = history.astype({"step": int, "restart": int})
 
-    def get_latent_representation(self, adata: AnnData | None = None, which: str = "both") -> np.ndarray:
+    @overload
+    def get_latent_representation(
+        self, adata: AnnData | None = None, which: str = "both", return_dist: Literal[False] = False
+    ) -> np.ndarray: ...
+
+    @overload
+    def get_latent_representation(
+        self, adata: AnnData | None = None, which: str = "both", *, return_dist: Literal[True]
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def get_latent_representation(
+        self, adata: AnnData | None = None, which: str = "both", return_dist: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """The embedding, float32 (cell, dim): niche then cell dimensions, or one of them ("niche", "cell").
 
-        Both are posterior means. z_cell is what the cell's own counts say, and serves to find cell types; it is given
-        in units of its prior's standard deviation, as where the prior is N(0, 1). z_niche is what its surroundings
-        say, and serves to find domains; there, what varies more in space counts for more.
+        These are posterior means: z_cell says what a cell is, and serves to find cell types; z_niche, the smooth part
+        of its first dimensions, what its surroundings are, and serves to find domains. Both are in the units of the
+        latents, in which cells vary by about 1. With ``return_dist`` means and variances of the posterior around its
+        mode are returned (``spatialvae.posterior``), of the same shape: slower, and closer to the posterior.
 
-        ``adata`` may be a section that the model has never seen, with the same genes and keys.
+        ``adata`` may be a section that the model has never seen. Genes that it lacks count as not measured.
         """
         if which not in WHICH:
             raise InputError(f"which is {which!r}; expected one of {WHICH}")
-        section, shape = self._read(adata), self.module.shape
-        unit = self.module.cell_variance.sqrt()
-        out = np.empty((section.cells.n_cells, shape.n_niche + shape.n_cell), np.float32)
-        for rows, posterior in self._posteriors(section):
-            out[rows] = torch.cat([posterior.niche_mean, posterior.cell_mean / unit], 1).cpu().numpy()
-        part = {"niche": out[:, : shape.n_niche], "cell": out[:, shape.n_niche :], "both": out}[which]
-        return np.ascontiguousarray(part)
+        section = self._read(adata)
+        if not return_dist:
+            niche, cell = self._means(section)
+            return {"niche": niche, "cell": cell, "both": torch.cat([niche, cell], 1)}[which].numpy()
+        of_niche, of_cell = posterior(self.module, section, self.module.sites(section))
+        both = (torch.cat(pair, 1) for pair in zip(of_niche, of_cell, strict=True))
+        mean, variance = {"niche": of_niche, "cell": of_cell, "both": both}[which]
+        return mean.numpy(), variance.numpy()
 
     @torch.no_grad()
     def get_normalized_expression(
@@ -188,11 +234,12 @@ class SpatialVAE:
             raise InputError(f"library_size is {library_size!r}; expected a number or 'latent'")
         columns = [self.genes.index(gene) for gene in genes]
         out = np.empty((section.cells.n_cells, len(genes)), np.float32)
-        for rows, posterior in self._posteriors(section):
+        z_cell = self._means(section)[1]
+        for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE):
             batch = section.batch[torch.from_numpy(rows)]
             if transform_batch is not None:
                 batch = torch.full_like(batch, self.batch_names.index(transform_batch))
-            logits = self.module.decoder(posterior.cell_mean, posterior.niche_mean, batch.to(self._device))[0]
+            logits = self.module.decoder(z_cell[torch.from_numpy(rows)].to(self._device), batch.to(self._device))[0]
             share = torch.softmax(logits, -1).cpu().numpy()[:, columns]
             size = section.cells.depth[rows][:, None] if isinstance(library_size, str) else library_size
             out[rows] = share * size
@@ -219,7 +266,8 @@ class SpatialVAE:
 
         By default of each cell by itself, its neighbours unknown: to be compared with other models' marginal
         likelihood of the same counts given the same library sizes. With ``given``, another table, log p(x_i | counts of
-        the 6 cells of ``given`` nearest to it in its sample): their niches say what is to be expected in this place.
+        ``given``): what the cells of ``given`` in its sample say of its place is what is expected there, and nothing of
+        ``adata`` but its places is looked at before. Cells without counts are left out.
 
         Raises InputError if ``given`` is asked of a model without positions.
         """
@@ -231,28 +279,21 @@ class SpatialVAE:
         generator = torch.Generator().manual_seed(seed)
         niche = None if given is None else self._niche_given(self.adata if adata is None else adata, given)
         found = []
-        for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE, 1, None):
+        for rows in minibatches(np.flatnonzero(section.cells.depth > 0), ROWS_AT_ONCE):
             index = torch.from_numpy(rows)
-            x = self.module.counts(section, rows)
-            depth, batch = section.depth[index].to(x.device), section.batch[index].to(x.device)
-            prior = None if niche is None else (niche[0][index].to(x.device), niche[1][index].to(x.device))
-            found.append(self.module.marginal_log_likelihood(x, depth, batch, n_mc_samples, generator, prior).cpu())
+            prior = None if niche is None else (niche[0][index].to(self._device), niche[1][index].to(self._device))
+            found.append(self.module.marginal_log_likelihood(section, rows, n_mc_samples, generator, prior).cpu())
         return float(torch.cat(found).double().mean())
 
     def _niche_given(self, adata: AnnData, given: AnnData) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance (cell, D) of z_niche of ``adata`` from the cells of ``given`` around it."""
-        assert self.setup.spatial_key is not None
-        mean, variance = torch.empty(2, given.n_obs, self.module.shape.n_niche)
-        for rows, posterior in self._posteriors(self._read(given)):
-            index = torch.from_numpy(rows)
-            mean[index], variance[index] = posterior.niche_mean.cpu(), posterior.niche_log_variance.exp().cpu()
-        key = self.setup.sample_key
-        here, there = (np.asarray(t.obsm[self.setup.spatial_key]) for t in (adata, given))
-        samples, others = (None if key is None else t.obs[key].astype(str).to_numpy() for t in (adata, given))
-        near = torch.from_numpy(nearest_among(here, there, FIELD_NEIGHBOURS, samples, others))
-        device = self._device
-        inner = self.module.niche_given(mean[near].to(device), variance[near].to(device), (near >= 0).to(device))
-        return inner[0].cpu(), inner[1].cpu()
+        """Mean and variance (cell, D) of z_niche at the places of ``adata`` given the counts of ``given`` alone."""
+        sites = self.module.sites(self._read(given))
+        n, asked = adata.n_obs, Sites(*(torch.zeros(adata.n_obs, self.module.shape.n_cell) for _ in range(2)))
+        places = [read_places(table, self.setup) for table in (adata, given)]
+        space = self.module.space(graphs_of(*(np.concatenate(pair) for pair in zip(*places, strict=True))))
+        both = Sites(torch.cat([asked.target, sites.target]), torch.cat([asked.log_precision, sites.log_precision]))
+        niche = self.module.solve(space, both, known=np.arange(n + given.n_obs) >= n)
+        return niche.mean[:n], niche.variance[:n]
 
     def domains(self, k: int | None = None, adata: AnnData | None = None, seed: int = 0) -> np.ndarray:
         """Find ``k`` spatial domains by a Gaussian mixture on z_niche (z_cell without coordinates).
@@ -265,17 +306,31 @@ class SpatialVAE:
         which = "niche" if self.module.shape.n_niche else "cell"
         latent = self.get_latent_representation(adata, which)
         if k is None:
-            degree = (self._read(adata).wide >= 0).sum(1).double() if which == "niche" else torch.zeros(1)
-            k = analysis.choose_number(latent, float((1 + degree).mean()), seed)
+            graphs = self._read(adata).graphs
+            k = analysis.choose_number(latent, 1.0 if graphs is None else 1 + float(graphs.wide.degree.mean()), seed)
         labels, probability = analysis.find_domains(latent, k, seed)
         target.obs[_keys.DOMAIN] = pd.Categorical([str(label) for label in labels], [str(i) for i in range(k)])
         target.obsm[_keys.DOMAIN_PROBABILITY] = probability
         return labels
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``model.safetensors`` and ``model.json`` into ``folder``, whole or not at all."""
+    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write ``model.safetensors`` and ``model.json`` into ``folder``; other files there stay as they are.
+
+        Raises InputError if either is there already, unless ``overwrite``. Interrupted, it leaves the old model, or two
+        files that ``load`` tells apart.
+        """
         from safetensors.torch import save_file
 
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; name one for the model's files")
+        there = [name for name in FILES if (folder / name).exists()]
+        if there and not overwrite:
+            raise InputError(f"{folder} has a {there[0]} already; pass overwrite=True to replace it")
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
+        with whole(folder / "model.safetensors") as part:
+            save_file(tensors, part)
+            digest = _digest(part)
         about = {
             "format": FORMAT,
             "shape": asdict(self.module.shape),
@@ -283,12 +338,10 @@ class SpatialVAE:
             "genes": list(self.genes),
             "batch_names": list(self.batch_names),
             "history": self.history.to_dict("list"),
+            "sha256": digest,
         }
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
-        with whole(folder) as part:
-            part.mkdir()
-            save_file(tensors, part / "model.safetensors")
-            (part / "model.json").write_text(json.dumps(about, indent=1))
+        with whole(folder / "model.json") as part:
+            part.write_text(json.dumps(about, indent=1))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], adata: AnnData) -> Self:
@@ -312,7 +365,7 @@ class SpatialVAE:
             raise InputError(f"{folder} is not a model of this version: {error}") from error
         model.module = model.module.to(_device()).eval()
         model.adata = adata
-        model._section = model._read(adata, fresh=True)
+        model._read(adata, fresh=True)
         return model
 
     @property
@@ -320,33 +373,35 @@ class SpatialVAE:
         return self.module.log_theta.device
 
     def _read(self, adata: AnnData | None, fresh: bool = False) -> Section:
-        if adata is None or (adata is self.adata and not fresh):
+        """The section of a table; that of the model's own is made again when the table has changed."""
+        if adata is None or adata is self.adata:
+            seen = fingerprint(self.adata, self.setup)
+            if fresh or seen != self._seen:
+                self._section, self._seen = self._section_of(self.adata), seen
             return self._section
+        return self._section_of(adata)
+
+    def _section_of(self, adata: AnnData) -> Section:
         cells = read_cells(adata, self.setup, self.genes, self.batch_names)
         return self.module.section(cells, build_graphs(cells))
 
-    @torch.no_grad()
-    def _posteriors(self, section: Section) -> Iterable[tuple[np.ndarray, Posterior]]:
-        for rows in _coherent(section):
-            yield rows, self.module.infer(section, rows)
+    def _means(self, section: Section) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior means of z_niche (cell, D) and z_cell (cell, dim)."""
+        sites = self.module.sites(section)
+        niche = self.module.solve(section.space, sites)
+        return niche.mean, self.module.cells_given(sites, niche)[0]
 
     @torch.no_grad()
     def _terms(self, adata: AnnData | None, seed: int) -> np.ndarray:
-        """(cell, 3): log likelihood and the two divergences, negative."""
+        """(cell, 3): log likelihood and the two divergences, negative; of cells that have counts."""
         section = self._read(adata)
         generator = torch.Generator().manual_seed(seed)
-        out = np.empty((section.cells.n_cells, 3))
-        for rows in _coherent(section):
-            terms = self.module.terms(section, rows, self.module.noise(len(rows), generator))
-            out[rows] = torch.stack([terms.log_likelihood, -terms.kl_cell, -terms.kl_niche], 1).cpu().numpy()
-        return out
-
-
-def _coherent(section: Section) -> Iterable[np.ndarray]:
-    """All rows, in minibatches of cells that lie together and so share neighbours, which are encoded once."""
-    cells = section.cells
-    n, places = cells.n_cells, cells.coordinates
-    return minibatches(np.arange(n) if places is None else along_curve(places, cells.samples), ROWS_AT_ONCE, 1, None)
+        niche = self.module.solve(section.space, self.module.sites(section))
+        found = []
+        for rows in minibatches(np.flatnonzero(section.cells.depth > 0), ROWS_AT_ONCE):
+            terms = self.module.terms(section, rows, niche, self.module.noise(len(rows), generator))
+            found.append(torch.stack([terms.log_likelihood, -terms.kl_cell, -terms.kl_niche], 1).cpu().numpy())
+        return np.concatenate(found)
 
 
 def _device() -> torch.device:
@@ -355,7 +410,7 @@ def _device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def _bar(epochs: int, visible: bool) -> Any:
+def _bar(steps: int, visible: bool) -> Any:
     from contextlib import contextmanager
 
     from rich.progress import Progress
@@ -363,22 +418,27 @@ def _bar(epochs: int, visible: bool) -> Any:
     @contextmanager
     def bar() -> Any:
         with Progress(disable=not visible, transient=True) as progress:
-            task = progress.add_task("training", total=epochs)
+            task = progress.add_task("training", total=steps)
 
-            def report(epoch: int, row: dict[str, float]) -> None:
-                bound = row.get("elbo_validation", row["elbo_train"])
-                progress.update(task, completed=epoch + 1, description=f"training, ELBO {bound:.2f}")
+            def report(row: dict[str, float]) -> None:
+                bound = row.get("evidence_validation", row["elbo_train"])
+                progress.update(task, completed=row["step"], description=f"training, {bound:.2f} nats a cell")
 
             yield report
 
     return bar()
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for name in ("model.json", "model.safetensors"):
+    for name in FILES:
         if not (folder / name).is_file():
             raise InputError(f"{folder} is not a saved model: it has no {name}")
     try:
@@ -388,4 +448,6 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
         raise InputError(f"{folder} cannot be read: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise InputError(f"{folder}/model.json is not of format {FORMAT}")
+    if about.get("sha256") != _digest(folder / "model.safetensors"):
+        raise InputError(f"{folder}: model.safetensors is not the file that model.json tells of; save the model again")
     return about, tensors

@@ -1,11 +1,20 @@
 r"""The model: tensors in, tensors out.
 
-    z_niche_.d ~ N(0, v_d (1 + r L)^-1)            a smooth field over the cells of a section, for each dimension d
-    z_cell_i   ~ N(A z_niche_i, diag S)            what the cell is, given where it sits
-    x_ig       ~ NB(l_i rho_ig, theta_g)           rho_i = softmax(decoder(z_cell_i, z_niche_i, s_i))
+    z_niche_.d ~ N(0, v_d (1 + r L)^-1)                a smooth field over the cells of a section, for each dimension d
+    z_cell_id  ~ N(z_niche_id, S_d), d <= D            what the cell is, given where it sits
+    z_cell_id  ~ N(0, S_d), d > D                      what does not depend on where it sits
+    x_ig       ~ NB(l_i rho_ig, theta_g)               rho_i = softmax(decoder(z_cell_i, s_i))
 
-l_i is the total count, s_i the batch. Everything linear is given by ``LinearStart``, so that before the first step of
-training the posterior means are principal components and what the field and the neighbourhood say of the niche.
+l_i is the total count, s_i the batch. Latents are directions of unit variance in which cells resemble their neighbours,
+the most spatial first, so that a niche is the smooth part of as many. Everything linear is given by ``LinearStart``.
+
+The encoder puts a Gaussian N(t_i; z_cell_i, 1 / Lambda_i) in place of each cell's likelihood. Given these the posterior
+of both latents is Gaussian, and exact: with g_id = 1 / (S_d + 1 / Lambda_id),
+
+    z_niche_.d | t ~ N(m_d, P_d^-1),   P_d = (1 + r L) / v_d + diag(g_d),   P_d m_d = g_d t_d
+
+a sparse system that conjugate gradients solve for a whole section (``SpatialModule.solve``); z_cell given z_niche is a
+product of Gaussians cell by cell. Training alternates: niches given the encoder, the networks given niches.
 """
 
 from __future__ import annotations
@@ -14,19 +23,24 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
 from spatialvae import likelihoods, loss
-from spatialvae.data import Cells, Graphs, with_neighbours
+from spatialvae.data import Cells, Graphs, minibatches
 from spatialvae.decoder import Decoder
-from spatialvae.encoder import CellEncoder, NicheEncoder, log_normalised
-from spatialvae.field import Field, laplacian_of
-from spatialvae.linear import Components, LinearStart
+from spatialvae.encoder import CellEncoder, combined, log_normalised
+from spatialvae.field import Measure, laplacian_of, solve, trace_measure
+from spatialvae.linear import LinearStart
 
 LOG_2PI = math.log(2 * math.pi)
 PROPOSAL_WIDTH = 1.3  # sd of importance samples in units of q's, which the bound makes too narrow
 LIKELIHOODS = ("nb", "zinb", "poisson")
+ROWS_AT_ONCE = 2048
+UNSEEN = -80.0  # logit of a gene that was not measured: a share that float32 still holds
+NOTHING = -30.0  # log precision of what a cell without counts says
+LEAST_DEPTH = 1e-6  # in place of a total count of zero, of which every likelihood is one
 
 
 @dataclass(frozen=True)
@@ -42,33 +56,42 @@ class Shape:
 
 
 @dataclass(frozen=True, eq=False)
-class Section:
-    """A table as the model reads it: counts stay sparse, the rest are tensors over cells.
+class Niche:
+    """Posterior of z_niche of all cells of a section: ``mean`` and ``variance`` (cell, D), and each cell's part of the
+    divergence from the field, ``divergence`` (cell,), in nats."""
 
-    ``features`` (cell, F), of which ``smooth`` (cell, D) of ``Field.niche`` is the end; ``wide`` and ``near`` int32
-    (cell, slot), -1 where empty; ``distance`` (cell, slot of wide), log(1 + d / median d); ``scratch`` of
-    ``data.with_neighbours``.
-    """
-
-    cells: Cells
-    depth: Tensor
-    batch: Tensor
-    features: Tensor
-    smooth: Tensor
-    wide: Tensor
-    distance: Tensor
-    near: Tensor
-    scratch: np.ndarray
+    mean: Tensor
+    variance: Tensor
+    divergence: Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Posterior:
-    """Means and log variances, (cell, dim)."""
+class Space:
+    """The graph of the field: its ``laplacian`` (cell, cell) and the ``measure`` of its trace (``field.Measure``)."""
 
-    cell_mean: Tensor
-    cell_log_variance: Tensor
-    niche_mean: Tensor
-    niche_log_variance: Tensor
+    laplacian: sp.csr_array
+    measure: Measure
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """A table as the model reads it. ``fill`` maps what is seen of log counts to genes that were not measured: weight
+    (seen, missing) and constant (missing,)."""
+
+    cells: Cells
+    graphs: Graphs | None
+    space: Space | None
+    depth: Tensor
+    batch: Tensor
+    fill: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """What cells' counts say of z_cell: ``target`` and ``log_precision`` (cell, dim)."""
+
+    target: Tensor
+    log_precision: Tensor
 
 
 class SpatialModule(nn.Module):
@@ -76,126 +99,166 @@ class SpatialModule(nn.Module):
 
     scale: Tensor
     mean: Tensor
-    loadings: Tensor
-    batch_mean: Tensor
-    directions: Tensor
+    encode: Tensor
+    decode: Tensor
+    left: Tensor
+    share: Tensor
     range: Tensor
     smooth_variance: Tensor
-    rough_variance: Tensor
-    noise_variance: Tensor
-    gain: Tensor
-    doubt: Tensor
-    own: Tensor
-    log_det: Tensor
     spread: Tensor
-    score_sd: Tensor
 
-    def __init__(self, shape: Shape, start: LinearStart | None = None, log_share: np.ndarray | None = None) -> None:
-        """Without ``start`` the module is made of zeros of the right shapes, to be filled from a file."""
+    def __init__(self, shape: Shape, start: LinearStart | None = None) -> None:
+        """Without ``start`` the module is made of ones of the right shapes, to be filled from a file."""
         super().__init__()
         self.shape = shape
-        n, c, d = shape.n_genes, shape.n_cell, shape.n_niche
         start = start or _blank_start(shape)
-        parts, field = start.components, start.field
-        given = {
-            "scale": np.array(parts.scale),
-            "mean": parts.mean,
-            "loadings": parts.loadings,
-            "batch_mean": parts.batch_mean,
-            "directions": field.directions if field else np.zeros((c, 0)),
-            "range": np.array(field.range if field else 0.0),
-            "smooth_variance": field.smooth if field else np.zeros(0),
-            "rough_variance": field.rough if field else np.zeros(0),
-            "noise_variance": field.noise if field else np.zeros(0),
-            "gain": field.gain if field else np.zeros(0),
-            "doubt": field.doubt if field else np.zeros(0),
-            "own": field.own if field else np.zeros(0),
-            "log_det": np.array(start.log_det),
-            "spread": np.array(start.spread),
-            "score_sd": np.sqrt(start.residual + 1e-8),
+        field = start.field
+        given: dict[str, np.ndarray | float] = {
+            "scale": start.scale,
+            "mean": start.mean,
+            "encode": start.encode,
+            "decode": start.decode,
+            "left": start.left,
+            "share": start.share,
+            "range": field.range if field else 0.0,
+            "smooth_variance": field.smooth if field else np.ones(shape.n_niche),
+            "spread": field.spread if field else 1.0,
         }
         for name, value in given.items():
-            self.register_buffer(name, torch.tensor(np.asarray(value), dtype=torch.float32))
-        residual = torch.tensor(start.residual, dtype=torch.float32)
-        loadings = torch.tensor(parts.loadings)
-        self.niche_to_cell = nn.Parameter(torch.tensor(start.niche_to_cell, dtype=torch.float32))
-        self.log_residual = nn.Parameter(residual.log())
-        self.log_theta = nn.Parameter(torch.ones(n))
-        shares = torch.zeros(n) if log_share is None else torch.tensor(log_share, dtype=torch.float32)
-        self.cell_encoder = CellEncoder(
-            loadings.T, -torch.tensor(parts.mean) @ loadings, (0.1 * residual).log(), shape.n_hidden
+            self.register_buffer(name, _tensor(value))
+        shift = _tensor(start.shift)
+        self.log_residual = nn.Parameter(_tensor(start.own).log())
+        self.log_theta = nn.Parameter(torch.ones(shape.n_genes))
+        self.cell_encoder = CellEncoder(self.encode.T, -self.mean @ self.encode, shift, shape.n_hidden)
+        self.decoder = Decoder(
+            self.decode, self.decode @ shift.T, self.share.log(), shape.n_hidden, shape.likelihood == "zinb"
         )
-        self.decoder = Decoder(loadings, shares, d, shape.n_batch, shape.n_hidden, shape.likelihood == "zinb")
-        self.niche_encoder = NicheEncoder(c + d, self._niche_log_variance(), shape.n_hidden) if d else None
-
-    def _niche_log_variance(self) -> Tensor:
-        """log of the best independent posterior variance in the linear model, for a cell with 7 neighbours."""
-        prior = (1 + 7 * self.range) / self.smooth_variance.clamp(min=1e-6)
-        seen = (self.niche_to_cell.detach() ** 2 / self.log_residual.detach().exp()[:, None]).sum(0)
-        return -(prior + seen).log()
 
     def section(self, cells: Cells, graphs: Graphs | None) -> Section:
-        """Project ``cells``, filter them on their graph, and lay everything out for gathers."""
-        components = Components(
-            float(self.scale), *(b.cpu().numpy() for b in (self.mean, self.loadings, self.batch_mean))
-        )
-        n, c = cells.n_cells, self.shape.n_cell
-        features = np.zeros((n, c + self.shape.n_niche), np.float32)
-        features[:, :c] = components.scores(cells)
-        wide = near = np.empty((n, 0), np.int32)
-        distance = np.empty((n, 0), np.float32)
-        if graphs is not None and self.shape.n_niche:
-            laplacian = laplacian_of(graphs.near.adjacency())
-            features[:, c:] = self.field().niche(laplacian, graphs.wide.adjacency(), features[:, :c])
-            wide, near = graphs.wide.index, graphs.near.index
-            there = np.isfinite(graphs.wide.distance)
-            middle = np.median(graphs.wide.distance[there]) if there.any() else 1.0
-            distance = np.where(there, graphs.wide.distance, np.float32(0))
-            distance = np.log1p(distance / np.float32(max(float(middle), 1e-12)))
-        features[:, :c] /= self.score_sd.cpu().numpy()
-        arrays = cells.depth, cells.batches, features, features[:, c:], wide, distance, near
-        return Section(cells, *map(torch.from_numpy, arrays), scratch=np.full(n, -1, np.int32))  # type: ignore[arg-type, misc]
+        """Lay everything out that does not depend on parameters that are trained."""
+        space = None if graphs is None or not self.shape.n_niche else self.space(graphs)
+        fill = self._fill(torch.from_numpy(cells.missing)) if cells.missing.any() else None
+        depth = torch.from_numpy(np.maximum(cells.depth, np.float32(LEAST_DEPTH)))
+        return Section(cells, graphs, space, depth, torch.from_numpy(cells.batches), fill)
 
-    def field(self) -> Field:
-        """The field as arrays."""
-        values = (self.smooth_variance, self.rough_variance, self.noise_variance, self.gain, self.doubt, self.own)
-        return Field(
-            self.directions.cpu().numpy().astype(float),
-            float(self.range),
-            *(v.cpu().numpy().astype(float) for v in values),
-        )
+    def space(self, graphs: Graphs) -> Space:
+        """The field's graph. A cell without neighbours has the variance of one whose neighbours are not known."""
+        laplacian = laplacian_of(graphs.near.adjacency())
+        excess = (1 / float(self.spread) - 1) / max(float(self.range), 1e-12)
+        alone = np.where(laplacian.diagonal() == 0, excess, 0.0)
+        laplacian = sp.csr_array(laplacian + sp.diags_array(alone))
+        return Space(laplacian, trace_measure(laplacian))
+
+    @torch.no_grad()
+    def _fill(self, missing: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditional mean of the log counts of genes ``missing`` (gene,) given the others', in the linear model
+        y = mean + decode u + noise, u ~ N(0, 1): the weight (seen, missing) and the constant (missing,)."""
+        decode, mean = self.decode.double(), self.mean.double()
+        missing = missing.to(mean.device)
+        seen = decode[~missing]
+        inner = torch.eye(decode.shape[1], dtype=decode.dtype, device=decode.device) + seen.T @ seen / self.left
+        weight = seen @ torch.linalg.solve(inner, decode[missing].T) / self.left
+        return weight.float(), (mean[missing] - mean[~missing] @ weight).float()
 
     def counts(self, section: Section, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(section.cells.counts.dense(rows)).to(self.mean.device)
 
-    def infer_cell(self, x: Tensor, depth: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """q(z_cell) of counts (B, gene)."""
-        mean, log_variance = self.cell_encoder(log_normalised(x, self.scale / depth))
-        return mean - self.batch_mean[batch], log_variance
-
-    def infer_niche(self, section: Section, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """q(z_niche) of ``rows`` (B,)."""
-        device = self.mean.device
-        if self.niche_encoder is None:
-            empty = torch.zeros(len(rows), 0, device=device)
-            return empty, empty
-        nodes, slots = (torch.from_numpy(a) for a in with_neighbours(rows, section.wide.numpy(), section.scratch))
-        index = nodes[: len(rows)]
-        gathered = section.smooth[index], section.features[nodes], slots, section.distance[index]
-        return self.niche_encoder(*(g.to(device) for g in gathered))
-
-    def infer(self, section: Section, rows: np.ndarray) -> Posterior:
-        """Posteriors of ``rows``."""
+    def encoded(self, section: Section, rows: np.ndarray, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the counts ``x`` (B, gene) of ``rows`` say of z_cell: target and log precision (B, dim)."""
         index = torch.from_numpy(rows)
-        device = self.mean.device
-        cell = self.infer_cell(
-            self.counts(section, rows), section.depth[index].to(device), section.batch[index].to(device)
-        )
-        return Posterior(*cell, *self.infer_niche(section, rows))
+        depth, batch = section.depth[index].to(x.device), section.batch[index].to(x.device)
+        scale = self.scale
+        if section.fill is not None:
+            missing = torch.from_numpy(section.cells.missing).to(x.device)
+            scale = scale * self.share[~missing].sum()
+        y = log_normalised(x, scale / depth.clamp(min=1))
+        if section.fill is not None:
+            weight, constant = section.fill
+            y[:, missing] = y[:, ~missing] @ weight + constant
+        target, log_precision = self.cell_encoder(y, batch)
+        return target, torch.where((depth > LEAST_DEPTH)[:, None], log_precision, NOTHING)
 
-    def log_likelihood(self, x: Tensor, depth: Tensor, batch: Tensor, z_cell: Tensor, z_niche: Tensor) -> Tensor:
-        """log p(x | z), (B,)."""
-        logits, logit_zero = self.decoder(z_cell, z_niche, batch)
+    @torch.no_grad()
+    def sites(self, section: Section) -> Sites:
+        """Of all cells."""
+        found = torch.empty(2, section.cells.n_cells, self.shape.n_cell)
+        for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE):
+            for out, value in zip(found, self.encoded(section, rows, self.counts(section, rows)), strict=True):
+                out[torch.from_numpy(rows)] = value.cpu()
+        return Sites(found[0], found[1])
+
+    @torch.no_grad()
+    def solve(
+        self, space: Space | None, sites: Sites, known: np.ndarray | None = None, start: Tensor | None = None
+    ) -> Niche:
+        """Posterior of z_niche given ``sites``, of cells that are ``known`` (cell,), by default all.
+
+        The mean is exact (``field.TOLERANCE``). The divergence is that of a Gaussian whose precision takes g at its
+        mean over cells, and the variance is what follows for an average place (``spatialvae.posterior`` has each
+        place's own).
+        """
+        n = len(sites.target)
+        if space is None:
+            return Niche(torch.empty(n, 0), torch.empty(n, 0), torch.zeros(n))
+        weight, target, v, r = self._system(sites, known)
+        first = None if start is None else start.numpy()
+        mean = solve(space.laplacian, r, weight, weight * target, first)
+        nodes, shares = space.measure
+        prior = (1 + r * nodes)[:, None]
+        after = prior + weight.mean(0)
+        others = 1 / (shares @ (1 / after)) - weight.mean(0)  # precision that comes from the field, at an average place
+        alone = np.asarray(space.laplacian.sum(1)).reshape(-1, 1) > 0
+        variance = v / (np.where(alone, 1 / float(self.spread), others) + weight)
+        entropy = shares @ (prior / after - 1 + np.log(after / prior))
+        energy = mean * (mean + r * (space.laplacian @ mean)) / v
+        divergence = 0.5 * (energy + entropy).sum(1)
+        return Niche(*(torch.from_numpy(np.asarray(a, np.float32)) for a in (mean, variance, divergence)))
+
+    def _system(self, sites: Sites, known: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+        """v g and t (cell, D) of the system for z_niche, v (D,) and r."""
+        d = self.shape.n_niche
+        own = self.log_residual.detach()[:d].exp().cpu().double().numpy()
+        v = self.smooth_variance.cpu().double().numpy()
+        weight = v / (own + np.exp(-sites.log_precision[:, :d].double().numpy()))
+        if known is not None:
+            weight = np.where(known[:, None], weight, 0.0)
+        return weight, sites.target[:, :d].double().numpy(), v, float(self.range)
+
+    @torch.no_grad()
+    def cells_given(self, sites: Sites, niche: Niche) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance (cell, dim) of z_cell, the niche being as uncertain as ``niche`` says."""
+        own = self.log_residual.exp().cpu()
+        prior_mean = self.prior_of_cells(niche.mean)[0]
+        mean, log_variance = combined(sites.target, sites.log_precision, prior_mean, own)
+        variance = log_variance.exp()
+        d = self.shape.n_niche
+        variance[:, :d] += (variance[:, :d] / own[:d]) ** 2 * niche.variance
+        return mean, variance
+
+    def prior_of_cells(self, niche_mean: Tensor, niche_variance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean (B, dim) and variance (B, dim) or (dim,) of z_cell given a Gaussian niche, (B, D) each."""
+        own, rest = self.log_residual.exp(), self.shape.n_cell - niche_mean.shape[1]
+        mean = nn.functional.pad(niche_mean, (0, rest))
+        return mean, own if niche_variance is None else own + nn.functional.pad(niche_variance, (0, rest))
+
+    @property
+    def niche_variance(self) -> Tensor:
+        """Variance (D,) of z_niche at a cell in the prior, its neighbours unknown: v spread."""
+        return self.smooth_variance * self.spread
+
+    @property
+    @torch.no_grad()
+    def cell_variance(self) -> Tensor:
+        """Variance (dim,) of z_cell in the prior, whatever the niche: v spread + S."""
+        return self.prior_of_cells(self.niche_variance[None], self.niche_variance[None])[1][0]
+
+    def log_likelihood(self, section: Section, rows: np.ndarray, x: Tensor, z_cell: Tensor) -> Tensor:
+        """log p(x | z_cell) of ``rows``, (B,): of the genes that were measured, given their total count."""
+        index = torch.from_numpy(rows)
+        depth, batch = section.depth[index].to(x.device), section.batch[index].to(x.device)
+        logits, logit_zero = self.decoder(z_cell, batch)
+        if section.fill is not None:
+            logits = logits.masked_fill(torch.from_numpy(section.cells.missing).to(x.device), UNSEEN)
         log_theta = self.log_theta.clamp(-8, 10)
         if self.shape.likelihood == "nb":
             return likelihoods.negative_binomial_of_logits(x, logits, depth, log_theta)
@@ -208,106 +271,64 @@ class SpatialModule(nn.Module):
         """Standard normal numbers for one draw of both latents, (cell, niche and cell dimensions)."""
         return torch.randn(n_cells, self.shape.n_niche + self.shape.n_cell, generator=generator)
 
-    def terms(self, section: Section, rows: np.ndarray, noise: Tensor) -> loss.Terms:
-        """The three terms of the bound for ``rows``, with one draw of each latent made of ``noise`` (see ``noise``).
-
-        A neighbour that several rows share is encoded once.
-        """
-        device = self.mean.device
-        index = torch.from_numpy(rows)
+    def terms(self, section: Section, rows: np.ndarray, niche: Niche, noise: Tensor) -> loss.Terms:
+        """The three terms of the bound for ``rows``, with one draw of each latent made of ``noise`` (see ``noise``)."""
+        device, index = self.mean.device, torch.from_numpy(rows)
         niche_noise, cell_noise = noise.to(device).split([self.shape.n_niche, self.shape.n_cell], 1)
-        z_niche, niche_kl, niche_mean = self._draw_niche(section, rows, niche_noise)
+        z_niche = niche.mean[index].to(device) + niche.variance[index].sqrt().to(device) * niche_noise
         x = self.counts(section, rows)
-        depth, batch = section.depth[index].to(device), section.batch[index].to(device)
-        inferred = self.infer_cell(x, depth, batch)
-        z_cell, cell_kl = loss.draw_cell(*inferred, z_niche @ self.niche_to_cell.T, self.log_residual, cell_noise)
-        likelihood = self.log_likelihood(x, depth, batch, z_cell, z_niche)
-        return loss.Terms(likelihood, cell_kl, niche_kl, inferred[0], niche_mean)
-
-    def _draw_niche(self, section: Section, rows: np.ndarray, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_niche (B, D), its divergence (B,) and its posterior mean of ``rows``."""
-        if self.niche_encoder is None:
-            return noise, noise.new_zeros(len(rows)), noise
-        nodes, slots = with_neighbours(rows, section.near.numpy(), section.scratch)
-        prior = self.smooth_variance, self.range, self.log_det
-        near = torch.from_numpy(slots).to(noise.device)
-        inferred = self.infer_niche(section, nodes)
-        return *loss.draw_niche(*inferred, near, *prior, noise), inferred[0][: len(rows)]
-
-    @property
-    def niche_variance(self) -> Tensor:
-        """Variance (dim,) of z_niche at a cell in the prior, its neighbours unknown: v spread."""
-        return self.smooth_variance * self.spread
-
-    @property
-    @torch.no_grad()
-    def cell_variance(self) -> Tensor:
-        """Variance (dim,) of z_cell in the prior, whatever the niche: the diagonal of A diag(v spread) A' + S."""
-        return self.niche_to_cell**2 @ self.niche_variance + self.log_residual.exp()
-
-    def niche_given(self, mean: Tensor, variance: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """Prior mean and variance of z_niche (B, D) given its neighbours' posterior ``mean`` and ``variance``
-        (B, K, D); ``present`` (B, K). The field's conditional; without neighbours the marginal prior N(0, v spread).
-        """
-        there = present[..., None].to(mean.dtype)
-        degree = there.sum(1)
-        own = 1 + self.range * degree
-        pull = self.range / own
-        centre = pull * (mean * there).sum(1)
-        spread = self.smooth_variance / own + pull**2 * (variance * there).sum(1)
-        return centre, torch.where(degree > 0, spread, self.niche_variance)
+        prior_mean, _ = self.prior_of_cells(z_niche)
+        mean, log_variance = combined(*self.encoded(section, rows, x), prior_mean, self.log_residual.exp())
+        z_cell, kl_cell = loss.draw_cell(mean, log_variance, prior_mean, self.log_residual, cell_noise)
+        likelihood = self.log_likelihood(section, rows, x, z_cell)
+        return loss.Terms(likelihood, kl_cell, niche.divergence[index].to(device), mean)
 
     def marginal_log_likelihood(
         self,
-        x: Tensor,
-        depth: Tensor,
-        batch: Tensor,
+        section: Section,
+        rows: np.ndarray,
         samples: int,
         generator: torch.Generator | None = None,
         niche: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        r"""log p(x_i) of cells, (B,), by importance sampling.
+        r"""log p(x_i) of ``rows``, (B,), by importance sampling.
 
         z_niche_i ~ N(c_i, diag M_i), given as ``niche`` (two of shape (B, D)), by default the marginal prior, with
-        which neighbours are unknown: c = 0, M = v spread. z_cell_i is therefore N(A c_i, A M_i A' + S). z_cell is drawn
-        from r, which is q(z_cell | x) made wider, z_niche from its exact conditional given z_cell:
+        which neighbours are unknown: c = 0, M = v spread. With z_niche integrated out z_cell_i ~ N(c_i, M_i + S). It is
+        drawn from r, its posterior as the encoder states it, made wider:
 
-            log p(x) = log E_r [ p(x | z_cell, z_niche) p(z_cell) / r(z_cell) ]
+            log p(x) = log E_r [ p(x | z_cell) p(z_cell) / r(z_cell) ]
         """
-        mean, log_variance = self.infer_cell(x, depth, batch)
-        log_variance = log_variance + 2 * math.log(PROPOSAL_WIDTH)
-        a, residual = self.niche_to_cell, self.log_residual.exp()
+        x = self.counts(section, rows)
         if niche is None:
-            niche = torch.zeros(len(x), a.shape[1], device=x.device), self.niche_variance.expand(len(x), -1)
-        centre, prior_variance = niche
-        expected = centre @ a.T
-        joint = torch.distributions.MultivariateNormal(expected, (a * prior_variance[:, None]) @ a.T + residual.diag())
-        gain = (a / residual[:, None]).T  # A' S^-1
-        conditional = torch.linalg.inv(torch.diag_embed(prior_variance.reciprocal()) + gain @ a)
-        factor = torch.linalg.cholesky(conditional)
-        weights = []
+            niche = torch.zeros(len(x), self.shape.n_niche, device=x.device), self.niche_variance.expand(len(x), -1)
+        centre, variance = self.prior_of_cells(*niche)
+        mean, log_variance = combined(*self.encoded(section, rows, x), centre, variance)
+        log_variance = log_variance + 2 * math.log(PROPOSAL_WIDTH)
+        sd, weights = (0.5 * log_variance).exp(), []
         for _ in range(samples):
-            z_cell = _draw(mean, log_variance, generator)
-            off = (z_cell - mean) ** 2 * (-log_variance).exp()
-            log_q = -0.5 * (off + log_variance + LOG_2PI).sum(-1)
-            noise = torch.randn(centre.shape, generator=generator).to(x.device)
-            pulled = ((z_cell - expected) @ gain.T)[:, None] @ conditional
-            z_niche = centre + pulled[:, 0] + (factor @ noise[..., None])[..., 0]
-            likelihood = self.log_likelihood(x, depth, batch, z_cell, z_niche)
-            weights.append(likelihood + joint.log_prob(z_cell) - log_q)
+            noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+            z_cell = mean + sd * noise
+            log_r = -0.5 * (noise**2 + log_variance)
+            log_p = -0.5 * ((z_cell - centre) ** 2 / variance + variance.log())
+            weights.append(self.log_likelihood(section, rows, x, z_cell) + (log_p - log_r).sum(-1))
         return torch.logsumexp(torch.stack(weights), 0) - math.log(samples)
 
 
-def _draw(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None) -> Tensor:
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    return mean + noise * (0.5 * log_variance).exp()
+def _tensor(value: np.ndarray | float) -> Tensor:
+    return torch.tensor(np.array(value, np.float32, order="C"))
 
 
 def _blank_start(shape: Shape) -> LinearStart:
-    g, c, d = shape.n_genes, shape.n_cell, shape.n_niche
-    components = Components(
-        1.0, np.zeros(g, np.float32), np.zeros((g, c), np.float32), np.zeros((shape.n_batch, c), np.float32)
+    g, c = shape.n_genes, shape.n_cell
+    return LinearStart(
+        1.0,
+        np.zeros(g),
+        np.zeros((g, c)),
+        np.zeros((g, c)),
+        np.zeros((shape.n_batch, c)),
+        np.ones(c),
+        1.0,
+        np.ones(g),
+        None,
     )
-    ones = np.ones(d)
-    field = Field(np.zeros((c, d)), 1.0, *[ones] * 6) if d else None
-    return LinearStart(components, field, np.zeros((c, d)), np.ones(c), 0.0, 1.0)

@@ -16,22 +16,20 @@ MOST_DRAWN = 200_000  # cells; more hide each other
 
 
 def training_curve(history: pd.DataFrame) -> Figure:
-    """ELBO of training and held-out cells, and the two divergences, by epoch."""
+    """Bound of training cells and evidence of held-out ones, and the divergence of z_cell, by step."""
     figure, (left, right) = _figure(2)
-    names = {"elbo_train": "training cells", "elbo_validation": "held-out cells"}
+    names = {"elbo_train": "training cells", "evidence_validation": "held-out cells, given their neighbours"}
     for column, label in names.items():
         if column in history:
-            left.plot(history["epoch"], history[column], label=label)
+            left.plot(history["step"], history[column], label=label)
     middle = history[[c for c in names if c in history]].to_numpy(float)
-    if len(middle) > 3:  # the first epochs would flatten the rest
+    if len(middle) > 3:  # the first steps would flatten the rest
         left.set_ylim(np.percentile(middle, 8), middle.max() + 0.1 * np.ptp(middle[len(middle) // 2 :]) + 1e-6)
-    left.set(xlabel="epoch", ylabel="nats a cell", title="Evidence lower bound")
+    left.set(xlabel="step", ylabel="nats a cell", title="Evidence lower bound")
     left.legend(frameon=False)
-    for column, label in {"kl_cell_validation": "z_cell", "kl_niche_validation": "z_niche"}.items():
-        if column in history:
-            right.plot(history["epoch"], history[column], label=label)
-    right.set(xlabel="epoch", ylabel="nats a cell", title="Divergence from the prior")
-    right.legend(frameon=False)
+    if "kl_cell_validation" in history:
+        right.plot(history["step"], history["kl_cell_validation"])
+    right.set(xlabel="step", ylabel="nats a cell", title="Divergence of z_cell from its prior")
     return figure
 
 

@@ -9,38 +9,49 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from spatialvae.data import along_curve, minibatches
+from spatialvae.data import minibatches
 from spatialvae.distributed import Team, team_of_processes
-from spatialvae.module import Section, SpatialModule
+from spatialvae.module import Niche, Section, SpatialModule
 
-PATCH = 64  # cells that lie together in a minibatch
-AVERAGED = 3.0  # epochs whose parameters are averaged (Polyak & Juditsky 1992): noise of single steps cancels
+AVERAGED = 300  # steps whose parameters are averaged (Polyak & Juditsky 1992): noise of single steps cancels
+CHECK = 100  # steps between two looks at held-out cells
+SMOOTHED = 3  # looks whose mean is compared: one alone follows the noise of the last steps
+MOST_HELD = 2000  # held-out cells that are looked at: their mean is known to a tenth of a nat
+LEAST_BATCHES = 8  # in an epoch, so that a small table has its steps
 CLIP = 100.0  # largest norm of a gradient
 RESTARTS = 2  # of a run that diverged or collapsed, each with a third of the learning rate
 SHARE = 50_000  # counts in a minibatch that a thread should have to itself, so as not to wait for the others
 
+Row = dict[str, float]
+Report = Callable[[Row], None]
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train. ``warm_up`` epochs raise the weight of the KL terms from 0 to 1; training stops after ``patience``
-    epochs without a better ELBO on the ``held_out`` share of cells, and the best parameters are kept. Those that are
-    evaluated and kept are running averages of the last epochs' steps. ``weight_decay`` is the precision of a Gaussian
-    prior of all parameters, which counts once for the table and not for each cell: few cells can support but little."""
+    """How to train; everything is counted in steps, whatever the size of the table.
 
-    max_epochs: int = 100
-    batch_size: int = 256
+    ``warm_up`` steps raise the weight of the KL term from 0 to 1; training stops after ``max_steps``, or ``patience``
+    steps without better evidence on the ``held_out`` share of cells, and the best parameters are kept. Those that are
+    evaluated and kept are running averages of the last steps'. ``weight_decay`` is the precision of a Gaussian prior of
+    all parameters, which counts once for the table and not for each cell: few cells can support but little.
+    """
+
+    max_steps: int = 20_000
+    batch_size: int = 256  # at most; small tables have smaller minibatches, see LEAST_BATCHES
     learning_rate: float = 5e-3
     weight_decay: float = 10.0
-    warm_up: int = 10
-    patience: int = 10
+    warm_up: int = 400
+    patience: int = 2000
     held_out: float = 0.1
     seed: int = 0
 
+    def fitted_to(self, n_cells: int) -> Plan:
+        """The same with minibatches that leave a table of ``n_cells`` at least ``LEAST_BATCHES`` of them."""
+        return replace(self, batch_size=int(np.clip(n_cells // LEAST_BATCHES, 1, self.batch_size)))
 
-def train(
-    module: SpatialModule, section: Section, plan: Plan, report: Callable[[int, dict[str, float]], None]
-) -> list[dict[str, float]]:
-    """Fit ``module`` in place; return one row an epoch, which ``report`` also sees as it comes.
+
+def train(module: SpatialModule, section: Section, plan: Plan, report: Report) -> list[Row]:
+    """Fit ``module`` in place; return one row for every ``CHECK`` steps, which ``report`` also sees as it comes.
 
     A run whose bound is no longer finite, or that ends with no dimension of z_cell in use, is begun again.
 
@@ -76,66 +87,96 @@ def threads_for(work: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(
-    module: SpatialModule, section: Section, plan: Plan, report: Callable[[int, dict[str, float]], None], team: Team
-) -> list[dict[str, float]]:
-    rng = np.random.default_rng(plan.seed)
-    generator = torch.Generator().manual_seed(plan.seed)
-    n = section.cells.n_cells
-    held = np.zeros(n, bool)
-    held[rng.permutation(n)[: int(plan.held_out * n)]] = True
-    xyz = section.cells.coordinates
-    order = along_curve(xyz, section.cells.samples) if xyz is not None else rng.permutation(n)
-    patch = PATCH if xyz is not None else 1
-    rows, held_rows = order[~held[order]], order[held[order]]
-    parameters, gradient = flattened(module)
-    team.agree(parameters)
-    decay = plan.weight_decay / max(len(rows), 1)
-    optimiser = torch.optim.Adam([parameters], plan.learning_rate, weight_decay=decay, fused=True)
-    average, steps = parameters.detach().clone(), 0
-    slowest = 1 / max(AVERAGED * len(rows) / plan.batch_size, 1.0)
-    history: list[dict[str, float]] = []
-    best, kept, waited = -np.inf, average, 0
-    for epoch in range(plan.max_epochs):
-        weight = min(1.0, (epoch + 1) / max(plan.warm_up, 1))
-        module.train()
-        total = torch.zeros((), device=gradient.device)
-        for batch in minibatches(rows, plan.batch_size, patch, rng):
-            # every process draws the noise of all, so that how many there are changes nothing
-            noise = module.noise(len(batch), generator)
-            part = slice(team.rank, None, team.size)
-            gradient.zero_()
-            terms = module.terms(section, batch[part], noise[part])
-            bound = terms.elbo(weight)
-            (-bound.sum() / len(batch)).backward()
-            team.add_up(gradient)
-            norm = float(gradient.norm())
-            if norm > CLIP:
-                gradient.mul_(CLIP / norm)
-            optimiser.step()
-            steps += 1
-            average.lerp_(parameters.detach(), max(1 / steps, slowest))
-            total += (bound if weight == 1.0 else terms.elbo()).detach().sum()
-        team.add_up(total)
-        row = {"epoch": float(epoch), "kl_weight": weight, "elbo_train": float(total) / max(len(rows), 1)}
-        last = parameters.detach().clone()
-        parameters.data.copy_(average)
-        if len(held_rows):
-            row |= evaluate(module, section, held_rows, plan.batch_size, plan.seed)
-        history.append(row)
-        report(epoch, row)
-        if not np.isfinite(row["elbo_train"]):
-            raise FloatingPointError(f"the bound is {row['elbo_train']} in epoch {epoch}")
-        score = row.get("elbo_validation", row["elbo_train"])
-        if score > best + 1e-4 * abs(best) if np.isfinite(best) else True:
-            best, waited = score, 0
-            kept = average.clone()
-        else:
-            waited += 1
-        parameters.data.copy_(last)
-        if waited >= plan.patience and weight == 1.0:
-            break
-    parameters.data.copy_(kept)
+class _Run:
+    """What changes while a module is trained."""
+
+    def __init__(self, module: SpatialModule, section: Section, plan: Plan, team: Team) -> None:
+        self.module, self.section, self.plan, self.team = module, section, plan, team
+        self.rng = np.random.default_rng(plan.seed)
+        self.generator = torch.Generator().manual_seed(plan.seed)
+        order = self.rng.permutation(np.flatnonzero(section.cells.depth > 0))
+        n_held = int(plan.held_out * len(order))
+        self.held, self.rows = np.sort(order[:n_held]), np.sort(order[n_held:])
+        self.known = np.ones(section.cells.n_cells, bool)
+        self.known[self.held] = False
+        self.parameters, self.gradient = flattened(module)
+        team.agree(self.parameters)
+        decay = plan.weight_decay / max(len(self.rows), 1)
+        self.optimiser = torch.optim.Adam([self.parameters], plan.learning_rate, weight_decay=decay, fused=True)
+        self.average, self.steps = self.parameters.detach().clone(), 0
+        self.bound = torch.zeros((), device=self.gradient.device)
+        self.niche = self.solved(None)
+
+    def solved(self, before: Niche | None) -> Niche:
+        """The niche's posterior, to which held-out cells add nothing."""
+        sites = self.module.sites(self.section)
+        return self.module.solve(self.section.space, sites, self.known, None if before is None else before.mean)
+
+    def step(self, rows: np.ndarray) -> None:
+        """One step of the optimiser on ``rows``."""
+        # every process draws the noise of all, so that how many there are changes nothing
+        noise = self.module.noise(len(rows), self.generator)
+        part = slice(self.team.rank, None, self.team.size)
+        self.gradient.zero_()
+        terms = self.module.terms(self.section, rows[part], self.niche, noise[part])
+        bound = terms.elbo(min(1.0, (self.steps + 1) / max(self.plan.warm_up, 1)))
+        (-bound.sum() / len(rows)).backward()
+        self.team.add_up(self.gradient)
+        norm = float(self.gradient.norm())
+        if norm > CLIP:
+            self.gradient.mul_(CLIP / norm)
+        self.optimiser.step()
+        self.steps += 1
+        self.average.lerp_(self.parameters.detach(), max(1 / self.steps, 1 / AVERAGED))
+        self.bound += bound.detach().sum() / len(rows)
+
+    def look(self, steps: int) -> Row:
+        """The row of the last ``steps``, with what the averaged parameters make of held-out cells."""
+        self.team.add_up(self.bound)
+        row = {
+            "step": float(self.steps),
+            "epoch": self.steps * self.plan.batch_size / max(len(self.rows), 1),
+            "elbo_train": float(self.bound) / max(steps, 1),
+        }
+        self.bound.zero_()
+        if len(self.held):
+            last = self.parameters.detach().clone()
+            self.parameters.data.copy_(self.average)
+            row |= evaluate(self.module, self.section, self.held[:MOST_HELD], self.niche, self.plan.seed)
+            self.parameters.data.copy_(last)
+        return row
+
+
+def _train(module: SpatialModule, section: Section, plan: Plan, report: Report, team: Team) -> list[Row]:
+    run = _Run(module, section, plan, team)
+    history: list[Row] = []
+    best, kept, since = -np.inf, run.average.clone(), 0
+    epoch = -(-len(run.rows) // plan.batch_size)
+    wait = renewal = max(CHECK, epoch)  # steps until niches are found again: the less the encoder moves, the longer
+    looked = 0
+    module.train()
+    while run.steps < plan.max_steps and since < plan.patience:
+        for rows in minibatches(run.rows, plan.batch_size, run.rng):
+            run.step(rows)
+            if run.steps == renewal:
+                run.niche = run.solved(run.niche)
+                wait, renewal = 2 * wait, renewal + 2 * wait
+            if run.steps - looked < CHECK and run.steps < plan.max_steps:
+                continue
+            row, looked = run.look(run.steps - looked), run.steps
+            history.append(row)
+            report(row)
+            module.train()
+            if not np.isfinite(row["elbo_train"]):
+                raise FloatingPointError(f"the bound is {row['elbo_train']} in step {run.steps}")
+            scores = [r.get("evidence_validation", r["elbo_train"]) for r in history[-SMOOTHED:]]
+            score, warm = float(np.mean(scores)), run.steps >= plan.warm_up
+            since = since + CHECK if warm else 0
+            if not warm or score > best:
+                best, kept, since = (score if warm else -np.inf), run.average.clone(), 0
+            if run.steps >= plan.max_steps or since >= plan.patience:
+                break
+    run.parameters.data.copy_(kept)
     module.eval()
     return history
 
@@ -155,30 +196,21 @@ def flattened(module: SpatialModule) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def evaluate(module: SpatialModule, section: Section, rows: np.ndarray, batch_size: int, seed: int) -> dict[str, float]:
+def evaluate(module: SpatialModule, section: Section, rows: np.ndarray, niche: Niche, seed: int) -> Row:
     """Mean terms over ``rows`` in nats a cell, and how many latent dimensions are in use.
 
-    A dimension is in use if its posterior mean varies between cells by more than a hundredth of its prior's variance.
-    The same noise is drawn each time, so that epochs can be compared.
+    ``niche`` is what other cells say of the places of ``rows``, so that the evidence, log likelihood less divergence of
+    z_cell, is a bound on log p(x_i | others). A dimension is in use if its posterior mean varies between cells by more
+    than a hundredth of its prior's variance. The same noise is drawn each time, so that steps can be compared.
     """
     module.eval()
     generator = torch.Generator().manual_seed(seed)
-    sums = np.zeros(3)
-    cell, niche = [], []
-    for batch in minibatches(rows, batch_size, 1, None):
-        terms = module.terms(section, batch, module.noise(len(batch), generator))
-        sums += [float(t.sum()) for t in (terms.log_likelihood, terms.kl_cell, terms.kl_niche)]
-        cell.append(terms.cell_mean)
-        niche.append(terms.niche_mean)
-    likelihood, kl_cell, kl_niche = (float(v) for v in sums / len(rows))
-    spread = torch.cat(cell).var(0)
-    used_cell = float((spread > 0.01 * module.log_residual.exp()).sum())
-    used_niche = float((torch.cat(niche).var(0) > 0.01).sum()) if module.shape.n_niche else 0.0
+    terms = module.terms(section, rows, niche, module.noise(len(rows), generator))
+    likelihood, divergence = float(terms.log_likelihood.mean()), float(terms.kl_cell.mean())
+    used = terms.cell_mean.var(0) > 0.01 * module.cell_variance
     return {
-        "elbo_validation": likelihood - kl_cell - kl_niche,
+        "evidence_validation": likelihood - divergence,
         "log_likelihood_validation": likelihood,
-        "kl_cell_validation": kl_cell,
-        "kl_niche_validation": kl_niche,
-        "used_cell_dimensions": used_cell,
-        "used_niche_dimensions": used_niche,
+        "kl_cell_validation": divergence,
+        "used_cell_dimensions": float(used.sum()),
     }

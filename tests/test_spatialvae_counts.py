@@ -132,3 +132,20 @@ def test_command_line__adds_to_a_copy_of_the_table(monkeypatch, tmp_path):
         assert "raw/X/data" in datasets
         for name in datasets:
             np.testing.assert_array_equal(after[name][()], before[name][()], err_msg=name)
+
+
+@pytest.mark.parametrize("fault", ["indices", "pointers", "data"])
+def test_damaged_table__is_refused_before_anything_follows_its_indices(fault, tmp_path):
+    path = tmp_path / "cells.h5ad"
+    table().write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        if fault == "data":
+            kept = file["X/data"][:-5]
+            del file["X/data"]
+            file["X/data"] = kept
+        else:
+            file["X/indices" if fault == "indices" else "X/indptr"][7] = 10**6
+    for adata in (cli._read(path), anndata.read_h5ad(path)):
+        SpatialVAE.setup_anndata(adata)
+        with pytest.raises(InputError, match="X is damaged"):
+            SpatialVAE(adata)

@@ -5,7 +5,7 @@ import pytest
 
 import reference
 from spatialvae import field, graph
-from spatialvae.field import ROUGH_RANGE, Field
+from spatialvae.field import ROUGH_RANGE
 
 
 @pytest.fixture(scope="module")
@@ -16,14 +16,43 @@ def section():
     return xyz, graph.knn_graph(xyz, 15).adjacency(), field.laplacian_of(near.adjacency())
 
 
-def test_smooth_part__matches_dense_algebra(section):
+def test_solve__gives_the_posterior_mean_of_dense_algebra(section):
     _, _, laplacian = section
-    rng = np.random.default_rng(1)
-    y = rng.normal(size=(150, 3))
-    smooth, rough, noise = np.array([[20, 5.0, 0.5], [0.2, 0.1, 0.4], [0.3, 0.5, 0.1]])
-    one = Field(np.eye(3), 9.0, smooth, rough, noise, *np.zeros((3, 3)))
-    expected = reference.smooth_part(laplacian.toarray(), y, 9.0, ROUGH_RANGE, smooth, rough, noise)
-    np.testing.assert_allclose(one.smooth_part(laplacian, y), expected, atol=2e-3)
+    y = np.random.default_rng(1).normal(size=(150, 3))
+    smooth, noise = np.array([20, 5.0, 0.5]), np.array([0.3, 0.5, 0.1])
+    weight = np.broadcast_to(smooth / noise, y.shape)
+    expected = reference.smooth_part(laplacian.toarray(), y, 9.0, 1.0, smooth, 0 * smooth, noise)
+    found = field.solve(laplacian, 9.0, weight, weight * y)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    again = field.solve(laplacian, 9.0, weight, weight * y, start=found)
+    np.testing.assert_allclose(again, expected, atol=1e-3)
+
+
+def test_posterior_variance__is_the_diagonal_of_the_dense_inverse(section):
+    _, _, laplacian = section
+    rng = np.random.default_rng(2)
+    weight = rng.gamma(1, 2, (150, 2)) * (rng.random((150, 1)) < 0.8)  # cells that say nothing among them
+    found = field.posterior_variance(laplacian, 9.0, weight, rng, 200)
+    for d in range(2):
+        exact = np.linalg.inv(np.eye(150) + 9 * laplacian.toarray() + np.diag(weight[:, d])).diagonal()
+        np.testing.assert_allclose(found[:, d], exact, rtol=0.3)
+        assert found[:, d].mean() == pytest.approx(exact.mean(), rel=0.03)
+
+
+def test_solve_and_draws__join_dimensions_as_dense_algebra_does(section):
+    _, _, laplacian = section
+    rng = np.random.default_rng(5)
+    root = rng.normal(size=(150, 2, 2))
+    weight, target = root @ root.transpose(0, 2, 1), rng.normal(size=(150, 2))
+    dense = np.kron(np.eye(150) + 4 * laplacian.toarray(), np.eye(2))
+    for i, own in enumerate(weight):
+        dense[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] += own
+    inverse = np.linalg.inv(dense)
+    np.testing.assert_allclose(
+        field.solve(laplacian, 4.0, weight, target), (inverse @ target.ravel()).reshape(150, 2), atol=1e-3
+    )
+    found = field.posterior_variance(laplacian, 4.0, weight, rng, 200)
+    np.testing.assert_allclose(found, inverse.diagonal().reshape(150, 2), rtol=0.25)
 
 
 def test_fit_field__finds_the_maximum_of_the_dense_likelihood(section):
@@ -31,11 +60,13 @@ def test_fit_field__finds_the_maximum_of_the_dense_likelihood(section):
     rng = np.random.default_rng(2)
     wave = np.sin(xyz[:, 0])[:, None] * [1.0, 0.5, 0, 0] + rng.normal(size=(150, 4)) * [0.5, 1, 1, 1]
     y = wave - wave.mean(0)
-    found = field.fit_field(y, neighbours, laplacian, 4)
-    one = y @ found.directions[:, 0]
+    y = y @ field.spatial_directions(y, neighbours)
+    found = field.fit_field(y, laplacian, 4)
+    assert found.chosen[0] == 0
 
     def at(smooth, rough, noise):
-        return reference.field_log_likelihood(laplacian.toarray(), one, found.range, ROUGH_RANGE, smooth, rough, noise)
+        dense = laplacian.toarray()
+        return reference.field_log_likelihood(dense, y[:, 0], found.range, ROUGH_RANGE, smooth, rough, noise)
 
     best = at(found.smooth[0], found.rough[0], found.noise[0])
     assert best - at(1e-9, *_best_without(at)) == pytest.approx(found.gain[0], rel=0.15)
@@ -49,41 +80,32 @@ def _best_without(at):
     return max(((g, e) for g in grid for e in grid), key=lambda pair: at(1e-9, *pair))
 
 
-def test_niche__weighs_field_and_neighbourhood_by_their_variances(section):
-    xyz, neighbours, laplacian = section
+def test_spatial_directions__are_uncorrelated_and_ordered_by_what_neighbours_share(section):
+    xyz, neighbours, _ = section
     rng = np.random.default_rng(4)
-    y = np.sin(xyz[:, :1]) * [1.0, 0.4, 0] + rng.normal(size=(150, 3))
-    found = field.fit_field(y - y.mean(0), neighbours, laplacian, 3)
-    dense = np.eye(150) + found.range * laplacian.toarray()
-    smooth = found.smooth[0] * np.linalg.inv(dense)
-    rest = found.rough[0] * np.linalg.inv(np.eye(150) + ROUGH_RANGE * laplacian.toarray()) + found.noise[0] * np.eye(
-        150
-    )
-    doubt = np.trace(smooth - smooth @ np.linalg.solve(smooth + rest, smooth)) / 150
-    assert found.doubt[0] == pytest.approx(doubt, rel=0.1)
-    assert found.own[0] == pytest.approx(np.trace(rest) / 150, rel=0.05)
-    mean = np.stack([y[np.append(np.flatnonzero(neighbours[[i]].toarray()), i)].mean(0) for i in range(150)])
-    field_part, weight = found.smooth_part(laplacian, y), found.doubt / (found.doubt + found.own / 16)
-    expected = weight * (mean @ found.directions) + (1 - weight) * field_part
-    np.testing.assert_allclose(found.niche(laplacian, neighbours, y), expected, atol=1e-4)
+    scores = np.sin(xyz[:, :1]) * [1.0, 0.4, 0] + rng.normal(size=(150, 3))
+    scores -= scores.mean(0)
+    y = scores @ field.spatial_directions(scores, neighbours)
+    np.testing.assert_allclose(y.T @ y / 150, np.eye(3), atol=1e-4)
+    means = np.stack([y[neighbours[[i]].indices].mean(0) for i in range(150)])
+    shared = (y * means).mean(0)
+    assert (np.diff(shared) < 0).all()
 
 
 def test_fit_field__keeps_few_directions_of_pure_noise(section):
     _, neighbours, laplacian = section
     noise = np.random.default_rng(3).normal(size=(150, 20))
-    assert field.fit_field(noise - noise.mean(0), neighbours, laplacian, 20).n_directions <= 5
+    noise -= noise.mean(0)
+    found = field.fit_field(noise @ field.spatial_directions(noise, neighbours), laplacian, 20)
+    assert len(found.chosen) <= 5
 
 
-def test_smooth_part__of_a_pure_field_is_an_average_that_keeps_constants(section):
-    """Rows of the filter sum to one when the smooth part dominates: the special case is an average of neighbours."""
+@pytest.mark.parametrize("exact", [True, False])
+def test_trace_measure__integrates_as_the_dense_matrix_does(section, exact, monkeypatch):
     _, _, laplacian = section
-    one = Field(np.eye(1), 9.0, np.array([1e5]), np.array([1e-8]), np.array([1.0]), *np.zeros((3, 1)))
-    np.testing.assert_allclose(one.smooth_part(laplacian, np.ones((150, 1))), 1, atol=5e-3)
-
-
-def test_spectral_means__match_dense(section):
-    _, _, laplacian = section
+    monkeypatch.setattr(field, "EXACT", 1000 if exact else 10)
+    nodes, weights = field.trace_measure(laplacian)
     root = np.eye(150) + 5 * laplacian.toarray()
-    log_det, spread = field.spectral_means(laplacian, 5.0)
-    assert log_det == pytest.approx(np.linalg.slogdet(root)[1] / 150, rel=0.02)
-    assert spread == pytest.approx(np.trace(np.linalg.inv(root)) / 150, rel=0.1)
+    tolerance = 0.001 if exact else 0.02
+    assert weights @ np.log1p(5 * nodes) == pytest.approx(np.linalg.slogdet(root)[1] / 150, rel=tolerance)
+    assert weights @ (1 / (1 + 5 * nodes)) == pytest.approx(np.trace(np.linalg.inv(root)) / 150, rel=5 * tolerance)

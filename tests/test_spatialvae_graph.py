@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from spatialvae import InputError, data, graph
+from spatialvae import InputError, SpatialVAE, data, graph
 
 
 def cells(n, seed, axes=2):
@@ -27,28 +29,6 @@ def test_knn_graph__matches_brute_force_within_samples(n, k, seed, axes):
         np.testing.assert_allclose(np.linalg.norm(xyz[near] - xyz[i], axis=1), expected)
 
 
-def test_radius_graph__matches_brute_force():
-    xyz, samples = cells(60, 3)
-    found = graph.radius_graph(xyz, 2.5, samples)
-    for i in range(60):
-        far = np.linalg.norm(xyz - xyz[i], axis=1)
-        expected = {j for j in range(60) if j != i and samples[j] == samples[i] and far[j] <= 2.5}
-        assert set(found.index[i][found.index[i] >= 0]) == expected
-
-
-def test_radius_graph__refuses_radius_in_wrong_unit():
-    xyz = np.random.default_rng(0).uniform(0, 1000, (500, 2))
-    with pytest.raises(InputError, match="same unit"):
-        graph.radius_graph(xyz, 50_000)
-
-
-def test_delaunay_graph__square_with_centre():
-    xyz = np.array([[0, 0], [2, 0], [2, 2], [0, 2], [1, 1.0]])
-    found = graph.delaunay_graph(np.concatenate([xyz, xyz]), np.repeat([0, 1], 5))
-    assert set(found.index[4][found.index[4] >= 0]) == {0, 1, 2, 3}
-    assert set(found.index[9][found.index[9] >= 0]) == {5, 6, 7, 8}
-
-
 def test_symmetrised__has_each_edge_twice():
     xyz, samples = cells(50, 1)
     both = graph.symmetrised(graph.knn_graph(xyz, 4, samples), xyz).adjacency().toarray()
@@ -62,24 +42,35 @@ def test_knn_graph__rejects_coordinates_that_are_not_finite(bad):
         graph.knn_graph(np.array([[0, 0], [1, bad]]), 1)
 
 
-@pytest.mark.parametrize("patch", [1, 8])
-def test_minibatches__see_every_row_once_in_coherent_patches(patch):
-    rng = np.random.default_rng(0)
-    xyz = rng.uniform(0, 1, (203, 2))
-    rows = data.along_curve(xyz, np.zeros(203))
-    batches = list(data.minibatches(rows, 32, patch, rng))
-    assert sorted(np.concatenate(batches)) == list(range(203))
-    assert [len(b) for b in batches] == [32] * 6 + [11]
-    apart = np.linalg.norm(np.diff(xyz[np.concatenate(batches)], axis=0), axis=1)
-    assert (np.median(apart) < 0.15) == (patch > 1)
+def test_minibatches__see_every_row_once():
+    rows = np.arange(203)
+    assert np.concatenate(list(data.minibatches(rows, 20))).tolist() == rows.tolist()
+    shuffled = list(data.minibatches(rows, 20, np.random.default_rng(0)))
+    assert sorted(np.concatenate(shuffled)) == rows.tolist()
+    assert [len(piece) for piece in shuffled] == [20] * 10 + [3]
 
 
-def test_nearest_among__stays_within_the_sample():
-    rng = np.random.default_rng(0)
-    here, there = rng.random((20, 2)), rng.random((30, 2))
-    own, other = np.array(["a", "b"])[np.arange(20) % 2], np.array(["a", "c"])[np.arange(30) % 2]
-    found = graph.nearest_among(here, there, 3, own, other)
-    far = np.linalg.norm(here[:, None] - there[None], axis=2)
-    far[:, other != "a"] = np.inf
-    np.testing.assert_array_equal(found[own == "a"], np.argsort(far, 1)[own == "a", :3])
-    assert (found[own == "b"] == -1).all()
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_data__takes_the_graph_to_pytorch_geometric_and_back():
+    from torch_geometric.data import Data
+    from torch_geometric.nn import SimpleConv
+
+    xyz, samples = cells(40, 2)
+    adata = anndata.AnnData(np.ones((40, 2), np.float32), obsm={"spatial": xyz})
+    adata.obs["section"] = [f"s{i}" for i in samples]
+    with pytest.raises(InputError, match="setup_anndata"):
+        graph.to_data(adata)
+    SpatialVAE.setup_anndata(adata, sample_key="section")
+    made = graph.to_data(adata, k=4)
+    expected = graph.knn_graph(xyz, 4, samples)
+    found = graph.from_data(made)
+    np.testing.assert_array_equal(found.distance, expected.distance)
+    np.testing.assert_array_equal(found.index >= 0, expected.index >= 0)
+    means = SimpleConv(aggr="mean")(made.pos, made.edge_index)
+    for i in (0, 7):
+        near = expected.index[i][expected.index[i] >= 0]
+        np.testing.assert_allclose(means[i], xyz[near].mean(0) if len(near) else [0, 0], rtol=1e-5)
+    with pytest.raises(InputError, match="names cell 99"):
+        graph.from_data(Data(edge_index=torch.tensor([[99], [0]]), pos=made.pos))
+    with pytest.raises(InputError, match="neither edge_attr nor pos"):
+        graph.from_data(Data(edge_index=made.edge_index, num_nodes=40))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from spatialvae import posterior
+from spatialvae.counts import read_counts
+from spatialvae.data import Cells
+from spatialvae.decoder import Decoder
+from spatialvae.linear import LinearStart
+from spatialvae.module import Shape as Sizes
+from spatialvae.module import SpatialModule
+
+
+def decoder(genes=7, dim=3, batches=2):
+    generator = torch.Generator().manual_seed(0)
+    made = Decoder(
+        torch.randn(genes, dim, generator=generator), torch.zeros(genes, batches), torch.zeros(genes), 5, False
+    )
+    for parameter in made.parameters():
+        parameter.data.normal_(generator=generator)
+    return made
+
+
+def test_slopes__are_the_derivatives_of_logits():
+    made = decoder()
+    z, batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 1, 0])
+    expected = torch.stack(
+        [
+            torch.autograd.functional.jacobian(lambda v, b=b: made(v[None], b[None])[0][0], row)
+            for row, b in zip(z, batch, strict=True)
+        ]
+    )
+    torch.testing.assert_close(made.slopes(z, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def two_genes():
+    """One latent, 12 cells without places of which the last has no counts, and a linear decoder: integrals are sums."""
+    shape = Sizes(2, 1, 1, 0, 4, "nb")
+    loading = np.array([[0.8], [-0.8]])
+    start = LinearStart(1.0, np.zeros(2), loading, loading, np.zeros((1, 1)), np.ones(1), 1.0, np.full(2, 0.5), None)
+    torch.manual_seed(0)
+    module = SpatialModule(shape, start).eval()
+    module.log_theta.data.fill_(5.0)
+    x = np.random.default_rng(0).poisson(20, (12, 2))
+    x[-1] = 0
+    places = np.zeros(12, np.int64)
+    cells = Cells(read_counts(x, np.arange(2), "X"), ("a", "b"), np.zeros(2, bool), None, places, places, ("",))
+    return module, module.section(cells, None)
+
+
+def test_posterior__matches_integration_over_one_latent(two_genes):
+    module, section = two_genes
+    mean, variance = posterior.posterior(module, section, module.sites(section))[1]
+    grid = torch.linspace(-5, 5, 2001)
+    for i in range(12):
+        rows = np.full(len(grid), i)
+        with torch.no_grad():
+            value = module.log_likelihood(section, rows, module.counts(section, rows), grid[:, None]) - grid**2 / 2
+        weight = torch.softmax(value, 0)
+        expected = (weight * grid).sum()
+        assert mean[i, 0].item() == pytest.approx(expected.item(), abs=0.05)
+        assert variance[i, 0].item() == pytest.approx((weight * (grid - expected) ** 2).sum().item(), rel=0.15)
