@@ -12,7 +12,7 @@ from merfish.config import MISIDENTIFICATION_RATE
 # odds of being wrong: constant, and slopes against log area, distance, log intensity and corrected bits.
 PRIOR_PIXELS = np.array([-3.5, -0.8, 4.0, 0.0, 2.0])
 # the same against the spot decoder's own log odds of being wrong, which are nearly right
-PRIOR_SPOTS = np.array([0.1, 0.83])
+PRIOR_SPOTS = np.array([0.0, 0.9])
 # about the number of blanks that it takes to outweigh a prior's slopes; its constant weighs one quarter
 WEIGHT_PIXELS, WEIGHT_SPOTS = 4.0, 64.0
 MAX_LOG_ODDS = 12.0
@@ -116,16 +116,21 @@ def rate_calls(calls: pd.DataFrame, codebook: Codebook, learn_from: np.ndarray |
     learn_from: (call,) bool, the rows whose blanks are looked at; all when not given.
 
     A probability that the decoder has given is taken as the one feature, else there are those of `call_features`.
+    Without blanks nothing checks it: it is kept with what simulated fields say of its odds; NaN where there is none.
     """
     stated = calls["probability"].to_numpy(float)
-    if len(calls) and not np.isnan(stated).any():
+    own = len(calls) > 0 and not np.isnan(stated).any()
+    if own:
         odds = np.log(np.maximum(1 - stated, 1e-9)) - np.log(np.maximum(stated, 1e-9))
         features, prior, weight = np.clip(odds, -MAX_LOG_ODDS, MAX_LOG_ODDS)[:, None], PRIOR_SPOTS, WEIGHT_SPOTS
     else:
         features, prior, weight = call_features(calls), PRIOR_PIXELS, WEIGHT_PIXELS
     is_blank = calls["is_blank"].to_numpy(bool)
     blank_fraction = float(codebook.is_blank.mean())
-    wrong = misidentification_probability(features, is_blank, blank_fraction, prior, weight, learn_from)
+    if own and blank_fraction == 0:
+        wrong = _logistic(prior[0] + features @ prior[1:])
+    else:
+        wrong = misidentification_probability(features, is_blank, blank_fraction, prior, weight, learn_from)
     return calls.assign(probability=(1 - wrong).astype(np.float32))
 
 

@@ -261,8 +261,6 @@ def call_molecules(scene, classes, first, explained, table, evidence, share, sho
     for seed in range(n_peaks):
         if first[seed] > classes.log_prior[nothing]:
             heap.append((-first[seed], seed))
-        else:
-            share[nothing] += 1.0
     heapq.heapify(heap)
     calls = 0
     while len(heap) > 0:
