@@ -235,14 +235,14 @@ def score_seeds(scene, classes, first):
 
 
 @kernel
-def call_molecules(scene, classes, first, explained, table, evidence, share, shows):
+def call_molecules(scene, classes, first, explained, table, evidence, owner, share, shows):
     """Call molecules from the most certain on, each from peaks that no other has taken.
 
     scene, classes: see `Scene` and `Classes`; first (peak,) from `score_seeds`. Calls end where nothing is likelier
     than any word. A call takes the peaks of its word's bits, and others within ``explained`` px: they are its errors. An object that
     shines in every bit takes its peaks, and is no call.
     out, a row a call: table (x, y, brightness, score, log odds against all other classes), evidence uint64 (word, its
-    bits that are wrong). Added to: share (class,), the posterior of each class summed over candidates; shows (2, bit,
+    bits that are wrong); owner (peak,) int64, the call that has taken a peak, or -1. Added to: share (class,), the posterior of each class summed over candidates; shows (2, bit,
     bin), how often each bit showed what where there is something, weighted with the posterior that the bit is off, and
     on. Returns the number of calls.
     """
@@ -252,7 +252,7 @@ def call_molecules(scene, classes, first, explained, table, evidence, share, sho
     n_classes = len(classes.weight)
     nothing = n_classes - 2
     taken = np.zeros(n_peaks, np.bool_)
-    owner = np.full(n_peaks, -1)
+    owner[:] = -1
     members = np.empty(n_bits, np.int64)
     seen = np.empty(n_bits, np.int64)
     score = np.empty(n_classes)

@@ -7,8 +7,11 @@ left is searched for the peaks that hid in a neighbour's flank, and all are fitt
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
+from scipy.spatial import cKDTree
 
 from merfish.decoding import _peak_kernels as kernels
 from merfish.imaging.normalize import NoiseMap, locate_peaks
@@ -16,7 +19,10 @@ from merfish.imaging.normalize import NoiseMap, locate_peaks
 PEAK_SIGMAS = 5.0  # height of a peak over the noise around it
 PEAK_HEIGHT = 0.15  # and over a typical molecule's height
 HIDDEN_HEIGHT = 0.25  # the same for peaks found when the others are taken out: a profile that fits badly leaves some
-PASSES = 3  # of fitting all peaks; before each but the first, hidden ones are looked for
+PASSES = 6  # of fitting all peaks at most; before each but the first, hidden ones are looked for
+FEW_MORE = 0.01  # of the peaks: so few more are not worth another pass
+SHARE_SWEEPS = 12
+TOUCHING = 1.5
 SWEEPS = 2  # over the peaks in each pass
 STIFFNESS = 0.02  # holds the place of a peak that is cut off by the border; a whole peak has about 2
 # lengths in sigmas of the PSF
@@ -29,8 +35,17 @@ STAY = 0.7  # of the threshold, below which a fitted peak is none
 FEWEST_PEAKS = 30  # with fewer a bit is not crowded, and its profile is not known
 
 
-def fit_peaks(image: np.ndarray, height: int, sigma: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Peaks of one bit (plane * height, x) float32, normalised, whose light is taken out: x, y, height (peak,).
+class Fit(NamedTuple):
+    """Peaks of one bit: x, y (rows), height (peak,) float64, and their radial profile (bin,), None if unknown."""
+
+    x: np.ndarray
+    y: np.ndarray
+    height: np.ndarray
+    profile: np.ndarray | None
+
+
+def fit_peaks(image: np.ndarray, height: int, sigma: float) -> Fit:
+    """Peaks of one bit (plane * height, x) float32, normalised, whose light is taken out of the image.
 
     sigma: of the PSF, pixel.
     """
@@ -38,22 +53,59 @@ def fit_peaks(image: np.ndarray, height: int, sigma: float) -> tuple[np.ndarray,
     x, y, top = _peaks_above(image, height, noise, PEAK_HEIGHT)
     profile = measure_profile(image, height, x, y, top, sigma)
     if profile is None:
-        return x, y, top
-    bins = 1 / (BIN * sigma)
-    slope = np.gradient(profile) * bins
-    slope[0] = 0.0  # its top is smooth
+        return Fit(x, y, top, None)
     fresh = 0
     for step in range(PASSES):
         if step:
             fresh = len(x)
             noise = NoiseMap.of(image, height)  # what the crowd added to the noise is gone
             more = _peaks_above(image, height, noise, HIDDEN_HEIGHT)
+            if step > 1 and len(more[0]) < FEW_MORE * len(x):
+                break
             x, y, top = (np.append(old, new) for old, new in zip((x, y, top), more, strict=True))
-        kernels.fit_spots(
-            image, height, fresh, x, y, top, profile, slope, bins, CORE * sigma, STIFFNESS, MOST_STEP * sigma, SWEEPS
-        )
+        fit_together(image, height, Fit(x, y, top, profile), fresh, sigma)
     stay = top > STAY * threshold(noise, x, y, PEAK_HEIGHT)
-    return x[stay], y[stay], top[stay]
+    return Fit(x[stay], y[stay], top[stay], profile)
+
+
+def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: float, sweeps: int = SWEEPS) -> None:
+    """Fit the peaks of one bit against what they leave in the image; the light of those from ``fresh`` on is in it."""
+    bins = 1 / (BIN * sigma)
+    slope = np.gradient(fit.profile) * bins
+    slope[0] = 0.0  # its top is smooth
+    kernels.fit_spots(
+        image, height, fresh, fit.x, fit.y, fit.height, fit.profile, slope, bins, CORE * sigma, STIFFNESS,
+        MOST_STEP * sigma, sweeps,
+    )  # fmt: skip
+
+
+def share_peaks(left: np.ndarray, height: int, fit: Fit, mine: np.ndarray, x: np.ndarray, y: np.ndarray, sigma: float) -> Fit:
+    """The peaks with those of molecules in a crowd replaced by one at the place of each molecule.
+
+    left: (row, x) float32, the light that no peak explains, updated. mine: (peak,) bool, the peaks replaced. x, y (rows)
+    (molecule,): where the molecules lie, one of which may have no light. Heights are fitted together, peaks of little
+    light dropped, and the places of the others refined.
+    """
+    bins = 1 / (BIN * sigma)
+    n = len(x)
+    px, py = np.concatenate([x, fit.x[~mine]]), np.concatenate([y, fit.y[~mine]])
+    top = np.concatenate([np.zeros(n), fit.height[~mine]])
+    kernels.add_spots(left, height, fit.x[mine], fit.y[mine], fit.height[mine], fit.profile, bins)
+    near, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]), distance_upper_bound=TOUCHING * sigma)
+    chosen = np.flatnonzero(np.isfinite(near))
+    kernels.share_light(left, height, chosen, px, py, top, fit.profile, bins, CORE * sigma, SHARE_SWEEPS)
+    stay = top > STAY * threshold(NoiseMap.of(left, height), px, py, PEAK_HEIGHT)
+    gone = ~stay
+    kernels.add_spots(left, height, px[gone], py[gone], top[gone], fit.profile, bins)
+    chosen = np.flatnonzero(stay[chosen])
+    px, py, top = px[stay], py[stay], top[stay]
+    rest = Fit(px, py, top, fit.profile)
+    near, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]), distance_upper_bound=TOUCHING * sigma)
+    chosen = np.flatnonzero(np.isfinite(near))
+    part = Fit(px[chosen], py[chosen], top[chosen], fit.profile)
+    fit_together(left, height, part, len(chosen), sigma, SWEEPS)
+    px[chosen], py[chosen], top[chosen] = part[:3]
+    return rest
 
 
 def threshold(noise: NoiseMap, x: np.ndarray, y: np.ndarray, least: float) -> np.ndarray:

@@ -12,9 +12,9 @@ peaks; the others are scored again without them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from merfish._jit import map_bits
 from merfish.codebook import Codebook
@@ -22,7 +22,7 @@ from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding._plane_kernels import light_by_plane
 from merfish.decoding.alignment import bit_shifts
 from merfish.decoding.evidence import learn_classes, start_classes
-from merfish.decoding.peaks import fit_peaks
+from merfish.decoding.peaks import Fit, fit_peaks, share_peaks
 from merfish.decoding.planes import LIGHT_RADIUS, depth
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed
@@ -31,6 +31,8 @@ from merfish.imaging.preprocess import Bandpassed
 RADIUS = 1.1  # peaks of one molecule lie nearer to its centre, registration error included
 EXPLAINED = 0.45  # a peak of another bit this near is the molecule's own 0->1 error
 CELL = 1.5  # of the grid, at least RADIUS
+CROWDED = 2.0
+REFITS = 1
 ROUNDS = 4  # of expectation-maximisation
 LIGHT_STEP = 1 / 32  # molecules; of the light around peaks, a quarter of the bins it is sorted into
 USUAL_SIGMA = 1.35  # pixel, of the PSF; what most microscopes have
@@ -69,14 +71,20 @@ def decode_spots(
     Deterministic: the same input gives the same calls.
     """
     left = np.empty(stack.shape, np.int8)
-    peaks = gather_peaks(stack, normalization, height, sigma, left)
-    scene = make_scene(peaks, left, height, sigma)
+    fits = gather_peaks(stack, normalization, height, sigma, left)
+    scene = make_scene(fits, left, height, sigma)
     live = normalization.gain > 0  # a dead bit says nothing about any word
     classes = start_classes(codebook, live)
     for _ in range(ROUNDS - 1):
         *_, share, shows = _call(scene, classes, sigma)
         classes = learn_classes(codebook, live, share, shows)
-    table, evidence, _, _ = _call(scene, classes, sigma)
+    for _ in range(REFITS):
+        table, _, owner, _, _ = _call(scene, classes, sigma)
+        fits = refit(fits, scene, table, owner, left, sigma)
+        scene = make_scene(fits, left, height, sigma)
+        *_, share, shows = _call(scene, classes, sigma)
+        classes = learn_classes(codebook, live, share, shows)
+    table, evidence, _, _, _ = _call(scene, classes, sigma)
     plane = (table[:, 1] / height).astype(np.int32)
     word, errors = evidence[:, 0].astype(np.int32), evidence[:, 1]
     z = plane.astype(np.float32)
@@ -97,59 +105,84 @@ def decode_spots(
     )
 
 
-class Peaks(NamedTuple):
-    """Peaks of all bits, one bit after the other: x, y (rows), height float64 (peak,), bit int64 (peak,)."""
-
-    x: np.ndarray
-    y: np.ndarray
-    height: np.ndarray
-    bit: np.ndarray
-
-
 def gather_peaks(
     stack: np.ndarray | Bandpassed, normalization: Normalization, height: int, sigma: float, left: np.ndarray
-) -> Peaks:
+) -> list[Fit]:
     """Peaks of every bit; into ``left`` (bit, row, x) int8 what they leave of the light, in steps of `LIGHT_STEP`."""
 
-    def one_bit(bit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def one_bit(bit: int) -> Fit:
         image = np.array(stack[bit], np.float32, copy=isinstance(stack, np.ndarray))
         image -= normalization.background[bit]
         image *= normalization.gain[bit]
-        peaks = fit_peaks(image, height, sigma)
+        fit = fit_peaks(image, height, sigma)
         kernels.in_steps(image, LIGHT_STEP, left[bit])
-        return peaks
+        return fit
 
-    found = map_bits(one_bit, range(len(stack)))
-    x, y, top = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return Peaks(x, y, top, np.repeat(np.arange(len(stack)), [len(peaks[0]) for peaks in found]))
+    return map_bits(one_bit, range(len(stack)))
 
 
-def make_scene(peaks: Peaks, left: np.ndarray, height: int, sigma: float) -> kernels.Scene:
+def refit(
+    fits: list[Fit], scene: kernels.Scene, table: np.ndarray, owner: np.ndarray, left: np.ndarray, sigma: float
+) -> list[Fit]:
+    """Peaks of every bit, with those of molecules that lie close together fitted at the molecules' places."""
+    ends = np.cumsum([0, *(len(fit.x) for fit in fits)])
+    places = table[:, :2]
+    plane = (table[:, 1] / scene.height).astype(np.int64)
+    tree = cKDTree(np.column_stack([places, plane * 10. * sigma]))
+    pairs = tree.query_pairs(CROWDED * sigma, output_type="ndarray")
+    crowded = np.unique(pairs)
+
+    def one_bit(bit: int) -> Fit:
+        fit, mine = fits[bit], owner[ends[bit] : ends[bit + 1]]
+        if fit.profile is None or not len(crowded):
+            return fit
+        has = np.zeros(len(table), bool)
+        has[mine[mine >= 0]] = True
+        # of two, one of which shows the bit, or both
+        bright = np.unique(pairs[has[pairs].any(axis=1)])
+        if not len(bright):
+            return fit
+        chosen = np.zeros(len(table), bool)
+        chosen[bright] = True
+        first = plane[bright] * scene.height
+        x = np.clip(places[bright, 0] + scene.shift_x[bit], 0, left.shape[2] - 1)
+        y = np.clip(places[bright, 1] + scene.shift_y[bit], first, first + scene.height - 1)
+        image = left[bit] * np.float32(LIGHT_STEP)
+        fit = share_peaks(image, scene.height, fit, chosen[mine] & (mine >= 0), x, y, sigma)
+        kernels.in_steps(image, LIGHT_STEP, left[bit])
+        return fit
+
+    return map_bits(one_bit, range(len(fits)))
+
+
+def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float) -> kernels.Scene:
     """Peaks with the shifts of their bits taken out, sorted into a grid; left (bit, row, x): see `gather_peaks`."""
     n_bits, n_rows, width = left.shape
-    plane = (peaks.y / height).astype(np.int64)
-    shift = bit_shifts(peaks.x, peaks.y - plane * height, plane, peaks.bit, n_bits, sigma).shift
+    px, py, top = (np.concatenate(parts) for parts in list(zip(*fits, strict=True))[:3])
+    bit = np.repeat(np.arange(n_bits), [len(fit.x) for fit in fits])
+    plane = (py / height).astype(np.int64)
+    shift = bit_shifts(px, py - plane * height, plane, bit, n_bits, sigma).shift
     first = plane * height
-    x = np.clip(peaks.x - shift[peaks.bit, 1], 0, width - 1)
-    y = np.clip(peaks.y - shift[peaks.bit, 0], first, first + height - 1)
+    x = np.clip(px - shift[bit, 1], 0, width - 1)
+    y = np.clip(py - shift[bit, 0], first, first + height - 1)
     cell = CELL * sigma
     n_across, n_down = int(width / cell) + 1, int(n_rows / cell) + 1
     start, order = np.empty(n_across * n_down + 1, np.int64), np.empty(len(x), np.int64)
     kernels.fill_grid(x, y, cell, n_across, start, order)
     return kernels.Scene(
-        x, y, peaks.height, peaks.bit, start, order, cell, n_across, RADIUS * sigma, left, LIGHT_STEP,
+        x, y, top, bit, start, order, cell, n_across, RADIUS * sigma, left, LIGHT_STEP,
         np.ascontiguousarray(shift[:, 0]), np.ascontiguousarray(shift[:, 1]), height,
     )  # fmt: skip
 
 
 def _call(
     scene: kernels.Scene, classes: kernels.Classes, sigma: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One round of calls: table (x, y, brightness, score, log odds), evidence (word, wrong bits), share and shows."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One round of calls: table (x, y, brightness, score, log odds), evidence (word, wrong bits), owner, share and shows."""
     most = len(scene.px)
     table, evidence = np.empty((most, 5)), np.empty((most, 2), np.uint64)
     share, shows = np.zeros(len(classes.weight)), np.zeros((2, len(scene.light), kernels.N_BINS))
-    first = np.empty(most)
+    first, owner = np.empty(most), np.empty(most, np.int64)
     kernels.score_seeds(scene, classes, first)
-    n = kernels.call_molecules(scene, classes, first, EXPLAINED * sigma, table, evidence, share, shows)
-    return table[:n], evidence[:n], share, shows
+    n = kernels.call_molecules(scene, classes, first, EXPLAINED * sigma, table, evidence, owner, share, shows)
+    return table[:n], evidence[:n], owner, share, shows
