@@ -15,7 +15,7 @@ MISIDENTIFICATION_RATE = 0.05  # share of kept calls that may be wrong; Chen et 
 FILTER_SIGMAS = {
     # spots gain from sharp images, in which neighbours stay apart; in crowds from a narrower background still, which
     # costs real images and tissue with light out of focus more than it gains
-    "spots": (0.7, 2.0),
+    "spots": (0.7, 1.8),
     # pixels gain from smooth ones; the background is wider than any spot and narrower than cells' glow
     "pixels": (1.0, 3.0),
     "hamming": (1.0, 3.0),

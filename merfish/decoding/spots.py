@@ -28,11 +28,11 @@ from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed
 
 # lengths in sigmas of the PSF
-RADIUS = 1.1  # peaks of one molecule lie nearer to its centre, registration error included
+RADIUS = 0.9  # peaks of one molecule lie nearer to its centre, registration error included
 EXPLAINED = 0.45  # a peak of another bit this near is the molecule's own 0->1 error
 CELL = 1.5  # of the grid, at least RADIUS
-CROWDED = 2.0
-REFITS = 1
+CROWDED = 2.5
+REFITS = 2
 ROUNDS = 4  # of expectation-maximisation
 LIGHT_STEP = 1 / 32  # molecules; of the light around peaks, a quarter of the bins it is sorted into
 USUAL_SIGMA = 1.35  # pixel, of the PSF; what most microscopes have
