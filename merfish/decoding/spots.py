@@ -35,7 +35,6 @@ CROWDED = 2.5
 REFITS = 2
 ROUNDS = 4  # of expectation-maximisation
 LIGHT_STEP = 1 / 32  # molecules; of the light around peaks, a quarter of the bins it is sorted into
-USUAL_SIGMA = 1.35  # pixel, of the PSF; what most microscopes have
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +62,7 @@ def decode_spots(
     normalization: Normalization,
     *,
     height: int,
-    sigma: float = USUAL_SIGMA,
+    sigma: float,
 ) -> Spots:
     """Call molecules from whole spots.
 
