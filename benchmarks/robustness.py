@@ -17,7 +17,7 @@ import pandas as pd
 from decode import judge, recall_at_precision
 from tables import as_markdown
 
-from merfish import mhd4_codebook, plots, simulate_stack
+from merfish import mhd4_codebook, simulate_stack
 from merfish.calls.filtering import keep_calls
 from merfish.codebook import Codebook
 from merfish.simulate import Imaging, score_calls
@@ -28,6 +28,7 @@ SEEDS = range(700, 704)  # never looked at while the decoder was written
 METHODS = ("spots", "pixels")
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 PRECISION = 0.95
+HOME = Imaging()
 
 
 def without_blanks(book: Codebook) -> Codebook:
@@ -57,7 +58,7 @@ class World:
     name: str
     book: Codebook = BOOK
     density: float = 0.01
-    imaging: Imaging = Imaging()
+    imaging: Imaging = HOME
     options: dict[str, Any] | None = None
     draw: Callable[[np.random.Generator], dict[str, Any]] | None = None
     shape: tuple[int, int] = (512, 512)
@@ -165,11 +166,46 @@ def dim_third(kept: pd.DataFrame, truth: pd.DataFrame) -> float:
     return float(found[dim.to_numpy()].mean())
 
 
+def draw(table: pd.DataFrame, path: Path) -> None:
+    """Molecules found where 1 in 20 calls is wrong, and calls truly wrong where 5 % are stated, world by world."""
+    figure, (found, wrong) = plots.new_figure(12, 5.5, 2)
+    places = np.arange(table["world"].nunique())[::-1]
+    for method, colour in zip(METHODS, plots.CATEGORIES, strict=False):
+        rows = table[table["method"] == method]
+        found.plot(rows["at"], places, "o", color=colour, label=method)
+        wrong.plot(100 * rows["wrong"], places, "o", color=colour, label=method)
+    best = table[table["method"] == METHODS[0]]
+    found.plot(best["best"], places, "k*", markersize=10, label="best possible")
+    found.set_yticks(places, best["world"])
+    wrong.set_yticks(places, [])
+    wrong.axvline(5, color=plots.MUTED, linewidth=1)
+    found.set(xlabel="share of molecules found, 1 call in 20 wrong", xlim=(0, 1))
+    wrong.set(xlabel="calls truly wrong [%] where 5 % are stated", xlim=(0, None))
+    found.legend(fontsize=8, frameon=False, loc="lower left")
+    for place in places:
+        for ax in (found, wrong):
+            ax.axhline(place, color=plots.MUTED, linewidth=0.3)
+    figure.savefig(path, metadata={"Software": None})
+
+
 def main(quick: bool) -> None:
     """Measure everything and write the table and the picture."""
-    rows = [row for world in WORLDS for seed in list(SEEDS)[: 1 if quick else None] for row in measure(world, seed)]
+    seeds = SEEDS[:1] if quick else SEEDS
+    rows = [row for world in WORLDS for seed in seeds for row in measure(world, seed)]
     table = pd.DataFrame(rows).drop(columns="seed").groupby(["world", "method"], sort=False).mean().reset_index()
-    print(as_markdown(table))
+    text = f"""Made by `python benchmarks/robustness.py{" --quick" if quick else ""}`.
+
+One thing at a time differs from the simulator's defaults; {len(seeds)} seeds, 0.01 molecules a pixel and the MHD4 book of
+16 bits where nothing else is said, defaults of the decoders. `recall`, `wrong`: of calls kept at 5 %, `stated`: as the
+decoder says, `F1` of both; `at`: recall at {PRECISION} precision, by rank; `best`: the same of a decoder that knows
+places, bits, rates and abundances; `dim`: recall of the dim third of the abundant gene.
+
+{as_markdown(table.round(3))}
+"""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "robustness.md").write_text(text)
+    draw(table, RESULTS / "robustness.png")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -239,12 +239,12 @@ def call_molecules(scene, classes, first, explained, table, evidence, owner, sha
     """Call molecules from the most certain on, each from peaks that no other has taken.
 
     scene, classes: see `Scene` and `Classes`; first (peak,) from `score_seeds`. Calls end where nothing is likelier
-    than any word. A call takes the peaks of its word's bits, and others within ``explained`` px: they are its errors. An object that
-    shines in every bit takes its peaks, and is no call.
+    than any word. A call takes the peaks of its word's bits, and others within ``explained`` px: they are its errors.
+    An object that shines in every bit takes its peaks, and is no call.
     out, a row a call: table (x, y, brightness, score, log odds against all other classes), evidence uint64 (word, its
-    bits that are wrong); owner (peak,) int64, the call that has taken a peak, or -1. Added to: share (class,), the posterior of each class summed over candidates; shows (2, bit,
-    bin), how often each bit showed what where there is something, weighted with the posterior that the bit is off, and
-    on. Returns the number of calls.
+    bits that are wrong); owner (peak,) int64, the call that has taken a peak, or -1. Added to: share (class,), the
+    posterior of each class summed over candidates; shows (2, bit, bin), how often each bit showed what where there is
+    something, weighted with the posterior that the bit is off, and on. Returns the number of calls.
     """
     px, py, pa = scene.px, scene.py, scene.pa
     n_peaks = len(px)

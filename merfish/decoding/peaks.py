@@ -21,8 +21,7 @@ PEAK_HEIGHT = 0.15  # and over a typical molecule's height
 HIDDEN_HEIGHT = 0.25  # the same for peaks found when the others are taken out: a profile that fits badly leaves some
 PASSES = 6  # of fitting all peaks at most; before each but the first, hidden ones are looked for
 FEW_MORE = 0.01  # of the peaks: so few more are not worth another pass
-SHARE_SWEEPS = 12
-TOUCHING = 1.5
+SHARE_SWEEPS = 12  # over peaks whose places are known; two 0.6 sigma apart then have 0.9 of their heights
 SWEEPS = 2  # over the peaks in each pass
 STIFFNESS = 0.02  # holds the place of a peak that is cut off by the border; a whole peak has about 2
 # lengths in sigmas of the PSF
@@ -30,6 +29,7 @@ CORE = 1.1  # around a peak, what its fit looks at
 MOST_STEP = 0.22  # a peak moves at most in one sweep
 BIN = 0.185  # of the profile
 REACH = 3.33  # of the profile
+TOUCHING = 1.5  # peaks this near to a molecule share its light
 PROFILE_PEAKS = 500  # a bit, at most, that the profile is measured from
 STAY = 0.7  # of the threshold, below which a fitted peak is none
 FEWEST_PEAKS = 30  # with fewer a bit is not crowded, and its profile is not known
@@ -60,52 +60,51 @@ def fit_peaks(image: np.ndarray, height: int, sigma: float) -> Fit:
             fresh = len(x)
             noise = NoiseMap.of(image, height)  # what the crowd added to the noise is gone
             more = _peaks_above(image, height, noise, HIDDEN_HEIGHT)
-            if step > 1 and len(more[0]) < FEW_MORE * len(x):
-                break
             x, y, top = (np.append(old, new) for old, new in zip((x, y, top), more, strict=True))
         fit_together(image, height, Fit(x, y, top, profile), fresh, sigma)
+        if step > 1 and len(x) - fresh < FEW_MORE * len(x):
+            break
     stay = top > STAY * threshold(noise, x, y, PEAK_HEIGHT)
     return Fit(x[stay], y[stay], top[stay], profile)
 
 
-def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: float, sweeps: int = SWEEPS) -> None:
+def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: float) -> None:
     """Fit the peaks of one bit against what they leave in the image; the light of those from ``fresh`` on is in it."""
+    if fit.profile is None:
+        return
     bins = 1 / (BIN * sigma)
     slope = np.gradient(fit.profile) * bins
     slope[0] = 0.0  # its top is smooth
     kernels.fit_spots(
         image, height, fresh, fit.x, fit.y, fit.height, fit.profile, slope, bins, CORE * sigma, STIFFNESS,
-        MOST_STEP * sigma, sweeps,
+        MOST_STEP * sigma, SWEEPS,
     )  # fmt: skip
 
 
-def share_peaks(left: np.ndarray, height: int, fit: Fit, mine: np.ndarray, x: np.ndarray, y: np.ndarray, sigma: float) -> Fit:
-    """The peaks with those of molecules in a crowd replaced by one at the place of each molecule.
+def share_peaks(
+    left: np.ndarray, height: int, fit: Fit, mine: np.ndarray, x: np.ndarray, y: np.ndarray, sigma: float
+) -> Fit:
+    """The peaks of a bit, those of molecules in a crowd replaced by one at the place of each molecule.
 
-    left: (row, x) float32, the light that no peak explains, updated. mine: (peak,) bool, the peaks replaced. x, y (rows)
-    (molecule,): where the molecules lie, one of which may have no light. Heights are fitted together, peaks of little
-    light dropped, and the places of the others refined.
+    left: (row, x) float32, the light that no peak explains, updated. mine: (peak,) bool, the peaks replaced.
+    x, y (rows) (molecule,): where the molecules lie, some of which have no light in this bit. Heights are fitted
+    together, peaks of little light dropped, and the places of the others refined.
     """
     bins = 1 / (BIN * sigma)
-    n = len(x)
     px, py = np.concatenate([x, fit.x[~mine]]), np.concatenate([y, fit.y[~mine]])
-    top = np.concatenate([np.zeros(n), fit.height[~mine]])
+    top = np.concatenate([np.zeros(len(x)), fit.height[~mine]])
     kernels.add_spots(left, height, fit.x[mine], fit.y[mine], fit.height[mine], fit.profile, bins)
-    near, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]), distance_upper_bound=TOUCHING * sigma)
-    chosen = np.flatnonzero(np.isfinite(near))
-    kernels.share_light(left, height, chosen, px, py, top, fit.profile, bins, CORE * sigma, SHARE_SWEEPS)
+    apart, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]))
+    touched = apart < TOUCHING * sigma
+    together = np.flatnonzero(touched)
+    kernels.share_light(left, height, together, px, py, top, fit.profile, bins, CORE * sigma, SHARE_SWEEPS)
     stay = top > STAY * threshold(NoiseMap.of(left, height), px, py, PEAK_HEIGHT)
-    gone = ~stay
-    kernels.add_spots(left, height, px[gone], py[gone], top[gone], fit.profile, bins)
-    chosen = np.flatnonzero(stay[chosen])
-    px, py, top = px[stay], py[stay], top[stay]
-    rest = Fit(px, py, top, fit.profile)
-    near, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]), distance_upper_bound=TOUCHING * sigma)
-    chosen = np.flatnonzero(np.isfinite(near))
-    part = Fit(px[chosen], py[chosen], top[chosen], fit.profile)
-    fit_together(left, height, part, len(chosen), sigma, SWEEPS)
-    px[chosen], py[chosen], top[chosen] = part[:3]
-    return rest
+    kernels.add_spots(left, height, px[~stay], py[~stay], top[~stay], fit.profile, bins)
+    px, py, top, touched = px[stay], py[stay], top[stay], touched[stay]
+    part = Fit(px[touched], py[touched], top[touched], fit.profile)
+    fit_together(left, height, part, len(part.x), sigma)
+    px[touched], py[touched], top[touched] = part.x, part.y, part.height
+    return Fit(px, py, top, fit.profile)
 
 
 def threshold(noise: NoiseMap, x: np.ndarray, y: np.ndarray, least: float) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from merfish._jit import map_bits
@@ -65,7 +67,7 @@ def half_radius(image: np.ndarray) -> float:
     order = np.argsort(bin_of, kind="stable")
     ends = np.searchsorted(bin_of[order], np.arange(int(RANGE[1] / STEP) + 1))
     values = share.ravel()[order]
-    profile = [np.median(values[a:b]) if b > a else np.nan for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    profile = [np.median(values[a:b]) if b > a else np.nan for a, b in pairwise(ends)]
     return _crossing(np.arange(len(profile)) * STEP, np.array(profile))
 
 

@@ -12,6 +12,7 @@ peaks; the others are scored again without them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -20,7 +21,7 @@ from merfish._jit import map_bits
 from merfish.codebook import Codebook
 from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding._plane_kernels import light_by_plane
-from merfish.decoding.alignment import bit_shifts
+from merfish.decoding.alignment import BitShifts, bit_shifts
 from merfish.decoding.evidence import learn_classes, start_classes
 from merfish.decoding.peaks import Fit, fit_peaks, share_peaks
 from merfish.decoding.planes import LIGHT_RADIUS, depth
@@ -31,9 +32,9 @@ from merfish.imaging.preprocess import Bandpassed
 RADIUS = 0.9  # peaks of one molecule lie nearer to its centre, registration error included
 EXPLAINED = 0.45  # a peak of another bit this near is the molecule's own 0->1 error
 CELL = 1.5  # of the grid, at least RADIUS
-CROWDED = 2.5
-REFITS = 2
-ROUNDS = 4  # of expectation-maximisation
+CROWDED = 2.5  # molecules this near are fitted together: their spots overlap
+ROUNDS = 3  # of expectation-maximisation
+REFITS = 2  # of the peaks of molecules in crowds; a third finds less than half as many more
 LIGHT_STEP = 1 / 32  # molecules; of the light around peaks, a quarter of the bins it is sorted into
 
 
@@ -44,6 +45,7 @@ class Spots:
     word: int32. x, y: float64 pixel, y within the plane. plane: int32, where it was seen. z: float32 in planes, between
     them by its light in the planes beside. intensity: float32, mean height of its peaks.
     log_odds: float64, of the word against all other words. errors: uint64, the bits that differ from the word.
+    shifts: of the bits, taken out.
     """
 
     word: np.ndarray
@@ -54,15 +56,11 @@ class Spots:
     intensity: np.ndarray
     log_odds: np.ndarray
     errors: np.ndarray
+    shifts: BitShifts
 
 
 def decode_spots(
-    stack: np.ndarray | Bandpassed,
-    codebook: Codebook,
-    normalization: Normalization,
-    *,
-    height: int,
-    sigma: float,
+    stack: np.ndarray | Bandpassed, codebook: Codebook, normalization: Normalization, *, height: int, sigma: float
 ) -> Spots:
     """Call molecules from whole spots.
 
@@ -71,26 +69,32 @@ def decode_spots(
     """
     left = np.empty(stack.shape, np.int8)
     fits = gather_peaks(stack, normalization, height, sigma, left)
-    scene = make_scene(fits, left, height, sigma)
+    shifts = measure_shifts(fits, height, sigma)
+    scene = make_scene(fits, left, height, sigma, shifts.shift)
     live = normalization.gain > 0  # a dead bit says nothing about any word
     classes = start_classes(codebook, live)
-    for _ in range(ROUNDS - 1):
-        *_, share, shows = _call(scene, classes, sigma)
-        classes = learn_classes(codebook, live, share, shows)
+    for _ in range(ROUNDS):
+        called = call(scene, classes, sigma)
+        classes = learn_classes(codebook, live, called.share, called.shows)
     for _ in range(REFITS):
-        table, _, owner, _, _ = _call(scene, classes, sigma)
-        fits = refit(fits, scene, table, owner, left, sigma)
-        scene = make_scene(fits, left, height, sigma)
-        *_, share, shows = _call(scene, classes, sigma)
-        classes = learn_classes(codebook, live, share, shows)
-    table, evidence, _, _, _ = _call(scene, classes, sigma)
+        called = call(scene, classes, sigma)
+        fits = refit(fits, scene, called, left, sigma)
+        scene = make_scene(fits, left, height, sigma, shifts.shift)
+        called = call(scene, classes, sigma)
+        classes = learn_classes(codebook, live, called.share, called.shows)
+    return _molecules(call(scene, classes, sigma), scene, codebook, shifts)
+
+
+def _molecules(called: Calls, scene: kernels.Scene, codebook: Codebook, shifts: BitShifts) -> Spots:
+    height = scene.height
+    table, (word, errors) = called.table, called.evidence.T
+    word = word.astype(np.int32)
     plane = (table[:, 1] / height).astype(np.int32)
-    word, errors = evidence[:, 0].astype(np.int32), evidence[:, 1]
     z = plane.astype(np.float32)
-    if len(left[0]) > height:
+    if scene.light.shape[1] > height:
         bits = codebook.codes[word] & ~errors
         light = np.empty((len(word), 3))
-        light_by_plane(table[:, 0], table[:, 1], bits, scene, LIGHT_RADIUS * sigma, light)
+        light_by_plane(table[:, 0], table[:, 1], bits, scene, LIGHT_RADIUS * scene.radius / RADIUS, light)
         z = depth(light, plane)
     return Spots(
         word=word,
@@ -101,6 +105,7 @@ def decode_spots(
         intensity=table[:, 2].astype(np.float32),
         log_odds=table[:, 4],
         errors=errors,
+        shifts=shifts,
     )
 
 
@@ -120,68 +125,87 @@ def gather_peaks(
     return map_bits(one_bit, range(len(stack)))
 
 
-def refit(
-    fits: list[Fit], scene: kernels.Scene, table: np.ndarray, owner: np.ndarray, left: np.ndarray, sigma: float
-) -> list[Fit]:
-    """Peaks of every bit, with those of molecules that lie close together fitted at the molecules' places."""
+def refit(fits: list[Fit], scene: kernels.Scene, called: Calls, left: np.ndarray, sigma: float) -> list[Fit]:
+    """Peaks of every bit, with those of molecules that lie close together fitted at the molecules' places.
+
+    Two molecules nearer than a spot is wide show one peak in a bit that they share. Where they lie is known from the
+    bits that they do not share. left (bit, row, x) int8, what no peak explains, is updated.
+    """
     ends = np.cumsum([0, *(len(fit.x) for fit in fits)])
-    places = table[:, :2]
-    plane = (table[:, 1] / scene.height).astype(np.int64)
-    tree = cKDTree(np.column_stack([places, plane * 10. * sigma]))
-    pairs = tree.query_pairs(CROWDED * sigma, output_type="ndarray")
-    crowded = np.unique(pairs)
+    x, y = called.table[:, 0], called.table[:, 1]
+    first = (y / scene.height).astype(np.int64) * scene.height
+    apart = first / scene.height * (2 * CROWDED * sigma)
+    pairs = cKDTree(np.column_stack([x, y, apart])).query_pairs(CROWDED * sigma, output_type="ndarray")
 
     def one_bit(bit: int) -> Fit:
-        fit, mine = fits[bit], owner[ends[bit] : ends[bit + 1]]
-        if fit.profile is None or not len(crowded):
+        fit, owner = fits[bit], called.owner[ends[bit] : ends[bit + 1]]
+        has = np.zeros(len(x), bool)
+        has[owner[owner >= 0]] = True
+        near = np.unique(pairs[has[pairs].any(axis=1)])  # one of the two shows the bit, or both
+        if fit.profile is None or not len(near):
             return fit
-        has = np.zeros(len(table), bool)
-        has[mine[mine >= 0]] = True
-        # of two, one of which shows the bit, or both
-        bright = np.unique(pairs[has[pairs].any(axis=1)])
-        if not len(bright):
-            return fit
-        chosen = np.zeros(len(table), bool)
-        chosen[bright] = True
-        first = plane[bright] * scene.height
-        x = np.clip(places[bright, 0] + scene.shift_x[bit], 0, left.shape[2] - 1)
-        y = np.clip(places[bright, 1] + scene.shift_y[bit], first, first + scene.height - 1)
+        chosen = np.zeros(len(x), bool)
+        chosen[near] = True
+        mx = np.clip(x[near] + scene.shift_x[bit], 0, left.shape[2] - 1)
+        my = np.clip(y[near] + scene.shift_y[bit], first[near], first[near] + scene.height - 1)
         image = left[bit] * np.float32(LIGHT_STEP)
-        fit = share_peaks(image, scene.height, fit, chosen[mine] & (mine >= 0), x, y, sigma)
+        fit = share_peaks(image, scene.height, fit, chosen[owner] & (owner >= 0), mx, my, sigma)
         kernels.in_steps(image, LIGHT_STEP, left[bit])
         return fit
 
     return map_bits(one_bit, range(len(fits)))
 
 
-def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float) -> kernels.Scene:
-    """Peaks with the shifts of their bits taken out, sorted into a grid; left (bit, row, x): see `gather_peaks`."""
-    n_bits, n_rows, width = left.shape
-    px, py, top = (np.concatenate(parts) for parts in list(zip(*fits, strict=True))[:3])
-    bit = np.repeat(np.arange(n_bits), [len(fit.x) for fit in fits])
-    plane = (py / height).astype(np.int64)
-    shift = bit_shifts(px, py - plane * height, plane, bit, n_bits, sigma).shift
-    first = plane * height
-    x = np.clip(px - shift[bit, 1], 0, width - 1)
-    y = np.clip(py - shift[bit, 0], first, first + height - 1)
+def measure_shifts(fits: list[Fit], height: int, sigma: float) -> BitShifts:
+    """Shifts of the bits of a field, from their peaks."""
+    x, y, bit = _joined(fits)
+    plane = (y / height).astype(np.int64)
+    return bit_shifts(x, y - plane * height, plane, bit, len(fits), sigma)
+
+
+def _joined(fits: list[Fit]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    bit = np.repeat(np.arange(len(fits)), [len(fit.x) for fit in fits])
+    return np.concatenate([fit.x for fit in fits]), np.concatenate([fit.y for fit in fits]), bit
+
+
+def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, shift: np.ndarray) -> kernels.Scene:
+    """Peaks with the shifts (bit, 2) of their bits taken out, sorted into a grid; left: see `gather_peaks`."""
+    _, n_rows, width = left.shape
+    x, y, bit = _joined(fits)
+    top = np.concatenate([fit.height for fit in fits])
+    first = (y / height).astype(np.int64) * height
+    x = np.clip(x - shift[bit, 1], 0, width - 1)
+    y = np.clip(y - shift[bit, 0], first, first + height - 1)
     cell = CELL * sigma
     n_across, n_down = int(width / cell) + 1, int(n_rows / cell) + 1
     start, order = np.empty(n_across * n_down + 1, np.int64), np.empty(len(x), np.int64)
     kernels.fill_grid(x, y, cell, n_across, start, order)
+    shift_y, shift_x = np.ascontiguousarray(shift.T)
     return kernels.Scene(
-        x, y, top, bit, start, order, cell, n_across, RADIUS * sigma, left, LIGHT_STEP,
-        np.ascontiguousarray(shift[:, 0]), np.ascontiguousarray(shift[:, 1]), height,
-    )  # fmt: skip
+        x, y, top, bit, start, order, cell, n_across, RADIUS * sigma, left, LIGHT_STEP, shift_y, shift_x, height
+    )
 
 
-def _call(
-    scene: kernels.Scene, classes: kernels.Classes, sigma: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One round of calls: table (x, y, brightness, score, log odds), evidence (word, wrong bits), owner, share and shows."""
+class Calls(NamedTuple):
+    """One round of calls.
+
+    table (call, 5): x, y, brightness, score, log odds. evidence (call, 2) uint64: word, wrong bits. owner (peak,): call
+    that has it, or -1. share (class,), shows (2, bit, bin): see `_spot_kernels.call_molecules`.
+    """
+
+    table: np.ndarray
+    evidence: np.ndarray
+    owner: np.ndarray
+    share: np.ndarray
+    shows: np.ndarray
+
+
+def call(scene: kernels.Scene, classes: kernels.Classes, sigma: float) -> Calls:
+    """One round of calls."""
     most = len(scene.px)
-    table, evidence = np.empty((most, 5)), np.empty((most, 2), np.uint64)
+    table, evidence, owner = np.empty((most, 5)), np.empty((most, 2), np.uint64), np.empty(most, np.int64)
     share, shows = np.zeros(len(classes.weight)), np.zeros((2, len(scene.light), kernels.N_BINS))
-    first, owner = np.empty(most), np.empty(most, np.int64)
+    first = np.empty(most)
     kernels.score_seeds(scene, classes, first)
     n = kernels.call_molecules(scene, classes, first, EXPLAINED * sigma, table, evidence, owner, share, shows)
-    return table[:n], evidence[:n], owner, share, shows
+    return Calls(table[:n], evidence[:n], owner, share, shows)

@@ -19,7 +19,8 @@ class Imaging:
     Counts are camera_offset + camera_gain * Poisson(photons) + read_noise * N(0, 1), rounded, within uint16.
     molecule_spread, bit_spread: sigma of the lognormal brightness of molecules, and of their bits about that.
     bit_ratio: bits differ in brightness, log-uniformly, by up to this factor.
-    lost, gained: chance that an on-bit is dark and that an off-bit shines, per molecule and bit; one number, or one a bit.
+    lost, gained: chance that an on-bit is dark and that an off-bit shines, per molecule and bit; one number, or one
+    a bit.
     plane_step: distance between z planes, micrometre. focal_range: distance from focus, micrometre, at which
     a spot is sqrt(2) wider.
     """

@@ -30,9 +30,9 @@ def simulate_stack(
 
     Molecules lie uniformly over the field and a little beyond it, at sub-pixel places; their genes are drawn
     with lognormal abundance (sigma 1) from the words that are not blank, or with ``abundance`` (gene,), in the order of
-    the book. ``imaging``: errors, optics, camera. ``bit_shift``: sigma of the shift of each bit along each axis, pixels,
-    by which its registration is wrong. ``glow``: photons a pixel with which cells shine; molecules are then kept
-    only in cells.
+    the book. ``imaging``: errors, optics, camera. ``bit_shift``: sigma of the shift of each bit along each axis,
+    pixels, by which its registration is wrong. ``glow``: photons a pixel with which cells shine; molecules are then
+    kept only in cells.
 
     shape: (y, x). density: molecules a pixel (of each plane). n_planes: z planes; molecules then lie between
     z = -0.5 and n_planes - 0.5.
