@@ -196,9 +196,9 @@ def main(quick: bool) -> None:
     text = f"""Made by `python benchmarks/robustness.py{" --quick" if quick else ""}`.
 
 One thing at a time differs from the defaults of the simulator; {len(seeds)} seeds, 0.01 molecules a pixel and the MHD4
-book of 16 bits where nothing else is said, defaults of the decoders. `recall`, `wrong`: of calls kept at 5 %, `stated`: as the
-decoder says, `F1` of both; `at`: recall at {PRECISION} precision, by rank; `best`: the same of a decoder that knows
-places, bits, rates and abundances; `dim`: recall of the dim third of the abundant gene.
+book of 16 bits where nothing else is said, defaults of the decoders. `recall`, `wrong`: of calls kept at 5 %,
+`stated`: as the decoder says, `F1` of both; `at`: recall at {PRECISION} precision, by rank; `best`: the same of a
+decoder that knows places, bits, rates and abundances; `dim`: recall of the dim third of the abundant gene.
 
 {as_markdown(table.round(3))}
 """

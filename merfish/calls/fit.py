@@ -12,10 +12,11 @@ from merfish.codebook import Codebook
 
 LIKELY = 0.5  # posterior above which a call is counted
 FEWEST_CALLS = 100  # found; of fewer nothing is said
-# Simulated fields of ten kinds (densities, glow, shifts, rates, weak signal, distances 1 to 4) and two real ones
-# decoded with their own book and with its bits in another order: by the blanks 0 to 17 % of the likely calls are wrong with the
-# right book and 30 to 150 % with a wrong one; 10 to 90 % of all calls are likely with the right book, 1 to 61 % with a
-# wrong one; 20 to 95 % of them show their word as it is with the right book, with a wrong one of distance 4 1 to 30 %.
+# Simulated fields of ten kinds (densities, glow, shifts, rates, weak signal, distances 1 to 4) and two real ones,
+# decoded with their own book and with its bits in another order. By the blanks 0 to 17 % of the likely calls are wrong
+# with the right book and 30 to 150 % with a wrong one; 10 to 90 % of all calls are likely with the right book, 1 to
+# 61 % with a wrong one; 20 to 95 % of them show their word as it is with the right book, with a wrong one of distance 4
+# 1 to 30 %.
 MOST_WRONG = 0.25
 FEW_LIKELY, HARDLY_ANY = 0.45, 0.05
 FEW_EXACT = 0.18
