@@ -77,7 +77,6 @@ def decode_spots(
         called = call(scene, classes, sigma)
         classes = learn_classes(codebook, live, called.share, called.shows)
     for _ in range(REFITS):
-        called = call(scene, classes, sigma)
         fits = refit(fits, scene, called, left, sigma)
         scene = make_scene(fits, left, height, sigma, shifts.shift)
         called = call(scene, classes, sigma)
