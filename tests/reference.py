@@ -231,3 +231,17 @@ def refit_spot(image, x, y, height, profile, slope, bins, core, stiffness):
         values.append(0.0)
     top, along_x, along_y = np.linalg.lstsq(np.array(rows), np.array(values), rcond=None)[0]
     return x + along_x / top, y + along_y / top, top
+
+
+def share_light(image, x, y, top, profile, bins, core):
+    """One sweep of heights at fixed places: each spot takes its least-squares share of what the others leave."""
+    places, (rows, columns) = np.arange(len(profile)) / bins, np.indices(image.shape)
+    left, top = image.astype(float), list(top)
+    for i in range(len(x)):
+        distance = np.hypot(rows - y[i], columns - x[i])
+        spot = np.interp(distance, places, profile)
+        near = np.where(distance <= core, spot, 0)
+        new = max(top[i] + (left * near).sum() / (near**2).sum(), 0)
+        left += (top[i] - new) * spot
+        top[i] = new
+    return left, top

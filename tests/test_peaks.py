@@ -93,3 +93,13 @@ def test_the_light_of_one_peak_is_shared_by_the_molecules_that_make_it():
     got = share_peaks(image, 60, merged, np.ones(2, bool), x, y, SIGMA)
     assert got.height == pytest.approx([1.0, 0.8, 1.0], abs=0.15)
     assert got.x == pytest.approx([20, 20.9, 40], abs=0.15)
+
+
+def test_share_light_equals_the_reference():
+    rng = np.random.default_rng(0)
+    x, y, top = rng.uniform(5, 25, 6), rng.uniform(5, 25, 6), rng.uniform(0, 1, 6)
+    image = rng.normal(0, 0.2, (30, 30)).astype(np.float32)
+    left, heights = reference.share_light(image, x, y, top, PROFILE, BINS, CORE * SIGMA)
+    kernels.share_light(image, 30, np.arange(6), x, y, top, PROFILE, BINS, CORE * SIGMA, 1)
+    assert top == pytest.approx(heights, abs=1e-5)
+    assert image == pytest.approx(left, abs=1e-5)

@@ -35,6 +35,8 @@ CELL = 1.5  # of the grid, at least RADIUS
 CROWDED = 2.5  # molecules this near are fitted together: their spots overlap
 ROUNDS = 3  # of expectation-maximisation
 REFITS = 2  # of the peaks of molecules in crowds; a third finds less than half as many more
+BAND = 64.0  # of rows, that are learnt from together
+LEARN_PEAKS = 20_000  # of all bits; some thousand molecules, of which each bit shows hundreds
 LIGHT_STEP = 1 / 32  # molecules; of the light around peaks, a quarter of the bins it is sorted into
 
 
@@ -70,12 +72,15 @@ def decode_spots(
     left = np.empty(stack.shape, np.int8)
     fits = gather_peaks(stack, normalization, height, sigma, left)
     shifts = measure_shifts(fits, height, sigma)
-    scene = make_scene(fits, left, height, sigma, shifts.shift)
     live = normalization.gain > 0  # a dead bit says nothing about any word
     classes = start_classes(codebook, live)
+    some = make_scene(_some(fits, sigma), left, height, sigma, shifts.shift)
     for _ in range(ROUNDS):
-        called = call(scene, classes, sigma)
+        called = call(some, classes, sigma)
         classes = learn_classes(codebook, live, called.share, called.shows)
+    scene = make_scene(fits, left, height, sigma, shifts.shift)
+    if len(scene.px) > len(some.px):
+        called = call(scene, classes, sigma)
     for _ in range(REFITS):
         fits = refit(fits, scene, called, left, sigma)
         scene = make_scene(fits, left, height, sigma, shifts.shift)
@@ -153,6 +158,18 @@ def refit(fits: list[Fit], scene: kernels.Scene, called: Calls, left: np.ndarray
         return fit
 
     return map_bits(one_bit, range(len(fits)))
+
+
+def _some(fits: list[Fit], sigma: float) -> list[Fit]:
+    """The peaks of every so many bands of rows, about `LEARN_PEAKS`: they tell what bits show in a large field."""
+    every = sum(len(fit.x) for fit in fits) // LEARN_PEAKS
+    if every < 2:
+        return fits
+    parts = []
+    for fit in fits:
+        chosen = (fit.y / (BAND * sigma)).astype(np.int64) % every == 0
+        parts.append(Fit(fit.x[chosen], fit.y[chosen], fit.height[chosen], fit.profile))
+    return parts
 
 
 def measure_shifts(fits: list[Fit], height: int, sigma: float) -> BitShifts:
