@@ -14,7 +14,7 @@ from merfish._text import read_text, shown
 from merfish.errors import InputError
 
 MISIDENTIFICATION_RATE = 0.05  # share of kept calls that may be wrong; Chen et al. 2015 and MERlin aim at the same
-# Decoders, each with the sigmas (pixel) of the band-pass filter before it: smoothing, background.
+# Decoders, each with the sigmas of the band-pass filter before it: smoothing, background; pixel, for a PSF of 1.35 px
 FILTER_SIGMAS = {
     # spots gain from sharp images, in which neighbours stay apart; in crowds from a narrower background still, which
     # costs real images and tissue with light out of focus more than it gains

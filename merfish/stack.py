@@ -9,8 +9,11 @@ from merfish.calls.filtering import keep_calls, rate_calls
 from merfish.codebook import Codebook
 from merfish.config import DEFAULT_METHOD, MISIDENTIFICATION_RATE
 from merfish.decoding.methods import check_stack, decode_filtered, method_named
+from merfish.decoding.psf import USUAL_SIGMA, psf_sigma
 from merfish.imaging.normalize import Normalization, peak_normalization
 from merfish.imaging.preprocess import Bandpassed
+
+MATCHED = 1.15  # a filter whose widths fit the PSF to this factor is left as it is
 
 
 def decode(
@@ -41,5 +44,8 @@ def decode_all(
     else:
         chosen = method_named(method)
         filtered = Bandpassed(stack, smoothing=chosen.smoothing, background=chosen.background)
+        scale = psf_sigma(filtered, filtered.height) / USUAL_SIGMA
+        if not 1 / MATCHED < scale < MATCHED:
+            filtered = Bandpassed(stack, smoothing=scale * chosen.smoothing, background=scale * chosen.background)
         calls = decode_filtered(filtered, codebook, peak_normalization(filtered), method=method)
     return rate_calls(calls, codebook)

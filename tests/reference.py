@@ -265,3 +265,17 @@ def pairs_of_fields(a, b, radius):
         if distance <= radius and all(i != k and j != m for k, m in pairs):
             pairs.append((i, j))
     return sorted(pairs)
+
+
+def share_light(image, x, y, top, profile, bins, core):
+    """One sweep of heights at fixed places: each spot takes its least-squares share of what the others leave."""
+    places, (rows, columns) = np.arange(len(profile)) / bins, np.indices(image.shape)
+    left, top = image.astype(float), list(top)
+    for i in range(len(x)):
+        distance = np.hypot(rows - y[i], columns - x[i])
+        spot = np.interp(distance, places, profile)
+        near = np.where(distance <= core, spot, 0)
+        new = max(top[i] + (left * near).sum() / (near**2).sum(), 0)
+        left += (top[i] - new) * spot
+        top[i] = new
+    return left, top

@@ -5,11 +5,13 @@ import pytest
 
 import reference
 from merfish.decoding import _peak_kernels as kernels
-from merfish.decoding.peaks import BINS, CORE, MOST_STEP, STIFFNESS, fit_peaks, measure_profile
+from merfish.decoding.peaks import BIN, CORE, MOST_STEP, REACH, STIFFNESS, Fit, fit_peaks, measure_profile, share_peaks
 from merfish.imaging.normalize import locate_peaks
 
 SIGMA = 1.35
-PROFILE = np.append(np.exp(-((np.arange(18) / BINS) ** 2) / (2 * SIGMA**2)), 0.0)
+BINS = 1 / (BIN * SIGMA)
+N_BINS = round(REACH / BIN)
+PROFILE = np.append(np.exp(-((np.arange(N_BINS) / BINS) ** 2) / (2 * SIGMA**2)), 0.0)
 SLOPE = np.append(0.0, np.gradient(PROFILE)[1:]) * BINS
 
 
@@ -37,7 +39,7 @@ def crowd():
 def test_pairs_that_show_one_peak_are_told_apart(crowd):
     image, x, y, top = crowd
     assert len(locate_peaks(image, 300, 0.15)[0]) < 0.95 * len(x)
-    found_x, found_y, found_top = fit_peaks(image.copy(), 300)
+    found_x, found_y, found_top, _ = fit_peaks(image.copy(), 300, SIGMA)
     assert len(x) <= len(found_x) <= 1.1 * len(x)
     distance = np.hypot(found_x[:, None] - x, found_y[:, None] - y)
     nearest = distance.argmin(axis=0)
@@ -49,13 +51,13 @@ def test_pairs_that_show_one_peak_are_told_apart(crowd):
 
 def test_the_light_of_the_peaks_is_taken_out(crowd):
     image = crowd[0].copy()
-    fit_peaks(image, 300)
+    fit_peaks(image, 300, SIGMA)
     assert image.std() < 0.1 * crowd[0].std()
 
 
 def test_the_profile_is_measured_in_spite_of_neighbours(crowd):
     image = crowd[0]
-    profile = measure_profile(image, 300, *locate_peaks(image, 300, 0.15))
+    profile = measure_profile(image, 300, *locate_peaks(image, 300, 0.15), SIGMA)
     assert profile == pytest.approx(PROFILE, abs=0.06)
 
 
@@ -63,8 +65,8 @@ def test_refit_spot_equals_least_squares():
     x, y, top = 10.2, 9.7, 1.1
     image = render([10.35], [9.6], [1.3], (20, 20)).astype(np.float32)
     kernels.add_spot(image, 0, 19, x, y, -top, PROFILE, BINS)
-    got = kernels.refit_spot(image, 0, 19, x, y, top, PROFILE, SLOPE, BINS, CORE, STIFFNESS, MOST_STEP)
-    expected = reference.refit_spot(image, x, y, top, PROFILE, SLOPE, BINS, CORE, STIFFNESS)
+    got = kernels.refit_spot(image, 0, 19, x, y, top, PROFILE, SLOPE, BINS, CORE * SIGMA, STIFFNESS, MOST_STEP * SIGMA)
+    expected = reference.refit_spot(image, x, y, top, PROFILE, SLOPE, BINS, CORE * SIGMA, STIFFNESS)
     assert got == pytest.approx(expected, abs=1e-5)
     assert got == pytest.approx((10.35, 9.6, 1.3), abs=0.03)
 
@@ -77,6 +79,27 @@ def test_planes_do_not_touch():
 
 
 def test_fit_peaks__few_peaks_or_none():
-    assert not len(fit_peaks(np.zeros((40, 40), np.float32), 40)[0])
-    (x,), (y,), _ = fit_peaks(render([20.3], [19.8], [1.0], (40, 40)).astype(np.float32), 40)
+    assert not len(fit_peaks(np.zeros((40, 40), np.float32), 40, SIGMA).x)
+    (x,), (y,), _, _ = fit_peaks(render([20.3], [19.8], [1.0], (40, 40)).astype(np.float32), 40, SIGMA)
     assert (x, y) == pytest.approx((20.3, 19.8), abs=0.05)
+
+
+def test_the_light_of_one_peak_is_shared_by_the_molecules_that_make_it():
+    x, y = np.array([20.0, 20.9, 40.0, 41.0]), np.array([20.0, 20.2, 40.0, 40.0])
+    image = render(x, y, [1.0, 0.8, 1.0, 0.0], (60, 60)).astype(np.float32)
+    merged = Fit(np.array([20.4, 40.0]), np.array([20.1, 40.0]), np.array([1.7, 1.0]), PROFILE)
+    for a, b, top in zip(*merged[:3], strict=True):
+        kernels.add_spot(image, 0, 59, a, b, -top, PROFILE, BINS)
+    got = share_peaks(image, 60, merged, np.ones(2, bool), x, y, SIGMA)
+    assert got.height == pytest.approx([1.0, 0.8, 1.0], abs=0.15)
+    assert got.x == pytest.approx([20, 20.9, 40], abs=0.15)
+
+
+def test_share_light_equals_the_reference():
+    rng = np.random.default_rng(0)
+    x, y, top = rng.uniform(5, 25, 6), rng.uniform(5, 25, 6), rng.uniform(0, 1, 6)
+    image = rng.normal(0, 0.2, (30, 30)).astype(np.float32)
+    left, heights = reference.share_light(image, x, y, top, PROFILE, BINS, CORE * SIGMA)
+    kernels.share_light(image, 30, np.arange(6), x, y, top, PROFILE, BINS, CORE * SIGMA, 1)
+    assert top == pytest.approx(heights, abs=1e-5)
+    assert image == pytest.approx(left, abs=1e-5)

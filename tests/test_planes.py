@@ -7,10 +7,11 @@ import pytest
 
 import reference
 from merfish import decode, mhd4_codebook, simulate_stack
+from merfish.decoding import spots
 from merfish.decoding._plane_kernels import light_by_plane
 from merfish.decoding.overlap import same_molecule_pairs, splinters
+from merfish.decoding.peaks import Fit
 from merfish.decoding.planes import LIGHT_RADIUS, depth
-from merfish.decoding.spots import CELL, Peaks, make_grid
 from merfish.simulate import match_calls, score_calls
 
 BOOK = mhd4_codebook([f"g{k}" for k in range(130)])
@@ -23,21 +24,18 @@ def test_light_by_plane_equals_the_reference(seed):
     left = rng.integers(-20, 20, (n_bits, n_planes * height, width)).astype(np.int8)
     n = 60
     plane = rng.integers(0, n_planes, n) * height
-    peaks = Peaks(
-        rng.uniform(0, width - 1, n),
-        plane + rng.uniform(0, height - 1, n),
-        rng.uniform(0, 2, n),
-        rng.integers(0, n_bits, n),
-    )
-    grid = make_grid(peaks, left.shape)
+    bit = np.sort(rng.integers(0, n_bits, n))
+    px, py, top = rng.uniform(0, width - 1, n), plane + rng.uniform(0, height - 1, n), rng.uniform(0, 2, n)
+    fits = [Fit(px[bit == b], py[bit == b], top[bit == b], None) for b in range(n_bits)]
+    scene = spots.make_scene(fits, left, height, 1.0, np.zeros((n_bits, 2)))._replace(step=0.1)
     x, y = rng.uniform(0, width - 1, 20), rng.integers(0, n_planes, 20) * height + rng.uniform(0, height - 1, 20)
     bits = rng.integers(1, 1 << n_bits, 20).astype(np.uint64)
     out = np.empty((20, 3))
-    light_by_plane(x, y, bits, *peaks, *grid, CELL, LIGHT_RADIUS, left, 0.1, height, out)
+    light_by_plane(x, y, bits, scene, LIGHT_RADIUS, out)
     for m in range(20):
         on = [bit for bit in range(n_bits) if int(bits[m]) >> bit & 1]
         expected = reference.light_by_plane(
-            x[m], y[m], on, list(zip(*peaks, strict=True)), LIGHT_RADIUS, 0.1 * left, height
+            x[m], y[m], on, list(zip(px, py, top, bit, strict=True)), LIGHT_RADIUS, 0.1 * left, height
         )
         assert out[m] == pytest.approx(expected, nan_ok=True)
 

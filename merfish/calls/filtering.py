@@ -37,7 +37,7 @@ class Evidence:
 
 # The decoder's own log odds of being wrong, which are nearly right. Priors are from simulated fields of 0.003-0.03
 # molecules a pixel with known truth.
-POSTERIOR = Evidence(steps=(0.02,), prior=(0.1, 0.83), weight=64.0, unchecked=(0.0, 1.0))
+POSTERIOR = Evidence(steps=(0.02,), prior=(0.0, 0.9), weight=64.0, unchecked=(0.0, 0.9))
 # Patches of pixels: log area, distance, log intensity, corrected bits.
 PATCHES = Evidence(
     steps=(0.05, 0.02, 0.1, 1.0),

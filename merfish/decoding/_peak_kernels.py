@@ -89,3 +89,34 @@ def fit_spots(image, plane_height, fresh, x, y, top, profile, slope, bins, core,
             add_spot(image, first, last, x[i], y[i], top[i], profile, bins)
             add_spot(image, first, last, new_x, new_y, -new_top, profile, bins)
             x[i], y[i], top[i] = new_x, new_y, new_top
+
+
+@kernel
+def share_light(image, plane_height, chosen, x, y, top, profile, bins, core, sweeps):
+    """Heights of the ``chosen`` spots at fixed places, one after the other against what the others leave.
+
+    image, x, y, top, profile as for `fit_spots`; all light of the spots is taken out of the image already.
+    """
+    for _ in range(sweeps):
+        for i in chosen:
+            first = int(y[i]) // plane_height * plane_height
+            last = first + plane_height - 1
+            vp = pp = 0.0
+            for row in range(max(first, int(np.ceil(y[i] - core))), min(last, int(y[i] + core)) + 1):
+                for column in range(max(0, int(np.ceil(x[i] - core))), min(image.shape[1] - 1, int(x[i] + core)) + 1):
+                    d = np.sqrt((row - y[i]) ** 2 + (column - x[i]) ** 2)
+                    if d <= core:
+                        p = at(profile, d * bins)
+                        vp += image[row, column] * p
+                        pp += p * p
+            new = max(top[i] + vp / pp, 0.0) if pp > 0.0 else 0.0
+            add_spot(image, first, last, x[i], y[i], top[i] - new, profile, bins)
+            top[i] = new
+
+
+@kernel
+def add_spots(image, plane_height, x, y, top, profile, bins):
+    """Add spots to an image (row, x), each to its plane."""
+    for i in range(len(x)):
+        first = int(y[i]) // plane_height * plane_height
+        add_spot(image, first, first + plane_height - 1, x[i], y[i], top[i], profile, bins)

@@ -9,15 +9,16 @@ from merfish.decoding._spot_kernels import sample
 
 
 @parallel_kernel
-def light_by_plane(x, y, bits, px, py, pa, pb, start, order, n_across, cell, radius, left, step, height, out):
+def light_by_plane(x, y, bits, scene, radius, out):
     """Mean height of each molecule's bits at its place in the plane below, in its own and above.
 
-    x, y (rows), bits (molecule,) uint64: the bits looked at. px, py, pa, pb (peak,): place, height
-    and bit; start, order, n_across, cell: their grid; radius: of the peak that is the molecule's, pixel, at most
-    ``cell``; left (bit, row, x) int8: light that no peak explains, in steps, taken where there is no peak.
+    x, y (rows), bits (molecule,) uint64: the bits looked at. scene: peaks and light, see `_spot_kernels.Scene`; radius:
+    of the peak that is the molecule's, pixel, at most the grid's cell; where there is no peak the light counts.
     out: (molecule, 3) float64, NaN where there is no plane, and without bits.
     """
-    n_bits, n_rows = left.shape[0], left.shape[1]
+    px, py, pa, pb, cell, height = scene.px, scene.py, scene.pa, scene.pb, scene.cell, scene.height
+    start, order, n_across = scene.start, scene.order, scene.n_across
+    n_bits, n_rows = scene.light.shape[0], scene.light.shape[1]
     n_cells = len(start) - 1
     for m in prange(len(x)):
         plane = int(y[m]) // height
@@ -44,7 +45,8 @@ def light_by_plane(x, y, bits, px, py, pa, pb, start, order, n_across, cell, rad
                 if (bits[m] >> np.uint64(bit)) & np.uint64(1):
                     n += 1
                     if np.isnan(seen[bit]):
-                        total += step * sample(left[bit], row, x[m], first, first + height - 1)
+                        v, u = row + scene.shift_y[bit], x[m] + scene.shift_x[bit]
+                        total += scene.step * sample(scene.light[bit], v, u, first, first + height - 1)
                     else:
                         total += seen[bit]
             out[m, k] = total / n

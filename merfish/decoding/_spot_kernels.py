@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,15 +48,57 @@ def sample(image, y, x, first_row, last_row):
     return upper * (1 - v) + lower * v
 
 
+class Scene(NamedTuple):
+    """Peaks of all bits and what they leave of the light; see `merfish.decoding.spots`.
+
+    px, py (rows), pa, pb (peak,): place, height and bit. start, order, cell, n_across: their grid (see `fill_grid`).
+    radius: pixel, at most ``cell``; peaks of one molecule lie nearer to its centre. light (bit, row, x) int8, what no
+    peak explains, in units of ``step``. shift_y, shift_x (bit,): how far a bit's image lies from the peaks' places.
+    height: rows of a plane.
+    """
+
+    px: np.ndarray
+    py: np.ndarray
+    pa: np.ndarray
+    pb: np.ndarray
+    start: np.ndarray
+    order: np.ndarray
+    cell: float
+    n_across: int
+    radius: float
+    light: np.ndarray
+    step: float
+    shift_y: np.ndarray
+    shift_x: np.ndarray
+    height: int
+
+
+class Classes(NamedTuple):
+    """What a candidate may be: a word of the book, nothing, or an object that shines in every bit.
+
+    ratio (bit, bin): log of how much likelier an observation is where the bit is on than where it is off.
+    log_prior (class,). bits (class, place) int64, weight (class,) int64: on-bits; on (class, bit) uint8.
+    The class before the last is nothing, the last shines in every bit; words come first.
+    """
+
+    ratio: np.ndarray
+    log_prior: np.ndarray
+    bits: np.ndarray
+    weight: np.ndarray
+    on: np.ndarray
+
+
 @kernel
-def observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, light, step, height, members, seen):
+def observe(seed, scene, taken, members, seen):
     """Gather around a peak the nearest free peak of each bit, and say what each bit shows.
 
-    px, py, pb, pa (peak,): place, bit and height; taken (peak,) bool; light (bit, row, x) int8, what no peak
-    explains, in steps. out: members (bit,) int64, peak or -1;
-    seen (bit,) int64: bin of what is observed, see `bin_of`. Returns centre x, y and brightness, the mean height of
-    the members but for the weakest and the brightest when there are four and more.
+    scene: a `Scene`; taken (peak,) bool. out: members (bit,) int64, peak or -1; seen (bit,) int64: bin of what is
+    observed, see `bin_of`. Returns centre x, y and brightness, the mean height of the members but for the weakest and
+    the brightest when there are four and more.
     """
+    px, py, pa, pb = scene.px, scene.py, scene.pa, scene.pb
+    start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
+    radius, height = scene.radius, scene.height
     n_bits = len(members)
     n_cells = len(start) - 1
     cx, cy = px[seed], py[seed]
@@ -113,7 +156,8 @@ def observe(seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, l
             d = np.sqrt((px[i] - cx) ** 2 + (py[i] - cy) ** 2)
             seen[bit] = bin_of(d / radius, pa[i] / bright)
         else:
-            v = step * sample(light[bit], cy, cx, first_row, first_row + height - 1)
+            y, x = cy + scene.shift_y[bit], cx + scene.shift_x[bit]
+            v = scene.step * sample(scene.light[bit], y, x, first_row, first_row + height - 1)
             seen[bit] = bin_of(-1.0, v / bright)
             if used[bit] < radius * radius:
                 seen[bit] += N_EMPTY * (1 + int(np.sqrt(used[bit]) / radius * N_USED))
@@ -141,13 +185,14 @@ def bin_of(near, height):
 
 
 @kernel
-def best_word(seen, ratio, log_prior, word_bits, word_weight, score):
-    """Log posterior odds of each word (word,) into ``score``; returns the best word."""
+def best_class(seen, classes, score):
+    """Log posterior odds of each class (class,) into ``score``; returns the best."""
+    ratio, bits, weight = classes.ratio, classes.bits, classes.weight
     best = 0
-    for w in range(len(word_weight)):
-        total = log_prior[w]
-        for k in range(word_weight[w]):
-            bit = word_bits[w, k]
+    for w in range(len(weight)):
+        total = classes.log_prior[w]
+        for k in range(weight[w]):
+            bit = bits[w, k]
             total += ratio[bit, seen[bit]]
         score[w] = total
         if total > score[best]:
@@ -156,8 +201,9 @@ def best_word(seen, ratio, log_prior, word_bits, word_weight, score):
 
 
 @kernel
-def called_before(cx, cy, word, radius, px, py, start, order, cell, n_across, owner, table, evidence):
+def called_before(cx, cy, word, scene, owner, table, evidence):
     """Whether a call of the same word lies within the radius: then this is its rest, not a second molecule."""
+    start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
     n_cells = len(start) - 1
     row, column = int(cy / cell), int(cx / cell)
     for r in range(row - 1, row + 2):
@@ -168,57 +214,52 @@ def called_before(cx, cy, word, radius, px, py, start, order, cell, n_across, ow
                 call = owner[order[k]]
                 if call < 0 or evidence[call, 0] != word:
                     continue
-                if (table[call, 0] - cx) ** 2 + (table[call, 1] - cy) ** 2 < radius * radius:
+                if (table[call, 0] - cx) ** 2 + (table[call, 1] - cy) ** 2 < scene.radius * scene.radius:
                     return True
     return False
 
 
 @parallel_kernel
-def score_seeds(
-    px, py, pb, pa, start, order, cell, n_across, radius, light, step, height,
-    ratio, log_prior, word_bits, word_weight, first,
-):  # fmt: skip
-    """Score of the best word around each peak while all peaks are free, into ``first`` (peak,) float64.
-
-    The other arrays are those of `call_molecules`.
-    """
-    free = np.zeros(len(px), np.bool_)
-    chunks = (len(px) + CHUNK - 1) // CHUNK
+def score_seeds(scene, classes, first):
+    """Score of the best class around each peak while all peaks are free, into ``first`` (peak,) float64."""
+    n_peaks, n_bits = len(scene.px), scene.light.shape[0]
+    free = np.zeros(n_peaks, np.bool_)
+    chunks = (n_peaks + CHUNK - 1) // CHUNK
     for chunk in prange(chunks):
-        members = np.empty(light.shape[0], np.int64)
-        seen = np.empty(light.shape[0], np.int64)
-        score = np.empty(len(word_weight))
-        for seed in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(px))):
-            observe(
-                seed, px, py, pb, pa, free, start, order, cell, n_across, radius, light, step, height, members, seen
-            )
-            first[seed] = score[best_word(seen, ratio, log_prior, word_bits, word_weight, score)]
+        members = np.empty(n_bits, np.int64)
+        seen = np.empty(n_bits, np.int64)
+        score = np.empty(len(classes.weight))
+        for seed in range(chunk * CHUNK, min((chunk + 1) * CHUNK, n_peaks)):
+            observe(seed, scene, free, members, seen)
+            first[seed] = score[best_class(seen, classes, score)]
 
 
 @kernel
-def call_molecules(
-    px, py, pb, pa, start, order, cell, n_across, radius, light, step, height,
-    ratio, log_prior, word_bits, word_weight, words, first, floor, explained, table, evidence, observed,
-):  # fmt: skip
+def call_molecules(scene, classes, first, explained, table, evidence, owner, share, shows):
     """Call molecules from the most certain on, each from peaks that no other has taken.
 
-    px, py, pb, pa (peak,) with their grid (see `fill_grid`); ratio (bit, bin) log of how much likelier an observation
-    is where the bit is on in the word; log_prior (word,); words (word, bit) uint8; first (peak,) from
-    `score_seeds`. Calls end at a score below ``floor``. A call takes the peaks of its word's bits, and others within
-    ``explained`` px: they are its errors.
-    out, a row a call: table (x, y, brightness, score, log odds against all other words), evidence uint64 (word, its
-    bits that are wrong), observed (bin of each bit). Returns the number of calls.
+    scene, classes: see `Scene` and `Classes`; first (peak,) from `score_seeds`. Calls end where nothing is likelier
+    than any word. A call takes the peaks of its word's bits, and others within ``explained`` px: they are its errors.
+    An object that shines in every bit takes its peaks, and is no call.
+    out, a row a call: table (x, y, brightness, score, log odds against all other classes), evidence uint64 (word, its
+    bits that are wrong); owner (peak,) int64, the call that has taken a peak, or -1. Added to: share (class,), the
+    posterior of each class summed over candidates; shows (2, bit, bin), how often each bit showed what where there is
+    something, weighted with the posterior that the bit is off, and on. Returns the number of calls.
     """
+    px, py, pa = scene.px, scene.py, scene.pa
     n_peaks = len(px)
-    n_bits = light.shape[0]
+    n_bits = scene.light.shape[0]
+    n_classes = len(classes.weight)
+    nothing = n_classes - 2
     taken = np.zeros(n_peaks, np.bool_)
-    owner = np.full(n_peaks, -1)
+    owner[:] = -1
     members = np.empty(n_bits, np.int64)
     seen = np.empty(n_bits, np.int64)
-    score = np.empty(len(word_weight))
+    score = np.empty(n_classes)
+    is_on = np.empty(n_bits)
     heap = [(0.0, -1)]
     for seed in range(n_peaks):
-        if first[seed] >= floor:
+        if first[seed] > classes.log_prior[nothing]:
             heap.append((-first[seed], seed))
     heapq.heapify(heap)
     calls = 0
@@ -226,32 +267,45 @@ def call_molecules(
         negative, seed = heapq.heappop(heap)
         if seed < 0 or taken[seed]:
             continue
-        cx, cy, bright = observe(
-            seed, px, py, pb, pa, taken, start, order, cell, n_across, radius, light, step, height, members, seen
-        )
-        best = best_word(seen, ratio, log_prior, word_bits, word_weight, score)
-        if score[best] < floor:
-            continue
+        cx, cy, bright = observe(seed, scene, taken, members, seen)
+        best = best_class(seen, classes, score)
         if score[best] < -negative - 1e-9:
             heapq.heappush(heap, (-score[best], seed))
             continue
-        if called_before(cx, cy, best, radius, px, py, start, order, cell, n_across, owner, table, evidence):
+        if called_before(cx, cy, best, scene, owner, table, evidence):
             taken[seed] = True
             continue
         others = 0.0
-        for w in range(len(word_weight)):
+        for w in range(n_classes):
             if w != best:
-                others += np.exp(score[w] - score[best])
+                score[w] = np.exp(score[w] - score[best])
+                others += score[w]
+        odds = score[best]
+        score[best] = 1.0
+        is_on[:] = 0.0
+        for w in range(n_classes):
+            posterior = score[w] / (1.0 + others)
+            share[w] += posterior
+            for k in range(classes.weight[w]):
+                is_on[classes.bits[w, k]] += posterior
+        something = 1.0 - score[nothing] / (1.0 + others)
+        for bit in range(n_bits):
+            shows[0, bit, seen[bit]] += something - is_on[bit]
+            shows[1, bit, seen[bit]] += is_on[bit]
+        if best == nothing:
+            continue
+        word = best if best < nothing else -1
         errors = np.uint64(0)
         sx = sy = mass = 0.0
         for bit in range(n_bits):
             i = members[bit]
-            on = words[best, bit] != 0
+            on = classes.on[best, bit] != 0
             if i >= 0:
                 near = (px[i] - cx) ** 2 + (py[i] - cy) ** 2 <= explained * explained
                 if on or near:
                     taken[i] = True
-                    owner[i] = calls
+                    if word >= 0:
+                        owner[i] = calls
                 if on:
                     sx += pa[i] * px[i]
                     sy += pa[i] * py[i]
@@ -260,12 +314,13 @@ def call_molecules(
                     errors |= np.uint64(1) << np.uint64(bit)
             elif on and (seen[bit] - N_NEAR * N_HEIGHT) % N_EMPTY < HIDDEN:
                 errors |= np.uint64(1) << np.uint64(bit)
-            observed[calls, bit] = seen[bit]
         taken[seed] = True
+        if word < 0:
+            continue
         if mass > 0:
             cx, cy = sx / mass, sy / mass
         table[calls, 0], table[calls, 1], table[calls, 2] = cx, cy, bright
-        table[calls, 3], table[calls, 4] = score[best], -np.log(max(others, 1e-30))
+        table[calls, 3], table[calls, 4] = odds, -np.log(max(others, 1e-30))
         evidence[calls, 0], evidence[calls, 1] = best, errors
         calls += 1
         if calls == len(table):

@@ -13,6 +13,7 @@ from merfish.config import DEFAULT_METHOD, FILTER_SIGMAS
 from merfish.decoding.molecules import extract_molecules
 from merfish.decoding.overlap import once, splinters
 from merfish.decoding.pixels import DecodedPixels, decode_hard, decode_soft
+from merfish.decoding.psf import psf_sigma
 from merfish.decoding.spots import decode_spots
 from merfish.errors import InputError
 from merfish.imaging.normalize import Normalization
@@ -58,7 +59,7 @@ def _patches(
 
 def find_by_spots(stack: Rows, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
     """Molecules as spots linked across bits; ``probability`` is the posterior of the word."""
-    found = decode_spots(stack, codebook, normalization, height=height)
+    found = decode_spots(stack, codebook, normalization, height=height, sigma=psf_sigma(stack, height))
     whole = np.flatnonzero(~splinters(found.word, found.x, found.y, found.plane, found.intensity))
     places = (found.word[whole], found.x[whole], found.y[whole], found.plane[whole])
     keep = whole[once(*places, found.intensity[whole])[0]]

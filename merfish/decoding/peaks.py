@@ -7,55 +7,127 @@ left is searched for the peaks that hid in a neighbour's flank, and all are fitt
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
+from scipy.spatial import cKDTree
 
 from merfish.decoding import _peak_kernels as kernels
-from merfish.imaging.normalize import locate_peaks, noise_of
+from merfish.imaging.normalize import NoiseMap, locate_peaks
 
-PEAK_SIGMAS = 5.0  # height of a peak over the noise
+PEAK_SIGMAS = 5.0  # height of a peak over the noise around it
 PEAK_HEIGHT = 0.15  # and over a typical molecule's height
 HIDDEN_HEIGHT = 0.25  # the same for peaks found when the others are taken out: a profile that fits badly leaves some
-PASSES = 3  # of fitting all peaks; before each but the first, hidden ones are looked for
+PASSES = 6  # of fitting all peaks at most; before each but the first, hidden ones are looked for
+FEW_MORE = 0.01  # of the peaks: so few more are not worth another pass
+SHARE_SWEEPS = 12  # over peaks whose places are known; two 0.6 sigma apart then have 0.9 of their heights
 SWEEPS = 2  # over the peaks in each pass
-CORE = 1.5  # pixel; around a peak, what its fit looks at
 STIFFNESS = 0.02  # holds the place of a peak that is cut off by the border; a whole peak has about 2
-MOST_STEP = 0.3  # pixel; a peak moves at most in one sweep
-BINS = 4.0  # of the profile, a pixel
-REACH = 4.5  # pixel; of the profile
+# lengths in sigmas of the PSF
+CORE = 1.1  # around a peak, what its fit looks at
+MOST_STEP = 0.22  # a peak moves at most in one sweep
+BIN = 0.185  # of the profile
+REACH = 3.33  # of the profile
+TOUCHING = 1.5  # peaks this near to a molecule share its light
 PROFILE_PEAKS = 500  # a bit, at most, that the profile is measured from
 STAY = 0.7  # of the threshold, below which a fitted peak is none
 FEWEST_PEAKS = 30  # with fewer a bit is not crowded, and its profile is not known
 
 
-def fit_peaks(image: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Peaks of one bit (plane * height, x) float32, normalised, whose light is taken out: x, y, height (peak,)."""
-    threshold = max(PEAK_SIGMAS * noise_of(image), PEAK_HEIGHT)
-    x, y, top = locate_peaks(image, height, threshold)
-    profile = measure_profile(image, height, x, y, top)
+class Fit(NamedTuple):
+    """Peaks of one bit: x, y (rows), height (peak,) float64, and their radial profile (bin,), None if unknown."""
+
+    x: np.ndarray
+    y: np.ndarray
+    height: np.ndarray
+    profile: np.ndarray | None
+
+
+def fit_peaks(image: np.ndarray, height: int, sigma: float) -> Fit:
+    """Peaks of one bit (plane * height, x) float32, normalised, whose light is taken out of the image.
+
+    sigma: of the PSF, pixel.
+    """
+    noise = NoiseMap.of(image, height)
+    x, y, top = _peaks_above(image, height, noise, PEAK_HEIGHT)
+    profile = measure_profile(image, height, x, y, top, sigma)
     if profile is None:
-        return x, y, top
-    slope = np.gradient(profile) * BINS
-    slope[0] = 0.0  # its top is smooth
+        return Fit(x, y, top, None)
     fresh = 0
     for step in range(PASSES):
         if step:
             fresh = len(x)
-            # what the crowd added to the noise is gone
-            threshold = max(PEAK_SIGMAS * noise_of(image), PEAK_HEIGHT)
-            more = locate_peaks(image, height, max(threshold, HIDDEN_HEIGHT))
+            noise = NoiseMap.of(image, height)  # what the crowd added to the noise is gone
+            more = _peaks_above(image, height, noise, HIDDEN_HEIGHT)
             x, y, top = (np.append(old, new) for old, new in zip((x, y, top), more, strict=True))
-        kernels.fit_spots(image, height, fresh, x, y, top, profile, slope, BINS, CORE, STIFFNESS, MOST_STEP, SWEEPS)
-    stay = top > threshold * STAY
-    return x[stay], y[stay], top[stay]
+        fit_together(image, height, Fit(x, y, top, profile), fresh, sigma)
+        if step > 1 and len(x) - fresh < FEW_MORE * len(x):
+            break
+    stay = top > STAY * threshold(noise, x, y, PEAK_HEIGHT)
+    return Fit(x[stay], y[stay], top[stay], profile)
 
 
-def measure_profile(image: np.ndarray, height: int, x: np.ndarray, y: np.ndarray, top: np.ndarray) -> np.ndarray | None:
+def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: float) -> None:
+    """Fit the peaks of one bit against what they leave in the image; the light of those from ``fresh`` on is in it."""
+    if fit.profile is None:
+        return
+    bins = 1 / (BIN * sigma)
+    slope = np.gradient(fit.profile) * bins
+    slope[0] = 0.0  # its top is smooth
+    kernels.fit_spots(
+        image, height, fresh, fit.x, fit.y, fit.height, fit.profile, slope, bins, CORE * sigma, STIFFNESS,
+        MOST_STEP * sigma, SWEEPS,
+    )  # fmt: skip
+
+
+def share_peaks(
+    left: np.ndarray, height: int, fit: Fit, mine: np.ndarray, x: np.ndarray, y: np.ndarray, sigma: float
+) -> Fit:
+    """The peaks of a bit, those of molecules in a crowd replaced by one at the place of each molecule.
+
+    left: (row, x) float32, the light that no peak explains, updated. mine: (peak,) bool, the peaks replaced.
+    x, y (rows) (molecule,): where the molecules lie, some of which have no light in this bit. Heights are fitted
+    together, peaks of little light dropped, and the places of the others refined.
+    """
+    bins = 1 / (BIN * sigma)
+    px, py = np.concatenate([x, fit.x[~mine]]), np.concatenate([y, fit.y[~mine]])
+    top = np.concatenate([np.zeros(len(x)), fit.height[~mine]])
+    kernels.add_spots(left, height, fit.x[mine], fit.y[mine], fit.height[mine], fit.profile, bins)
+    apart, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]))
+    touched = apart < TOUCHING * sigma
+    together = np.flatnonzero(touched)
+    kernels.share_light(left, height, together, px, py, top, fit.profile, bins, CORE * sigma, SHARE_SWEEPS)
+    stay = top > STAY * threshold(NoiseMap.of(left, height), px, py, PEAK_HEIGHT)
+    kernels.add_spots(left, height, px[~stay], py[~stay], top[~stay], fit.profile, bins)
+    px, py, top, touched = px[stay], py[stay], top[stay], touched[stay]
+    part = Fit(px[touched], py[touched], top[touched], fit.profile)
+    fit_together(left, height, part, len(part.x), sigma)
+    px[touched], py[touched], top[touched] = part.x, part.y, part.height
+    return Fit(px, py, top, fit.profile)
+
+
+def threshold(noise: NoiseMap, x: np.ndarray, y: np.ndarray, least: float) -> np.ndarray:
+    """Height (peak,) that a peak at x, y (rows) must have: over the noise, and over ``least``."""
+    return np.maximum(np.maximum(noise.level(x, y), 0.0) + PEAK_SIGMAS * noise.sigma(x, y), least)
+
+
+def _peaks_above(
+    image: np.ndarray, height: int, noise: NoiseMap, least: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x, y, top = locate_peaks(image, height, max(PEAK_SIGMAS * noise.least, least))
+    clear = top > threshold(noise, x, y, least)
+    return x[clear], y[clear], top[clear]
+
+
+def measure_profile(
+    image: np.ndarray, height: int, x: np.ndarray, y: np.ndarray, top: np.ndarray, sigma: float
+) -> np.ndarray | None:
     """Radial profile (bin,) of a spot 1 high: the median over bright peaks, which neighbours hardly move.
 
     None when there are too few peaks.
     """
-    margin = int(np.ceil(REACH)) + 1
+    margin = int(np.ceil(REACH * sigma)) + 1
     whole = (
         (x > margin) & (x < image.shape[1] - 1 - margin) & (y % height > margin) & (y % height < height - 1 - margin)
     )
@@ -68,8 +140,8 @@ def measure_profile(image: np.ndarray, height: int, x: np.ndarray, y: np.ndarray
     columns = np.rint(x[chosen]).astype(int)[:, None, None] + around
     distance = np.hypot(rows - y[chosen, None, None], columns - x[chosen, None, None])
     share = image[rows, columns] / top[chosen, None, None]
-    bins = int(REACH * BINS) + 1
-    table = pd.Series(share.ravel()).groupby(np.rint(distance * BINS).astype(int).ravel()).median()
+    bins = round(REACH / BIN) + 1
+    table = pd.Series(share.ravel()).groupby(np.rint(distance / (BIN * sigma)).astype(int).ravel()).median()
     profile = np.interp(np.arange(bins), table.index.to_numpy(), table.to_numpy())
     profile[-1] = 0.0
     return profile

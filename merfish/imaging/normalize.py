@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.ndimage import map_coordinates
 
 from merfish._jit import map_bits
 from merfish.imaging._kernels import find_peaks
@@ -13,6 +14,7 @@ from merfish.imaging.preprocess import Bandpassed
 
 NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
 SAMPLE = 2**17  # pixels of an image; they tell its noise to 0.3 %
+TILE = 32.0  # pixel; many spots wide, and small against cells, whose glow is noise
 FEW_SPOTS = 0.1  # of those of the field with most, below which a field says little about a bit
 # of the spots and of the height that are usual among bits, below both of which a bit is dead
 DEAD_SPOTS, DEAD_HEIGHT = 0.01, 1 / 3
@@ -85,8 +87,10 @@ def find_spots(filtered: np.ndarray | Bandpassed) -> FieldSpots:
 def _clear_spots(image: np.ndarray, height: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
     rows = image.reshape(-1, image.shape[-1])
     background = float(np.median(sample_of(rows)))
-    x, y, value = locate_peaks(rows, height, background + PEAK_SIGMAS * noise_of(rows, background))
-    return background, x, y, value - background
+    noise = NoiseMap.of(rows, height)
+    x, y, value = locate_peaks(rows, height, background + PEAK_SIGMAS * noise.least)
+    clear = value > np.maximum(noise.level(x, y), background) + PEAK_SIGMAS * noise.sigma(x, y)
+    return background, x[clear], y[clear], value[clear] - background
 
 
 def peak_normalization(filtered: np.ndarray | Bandpassed) -> Normalization:
@@ -130,6 +134,50 @@ def sample_of(image: np.ndarray) -> np.ndarray:
 def noise_of(image: np.ndarray, background: float = 0.0) -> float:
     """Sigma of what is not spots in a filtered image (row, x)."""
     return float(NOISE_TO_SIGMA * np.median(np.abs(sample_of(image) - np.float32(background))))
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseMap:
+    """Median and noise of a filtered image (plane * height, x) in square tiles, smooth between them.
+
+    medians, sigmas: (plane, row, column) of the tiles; height: rows of a plane; tile: (y, x) size, pixel.
+    """
+
+    medians: np.ndarray
+    sigmas: np.ndarray
+    height: int
+    tile: tuple[int, int]
+
+    @classmethod
+    def of(cls, image: np.ndarray, height: int, size: float = TILE) -> NoiseMap:
+        """Measured on every third pixel along each axis, in tiles of about ``size`` pixels."""
+        planes = image.reshape(-1, height, image.shape[-1])
+        tile_y, tile_x = (max(int(n / max(round(n / size), 1)), 1) for n in planes.shape[1:])
+        down, across = planes.shape[1] // tile_y, planes.shape[2] // tile_x
+        blocks = planes[:, : down * tile_y, : across * tile_x].reshape(-1, down, tile_y, across, tile_x)
+        some = np.ascontiguousarray(blocks[:, :, ::3, :, ::3].transpose(0, 1, 3, 2, 4))
+        some = some.reshape(*some.shape[:3], -1)
+        medians = np.median(some, axis=-1)
+        sigmas = NOISE_TO_SIGMA * np.median(np.abs(some - medians[..., None]), axis=-1)
+        return cls(medians, sigmas, height, (tile_y, tile_x))
+
+    @property
+    def least(self) -> float:
+        """The smallest sigma of a tile."""
+        return float(self.sigmas.min())
+
+    def level(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Median at places x, y (rows), linear between the middles of tiles."""
+        return self._at(self.medians, x, y)
+
+    def sigma(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Noise at places x, y (rows), linear between the middles of tiles."""
+        return self._at(self.sigmas, x, y)
+
+    def _at(self, values: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        plane, row = np.divmod(y, self.height)
+        places = [plane, (row + 0.5) / self.tile[0] - 0.5, (x + 0.5) / self.tile[1] - 0.5]
+        return np.asarray(map_coordinates(values, places, order=1, mode="nearest"), float)
 
 
 def locate_peaks(image: np.ndarray, height: int, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

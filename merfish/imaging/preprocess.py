@@ -24,7 +24,7 @@ class Bandpassed:
     """
 
     def __init__(self, stack: np.ndarray, *, smoothing: float, background: float) -> None:
-        self.height = stack.shape[-2]
+        self.height, self.smoothing, self.background = stack.shape[-2], smoothing, background
         self.images = stack.reshape(len(stack), -1, *stack.shape[-2:])
         self.shape = (len(stack), self.images.shape[1] * self.height, stack.shape[-1])
         self.taps = _filled(gaussian_taps(smoothing)), _filled(gaussian_taps(background))

@@ -19,7 +19,8 @@ class Imaging:
     Counts are camera_offset + camera_gain * Poisson(photons) + read_noise * N(0, 1), rounded, within uint16.
     molecule_spread, bit_spread: sigma of the lognormal brightness of molecules, and of their bits about that.
     bit_ratio: bits differ in brightness, log-uniformly, by up to this factor.
-    lost, gained: chance that an on-bit is dark and that an off-bit shines, per molecule and bit.
+    lost, gained: chance that an on-bit is dark and that an off-bit shines, per molecule and bit; one number, or one
+    a bit.
     plane_step: distance between z planes, micrometre. focal_range: distance from focus, micrometre, at which
     a spot is sqrt(2) wider.
     """
@@ -33,16 +34,18 @@ class Imaging:
     molecule_spread: float = 0.3
     bit_spread: float = 0.15
     bit_ratio: float = 2.0
-    lost: float = 0.10
-    gained: float = 0.04
+    lost: float | tuple[float, ...] = 0.10
+    gained: float | tuple[float, ...] = 0.04
     plane_step: float = 1.5
     focal_range: float = 0.6
 
 
-def show_bits(words: np.ndarray, lost: float, gained: float, rng: np.random.Generator) -> np.ndarray:
+def show_bits(
+    words: np.ndarray, lost: float | tuple[float, ...], gained: float | tuple[float, ...], rng: np.random.Generator
+) -> np.ndarray:
     """Bits that really shine, (molecule, bit) bool: ``words`` (molecule, bit) after both kinds of error."""
     chance = rng.random(words.shape)
-    return np.where(words == 1, chance >= lost, chance < gained)
+    return np.where(words == 1, chance >= np.asarray(lost), chance < np.asarray(gained))
 
 
 def pack_bits(shown: np.ndarray) -> np.ndarray:

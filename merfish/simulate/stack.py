@@ -7,6 +7,7 @@ import pandas as pd
 
 from merfish.codebook import Codebook
 from merfish.errors import InputError
+from merfish.simulate.glow import draw_glow
 from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, expose, pack_bits, photons, show_bits
 
 ABUNDANCE_SIGMA = 1.0
@@ -21,11 +22,17 @@ def simulate_stack(
     seed: int = 0,
     n_planes: int = 1,
     imaging: Imaging | None = None,
+    bit_shift: float = 0.0,
+    glow: float = 0.0,
+    abundance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Render a raw, registered stack of molecules at random places, and say what is in it.
 
     Molecules lie uniformly over the field and a little beyond it, at sub-pixel places; their genes are drawn
-    with lognormal abundance (sigma 1) from the words that are not blank. ``imaging``: errors, optics, camera.
+    with lognormal abundance (sigma 1) from the words that are not blank, or with ``abundance`` (gene,), in the order of
+    the book. ``imaging``: errors, optics, camera. ``bit_shift``: sigma of the shift of each bit along each axis,
+    pixels, by which its registration is wrong. ``glow``: photons a pixel with which cells shine; molecules are then
+    kept only in cells.
 
     shape: (y, x). density: molecules a pixel (of each plane). n_planes: z planes; molecules then lie between
     z = -0.5 and n_planes - 0.5.
@@ -43,10 +50,11 @@ def simulate_stack(
         raise InputError("the codebook has only blanks: no gene can be simulated")
     if min(*shape, n_planes) < 1 or not density >= 0:
         raise InputError(f"shape, planes and density must be positive, got {shape}, {n_planes} and {density}")
-    molecules, camera = np.random.SeedSequence(seed).spawn(2)
+    molecules, camera, disturbed = np.random.SeedSequence(seed).spawn(3)
     rng = np.random.default_rng(molecules)
     sigma, peak = draw_bits(imaging, codebook.n_bits, rng)
-    abundance = rng.lognormal(0.0, ABUNDANCE_SIGMA, len(genes))
+    usual = rng.lognormal(0.0, ABUNDANCE_SIGMA, len(genes))
+    abundance = usual if abundance is None else np.asarray(abundance, float)
     height, width = shape
     number = round(density * (height + 2 * _BORDER) * (width + 2 * _BORDER) * n_planes)
     y = rng.uniform(-0.5 - _BORDER, height - 0.5 + _BORDER, number)
@@ -55,7 +63,17 @@ def simulate_stack(
     word = rng.choice(genes, number, p=abundance / abundance.sum())
     shown = show_bits(codebook.words[word], imaging.lost, imaging.gained, rng)
     brightness, bit_brightness = draw_brightness(imaging, shown, rng)
-    expected = photons(y, x, z, bit_brightness, sigma, peak, (n_planes, height, width), imaging)
+    other = np.random.default_rng(disturbed)
+    shift = bit_shift * other.standard_normal((2, codebook.n_bits, 1))
+    inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
+    cells = draw_glow(codebook.n_bits, shape, glow, other) if glow else None
+    if cells is not None:
+        rows, columns = (np.clip(np.rint(at).astype(int), 0, n - 1) for at, n in zip((y, x), shape, strict=True))
+        inside &= cells.cells[rows, columns]
+        bit_brightness = np.where(inside[:, None], bit_brightness, 0.0)
+    expected = photons(y + shift[0], x + shift[1], z, bit_brightness, sigma, peak, (n_planes, height, width), imaging)
+    if cells is not None:
+        expected += cells.light[:, None]
     stack = expose(expected, imaging, camera)
     truth = pd.DataFrame(
         {
@@ -69,5 +87,4 @@ def simulate_stack(
             "shown": pack_bits(shown),
         }
     )
-    inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
     return stack[:, 0] if n_planes == 1 else stack, truth[inside].reset_index(drop=True)

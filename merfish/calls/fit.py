@@ -1,0 +1,89 @@
+"""Whether the images are those of the codebook, judged from the calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from merfish.calls.error_model import wilson
+from merfish.codebook import Codebook
+
+LIKELY = 0.5  # posterior above which a call is counted
+FEWEST_CALLS = 100  # found; of fewer nothing is said
+# Simulated fields of ten kinds (densities, glow, shifts, rates, weak signal, distances 1 to 4) and two real ones,
+# decoded with their own book and with its bits in another order. By the blanks 0 to 17 % of the likely calls are wrong
+# with the right book and 30 to 150 % with a wrong one; 10 to 90 % of all calls are likely with the right book, 1 to
+# 61 % with a wrong one; 20 to 95 % of them show their word as it is with the right book, with a wrong one of distance 4
+# 1 to 30 %.
+MOST_WRONG = 0.25
+FEW_LIKELY, HARDLY_ANY = 0.45, 0.05
+FEW_EXACT = 0.18
+
+
+@dataclass(frozen=True)
+class FitCounts:
+    """Calls found, those likelier right than wrong, and of these the blanks and those that show their word exactly."""
+
+    found: int = 0
+    likely: int = 0
+    blank: int = 0
+    exact: int = 0
+
+    def __add__(self, other: FitCounts) -> FitCounts:
+        return FitCounts(
+            self.found + other.found,
+            self.likely + other.likely,
+            self.blank + other.blank,
+            self.exact + other.exact,
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """fits: False where the calls speak against the codebook, True where they speak for it or say too little.
+
+    wrong, wrong_low, wrong_high: share of the likely calls that are wrong by the blanks, with its 95 % interval, NaN
+    without blanks. likely: share of likely calls among all found; exact: share of these that show their word as it is.
+    cause: what to look at first, empty where the book fits.
+    """
+
+    fits: bool
+    wrong: float
+    wrong_low: float
+    wrong_high: float
+    likely: float
+    exact: float
+    cause: str
+
+
+def count_fit(calls: pd.DataFrame) -> FitCounts:
+    """The counts of some calls found by `spots`, with the decoder's own posterior: not yet rated by the blanks."""
+    likely = calls[calls["probability"] > LIKELY]
+    return FitCounts(
+        len(calls), len(likely), int(likely["is_blank"].sum()), int((likely["hamming_distance"] == 0).sum())
+    )
+
+
+def codebook_fits(counts: FitCounts, codebook: Codebook, dead_bits: tuple[str, ...] = ()) -> Verdict:
+    """Whether calls, summed over fields, are those of images that this codebook was made for.
+
+    A wrong book finds words by chance: blanks as often as genes, few of them likely, hardly any exact. dead_bits: names
+    of bits that show nothing, which are then the likeliest cause.
+    """
+    blank_share = float(codebook.is_blank.mean())
+    likely, exact = counts.likely / max(counts.found, 1), counts.exact / max(counts.likely, 1)
+    wrong = low = high = np.nan
+    if blank_share:
+        of_calls = wilson(counts.blank, counts.likely - counts.blank)
+        wrong, low, high = (share / blank_share for share in of_calls)
+    if blank_share and counts.likely:
+        against = low > MOST_WRONG or (wrong > MOST_WRONG and likely < FEW_LIKELY)
+    else:
+        against = likely < FEW_LIKELY and exact < FEW_EXACT
+    against = counts.found >= FEWEST_CALLS and (against or likely < HARDLY_ANY)
+    cause = ""
+    if against:
+        cause = f"no molecule shows in {', '.join(dead_bits)}" if dead_bits else "the codebook or the order of the bits"
+    return Verdict(not against, wrong, low, high, likely, exact, cause)

@@ -1,0 +1,131 @@
+"""What a bit shows, and how much that says: distributions of observations in bits that are on and that are off.
+
+Both are learnt by expectation-maximisation. What all bits share is the shape, among observations that speak for a
+spot and among those that speak against one; the share of the two is each bit's own, drawn to the mean of all bits as
+far as they are alike.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merfish.codebook import Codebook
+from merfish.decoding import _spot_kernels as kernels
+from merfish.decoding.pixels import on_bits
+
+# where the histograms start from: Chen et al. 2015, and peaks located to 0.16 sigma of the PSF
+START_LOST, START_GAINED, START_SIGMA, START_SPREAD, START_CROWD = 0.10, 0.04, 0.15, 0.3, 0.04
+START_NOTHING, START_EVERYTHING = 0.3, 0.001  # share of candidates
+# of every word before any is seen: in a field of few molecules chance must not make its own abundant genes
+PRIOR_CALLS = 5.0
+START_WEIGHT = 20.0  # calls that the start counts for
+MOST_ALIKE = 1e4  # observations that the mean of all bits counts for at most
+FEWEST_ALIKE = 10.0  # and at least
+
+
+def start_classes(codebook: Codebook, live: np.ndarray) -> kernels.Classes:
+    """The classes before anything is learnt; live (bit,) bool, False where a bit is dead and says nothing."""
+    share = np.full(codebook.n_words + 2, (1 - START_NOTHING - START_EVERYTHING) / codebook.n_words)
+    share[-2:] = START_NOTHING, START_EVERYTHING
+    off, on = start_histograms()
+    return _classes(codebook, live, np.tile(np.log(on / off), (codebook.n_bits, 1)), share)
+
+
+def learn_classes(codebook: Codebook, live: np.ndarray, share: np.ndarray, shows: np.ndarray) -> kernels.Classes:
+    """The classes as a round of calls shows them.
+
+    share (class,) and shows (2, bit, bin): see `_spot_kernels.call_molecules`.
+    """
+    n_words = codebook.n_words
+    abundance = word_abundance(share[:n_words], codebook.is_blank)
+    kinds = np.array([share[:n_words].sum(), *share[n_words:]]) + 1.0
+    kinds /= kinds.sum()
+    ratio = bit_log_ratio(np.where(live[:, None], shows, 0.0))
+    return _classes(codebook, live, ratio, np.append(kinds[0] * abundance, kinds[1:]))
+
+
+def _classes(codebook: Codebook, live: np.ndarray, ratio: np.ndarray, share: np.ndarray) -> kernels.Classes:
+    words = codebook.words
+    on = np.concatenate([words, np.zeros((1, words.shape[1]), np.uint8), np.ones((1, words.shape[1]), np.uint8)])
+    bits = np.zeros((len(on), words.shape[1]), np.int64)
+    known, weights = on_bits(codebook)
+    bits[: len(words), : known.shape[1]] = known
+    bits[-1] = np.arange(words.shape[1])
+    weight = np.append(weights, (0, words.shape[1]))
+    log_prior = np.log(share)
+    if (words.min(axis=1) == 1).any():
+        log_prior[-1] = -np.inf  # a word of the book
+    return kernels.Classes(ratio * live[:, None], log_prior, bits, weight, on)
+
+
+def word_abundance(share: np.ndarray, is_blank: np.ndarray) -> np.ndarray:
+    """Share of each word (word,) among molecules; the blanks are spread over the abundances that genes have.
+
+    share: (word,) posterior summed over candidates. Were blanks given their own, hardly any wrong call would fall on
+    them. As it is, chance meets a blank as often as a gene, however it depends on abundance: the blanks' share of the
+    wrong calls is their share of the words.
+    """
+    abundance = share + PRIOR_CALLS
+    n_blanks = int(is_blank.sum())
+    if 0 < n_blanks < len(is_blank):
+        genes = np.sort(abundance[~is_blank])
+        abundance[is_blank] = np.repeat(genes, n_blanks).reshape(n_blanks, -1).mean(axis=1)
+    return abundance / abundance.sum()
+
+
+def bit_log_ratio(shows: np.ndarray) -> np.ndarray:
+    """Log of P(observation | bit on in the word) / P(observation | off), (bit, bin).
+
+    shows (2, bit, bin): weighted observations of bits that are off, and on.
+    """
+    start = np.array(start_histograms())
+    pooled = shows.sum(axis=1) + START_WEIGHT * start
+    shape = pooled / pooled.sum(axis=1, keepdims=True)
+    speaks = shape[1] > shape[0]  # for a spot of this molecule
+    log_probability = []
+    for counts, common in zip(shows, shape, strict=True):
+        for_it = counts[:, speaks].sum(axis=1)
+        share = shrunk_shares(for_it, counts.sum(axis=1), float(common[speaks].sum()))
+        within = np.where(speaks, common / common[speaks].sum(), common / common[~speaks].sum())
+        log_probability.append(np.log(within * np.where(speaks, share[:, None], 1 - share[:, None])))
+    off, on = log_probability
+    return on - off
+
+
+def shrunk_shares(hits: np.ndarray, total: np.ndarray, mean: float) -> np.ndarray:
+    """Share of hits of each bit (bit,), drawn to ``mean`` as far as the bits are alike: a beta-binomial by moments."""
+    some = total > 0
+    share = hits[some] / total[some]
+    chance = mean * (1 - mean)
+    spread = float(((share - mean) ** 2 * total[some]).sum() - chance * some.sum()) / max(float(total.sum()), 1.0)
+    # the variance of a beta distribution is chance / (alike + 1)
+    alike = np.clip(chance / max(spread, 1e-12) - 1, FEWEST_ALIKE, MOST_ALIKE)
+    return np.clip((hits + alike * mean) / (total + alike), 1e-4, 1 - 1e-4)
+
+
+def start_histograms() -> tuple[np.ndarray, np.ndarray]:
+    """What bits show that are off in the word, and on, (bin,) each, from published error rates."""
+    edges = np.linspace(0, 1, kernels.N_NEAR + 1)  # radius
+    near = np.diff(-np.exp(-(edges**2) / (2 * START_SIGMA**2)))
+    accidental = np.pi * np.diff(edges**2) * START_CROWD
+    log_height = kernels.LOWEST_LOG_HEIGHT + kernels.LOG_HEIGHT_STEP * (np.arange(kernels.N_HEIGHT) + 0.5)
+    own = np.exp(-(log_height**2) / (2 * START_SPREAD**2))
+    own = 0.95 * own / own.sum() + 0.05 / kernels.N_HEIGHT
+    any_height = np.full(kernels.N_HEIGHT, 1 / kernels.N_HEIGHT)
+    dark = np.exp(-np.arange(kernels.N_EMPTY) / 1.5)
+    dark /= dark.sum()
+    hidden = 0.05 / kernels.N_EMPTY  # a peak that another one swallowed
+    seen = 0.95 * np.outer(near, own)
+    stray = np.outer(accidental, any_height)
+    both = np.full(kernels.N_USED * kernels.N_EMPTY, hidden)  # a peak that another molecule has taken
+    on = np.concatenate(
+        [((1 - START_LOST) * seen + START_LOST * stray + 1e-4).ravel(), START_LOST * dark + hidden, both]
+    )
+    off = np.concatenate(
+        [
+            (START_GAINED * seen + stray + 1e-4).ravel(),
+            0.9 * (1 - START_GAINED - accidental.sum()) * dark + hidden,
+            both,
+        ]
+    )
+    return off / off.sum(), on / on.sum()

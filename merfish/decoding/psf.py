@@ -1,0 +1,90 @@
+"""Width of the point spread function, from the spots of a band-passed stack."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from merfish._jit import map_bits
+from merfish.config import FILTER_SIGMAS
+from merfish.imaging.normalize import NoiseMap, locate_peaks
+from merfish.imaging.preprocess import Bandpassed
+
+USUAL_SIGMA = 1.35  # pixel; the width for which the filters of `merfish.config` are given, taken if few spots tell
+RANGE = (0.6, 5.0)  # pixel; narrower is a pixel, wider is no spot
+CLEAR = 8.0  # height over the noise of the spots that are looked at
+FEWEST_SPOTS = 30
+MOST_SPOTS = 500  # a bit; the brighter half, so that dim neighbours and noise weigh little
+SIDE = 512  # pixel, of the middle of the field
+STEP = 0.25  # pixel, of the profile
+
+
+def psf_sigma(stack: np.ndarray | Bandpassed, height: int) -> float:
+    """Sigma of the PSF in pixel, the median over bits.
+
+    stack: (bit, plane * height, x), band-passed; an array is taken to be filtered as `FILTER_SIGMAS` says of spots.
+    The radius at which the median profile of clear spots falls to half its top is that of a Gaussian of this sigma,
+    averaged over pixels and filtered alike.
+    """
+    middle = _middle(stack, height)
+    filters = FILTER_SIGMAS["spots"] if isinstance(stack, np.ndarray) else (stack.smoothing, stack.background)
+    radii = np.array(map_bits(half_radius, middle))
+    radii = radii[np.isfinite(radii)]
+    if not len(radii):
+        return USUAL_SIGMA
+    sigmas = np.linspace(*RANGE, 100)
+    expected = np.array([expected_half_radius(sigma, *filters) for sigma in sigmas])
+    return float(np.median(np.interp(radii, expected, sigmas)))
+
+
+def _middle(stack: np.ndarray | Bandpassed, height: int) -> np.ndarray | Bandpassed:
+    """The middle of the middle plane of each bit."""
+    first = stack.shape[1] // height // 2 * height
+    down, across = (slice((n - min(n, SIDE)) // 2, (n + min(n, SIDE)) // 2) for n in (height, stack.shape[2]))
+    if isinstance(stack, np.ndarray):
+        return stack[:, first + down.start : first + down.stop, across]
+    part = stack.images[:, first // height, down, across]
+    return Bandpassed(part, smoothing=stack.smoothing, background=stack.background)
+
+
+def half_radius(image: np.ndarray) -> float:
+    """Radius (pixel) at which the spots of a filtered image (y, x) fall to half; NaN with too few spots."""
+    noise = NoiseMap.of(image, len(image))
+    x, y, top = locate_peaks(image, len(image), CLEAR * noise.least)
+    margin = int(RANGE[1]) + 2
+    clear = (top > CLEAR * noise.sigma(x, y)) & (np.minimum(x, y) > margin)
+    clear &= (x < image.shape[1] - margin) & (y < image.shape[0] - margin)
+    if clear.sum() < FEWEST_SPOTS:
+        return np.nan
+    chosen = np.flatnonzero(clear & (top >= np.median(top[clear])))[:MOST_SPOTS]
+    around = np.arange(-margin + 1, margin)
+    rows = np.rint(y[chosen]).astype(int)[:, None, None] + around[:, None]
+    columns = np.rint(x[chosen]).astype(int)[:, None, None] + around
+    place = np.hypot(rows - y[chosen, None, None], columns - x[chosen, None, None]) / STEP
+    share = image[rows, columns] / top[chosen, None, None]
+    bin_of = np.rint(place).astype(int).ravel()
+    order = np.argsort(bin_of, kind="stable")
+    ends = np.searchsorted(bin_of[order], np.arange(int(RANGE[1] / STEP) + 1))
+    values = share.ravel()[order]
+    profile = [np.median(values[a:b]) if b > a else np.nan for a, b in pairwise(ends)]
+    return _crossing(np.arange(len(profile)) * STEP, np.array(profile))
+
+
+def expected_half_radius(sigma: float, smoothing: float, background: float) -> float:
+    """Radius (pixel) at which a Gaussian spot of ``sigma``, averaged over pixels and band-passed, falls to half."""
+    radius = np.arange(0, 3 * RANGE[1], STEP)
+    near, far = (sigma**2 + 1 / 12 + width**2 for width in (smoothing, background))
+    profile = np.exp(-(radius**2) / (2 * near)) / near - np.exp(-(radius**2) / (2 * far)) / far
+    return _crossing(radius, profile / profile[0])
+
+
+def _crossing(radius: np.ndarray, profile: np.ndarray) -> float:
+    """Where a profile first falls below a half, linear between its places; NaN if nowhere."""
+    known = np.isfinite(profile)
+    radius, profile = radius[known], profile[known]
+    below = np.flatnonzero(profile < 0.5)
+    if not len(below) or below[0] == 0:
+        return np.nan
+    k = below[0]
+    return float(np.interp(0.5, profile[[k, k - 1]], radius[[k, k - 1]]))
