@@ -11,7 +11,7 @@ from spatialvae.errors import InputError
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
 
-MIXTURE_STARTS = 5
+MIXTURE_STARTS = 20  # the likelihood has several maxima: with 5, seeds disagreed on one section of two
 NUMBER_STARTS = 2  # when only the likelihood is wanted
 MOST_DOMAINS = 20  # tried when no number is given
 

@@ -296,17 +296,20 @@ class SpatialVAE:
         return niche.mean[:n], niche.variance[:n]
 
     def domains(self, k: int | None = None, adata: AnnData | None = None, seed: int = 0) -> np.ndarray:
-        """Find ``k`` spatial domains by a Gaussian mixture on z_niche (z_cell without coordinates).
+        """Find ``k`` spatial domains by a Gaussian mixture on the dimensions of z_cell that vary in space, averaged
+        over a cell and its 15 neighbours (on z_cell without coordinates).
 
         Without ``k`` the number with the best Bayesian information criterion is taken, 20 at most, a cell counting as
         much of an observation as it is of its neighbourhood.
         Writes ``obs["spatial_domain"]`` and ``obsm["spatial_domain_probability"]``; returns int64 labels (cell,).
         """
         target = self.adata if adata is None else adata
-        which = "niche" if self.module.shape.n_niche else "cell"
-        latent = self.get_latent_representation(adata, which)
+        section = self._read(adata)
+        graphs, latent = section.graphs, self._means(section)[1].numpy()
+        if graphs is not None:
+            near, latent = graphs.wide.adjacency(), latent[:, : self.module.shape.n_niche]
+            latent = (latent + near @ latent) / (1 + graphs.wide.degree)[:, None]
         if k is None:
-            graphs = self._read(adata).graphs
             k = analysis.choose_number(latent, 1.0 if graphs is None else 1 + float(graphs.wide.degree.mean()), seed)
         labels, probability = analysis.find_domains(latent, k, seed)
         target.obs[_keys.DOMAIN] = pd.Categorical([str(label) for label in labels], [str(i) for i in range(k)])
