@@ -15,11 +15,11 @@ from typing import Annotated
 import typer
 
 from merfish._text import listed, printable
-from merfish.errors import InputError
+from merfish.errors import CodebookMisfit, InputError
 
 # Exit codes
 BAD_INPUT = 2
-FAILED_FIELDS = 3  # of a run in which some fields could not be decoded
+FAILED_FIELDS = 3  # of a run in which some fields could not be decoded, or whose images do not fit the codebook
 INTERRUPTED = 130  # as shells have it
 MOST_FIELDS = 1_000_000  # field numbers beyond are typing errors
 MOST_PIXELS = 100_000  # and numbers of rows or columns beyond these
@@ -50,6 +50,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
+    except CodebookMisfit as error:
+        stop(str(error), FAILED_FIELDS)
     except InputError as error:
         stop(str(error), BAD_INPUT)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The one exception for what users can mend."""
+"""The exceptions for what users can mend."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message names the file, row or field, the value received and what was expected. Command lines print it
     alone and exit with 2.
     """
+
+
+class CodebookMisfit(InputError):
+    """The images do not show the words of the codebook; command lines exit with 3."""

@@ -38,14 +38,19 @@ def decode_all(
     stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
 ) -> pd.DataFrame:
     """As `decode`, with every molecule found, each with its probability to be right."""
+    return rate_calls(find_all(stack, codebook, method=method, preprocess=preprocess), codebook)
+
+
+def find_all(
+    stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
+) -> pd.DataFrame:
+    """As `decode_all`, with the decoder's own posterior, if it gives one, instead of the probability to be right."""
     check_stack(stack, codebook)
     if not preprocess:
-        calls = decode_filtered(stack, codebook, Normalization.identity(codebook.n_bits), method=method)
-    else:
-        chosen = method_named(method)
-        filtered = Bandpassed(stack, smoothing=chosen.smoothing, background=chosen.background)
-        scale = psf_sigma(filtered, filtered.height) / USUAL_SIGMA
-        if not 1 / MATCHED < scale < MATCHED:
-            filtered = Bandpassed(stack, smoothing=scale * chosen.smoothing, background=scale * chosen.background)
-        calls = decode_filtered(filtered, codebook, peak_normalization(filtered), method=method)
-    return rate_calls(calls, codebook)
+        return decode_filtered(stack, codebook, Normalization.identity(codebook.n_bits), method=method)
+    chosen = method_named(method)
+    filtered = Bandpassed(stack, smoothing=chosen.smoothing, background=chosen.background)
+    scale = psf_sigma(filtered, filtered.height) / USUAL_SIGMA
+    if not 1 / MATCHED < scale < MATCHED:
+        filtered = Bandpassed(stack, smoothing=scale * chosen.smoothing, background=scale * chosen.background)
+    return decode_filtered(filtered, codebook, peak_normalization(filtered), method=method)

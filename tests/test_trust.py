@@ -19,7 +19,7 @@ import tifffile
 import works
 
 import merfish
-from merfish import InputError, results
+from merfish import InputError, cli, results
 from merfish.config import RunConfig
 from merfish.pipeline import cluster, fields, folder, single
 from merfish.pipeline.cluster import Failure, run_map_on
@@ -270,6 +270,23 @@ def test_run__a_stain_that_is_asked_for_and_not_there_is_an_error(raw, tmp_path)
     with pytest.raises(InputError, match="nuclei_stain: the experiment has no stain 'DAPY'"):
         merfish.run(raw, out=tmp_path / "out", config=RunConfig(nuclei_stain="DAPY"))
     assert not (tmp_path / "out").exists()
+
+
+def test_run__with_a_codebook_of_other_images_ends_with_a_message(experiment, tmp_path, monkeypatch, capsys):
+    path = experiment / "codebook.csv"
+    book = merfish.read_codebook(path)
+    order = np.random.default_rng(0).permutation(book.n_bits)
+    merfish.write_codebook(book.permuted(order), path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([",".join(["name", "id", *(f"bit{k}" for k in range(1, 17))]), *lines[1:]]) + "\n")
+    monkeypatch.setattr(sys, "argv", ["merfish", "run", str(experiment), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.FAILED_FIELDS
+    assert "the images do not fit the codebook" in capsys.readouterr().err
+    assert not (tmp_path / "out" / results.RUN).exists()
+    merfish.run(experiment, out=tmp_path / "out", config=RunConfig(misidentification_rate=1.0))
+    assert not results.read_run(tmp_path / "out")["codebook_fit"]["fits"]
 
 
 # --- damage ---------------------------------------------------------------------------------------------------

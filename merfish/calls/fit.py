@@ -9,6 +9,7 @@ import pandas as pd
 
 from merfish.calls.error_model import wilson
 from merfish.codebook import Codebook
+from merfish.errors import CodebookMisfit
 
 LIKELY = 0.5  # posterior above which a call is counted
 FEWEST_CALLS = 100  # found; of fewer nothing is said
@@ -59,7 +60,11 @@ class Verdict:
 
 
 def count_fit(calls: pd.DataFrame) -> FitCounts:
-    """The counts of some calls found by `spots`, with the decoder's own posterior: not yet rated by the blanks."""
+    """The counts of some calls found by `spots`, with the decoder's own posterior: not yet rated by the blanks.
+
+    Calls without a posterior, of other decoders, do not count.
+    """
+    calls = calls[calls["probability"].notna()]
     likely = calls[calls["probability"] > LIKELY]
     return FitCounts(
         len(calls), len(likely), int(likely["is_blank"].sum()), int((likely["hamming_distance"] == 0).sum())
@@ -85,5 +90,21 @@ def codebook_fits(counts: FitCounts, codebook: Codebook, dead_bits: tuple[str, .
     against = counts.found >= FEWEST_CALLS and (against or likely < HARDLY_ANY)
     cause = ""
     if against:
-        cause = f"no molecule shows in {', '.join(dead_bits)}" if dead_bits else "the codebook or the order of the bits"
+        cause = (
+            f"{', '.join(dead_bits)}, where no molecule shows"
+            if dead_bits
+            else "the codebook and the order of its bits"
+        )
     return Verdict(not against, wrong, low, high, likely, exact, cause)
+
+
+def refuse_misfit(verdict: Verdict) -> None:
+    """Raise CodebookMisfit where the calls speak against the codebook."""
+    if verdict.fits:
+        return
+    by_blanks = "" if np.isnan(verdict.wrong) else f"by the blanks {min(verdict.wrong, 1):.0%} of those are wrong, "
+    raise CodebookMisfit(
+        f"the images do not fit the codebook: {verdict.likely:.0%} of the molecules found are likelier right than "
+        f"wrong, {by_blanks}{verdict.exact:.0%} show their word exactly. Look at {verdict.cause}. No table is written; "
+        "with a misidentification rate of 1 every call is written all the same"
+    )

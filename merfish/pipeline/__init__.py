@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from merfish import results
 from merfish.calls.error_model import word_statistics
+from merfish.calls.fit import refuse_misfit
 from merfish.config import RunConfig, read_config
 from merfish.errors import InputError
 from merfish.imaging.experiment import Experiment
@@ -29,7 +30,7 @@ from merfish.pipeline.fields import FieldWork
 from merfish.pipeline.manifest import Manifest, changed_parts
 from merfish.pipeline.progress import Display, display, log
 from merfish.pipeline.reconcile import Fields, reconcile
-from merfish.pipeline.record import run_record
+from merfish.pipeline.record import judge_codebook, run_record
 from merfish.pipeline.survey import Calibrated, shared_calibration
 from merfish.pipeline.tables import write_tables
 from merfish.report import write_run_report
@@ -60,7 +61,7 @@ def run(
 
     What is there already is used if all that it depends on is as it was; else it is made again. A field that fails is
     listed in ``run.json`` and on the report, and the rest goes on. Raises InputError for faulty tables or files, before
-    any work.
+    any work, and CodebookMisfit, after decoding, if the images do not fit the codebook.
     """
     import anndata
 
@@ -110,6 +111,8 @@ def process(
         parts = {fov: manifest.of_field(fov, calibrated.digest) for fov in good}
         work = FieldWork(source, settings, calibrated.calibration, out, parts)
         says = decode_fields(work, run_map, failed, shown)
+        if settings.misidentification_rate < 1:
+            refuse_misfit(judge_codebook(source.codebook, says, calibrated))
         key = manifest.of_results({fov: parts[fov] for fov in says}, failed)
         if published_key(out) == key:
             shown.say(f"{out}: nothing has changed, the results stand")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import shapely
 
 from merfish import results
 from merfish.calls.filtering import Tally, call_features, tally_calls
+from merfish.calls.fit import count_fit
 from merfish.config import RunConfig
 from merfish.decoding.methods import decode_filtered
 from merfish.imaging.calibration import Calibration
@@ -74,6 +75,7 @@ def process_field(
         "saturated": field.saturated.tolist(),
         "quality": field.quality.to_dict("list"),
         "n_found": len(calls),
+        "fit": asdict(count_fit(calls)),
         "n_outlines": len(outlines),
         "stains_not_aligned": faults,
         "seconds": clock.laps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from merfish import results
 from merfish._files import file_record
 from merfish.calls.error_model import WordTally, bit_error_rates, misidentification_rate
 from merfish.calls.filtering import few_blanks
+from merfish.calls.fit import FitCounts, Verdict, codebook_fits
 from merfish.codebook import Codebook, check_codebook
 from merfish.config import RunConfig
 from merfish.imaging.experiment import Experiment
@@ -54,6 +56,7 @@ def run_record(
         "light": calibration.light_figures(),
         "bit_error_rates": bit_error_rates(found.words, book).to_dict("list"),
         "words": words.to_dict("list"),
+        "codebook_fit": asdict(judge_codebook(book, says, calibrated)),
         "stage": found.stitching.to_dict(),
         "quality": unusual_images(says),
         "fields": kept,
@@ -69,6 +72,14 @@ def run_record(
             "transcripts_per_cell": written.transcripts_per_cell,
         },
     }
+
+
+def judge_codebook(codebook: Codebook, says: Mapping[int, Mapping[str, Any]], calibrated: Calibrated) -> Verdict:
+    """Whether the images are those of the codebook, from the calls of all fields."""
+    counts = sum((FitCounts(**said["fit"]) for said in says.values()), FitCounts())
+    scale = calibrated.calibration.normalization.scale
+    dead = tuple(name for name, height in zip(codebook.bit_names, scale, strict=True) if height == 0)
+    return codebook_fits(counts, codebook, dead)
 
 
 def unusual_images(says: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Any]]:
