@@ -248,8 +248,9 @@ def kills(raw: Path, folder: Path, n: int) -> Iterator[str]:
         options = ("--workers", "2") if k % 2 else ()
         process = start(raw, out, *options)
         time.sleep(rng.uniform(0.1, seconds))
-        hit += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            hit += 1
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         code, said = finish(start(raw, out, *options))
         litter = [path.name for path in out.rglob(".*") if path.name != ".lock"]
