@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,32 +13,14 @@ import numpy as np
 from spatialvae import _keys
 from spatialvae.counts import Counts, read_counts
 from spatialvae.errors import InputError
-from spatialvae.graph import NeighbourGraph, checked_coordinates, knn_graph, symmetrised
+from spatialvae.graph import NeighbourGraph, knn_graph, symmetrised
+from spatialvae.setup import Setup, check_key, read_codes, read_coordinates
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 WIDE_NEIGHBOURS = 15
 FIELD_NEIGHBOURS = 6  # in the plane, about the cells that touch
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Where things stand in an AnnData."""
-
-    layer: str | None = None
-    spatial_key: str | None = "spatial"
-    sample_key: str | None = None
-    batch_key: str | None = None
-
-    def write(self, adata: AnnData) -> None:
-        adata.uns[_keys.SETUP] = {name: value or "" for name, value in asdict(self).items()}
-
-    @classmethod
-    def read(cls, adata: AnnData) -> Setup:
-        if _keys.SETUP not in adata.uns:
-            raise InputError("this AnnData was not set up: call SpatialVAE.setup_anndata(adata, ...) first")
-        return cls(**{name: str(value) or None for name, value in adata.uns[_keys.SETUP].items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +61,9 @@ def check_table(adata: AnnData, setup: Setup) -> None:
     """
     _check_names(adata)
     _counts(adata, setup.layer)
-    _coordinates(adata, setup.spatial_key)
+    read_coordinates(adata, setup.spatial_key)
     for key in (setup.sample_key, setup.batch_key):
-        _check_key(adata, key)
+        check_key(adata, key)
 
 
 def read_cells(
@@ -101,9 +83,9 @@ def read_cells(
     """
     _check_names(adata)
     matrix, where = _counts(adata, setup.layer)
-    coordinates = _coordinates(adata, setup.spatial_key)
-    samples = _codes(adata, setup.sample_key)[0]
-    batches, names = _codes(adata, setup.batch_key)
+    coordinates = read_coordinates(adata, setup.spatial_key)
+    samples = read_codes(adata, setup.sample_key)[0]
+    batches, names = read_codes(adata, setup.batch_key)
     columns, missing = _columns(adata, genes)
     if batch_names is not None and setup.batch_key is not None:
         unknown = [name for name in names if name not in batch_names]
@@ -131,8 +113,8 @@ def fingerprint(adata: AnnData, setup: Setup) -> int:
     matrix = _counts(adata, setup.layer)[0]
     parts = [getattr(matrix, name) for name in ("data", "indices", "indptr")] if hasattr(matrix, "indptr") else [matrix]
     if setup.spatial_key is not None:
-        parts.append(_coordinates(adata, setup.spatial_key))
-    parts += [_codes(adata, key)[0] for key in (setup.sample_key, setup.batch_key)]
+        parts.append(read_coordinates(adata, setup.spatial_key))
+    parts += [read_codes(adata, key)[0] for key in (setup.sample_key, setup.batch_key)]
     value = 0
     for part in parts:
         value = zlib.crc32(
@@ -151,14 +133,6 @@ def graphs_of(coordinates: np.ndarray, samples: np.ndarray) -> Graphs:
     wide = knn_graph(coordinates, WIDE_NEIGHBOURS, samples)
     near = NeighbourGraph(wide.index[:, :FIELD_NEIGHBOURS], wide.distance[:, :FIELD_NEIGHBOURS])
     return Graphs(wide, symmetrised(near, coordinates))
-
-
-def read_places(adata: AnnData, setup: Setup) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (cell, axis) and name of the sample (cell,) of each cell of a table with coordinates."""
-    coordinates = _coordinates(adata, setup.spatial_key)
-    assert coordinates is not None
-    codes, names = _codes(adata, setup.sample_key)
-    return coordinates, np.array(names)[codes]
 
 
 def minibatches(rows: np.ndarray, size: int, rng: np.random.Generator | None = None) -> Iterator[np.ndarray]:
@@ -210,28 +184,3 @@ def _columns(adata: AnnData, genes: tuple[str, ...] | None) -> tuple[np.ndarray,
             stacklevel=3,
         )
     return columns, missing
-
-
-def _coordinates(adata: AnnData, key: str | None) -> np.ndarray | None:
-    if key is None:
-        return None
-    if key not in adata.obsm:
-        raise InputError(f"obsm has no {key!r}; it has {sorted(adata.obsm)}")
-    return checked_coordinates(adata.obsm[key], f"obsm[{key!r}]", adata.obs_names)
-
-
-def _check_key(adata: AnnData, key: str | None) -> None:
-    if key is None:
-        return
-    if key not in adata.obs:
-        raise InputError(f"obs has no {key!r}; it has {sorted(adata.obs)}")
-    if adata.obs[key].isna().any():
-        raise InputError(f"obs[{key!r}] is missing for {int(adata.obs[key].isna().sum())} cells")
-
-
-def _codes(adata: AnnData, key: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    if key is None:
-        return np.zeros(adata.n_obs, np.int64), ("",)
-    _check_key(adata, key)
-    names, codes = np.unique(adata.obs[key].astype(str).to_numpy().astype(str), return_inverse=True)
-    return codes.astype(np.int64), tuple(str(name) for name in names)

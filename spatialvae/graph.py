@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from scipy.spatial import cKDTree
 
 from spatialvae import _keys
 from spatialvae.errors import InputError
+from spatialvae.setup import Setup, checked_coordinates, read_places
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -103,8 +103,6 @@ def to_data(adata: AnnData, k: int = 15) -> Data:
         warnings.simplefilter("ignore", DeprecationWarning)  # on import, of torch.jit.script, not of the user's doing
         from torch_geometric.data import Data
 
-    from spatialvae.data import Setup, read_places
-
     setup = Setup.read(adata)
     if setup.spatial_key is None:
         raise InputError("the table was set up without spatial_key: it has no places to make a graph of")
@@ -150,23 +148,6 @@ def from_data(data: Data) -> NeighbourGraph:
     distance = np.full(index.shape, np.inf, np.float32)
     index[target, slot], distance[target, slot] = source, far
     return NeighbourGraph(index, distance)
-
-
-def checked_coordinates(
-    coordinates: np.ndarray, where: str = "the array of coordinates", names: Sequence[str] | None = None
-) -> np.ndarray:
-    """``coordinates`` as float64 (cell, 2 or 3), all finite.
-
-    Raises InputError that calls them ``where`` and the first bad cell by its name among ``names``, or by its row.
-    """
-    coordinates = np.asarray(coordinates, float)
-    if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
-        raise InputError(f"{where} has shape {coordinates.shape}; expected (cell, 2) or (cell, 3)")
-    bad = np.flatnonzero(~np.isfinite(coordinates).all(1))
-    if len(bad):
-        first = f"in row {bad[0]}" if names is None else repr(names[bad[0]])
-        raise InputError(f"{where} is not finite for {len(bad)} cells, the first {first}")
-    return coordinates
 
 
 def _rows_of_samples(n: int, samples: np.ndarray | None) -> list[np.ndarray]:

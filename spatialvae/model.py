@@ -17,19 +17,18 @@ import torch
 from spatialvae import _keys, analysis
 from spatialvae._files import whole
 from spatialvae.data import (
-    Setup,
     build_graphs,
     check_table,
     fingerprint,
     graphs_of,
     minibatches,
     read_cells,
-    read_places,
 )
 from spatialvae.errors import InputError
 from spatialvae.linear import fit_linear
 from spatialvae.module import LIKELIHOODS, ROWS_AT_ONCE, Section, Shape, Sites, SpatialModule
 from spatialvae.posterior import posterior
+from spatialvae.setup import Setup, read_places
 from spatialvae.training import Plan, train
 
 if TYPE_CHECKING:
