@@ -96,8 +96,11 @@ class _Clock:
 
 def overview(bits: np.ndarray, normalization: Normalization) -> np.ndarray:
     """The brightest bit of each pixel, uint8 (y, x)."""
-    height = (bits.max(axis=1) - normalization.background[:, None, None]) * normalization.gain[:, None, None]
-    return (np.clip(height.max(axis=0) / OVERVIEW_WHITE, 0, 1) * 255).astype(np.uint8)
+    brightest = np.zeros(bits.shape[-2:], np.float32)
+    # bit by bit: a second stack of heights would take as much memory as the field itself
+    for image, background, gain in zip(bits, normalization.background, normalization.gain, strict=True):
+        np.maximum(brightest, (image.max(axis=0) - background) * gain, out=brightest)
+    return (np.minimum(brightest / OVERVIEW_WHITE, 1) * 255).astype(np.uint8)
 
 
 def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> tuple[list[shapely.Polygon], dict[str, str]]:
