@@ -257,6 +257,66 @@ def _cubic_weights(fraction, weights):
 
 
 @kernel
+def median_of(values):
+    """Median of finite ``values`` (n,) float32, n >= 1.
+
+    The range that the middle lies in is halved until it holds no other value: counting runs fast where sorting does
+    not.
+    """
+    middle = (len(values) + 1) // 2
+    low, high = values.min(), values.max()
+    number = 0
+    for i in range(len(values)):
+        number += np.int32(values[i] <= low)
+    if number >= middle:
+        high = low
+    while number != middle:
+        guess = low + (high - low) / np.float32(2.0)
+        if not low < guess < high:
+            break
+        number = 0
+        for i in range(len(values)):
+            number += np.int32(values[i] <= guess)
+        if number >= middle:
+            high = guess
+        else:
+            low = guess
+    # the middle is the highest up to here
+    lower, upper, number = low, np.float32(np.inf), 0
+    for i in range(len(values)):
+        if values[i] <= high:
+            number += 1
+            lower = max(lower, values[i])
+        else:
+            upper = min(upper, values[i])
+    if len(values) % 2 or number > middle:
+        return lower
+    return (lower + upper) / np.float32(2.0)
+
+
+@kernel
+def tile_noise(planes, tile_y, tile_x, every, medians, deviations):
+    """Median, and median distance from it, of every so many pixels along each axis of tiles of (plane, y, x) images.
+
+    out: medians, deviations (plane, row, column) float32.
+    """
+    values = np.empty(((tile_y + every - 1) // every) * ((tile_x + every - 1) // every), np.float32)
+    for p in range(medians.shape[0]):
+        for row in range(medians.shape[1]):
+            for column in range(medians.shape[2]):
+                n = 0
+                for y in range(row * tile_y, (row + 1) * tile_y, every):
+                    for x in range(column * tile_x, (column + 1) * tile_x, every):
+                        values[n] = planes[p, y, x]
+                        n += 1
+                middle = median_of(values)
+                for i in range(n):
+                    values[i] = abs(values[i] - middle)
+                medians[p, row, column] = middle
+                deviations[p, row, column] = median_of(values)
+
+
+@kernel
 def find_peaks(image, height, threshold, x, y, value):
     """Local maxima of an image (row, x) above a threshold, sub-pixel; planes of ``height`` rows below each other.
 
