@@ -257,16 +257,31 @@ def _cubic_weights(fraction, weights):
 
 
 @kernel
+def in_order(bits):
+    """Bits of a float32 to an integer ordered as the values are, and back."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@kernel
 def median_of(values):
     """Median of finite ``values`` (n,) float32, n >= 1.
 
     The range that the middle lies in is halved until it holds no other value: counting runs fast where sorting does
-    not.
+    not, and so do the lowest and the highest of integers.
     """
-    middle = (len(values) + 1) // 2
-    low, high = values.min(), values.max()
+    n = len(values)
+    middle = (n + 1) // 2
+    bits, keys = values.view(np.int32), np.empty(n, np.int32)
+    ends = np.empty(2, np.float32)
+    end_bits = ends.view(np.int32)
+    first, last = 2**31, -(2**31)
+    for i in range(n):
+        keys[i] = in_order(bits[i])
+        first, last = min(first, keys[i]), max(last, keys[i])
+    end_bits[0], end_bits[1] = in_order(first), in_order(last)
+    low, high = ends
     number = 0
-    for i in range(len(values)):
+    for i in range(n):
         number += np.int32(values[i] <= low)
     if number >= middle:
         high = low
@@ -275,23 +290,25 @@ def median_of(values):
         if not low < guess < high:
             break
         number = 0
-        for i in range(len(values)):
+        for i in range(n):
             number += np.int32(values[i] <= guess)
         if number >= middle:
             high = guess
         else:
             low = guess
     # the middle is the highest up to here
-    lower, upper, number = low, np.float32(np.inf), 0
-    for i in range(len(values)):
-        if values[i] <= high:
-            number += 1
-            lower = max(lower, values[i])
-        else:
-            upper = min(upper, values[i])
-    if len(values) % 2 or number > middle:
-        return lower
-    return (lower + upper) / np.float32(2.0)
+    ends[0] = high
+    limit = np.int64(in_order(end_bits[0]))
+    number, lower, upper = 0, -(2**31), 2**31
+    for i in range(n):
+        number += np.int32(keys[i] <= limit)
+        lower = max(lower, keys[i] if keys[i] <= limit else -(2**31))
+        upper = min(upper, keys[i] if keys[i] > limit else 2**31)
+    end_bits[0] = in_order(lower)
+    if n % 2 or number > middle:
+        return ends[0]
+    end_bits[1] = in_order(upper)
+    return (ends[0] + ends[1]) / np.float32(2.0)
 
 
 @kernel
