@@ -13,8 +13,8 @@ def weigh_pairs(step, a, b, shift, share, width, chance, links, pull):
 
     step (pair, 2): from the peak of bit ``a`` (pair,) to that of ``b``; shift (bit, 2) y, x. Of the pairs ``share`` lie
     about the difference of the shifts, with sigma ``width``, the others anywhere, with density ``chance``.
-    out: links (bit, bit), sum of the weights by a and b; pull (bit, 2), sum of the weighted steps to the bit, less those
-    from it. Returns the sum of the weights, and of the weighted squares of what the shifts leave of the steps.
+    out: links (bit, bit), sum of the weights by a and b; pull (bit, 2), sum of the weighted steps to the bit, less
+    those from it. Returns the sum of the weights, and of the weighted squares of what the shifts leave of the steps.
     """
     links[:] = 0.0
     pull[:] = 0.0

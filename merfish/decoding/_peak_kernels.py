@@ -21,8 +21,7 @@ def add_spot(image, first_row, last_row, x, y, height, profile, bins):
     """Add a spot of radial ``profile`` (``bins`` a pixel) to the rows of its plane in an image (row, x) float32."""
     reach = (len(profile) - 1) / bins
     for row in range(max(first_row, int(np.ceil(y - reach))), min(last_row, int(y + reach)) + 1):
-        along = np.sqrt(max(reach * reach - (row - y) ** 2, 0.0))
-        for column in range(max(0, int(np.ceil(x - along))), min(image.shape[1] - 1, int(x + along)) + 1):
+        for column in range(max(0, int(np.ceil(x - reach))), min(image.shape[1] - 1, int(x + reach)) + 1):
             d = np.sqrt((row - y) ** 2 + (column - x) ** 2)
             image[row, column] += np.float32(height * at(profile, d * bins))
 

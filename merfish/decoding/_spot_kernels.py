@@ -28,9 +28,13 @@ def fill_grid(x, y, cell, n_across, start, order):
 @kernel
 def in_steps(image, step, out):
     """An image (row, x) in steps, rounded, into ``out`` int8; what does not fit is cut off."""
+    a_step = np.float32(1 / step)
+    most = np.float32(127.0)
     for row in range(image.shape[0]):
         for x in range(image.shape[1]):
-            out[row, x] = np.int8(min(max(np.rint(image[row, x] / step), -127.0), 127.0))
+            value = np.rint(image[row, x] * a_step)
+            value = most if value > most else value
+            out[row, x] = np.int8(-most if value < -most else value)
 
 
 @kernel
@@ -77,7 +81,7 @@ class Classes(NamedTuple):
     """What a candidate may be: a word of the book, nothing, or an object that shines in every bit.
 
     ratio (bit, bin): log of how much likelier an observation is where the bit is on than where it is off.
-    log_prior (class,). bits (class, place) int64, weight (class,) int64: on-bits; on (class, bit) uint8.
+    log_prior (class,). bits (class, place) uint8, weight (class,) int64: on-bits; on (class, bit) uint8.
     The class before the last is nothing, the last shines in every bit; words come first.
     """
 
@@ -104,8 +108,8 @@ def observe(seed, scene, taken, members, seen):
     """Gather around a peak the nearest free peak of each bit, and say what each bit shows.
 
     scene: a `Scene`; taken (peak,) bool. out: members (bit,) int32, peak or -1; seen (bit,) uint8: bin of what is
-    observed, see `bin_of`. Nothing farther than twice the radius counts. Returns centre x, y and brightness, the mean height of the members but for the weakest and
-    the brightest when there are four and more.
+    observed, see `bin_of`. No peak farther than twice the radius counts. Returns centre x, y and brightness, the mean
+    height of the members but for the weakest and the brightest when there are four and more.
     """
     px, py, pa, pb = scene.px, scene.py, scene.pa, scene.pb
     start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
@@ -200,7 +204,7 @@ def bin_of(near, height):
 def best_class(seen, classes, score):
     """Log posterior odds of each class (class,) into ``score``; returns the best."""
     ratio, bits, weight = classes.ratio, classes.bits, classes.weight
-    best = 0
+    best, top = 0, -np.inf
     says = np.empty(len(seen))
     for bit in range(len(seen)):
         says[bit] = ratio[bit, seen[bit]]
@@ -209,8 +213,8 @@ def best_class(seen, classes, score):
         for k in range(weight[w]):
             total += says[bits[w, k]]
         score[w] = total
-        if total > score[best]:
-            best = w
+        if total > top:
+            best, top = w, total
     return best
 
 
@@ -285,9 +289,9 @@ def changed(seed, scene, taken):
 def call_molecules(scene, views, classes, first, explained, table, evidence, owner, share, shows):
     """Call molecules from the most certain on, each from peaks that no other has taken.
 
-    scene, views, classes: see `Scene`, `Views` and `Classes`; first (peak,) from `score_seeds`. Calls end where nothing is likelier
-    than any word. A call takes the peaks of its word's bits, and others within ``explained`` px: they are its errors.
-    An object that shines in every bit takes its peaks, and is no call.
+    scene, views, classes: see `Scene`, `Views` and `Classes`; first (peak,) from `score_seeds`. Calls end where nothing
+    is likelier than any word. A call takes the peaks of its word's bits, and others within ``explained`` px: they are
+    its errors. An object that shines in every bit takes its peaks, and is no call.
     out, a row a call: table (x, y, brightness, score, log odds against all other classes), evidence uint64 (word, its
     bits that are wrong); owner (peak,) int64, the call that has taken a peak, or -1. Added to: share (class,), the
     posterior of each class summed over candidates; shows (2, bit, bin), how often each bit showed what where there is
