@@ -279,3 +279,31 @@ def share_light(image, x, y, top, profile, bins, core):
         left += (top[i] - new) * spot
         top[i] = new
     return left, top
+
+
+def tile_noise(planes, tile, every):
+    """Medians, and median distances from them, of tiles of (plane, y, x), by NumPy; both (plane, row, column)."""
+    (n_planes, height, width), (tile_y, tile_x) = planes.shape, tile
+    medians, deviations = np.empty((2, n_planes, height // tile_y, width // tile_x))
+    for p, row, column in np.ndindex(medians.shape):
+        here = planes[p, row * tile_y :, column * tile_x :][:tile_y:every, :tile_x:every]
+        medians[p, row, column] = np.median(here)
+        deviations[p, row, column] = np.median(np.abs(here - np.median(here)))
+    return medians, deviations
+
+
+def weigh_pairs(step, a, b, shift, share, width, chance):
+    """What the kernel of the same name fills and returns, pair by pair."""
+    from scipy.stats import norm
+
+    links, pull, total, scatter = np.zeros((len(shift), len(shift))), np.zeros((len(shift), 2)), 0.0, 0.0
+    for k, (i, j) in enumerate(zip(a, b, strict=True)):
+        off = step[k] - (shift[j] - shift[i])
+        near = share * norm.pdf(off, 0, width).prod()
+        weight = near / (near + (1 - share) * chance)
+        links[i, j] += weight
+        pull[i] -= weight * step[k]
+        pull[j] += weight * step[k]
+        total += weight
+        scatter += weight * (off**2).sum()
+    return links, pull, total, scatter

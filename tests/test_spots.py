@@ -11,11 +11,13 @@ import reference
 from merfish import decode, mhd4_codebook, simulate_stack
 from merfish.calls.filtering import keep_calls
 from merfish.decoding import _spot_kernels as kernels
+from merfish.decoding._alignment_kernels import weigh_pairs
 from merfish.decoding.alignment import bit_shifts
 from merfish.decoding.evidence import shrunk_shares, start_classes, start_histograms, word_abundance
 from merfish.decoding.overlap import halos
 from merfish.decoding.psf import psf_sigma
 from merfish.decoding.spots import CELL, RADIUS
+from merfish.imaging._kernels import median_of
 from merfish.imaging.normalize import NoiseMap, locate_peaks, weighted_median
 from merfish.imaging.preprocess import Bandpassed
 from merfish.simulate import Imaging, match_calls, score_calls
@@ -161,6 +163,31 @@ def test_noise_map_is_that_of_each_tile_in_each_plane():
     x, y = np.array([16.0, 80, 16, 80]), np.array([48.0, 48, 144, 144])
     assert noise.sigma(x, y) == pytest.approx([1, 1, 1, 5], rel=0.15)
     assert noise.level(x, y) == pytest.approx([0, 0, 0, 2], abs=0.7)
+
+
+@given(arrays(np.float32, st.integers(1, 12), elements=st.floats(-9, 9, width=16)))
+def test_median_of_equals_numpy(values):
+    assert median_of(values) == np.median(values)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (96, 70)])
+def test_noise_map_equals_the_reference(size):
+    image = np.random.default_rng(0).normal(0, 1, (2 * size[0], size[1])).astype(np.float32)
+    noise = NoiseMap.of(image, size[0])
+    medians, sigmas = reference.tile_noise(image.reshape(2, *size), noise.tile, 3)
+    assert noise.medians == pytest.approx(medians)
+    assert noise.sigmas == pytest.approx(1.4826 * sigmas, rel=1e-6)
+
+
+def test_weigh_pairs_equals_the_reference():
+    rng = np.random.default_rng(0)
+    a, b = np.sort(np.argsort(rng.random((50, 4)), axis=1)[:, :2], axis=1).T.copy()
+    step, shift = rng.normal(0, 1, (50, 2)), rng.normal(0, 1, (4, 2))
+    links, pull = np.empty((4, 4)), np.empty((4, 2))
+    totals = weigh_pairs(step, a, b, shift, 0.3, 0.8, 0.02, links, pull)
+    expected = reference.weigh_pairs(step, a, b, shift, 0.3, 0.8, 0.02)
+    for got, want in zip((links, pull, *totals), expected, strict=True):
+        assert got == pytest.approx(want)
 
 
 def test_weighted_median_is_not_moved_by_many_small_values():

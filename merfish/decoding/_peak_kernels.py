@@ -92,26 +92,56 @@ def fit_spots(image, plane_height, fresh, x, y, top, profile, slope, bins, core,
 
 
 @kernel
+def draw_spot(first_row, last_row, last_column, x, y, radius, profile, bins, box, out):
+    """A spot 1 high, pixel by pixel, within ``radius``, into ``out`` (row, column); returns the sum of its squares.
+
+    box: (4,) int64 out, the pixels of the image that these are: first row, end of rows, first column, end of columns.
+    """
+    box[0], box[1] = max(first_row, int(np.ceil(y - radius))), min(last_row, int(y + radius)) + 1
+    box[2], box[3] = max(0, int(np.ceil(x - radius))), min(last_column, int(x + radius)) + 1
+    total = 0.0
+    for row in range(box[0], box[1]):
+        for column in range(box[2], box[3]):
+            d = np.sqrt((row - y) ** 2 + (column - x) ** 2)
+            p = at(profile, d * bins) if d <= radius else 0.0
+            out[row - box[0], column - box[2]] = p
+            total += p * p
+    return total
+
+
+@kernel
 def share_light(image, plane_height, chosen, x, y, top, profile, bins, core, sweeps):
     """Heights of the ``chosen`` spots at fixed places, one after the other against what the others leave.
 
     image, x, y, top, profile as for `fit_spots`; all light of the spots is taken out of the image already.
     """
+    reach = (len(profile) - 1) / bins
+    # each spot, and its core, 1 high, pixel by pixel: the same in every sweep
+    whole = np.empty((len(chosen), int(2 * reach) + 2, int(2 * reach) + 2))
+    middle = np.empty((len(chosen), int(2 * core) + 2, int(2 * core) + 2))
+    box, inner = np.empty((len(chosen), 4), np.int64), np.empty((len(chosen), 4), np.int64)
+    square = np.empty(len(chosen))
+    for k in range(len(chosen)):
+        i = chosen[k]
+        first = int(y[i]) // plane_height * plane_height
+        last = first + plane_height - 1
+        draw_spot(first, last, image.shape[1] - 1, x[i], y[i], reach, profile, bins, box[k], whole[k])
+        square[k] = draw_spot(first, last, image.shape[1] - 1, x[i], y[i], core, profile, bins, inner[k], middle[k])
     for _ in range(sweeps):
-        for i in chosen:
-            first = int(y[i]) // plane_height * plane_height
-            last = first + plane_height - 1
-            vp = pp = 0.0
-            for row in range(max(first, int(np.ceil(y[i] - core))), min(last, int(y[i] + core)) + 1):
-                for column in range(max(0, int(np.ceil(x[i] - core))), min(image.shape[1] - 1, int(x[i] + core)) + 1):
-                    d = np.sqrt((row - y[i]) ** 2 + (column - x[i]) ** 2)
-                    if d <= core:
-                        p = at(profile, d * bins)
-                        vp += image[row, column] * p
-                        pp += p * p
-            new = max(top[i] + vp / pp, 0.0) if pp > 0.0 else 0.0
-            add_spot(image, first, last, x[i], y[i], top[i] - new, profile, bins)
+        for k in range(len(chosen)):
+            i = chosen[k]
+            vp = 0.0
+            for row in range(inner[k, 0], inner[k, 1]):
+                for column in range(inner[k, 2], inner[k, 3]):
+                    vp += image[row, column] * middle[k, row - inner[k, 0], column - inner[k, 2]]
+            new = max(top[i] + vp / square[k], 0.0) if square[k] > 0.0 else 0.0
+            change = top[i] - new
             top[i] = new
+            if change == 0.0:
+                continue
+            for row in range(box[k, 0], box[k, 1]):
+                for column in range(box[k, 2], box[k, 3]):
+                    image[row, column] += np.float32(change * whole[k, row - box[k, 0], column - box[k, 2]])
 
 
 @kernel

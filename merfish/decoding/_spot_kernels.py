@@ -28,9 +28,13 @@ def fill_grid(x, y, cell, n_across, start, order):
 @kernel
 def in_steps(image, step, out):
     """An image (row, x) in steps, rounded, into ``out`` int8; what does not fit is cut off."""
+    a_step = np.float32(1 / step)
+    most = np.float32(127.0)
     for row in range(image.shape[0]):
         for x in range(image.shape[1]):
-            out[row, x] = np.int8(min(max(np.rint(image[row, x] / step), -127.0), 127.0))
+            value = np.rint(image[row, x] * a_step)
+            value = most if value > most else value
+            out[row, x] = np.int8(-most if value < -most else value)
 
 
 @kernel
@@ -77,7 +81,7 @@ class Classes(NamedTuple):
     """What a candidate may be: a word of the book, nothing, or an object that shines in every bit.
 
     ratio (bit, bin): log of how much likelier an observation is where the bit is on than where it is off.
-    log_prior (class,). bits (class, place) int64, weight (class,) int64: on-bits; on (class, bit) uint8.
+    log_prior (class,). bits (class, place) uint8, weight (class,) int64: on-bits; on (class, bit) uint8.
     The class before the last is nothing, the last shines in every bit; words come first.
     """
 
@@ -88,13 +92,24 @@ class Classes(NamedTuple):
     on: np.ndarray
 
 
+class Views(NamedTuple):
+    """What is around each peak while all peaks are free, see `observe`.
+
+    members (peak, bit) int32; seen (peak, bit) uint8; centre (peak, 3): x, y and brightness.
+    """
+
+    members: np.ndarray
+    seen: np.ndarray
+    centre: np.ndarray
+
+
 @kernel
 def observe(seed, scene, taken, members, seen):
     """Gather around a peak the nearest free peak of each bit, and say what each bit shows.
 
-    scene: a `Scene`; taken (peak,) bool. out: members (bit,) int64, peak or -1; seen (bit,) int64: bin of what is
-    observed, see `bin_of`. Returns centre x, y and brightness, the mean height of the members but for the weakest and
-    the brightest when there are four and more.
+    scene: a `Scene`; taken (peak,) bool. out: members (bit,) int32, peak or -1; seen (bit,) uint8: bin of what is
+    observed, see `bin_of`. No peak farther than twice the radius counts. Returns centre x, y and brightness, the mean
+    height of the members but for the weakest and the brightest when there are four and more.
     """
     px, py, pa, pb = scene.px, scene.py, scene.pa, scene.pb
     start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
@@ -102,7 +117,8 @@ def observe(seed, scene, taken, members, seen):
     n_bits = len(members)
     n_cells = len(start) - 1
     cx, cy = px[seed], py[seed]
-    plane = int(cy) // height
+    first_row = int(cy) // height * height
+    end_row = first_row + height
     best = np.empty(n_bits)
     used = np.empty(n_bits)
     for _ in range(2):
@@ -117,11 +133,11 @@ def observe(seed, scene, taken, members, seen):
                 for k in range(start[r * n_across + c], start[r * n_across + c + 1]):
                     i = order[k]
                     d = (px[i] - cx) ** 2 + (py[i] - cy) ** 2
-                    if taken[i]:
-                        if d < used[pb[i]] and int(py[i]) // height == plane:
-                            used[pb[i]] = d
+                    if d >= radius * radius or py[i] < first_row or py[i] >= end_row:
                         continue
-                    if d < best[pb[i]] and int(py[i]) // height == plane:
+                    if taken[i]:
+                        used[pb[i]] = min(used[pb[i]], d)
+                    elif d < best[pb[i]]:
                         best[pb[i]] = d
                         members[pb[i]] = i
         sx = sy = mass = 0.0
@@ -149,7 +165,6 @@ def observe(seed, scene, taken, members, seen):
     bright = total / max(number, 1)
     if number >= 4:
         bright = (total - low - high) / (number - 2)
-    first_row = plane * height
     for bit in range(n_bits):
         i = members[bit]
         if i >= 0:
@@ -157,10 +172,11 @@ def observe(seed, scene, taken, members, seen):
             seen[bit] = bin_of(d / radius, pa[i] / bright)
         else:
             y, x = cy + scene.shift_y[bit], cx + scene.shift_x[bit]
-            v = scene.step * sample(scene.light[bit], y, x, first_row, first_row + height - 1)
-            seen[bit] = bin_of(-1.0, v / bright)
+            v = scene.step * sample(scene.light[bit], y, x, first_row, end_row - 1)
+            shown = bin_of(-1.0, v / bright)
             if used[bit] < radius * radius:
-                seen[bit] += N_EMPTY * (1 + int(np.sqrt(used[bit]) / radius * N_USED))
+                shown += N_EMPTY * (1 + int(np.sqrt(used[bit]) / radius * N_USED))
+            seen[bit] = shown
     return cx, cy, bright
 
 
@@ -188,15 +204,17 @@ def bin_of(near, height):
 def best_class(seen, classes, score):
     """Log posterior odds of each class (class,) into ``score``; returns the best."""
     ratio, bits, weight = classes.ratio, classes.bits, classes.weight
-    best = 0
+    best, top = 0, -np.inf
+    says = np.empty(len(seen))
+    for bit in range(len(seen)):
+        says[bit] = ratio[bit, seen[bit]]
     for w in range(len(weight)):
         total = classes.log_prior[w]
         for k in range(weight[w]):
-            bit = bits[w, k]
-            total += ratio[bit, seen[bit]]
+            total += says[bits[w, k]]
         score[w] = total
-        if total > score[best]:
-            best = w
+        if total > top:
+            best, top = w, total
     return best
 
 
@@ -219,28 +237,61 @@ def called_before(cx, cy, word, scene, owner, table, evidence):
     return False
 
 
+@kernel
+def observe_some(scene, first, last, free, views):
+    """What is around the peaks ``first`` to below ``last`` in the order of the grid; see `observe_all`."""
+    for k in range(first, last):
+        seed = scene.order[k]
+        x, y, bright = observe(seed, scene, free, views.members[seed], views.seen[seed])
+        views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2] = x, y, bright
+
+
 @parallel_kernel
-def score_seeds(scene, classes, first):
-    """Score of the best class around each peak while all peaks are free, into ``first`` (peak,) float64."""
-    n_peaks, n_bits = len(scene.px), scene.light.shape[0]
-    free = np.zeros(n_peaks, np.bool_)
-    chunks = (n_peaks + CHUNK - 1) // CHUNK
-    for chunk in prange(chunks):
-        members = np.empty(n_bits, np.int64)
-        seen = np.empty(n_bits, np.int64)
-        score = np.empty(len(classes.weight))
-        for seed in range(chunk * CHUNK, min((chunk + 1) * CHUNK, n_peaks)):
-            observe(seed, scene, free, members, seen)
-            first[seed] = score[best_class(seen, classes, score)]
+def observe_all(scene, free, views):
+    """What is around each peak, into ``views``; free (peak,) bool, False.
+
+    In the order of the grid: what one peak looks at, the next finds in the cache.
+    """
+    n_peaks = len(scene.px)
+    for chunk in prange((n_peaks + CHUNK - 1) // CHUNK):
+        observe_some(scene, chunk * CHUNK, min((chunk + 1) * CHUNK, n_peaks), free, views)
 
 
 @kernel
-def call_molecules(scene, classes, first, explained, table, evidence, owner, share, shows):
+def score_seeds(seen, classes, first):
+    """Score of the best class around each peak while all peaks are free, into ``first`` (peak,) float64.
+
+    seen (peak, bit): see `Views`.
+    """
+    score = np.empty(len(classes.weight))
+    for seed in range(len(seen)):
+        first[seed] = score[best_class(seen[seed], classes, score)]
+
+
+@kernel
+def changed(seed, scene, taken):
+    """Whether a peak that `observe` may look at is taken."""
+    px, py, cell, n_across, start, order = scene.px, scene.py, scene.cell, scene.n_across, scene.start, scene.order
+    n_cells = len(start) - 1
+    x, y, reach = px[seed], py[seed], 2 * scene.radius
+    left, right = max(int((x - reach) / cell), 0), min(int((x + reach) / cell), n_across - 1)
+    for r in range(max(int((y - reach) / cell), 0), int((y + reach) / cell) + 1):
+        if r * n_across >= n_cells:
+            break
+        for k in range(start[r * n_across + left], start[r * n_across + right + 1]):
+            i = order[k]
+            if taken[i] and (px[i] - x) ** 2 + (py[i] - y) ** 2 < reach * reach:
+                return True
+    return False
+
+
+@kernel
+def call_molecules(scene, views, classes, first, explained, table, evidence, owner, share, shows):
     """Call molecules from the most certain on, each from peaks that no other has taken.
 
-    scene, classes: see `Scene` and `Classes`; first (peak,) from `score_seeds`. Calls end where nothing is likelier
-    than any word. A call takes the peaks of its word's bits, and others within ``explained`` px: they are its errors.
-    An object that shines in every bit takes its peaks, and is no call.
+    scene, views, classes: see `Scene`, `Views` and `Classes`; first (peak,) from `score_seeds`. Calls end where nothing
+    is likelier than any word. A call takes the peaks of its word's bits, and others within ``explained`` px: they are
+    its errors. An object that shines in every bit takes its peaks, and is no call.
     out, a row a call: table (x, y, brightness, score, log odds against all other classes), evidence uint64 (word, its
     bits that are wrong); owner (peak,) int64, the call that has taken a peak, or -1. Added to: share (class,), the
     posterior of each class summed over candidates; shows (2, bit, bin), how often each bit showed what where there is
@@ -253,8 +304,8 @@ def call_molecules(scene, classes, first, explained, table, evidence, owner, sha
     nothing = n_classes - 2
     taken = np.zeros(n_peaks, np.bool_)
     owner[:] = -1
-    members = np.empty(n_bits, np.int64)
-    seen = np.empty(n_bits, np.int64)
+    members = np.empty(n_bits, np.int32)
+    seen = np.empty(n_bits, np.uint8)
     score = np.empty(n_classes)
     is_on = np.empty(n_bits)
     heap = [(0.0, -1)]
@@ -267,7 +318,11 @@ def call_molecules(scene, classes, first, explained, table, evidence, owner, sha
         negative, seed = heapq.heappop(heap)
         if seed < 0 or taken[seed]:
             continue
-        cx, cy, bright = observe(seed, scene, taken, members, seen)
+        if changed(seed, scene, taken):
+            cx, cy, bright = observe(seed, scene, taken, members, seen)
+        else:
+            members[:], seen[:] = views.members[seed], views.seen[seed]
+            cx, cy, bright = views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2]
         best = best_class(seen, classes, score)
         if score[best] < -negative - 1e-9:
             heapq.heappush(heap, (-score[best], seed))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import cKDTree
 
+from merfish.decoding._alignment_kernels import weigh_pairs
+
 # lengths in sigmas of the PSF
 REACH = 4.0  # peaks of one molecule lie nearer in any two bits
 WIDTHS = (1.2, 0.8, 0.5, 0.3)  # of the pairs about the shift, from one that captures any to what they end with
@@ -43,22 +45,19 @@ def bit_shifts(
         return BitShifts(np.zeros((n_bits, 2)), np.zeros(n_bits), np.nan)
     step = np.column_stack([y[j] - y[i], x[j] - x[i]])
     a, b = bit[i].astype(np.int64), bit[j].astype(np.int64)
+    links, pull = np.empty((n_bits, n_bits)), np.empty((n_bits, 2))
     chance = 1 / (np.pi * (REACH * sigma) ** 2)
     shift, share, width = np.zeros((n_bits, 2)), 0.2, WIDTHS[0] * sigma
-    weight = np.empty(len(i))
     for iteration in range(len(WIDTHS) * ITERATIONS + FREE):
-        off = ((step - shift[b] + shift[a]) ** 2).sum(axis=1)
-        near = share * np.exp(-off / (2 * width**2)) / (2 * np.pi * width**2)
-        weight = near / (near + (1 - share) * chance)
-        share = float(np.clip(weight.mean(), 1e-3, 0.999))
+        total, scatter = weigh_pairs(step, a, b, shift, share, width, chance, links, pull)
+        share = float(np.clip(total / len(i), 1e-3, 0.999))
         if iteration < len(WIDTHS) * ITERATIONS:
             width = WIDTHS[iteration // ITERATIONS] * sigma
         else:
-            spread = np.sqrt((weight @ off) / (2 * max(weight.sum(), 1e-9)))
+            spread = np.sqrt(scatter / (2 * max(total, 1e-9)))
             width = float(np.clip(spread, NARROWEST * sigma, WIDTHS[0] * sigma))
-        shift = _solve(a, b, weight, step, n_bits, (width / (USUAL_SHIFT * sigma)) ** 2)
-    pairs = np.bincount(a, weight, n_bits) + np.bincount(b, weight, n_bits)
-    return BitShifts(shift, pairs, width)
+        shift = _solve(links, pull, (width / (USUAL_SHIFT * sigma)) ** 2)
+    return BitShifts(shift, links.sum(axis=0) + links.sum(axis=1), width)
 
 
 def _near_pairs(
@@ -79,16 +78,11 @@ def _near_pairs(
     return i[keep][first], j[keep][first]
 
 
-def _solve(
-    a: np.ndarray, b: np.ndarray, weight: np.ndarray, step: np.ndarray, n_bits: int, stiffness: float
-) -> np.ndarray:
-    """Shifts (bit, 2) whose differences b - a are the steps, by weighted least squares; their mean is 0."""
-    links = np.bincount(a * n_bits + b, weight, n_bits * n_bits).reshape(n_bits, n_bits)
-    links += links.T
-    normal = np.diag(links.sum(axis=1) + stiffness) - links
-    target = np.empty((n_bits, 2))
-    for axis in range(2):
-        pull = weight * step[:, axis]
-        target[:, axis] = np.bincount(b, pull, n_bits) - np.bincount(a, pull, n_bits)
-    shift = np.linalg.solve(normal, target)
-    return shift - shift.mean(axis=0)
+def _solve(links: np.ndarray, pull: np.ndarray, stiffness: float) -> np.ndarray:
+    """Shifts (bit, 2) whose differences are the steps, by weighted least squares; their mean is 0.
+
+    links (bit, bit), pull (bit, 2): see `weigh_pairs`.
+    """
+    links = links + links.T
+    shift = np.linalg.solve(np.diag(links.sum(axis=1) + stiffness) - links, pull)
+    return np.asarray(shift - shift.mean(axis=0))

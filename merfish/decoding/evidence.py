@@ -47,7 +47,7 @@ def learn_classes(codebook: Codebook, live: np.ndarray, share: np.ndarray, shows
 def _classes(codebook: Codebook, live: np.ndarray, ratio: np.ndarray, share: np.ndarray) -> kernels.Classes:
     words = codebook.words
     on = np.concatenate([words, np.zeros((1, words.shape[1]), np.uint8), np.ones((1, words.shape[1]), np.uint8)])
-    bits = np.zeros((len(on), words.shape[1]), np.int64)
+    bits = np.zeros((len(on), words.shape[1]), np.uint8)
     known, weights = on_bits(codebook)
     bits[: len(words), : known.shape[1]] = known
     bits[-1] = np.arange(words.shape[1])

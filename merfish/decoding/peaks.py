@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 from scipy.spatial import cKDTree
 
 from merfish.decoding import _peak_kernels as kernels
@@ -94,8 +93,9 @@ def share_peaks(
     px, py = np.concatenate([x, fit.x[~mine]]), np.concatenate([y, fit.y[~mine]])
     top = np.concatenate([np.zeros(len(x)), fit.height[~mine]])
     kernels.add_spots(left, height, fit.x[mine], fit.y[mine], fit.height[mine], fit.profile, bins)
-    apart, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]))
-    touched = apart < TOUCHING * sigma
+    near = TOUCHING * sigma
+    apart, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]), distance_upper_bound=near)
+    touched = apart < near
     together = np.flatnonzero(touched)
     kernels.share_light(left, height, together, px, py, top, fit.profile, bins, CORE * sigma, SHARE_SWEEPS)
     stay = top > STAY * threshold(NoiseMap.of(left, height), px, py, PEAK_HEIGHT)
@@ -141,7 +141,10 @@ def measure_profile(
     distance = np.hypot(rows - y[chosen, None, None], columns - x[chosen, None, None])
     share = image[rows, columns] / top[chosen, None, None]
     bins = round(REACH / BIN) + 1
-    table = pd.Series(share.ravel()).groupby(np.rint(distance / (BIN * sigma)).astype(int).ravel()).median()
-    profile = np.interp(np.arange(bins), table.index.to_numpy(), table.to_numpy())
+    bin_of = np.rint(distance / (BIN * sigma)).astype(np.int16).ravel()
+    order = np.argsort(bin_of, kind="stable")
+    known, starts = np.unique(bin_of[order], return_index=True)
+    medians = [np.median(part) for part in np.split(share.ravel()[order], starts[1:])]
+    profile = np.interp(np.arange(bins), known, medians)
     profile[-1] = 0.0
     return profile

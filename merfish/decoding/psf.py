@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -27,15 +28,23 @@ def psf_sigma(stack: np.ndarray | Bandpassed, height: int) -> float:
     The radius at which the median profile of clear spots falls to half its top is that of a Gaussian of this sigma,
     averaged over pixels and filtered alike.
     """
+    if isinstance(stack, Bandpassed) and stack.sigma is not None:
+        return stack.sigma
     middle = _middle(stack, height)
     filters = FILTER_SIGMAS["spots"] if isinstance(stack, np.ndarray) else (stack.smoothing, stack.background)
     radii = np.array(map_bits(half_radius, middle))
     radii = radii[np.isfinite(radii)]
-    if not len(radii):
-        return USUAL_SIGMA
+    sigma = float(np.median(np.interp(radii, *_half_radii(*filters)))) if len(radii) else USUAL_SIGMA
+    if isinstance(stack, Bandpassed):
+        stack.sigma = sigma
+    return sigma
+
+
+@lru_cache
+def _half_radii(smoothing: float, background: float) -> tuple[np.ndarray, np.ndarray]:
+    """`expected_half_radius` for many sigmas, and these."""
     sigmas = np.linspace(*RANGE, 100)
-    expected = np.array([expected_half_radius(sigma, *filters) for sigma in sigmas])
-    return float(np.median(np.interp(radii, expected, sigmas)))
+    return np.array([expected_half_radius(sigma, smoothing, background) for sigma in sigmas]), sigmas
 
 
 def _middle(stack: np.ndarray | Bandpassed, height: int) -> np.ndarray | Bandpassed:

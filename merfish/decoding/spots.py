@@ -75,18 +75,20 @@ def decode_spots(
     live = normalization.gain > 0  # a dead bit says nothing about any word
     classes = start_classes(codebook, live)
     some = make_scene(_some(fits, sigma), left, height, sigma, shifts.shift)
+    views = look(some)
     for _ in range(ROUNDS):
-        called = call(some, classes, sigma)
+        called = call(some, views, classes, sigma)
         classes = learn_classes(codebook, live, called.share, called.shows)
     scene = make_scene(fits, left, height, sigma, shifts.shift)
     if len(scene.px) > len(some.px):
-        called = call(scene, classes, sigma)
+        called = call(scene, look(scene), classes, sigma)
     for _ in range(REFITS):
         fits = refit(fits, scene, called, left, sigma)
         scene = make_scene(fits, left, height, sigma, shifts.shift)
-        called = call(scene, classes, sigma)
+        views = look(scene)
+        called = call(scene, views, classes, sigma)
         classes = learn_classes(codebook, live, called.share, called.shows)
-    return _molecules(call(scene, classes, sigma), scene, codebook, shifts)
+    return _molecules(call(scene, views, classes, sigma), scene, codebook, shifts)
 
 
 def _molecules(called: Calls, scene: kernels.Scene, codebook: Codebook, shifts: BitShifts) -> Spots:
@@ -216,12 +218,24 @@ class Calls(NamedTuple):
     shows: np.ndarray
 
 
-def call(scene: kernels.Scene, classes: kernels.Classes, sigma: float) -> Calls:
+def look(scene: kernels.Scene) -> kernels.Views:
+    """What is around each peak of a scene."""
+    n, n_bits = len(scene.px), len(scene.light)
+    views = kernels.Views(np.empty((n, n_bits), np.int32), np.empty((n, n_bits), np.uint8), np.empty((n, 3)))
+    free = np.zeros(n, bool)
+    if n <= kernels.CHUNK:
+        kernels.observe_some(scene, 0, n, free, views)
+    else:
+        kernels.observe_all(scene, free, views)
+    return views
+
+
+def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, sigma: float) -> Calls:
     """One round of calls."""
     most = len(scene.px)
     table, evidence, owner = np.empty((most, 5)), np.empty((most, 2), np.uint64), np.empty(most, np.int64)
     share, shows = np.zeros(len(classes.weight)), np.zeros((2, len(scene.light), kernels.N_BINS))
     first = np.empty(most)
-    kernels.score_seeds(scene, classes, first)
-    n = kernels.call_molecules(scene, classes, first, EXPLAINED * sigma, table, evidence, owner, share, shows)
+    kernels.score_seeds(views.seen, classes, first)
+    n = kernels.call_molecules(scene, views, classes, first, EXPLAINED * sigma, table, evidence, owner, share, shows)
     return Calls(table[:n], evidence[:n], owner, share, shows)

@@ -257,6 +257,83 @@ def _cubic_weights(fraction, weights):
 
 
 @kernel
+def in_order(bits):
+    """Bits of a float32 to an integer ordered as the values are, and back."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@kernel
+def median_of(values):
+    """Median of finite ``values`` (n,) float32, n >= 1.
+
+    The range that the middle lies in is halved until it holds no other value: counting runs fast where sorting does
+    not, and so do the lowest and the highest of integers.
+    """
+    n = len(values)
+    middle = (n + 1) // 2
+    bits, keys = values.view(np.int32), np.empty(n, np.int32)
+    ends = np.empty(2, np.float32)
+    end_bits = ends.view(np.int32)
+    first, last = 2**31, -(2**31)
+    for i in range(n):
+        keys[i] = in_order(bits[i])
+        first, last = min(first, keys[i]), max(last, keys[i])
+    end_bits[0], end_bits[1] = in_order(first), in_order(last)
+    low, high = ends
+    number = 0
+    for i in range(n):
+        number += np.int32(values[i] <= low)
+    if number >= middle:
+        high = low
+    while number != middle:
+        guess = low + (high - low) / np.float32(2.0)
+        if not low < guess < high:
+            break
+        number = 0
+        for i in range(n):
+            number += np.int32(values[i] <= guess)
+        if number >= middle:
+            high = guess
+        else:
+            low = guess
+    # the middle is the highest up to here
+    ends[0] = high
+    limit = np.int64(in_order(end_bits[0]))
+    number, lower, upper = 0, -(2**31), 2**31
+    for i in range(n):
+        number += np.int32(keys[i] <= limit)
+        lower = max(lower, keys[i] if keys[i] <= limit else -(2**31))
+        upper = min(upper, keys[i] if keys[i] > limit else 2**31)
+    end_bits[0] = in_order(lower)
+    if n % 2 or number > middle:
+        return ends[0]
+    end_bits[1] = in_order(upper)
+    return (ends[0] + ends[1]) / np.float32(2.0)
+
+
+@kernel
+def tile_noise(planes, tile_y, tile_x, every, medians, deviations):
+    """Median, and median distance from it, of every so many pixels along each axis of tiles of (plane, y, x) images.
+
+    out: medians, deviations (plane, row, column) float32.
+    """
+    values = np.empty(((tile_y + every - 1) // every) * ((tile_x + every - 1) // every), np.float32)
+    for p in range(medians.shape[0]):
+        for row in range(medians.shape[1]):
+            for column in range(medians.shape[2]):
+                n = 0
+                for y in range(row * tile_y, (row + 1) * tile_y, every):
+                    for x in range(column * tile_x, (column + 1) * tile_x, every):
+                        values[n] = planes[p, y, x]
+                        n += 1
+                middle = median_of(values)
+                for i in range(n):
+                    values[i] = abs(values[i] - middle)
+                medians[p, row, column] = middle
+                deviations[p, row, column] = median_of(values)
+
+
+@kernel
 def find_peaks(image, height, threshold, x, y, value):
     """Local maxima of an image (row, x) above a threshold, sub-pixel; planes of ``height`` rows below each other.
 

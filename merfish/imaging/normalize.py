@@ -9,7 +9,7 @@ import numpy as np
 from scipy.ndimage import map_coordinates
 
 from merfish._jit import map_bits
-from merfish.imaging._kernels import find_peaks
+from merfish.imaging._kernels import find_peaks, tile_noise
 from merfish.imaging.preprocess import Bandpassed
 
 NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
@@ -154,12 +154,9 @@ class NoiseMap:
         planes = image.reshape(-1, height, image.shape[-1])
         tile_y, tile_x = (max(int(n / max(round(n / size), 1)), 1) for n in planes.shape[1:])
         down, across = planes.shape[1] // tile_y, planes.shape[2] // tile_x
-        blocks = planes[:, : down * tile_y, : across * tile_x].reshape(-1, down, tile_y, across, tile_x)
-        some = np.ascontiguousarray(blocks[:, :, ::3, :, ::3].transpose(0, 1, 3, 2, 4))
-        some = some.reshape(*some.shape[:3], -1)
-        medians = np.median(some, axis=-1)
-        sigmas = NOISE_TO_SIGMA * np.median(np.abs(some - medians[..., None]), axis=-1)
-        return cls(medians, sigmas, height, (tile_y, tile_x))
+        medians, deviations = np.empty((2, len(planes), down, across), np.float32)
+        tile_noise(planes, tile_y, tile_x, 3, medians, deviations)
+        return cls(medians, NOISE_TO_SIGMA * deviations, height, (tile_y, tile_x))
 
     @property
     def least(self) -> float:

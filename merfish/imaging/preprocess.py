@@ -21,12 +21,14 @@ class Bandpassed:
     """A stack (bit, [z,] y, x) as `bandpass` would return it, planes one below the other: (bit, plane * y, x).
 
     Filtered when it is indexed, ``stack[bit]`` or ``stack[:, first:last]``, so that nothing of its size is held.
+    sigma: of the PSF, pixel, once `merfish.decoding.psf.psf_sigma` has measured it.
     """
 
     def __init__(self, stack: np.ndarray, *, smoothing: float, background: float) -> None:
         self.height, self.smoothing, self.background = stack.shape[-2], smoothing, background
         self.images = stack.reshape(len(stack), -1, *stack.shape[-2:])
         self.shape = (len(stack), self.images.shape[1] * self.height, stack.shape[-1])
+        self.sigma: float | None = None
         self.taps = _filled(gaussian_taps(smoothing)), _filled(gaussian_taps(background))
 
     def __len__(self) -> int:
