@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ import psutil
 import shapely
 
 from merfish import mhd4_codebook, pipeline, results
+from merfish.calls.fit import count_fit
 from merfish.config import RunConfig
 from merfish.imaging.calibration import Calibration
 from merfish.imaging.experiment import Experiment
@@ -90,7 +92,7 @@ def write_field(out: Path, fov: int, columns: int, n_molecules: int) -> None:
         np.save(folder / OVERVIEW, np.zeros((SIDE, SIDE), np.uint8))
         write_tally(calls, folder / "tally.npz")
         says |= {"drift": [], "shape": (SIDE, SIDE), "saturated": [0] * 16, "n_found": len(calls)}
-        says |= {"n_outlines": len(seen), "seconds": {}, "quality": quality(fov)}
+        says |= {"n_outlines": len(seen), "seconds": {}, "quality": quality(fov), "fit": asdict(count_fit(calls))}
 
 
 def quality(fov: int) -> dict[str, list]:

@@ -171,14 +171,14 @@ class CountFile:
 
     def __init__(self, path: Path, book: Codebook, words: pd.DataFrame) -> None:
         from anndata import AnnData
-        from anndata.io import sparse_dataset, write_elem
+        from anndata.io import write_elem
 
         var = word_var(book)
         stated = ["detection_efficiency", "confidence_ratio", "misidentification_rate"]
         var[stated] = words.set_index("gene")[stated]
         self.file = h5py.File(path, "w")
         write_elem(self.file, "/", AnnData(X=csr_matrix((0, book.n_words), dtype=np.int32), var=var))
-        self.counts = sparse_dataset(self.file["X"])
+        self.counts = self.file["X"]
 
     def __enter__(self) -> CountFile:
         return self
@@ -187,9 +187,21 @@ class CountFile:
         self.file.close()
 
     def append(self, block: csr_matrix) -> None:
-        """Counts (cell, word) of the next cells."""
-        if block.shape[0]:
-            self.counts.append(block)
+        """Counts (cell, word) of the next cells.
+
+        AnnData's own ``append`` reads what is there each time, so that it takes longer and longer.
+        """
+        block.sort_indices()
+        begin = len(self.counts["data"])
+        for name, values in (
+            ("data", block.data),
+            ("indices", block.indices),
+            ("indptr", block.indptr[1:].astype(np.int64) + begin),
+        ):
+            old = len(self.counts[name])
+            self.counts[name].resize(old + len(values), axis=0)
+            self.counts[name][old:] = values
+        self.counts.attrs["shape"] = [self.counts.attrs["shape"][0] + block.shape[0], block.shape[1]]
 
     def finish(self, cells: pd.DataFrame) -> None:
         """What describes the cells, as in ``cells.parquet``, in the order of their counts."""
