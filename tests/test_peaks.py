@@ -100,6 +100,6 @@ def test_share_light_equals_the_reference():
     x, y, top = rng.uniform(5, 25, 6), rng.uniform(5, 25, 6), rng.uniform(0, 1, 6)
     image = rng.normal(0, 0.2, (30, 30)).astype(np.float32)
     left, heights = reference.share_light(image, x, y, top, PROFILE, BINS, CORE * SIGMA)
-    kernels.share_light(image, 30, np.arange(6), x, y, top, PROFILE, BINS, CORE * SIGMA, 1)
+    kernels.share_light(image, 30, np.arange(6), x, y, top, PROFILE, BINS, CORE * SIGMA, 1, 0.0)
     assert top == pytest.approx(heights, abs=1e-5)
     assert image == pytest.approx(left, abs=1e-5)

@@ -70,11 +70,12 @@ def refit_spot(image, first_row, last_row, x, y, height, profile, slope, bins, c
 
 
 @kernel
-def fit_spots(image, plane_height, fresh, x, y, top, profile, slope, bins, core, stiffness, most_step, sweeps):
+def fit_spots(image, plane_height, fresh, x, y, top, profile, slope, bins, core, stiffness, most_step, sweeps, settled):
     """Fit spots together: one after the other against what the others leave, ``sweeps`` times.
 
     image (row, x) float32, the light that no spot explains, and the spots' x, y (rows), top (spot,) float64 are
-    updated; the light of spots from ``fresh`` on is still in the image. profile, slope (bin,).
+    updated; the light of spots from ``fresh`` on is still in the image. profile, slope (bin,). A spot whose height,
+    and whose place in pixels, would change by ``settled`` at most stays as it is.
     """
     for i in range(fresh, len(x)):
         first = int(y[i]) // plane_height * plane_height
@@ -86,6 +87,8 @@ def fit_spots(image, plane_height, fresh, x, y, top, profile, slope, bins, core,
             new_x, new_y, new_top = refit_spot(
                 image, first, last, x[i], y[i], top[i], profile, slope, bins, core, stiffness, most_step
             )
+            if max(abs(new_x - x[i]), abs(new_y - y[i]), abs(new_top - top[i])) <= settled:
+                continue
             add_spot(image, first, last, x[i], y[i], top[i], profile, bins)
             add_spot(image, first, last, new_x, new_y, -new_top, profile, bins)
             x[i], y[i], top[i] = new_x, new_y, new_top
@@ -110,10 +113,11 @@ def draw_spot(first_row, last_row, last_column, x, y, radius, profile, bins, box
 
 
 @kernel
-def share_light(image, plane_height, chosen, x, y, top, profile, bins, core, sweeps):
+def share_light(image, plane_height, chosen, x, y, top, profile, bins, core, sweeps, settled):
     """Heights of the ``chosen`` spots at fixed places, one after the other against what the others leave.
 
-    image, x, y, top, profile as for `fit_spots`; all light of the spots is taken out of the image already.
+    image, x, y, top, profile as for `fit_spots`; all light of the spots is taken out of the image already. A height
+    that would change by ``settled`` at most stays as it is; sweeps end when all do.
     """
     reach = (len(profile) - 1) / bins
     # each spot, and its core, 1 high, pixel by pixel: the same in every sweep
@@ -128,6 +132,7 @@ def share_light(image, plane_height, chosen, x, y, top, profile, bins, core, swe
         draw_spot(first, last, image.shape[1] - 1, x[i], y[i], reach, profile, bins, box[k], whole[k])
         square[k] = draw_spot(first, last, image.shape[1] - 1, x[i], y[i], core, profile, bins, inner[k], middle[k])
     for _ in range(sweeps):
+        moved = False
         for k in range(len(chosen)):
             i = chosen[k]
             vp = 0.0
@@ -136,12 +141,15 @@ def share_light(image, plane_height, chosen, x, y, top, profile, bins, core, swe
                     vp += image[row, column] * middle[k, row - inner[k, 0], column - inner[k, 2]]
             new = max(top[i] + vp / square[k], 0.0) if square[k] > 0.0 else 0.0
             change = top[i] - new
-            top[i] = new
-            if change == 0.0:
+            if abs(change) <= settled:
                 continue
+            moved = True
+            top[i] = new
             for row in range(box[k, 0], box[k, 1]):
                 for column in range(box[k, 2], box[k, 3]):
                     image[row, column] += np.float32(change * whole[k, row - box[k, 0], column - box[k, 2]])
+        if not moved:
+            break
 
 
 @kernel

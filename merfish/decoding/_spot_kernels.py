@@ -258,14 +258,22 @@ def observe_all(scene, free, views):
 
 
 @kernel
+def score_some(seen, begin, end, classes, first):
+    """Scores of the seeds ``begin`` to below ``end``; see `score_seeds`."""
+    score = np.empty(len(classes.weight))
+    for seed in range(begin, end):
+        first[seed] = score[best_class(seen[seed], classes, score)]
+
+
+@parallel_kernel
 def score_seeds(seen, classes, first):
     """Score of the best class around each peak while all peaks are free, into ``first`` (peak,) float64.
 
     seen (peak, bit): see `Views`.
     """
-    score = np.empty(len(classes.weight))
-    for seed in range(len(seen)):
-        first[seed] = score[best_class(seen[seed], classes, score)]
+    n_peaks = len(seen)
+    for chunk in prange((n_peaks + CHUNK - 1) // CHUNK):
+        score_some(seen, chunk * CHUNK, min((chunk + 1) * CHUNK, n_peaks), classes, first)
 
 
 @kernel

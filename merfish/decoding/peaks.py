@@ -22,6 +22,7 @@ PASSES = 6  # of fitting all peaks at most; before each but the first, hidden on
 FEW_MORE = 0.01  # of the peaks: so few more are not worth another pass
 SHARE_SWEEPS = 12  # over peaks whose places are known; two 0.6 sigma apart then have 0.9 of their heights
 SWEEPS = 2  # over the peaks in each pass
+SETTLED = 0.002  # of a molecule, or pixel; a height or a place that would change less is left as it is
 STIFFNESS = 0.02  # holds the place of a peak that is cut off by the border; a whole peak has about 2
 # lengths in sigmas of the PSF
 CORE = 1.1  # around a peak, what its fit looks at
@@ -76,7 +77,7 @@ def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: fl
     slope[0] = 0.0  # its top is smooth
     kernels.fit_spots(
         image, height, fresh, fit.x, fit.y, fit.height, fit.profile, slope, bins, CORE * sigma, STIFFNESS,
-        MOST_STEP * sigma, SWEEPS,
+        MOST_STEP * sigma, SWEEPS, SETTLED,
     )  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def share_peaks(
     apart, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]), distance_upper_bound=near)
     touched = apart < near
     together = np.flatnonzero(touched)
-    kernels.share_light(left, height, together, px, py, top, fit.profile, bins, CORE * sigma, SHARE_SWEEPS)
+    kernels.share_light(left, height, together, px, py, top, fit.profile, bins, CORE * sigma, SHARE_SWEEPS, SETTLED)
     stay = top > STAY * threshold(NoiseMap.of(left, height), px, py, PEAK_HEIGHT)
     kernels.add_spots(left, height, px[~stay], py[~stay], top[~stay], fit.profile, bins)
     px, py, top, touched = px[stay], py[stay], top[stay], touched[stay]

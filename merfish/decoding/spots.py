@@ -83,11 +83,12 @@ def decode_spots(
     if len(scene.px) > len(some.px):
         called = call(scene, look(scene), classes, sigma)
     for _ in range(REFITS):
+        classes = learn_classes(codebook, live, called.share, called.shows)
         fits = refit(fits, scene, called, left, sigma)
         scene = make_scene(fits, left, height, sigma, shifts.shift)
         views = look(scene)
         called = call(scene, views, classes, sigma)
-        classes = learn_classes(codebook, live, called.share, called.shows)
+    classes = learn_classes(codebook, live, called.share, called.shows)
     return _molecules(call(scene, views, classes, sigma), scene, codebook, shifts)
 
 
@@ -170,7 +171,7 @@ def _some(fits: list[Fit], sigma: float) -> list[Fit]:
     parts = []
     for fit in fits:
         chosen = (fit.y / (BAND * sigma)).astype(np.int64) % every == 0
-        parts.append(Fit(fit.x[chosen], fit.y[chosen], fit.height[chosen], fit.profile))
+        parts.append(fit._replace(x=fit.x[chosen], y=fit.y[chosen], height=fit.height[chosen]))
     return parts
 
 
@@ -236,6 +237,9 @@ def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, s
     table, evidence, owner = np.empty((most, 5)), np.empty((most, 2), np.uint64), np.empty(most, np.int64)
     share, shows = np.zeros(len(classes.weight)), np.zeros((2, len(scene.light), kernels.N_BINS))
     first = np.empty(most)
-    kernels.score_seeds(views.seen, classes, first)
+    if most <= kernels.CHUNK:
+        kernels.score_some(views.seen, 0, most, classes, first)
+    else:
+        kernels.score_seeds(views.seen, classes, first)
     n = kernels.call_molecules(scene, views, classes, first, EXPLAINED * sigma, table, evidence, owner, share, shows)
     return Calls(table[:n], evidence[:n], owner, share, shows)

@@ -266,48 +266,35 @@ def in_order(bits):
 def median_of(values):
     """Median of finite ``values`` (n,) float32, n >= 1.
 
-    The range that the middle lies in is halved until it holds no other value: counting runs fast where sorting does
-    not, and so do the lowest and the highest of integers.
+    The range that the middle lies in is halved, from one of the values to another, until half of them lie below:
+    counting runs fast where sorting does not, and so do the lowest and the highest of integers.
     """
     n = len(values)
     middle = (n + 1) // 2
     bits, keys = values.view(np.int32), np.empty(n, np.int32)
     ends = np.empty(2, np.float32)
     end_bits = ends.view(np.int32)
-    first, last = 2**31, -(2**31)
+    low, high = np.int64(2**31), np.int64(-(2**31))
     for i in range(n):
         keys[i] = in_order(bits[i])
-        first, last = min(first, keys[i]), max(last, keys[i])
-    end_bits[0], end_bits[1] = in_order(first), in_order(last)
-    low, high = ends
-    number = 0
-    for i in range(n):
-        number += np.int32(values[i] <= low)
-    if number >= middle:
-        high = low
-    while number != middle:
-        guess = low + (high - low) / np.float32(2.0)
-        if not low < guess < high:
-            break
-        number = 0
+        low, high = min(low, keys[i]), max(high, keys[i])
+    while low < high:
+        end_bits[0], end_bits[1] = in_order(np.int32(low)), in_order(np.int32(high))
+        ends[0] += (ends[1] - ends[0]) / np.float32(2.0)
+        limit = min(np.int64(in_order(end_bits[0])), high - 1)
+        number, below, above = 0, np.int64(-(2**31)), np.int64(2**31)
         for i in range(n):
-            number += np.int32(values[i] <= guess)
-        if number >= middle:
-            high = guess
+            number += np.int32(keys[i] <= limit)
+            below = max(below, keys[i] if keys[i] <= limit else -(2**31))
+            above = min(above, keys[i] if keys[i] > limit else 2**31)
+        if number == middle:
+            low, high = below, above if n % 2 == 0 else below
+            break
+        if number > middle:
+            high = below
         else:
-            low = guess
-    # the middle is the highest up to here
-    ends[0] = high
-    limit = np.int64(in_order(end_bits[0]))
-    number, lower, upper = 0, -(2**31), 2**31
-    for i in range(n):
-        number += np.int32(keys[i] <= limit)
-        lower = max(lower, keys[i] if keys[i] <= limit else -(2**31))
-        upper = min(upper, keys[i] if keys[i] > limit else 2**31)
-    end_bits[0] = in_order(lower)
-    if n % 2 or number > middle:
-        return ends[0]
-    end_bits[1] = in_order(upper)
+            low = above
+    end_bits[0], end_bits[1] = in_order(np.int32(low)), in_order(np.int32(high))
     return (ends[0] + ends[1]) / np.float32(2.0)
 
 
