@@ -84,7 +84,7 @@ def codebook_fits(counts: FitCounts, codebook: Codebook, dead_bits: tuple[str, .
         of_calls = wilson(counts.blank, counts.likely - counts.blank)
         wrong, low, high = (share / blank_share for share in of_calls)
     if blank_share and counts.likely:
-        against = low > MOST_WRONG or (wrong > MOST_WRONG and likely < FEW_LIKELY)
+        against = low > MOST_WRONG or (wrong > MOST_WRONG and likely < FEW_LIKELY and exact < FEW_EXACT)
     else:
         against = likely < FEW_LIKELY and exact < FEW_EXACT
     against = counts.found >= FEWEST_CALLS and (against or likely < HARDLY_ANY)
