@@ -1,4 +1,4 @@
-"""Detection efficiency by spike-in: simulated molecules are put into a field's own images, and counted again."""
+"""Detection efficiency by spike-in: simulated molecules are added to a field's own images, and looked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from merfish.calls.error_model import bit_error_rates, tally_words
+from merfish.calls.filtering import keep_at_rate, rate_calls
 from merfish.codebook import Codebook
 from merfish.imaging.normalize import Normalization, find_spots
 from merfish.simulate.scoring import match_calls
@@ -14,7 +16,54 @@ from merfish.simulate.scoring import match_calls
 BIT_SPREAD = 0.15  # sigma of the logarithm of a molecule's heights in its bits; that of the simulator
 SHARE = 0.1  # of the molecules called in the field: so few hardly add to its crowd
 FEWEST = 50
-RADIUS = 1.5  # sigmas of the PSF, within which a call is the molecule that was put in
+RADIUS = 1.5  # sigmas of the PSF, within which a call is the molecule that was added
+SIDE = 1024  # pixel; a part of the field of this many squared, over all planes, is decoded again
+
+
+def spike_in(
+    filtered: np.ndarray,
+    codebook: Codebook,
+    normalization: Normalization,
+    calls: pd.DataFrame,
+    decode: Callable[[np.ndarray], pd.DataFrame],
+    *,
+    sigma: float,
+    filters: tuple[float, float],
+    seed: int,
+) -> pd.DataFrame:
+    """Add molecules to the middle of a field, decode it again, and say which of them were found.
+
+    filtered: (bit, z, y, x) float32, band-passed with ``filters`` (pixel). calls: those of the field, not yet rated.
+    decode: from such a stack to its calls, not yet rated. sigma: of the PSF, pixel.
+    Returns one row a molecule that was added: ``spike``, its barcode_id, and the columns of the call that found it,
+    NaN where none did. Empty where the field shows fewer than `FEWEST` molecules.
+    """
+    top, left, side = _middle(filtered.shape)
+    x, y = calls["x"] - left, calls["y"] - top
+    calls = calls.assign(x=x, y=y)[(x >= 0) & (x < side[1]) & (y >= 0) & (y < side[0])]
+    rated = rate_calls(calls, codebook)
+    keep = keep_at_rate(1 - rated["probability"].to_numpy(float))
+    kept = rated[keep]
+    if len(kept) < FEWEST:
+        return pd.DataFrame({"spike": np.empty(0, np.int32)})
+    word, shown = (rated[name].to_numpy() for name in ("barcode_id", "shown"))
+    rates = bit_error_rates(tally_words(word, shown, rated["probability"].to_numpy(), keep, codebook), codebook)
+    lost, gained = (np.nan_to_num(rates[name].to_numpy()) for name in ("lost", "gained"))
+    part = filtered[:, :, top : top + side[0], left : left + side[1]]
+    spiked, spikes = add_spikes(
+        part, codebook, normalization, kept, lost=lost, gained=gained, sigma=sigma, filters=filters, seed=seed
+    )
+    again = decode(spiked)
+    call, spike = match_calls(again, spikes, radius=RADIUS * sigma)
+    found = again.iloc[call].set_axis(spike).reindex(range(len(spikes)))
+    return found.assign(spike=spikes["barcode_id"].to_numpy(np.int32))
+
+
+def _middle(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, int]]:
+    """First row, first column and size (y, x) of the part of a stack (bit, z, y, x) that is decoded again."""
+    side = int(SIDE / np.sqrt(shape[1]))
+    size = min(side, shape[2]), min(side, shape[3])
+    return (shape[2] - size[0]) // 2, (shape[3] - size[1]) // 2, size
 
 
 def add_spikes(
@@ -29,12 +78,12 @@ def add_spikes(
     filters: tuple[float, float],
     seed: int = 0,
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """A band-passed stack with some molecules more, and what was put in: barcode_id, x, y, z.
+    """A copy of a band-passed stack with molecules added, and what was added: barcode_id, x, y, z.
 
     filtered: (bit, z, y, x) float32, filtered with ``filters`` (pixel). kept: calls of this field, whose words and
-    planes the new ones have: each lies beside a kept call, a few spots off, so where it is as crowded. Their heights
-    are those of the field's clear spots. lost, gained (bit,): rates of the bits, as `bit_error_rates` tells them.
-    sigma: of the PSF, pixel. A molecule between planes is not imitated: each lies in one plane.
+    planes the new ones have: each lies beside a kept call, a few spots off, where it is as crowded. Heights are those
+    of the field's clear spots. lost, gained (bit,): rates of the bits, as `bit_error_rates` estimates them. sigma: of
+    the PSF, pixel. A molecule between planes is not imitated: each lies in one plane.
     """
     rng = np.random.default_rng(seed)
     n_bits, n_planes, height, width = filtered.shape
@@ -49,8 +98,11 @@ def add_spikes(
     shown = np.where(codebook.words[word] == 1, chance >= lost, chance < gained)
     spots = find_spots(filtered)
     alive = normalization.gain[spots.bit] > 0
-    heights = (spots.height * normalization.gain[spots.bit])[alive]
-    light = rng.choice(heights, number)[:, None] * np.exp(rng.normal(0, BIT_SPREAD, (number, n_bits))) * shown
+    height = np.log((spots.height * normalization.gain[spots.bit])[alive])
+    # heights of single bits vary by the spread between bits as well, which is added below
+    middle, share = np.median(height), 1 - BIT_SPREAD**2 / max(float(height.var()), BIT_SPREAD**2)
+    light = np.exp(middle + np.sqrt(share) * (rng.choice(height, number) - middle))
+    light = light[:, None] * np.exp(rng.normal(0, BIT_SPREAD, (number, n_bits))) * shown
     out = np.array(filtered, np.float32)
     for bit in range(n_bits):
         for k in np.flatnonzero(light[:, bit]):
@@ -67,12 +119,3 @@ def _add(image: np.ndarray, y: float, x: float, top: float, sigma: float, filter
     squares = (rows[:, None] - y) ** 2 + (columns - x) ** 2
     spot = np.exp(-squares / (2 * near)) / near - np.exp(-squares / (2 * far)) / far
     image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] += top * spot / (1 / near - 1 / far)
-
-
-def detected_share(
-    spiked: np.ndarray, spikes: pd.DataFrame, decode: Callable[[np.ndarray], pd.DataFrame], sigma: float
-) -> np.ndarray:
-    """Which of the ``spikes`` are among the calls that ``decode`` keeps of the spiked stack; (spike,) bool."""
-    found = np.zeros(len(spikes), bool)
-    found[match_calls(decode(spiked), spikes, radius=RADIUS * sigma)[1]] = True
-    return found
