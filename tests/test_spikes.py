@@ -36,15 +36,15 @@ def test_spikes_are_found_as_often_as_molecules(method):
         return rows[log_odds_wrong(call_features(rows)[0], odds) <= level]
 
     found = number = 0
-    for seed in range(2):
+    for seed in range(5):
         spikes = spike_in(filtered, BOOK, scale, calls, decode, sigma=1.35, filters=filters, seed=seed)
         right = spikes[spikes["x"].notna()]
         assert (right["barcode_id"] == right["spike"]).all()
         found += len(kept(right))
         number += len(spikes)
-    assert number >= 100
+    assert number >= 250
     true = len(match_calls(kept(calls), truth)[0]) / len(truth)
-    assert found / number == pytest.approx(true, abs=0.09)  # two sigmas of so few
+    assert found / number == pytest.approx(true, abs=0.08)  # bias of up to 0.04, and two sigmas of so few
 
 
 def test_a_field_with_few_molecules_gets_no_spikes():
