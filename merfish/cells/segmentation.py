@@ -7,9 +7,11 @@ import shapely
 from scipy import ndimage
 from shapely import Polygon
 
+from merfish.cells._kernels import flood
 from merfish.errors import InputError
 
 # Lengths in micrometre, areas in square micrometre.
+BLOCK = 0.25  # cells need no finer images
 SMOOTHING = 0.25  # sigma: well below a nucleus, well above camera noise
 NEIGHBOURHOOD = 12.0  # over which illumination may change, and in which a cell's like is found
 NUCLEUS_AREA = (8.0, 400.0)  # smaller is debris, larger is not one nucleus
@@ -22,41 +24,73 @@ NECK = 0.35  # half the width below which a bridge is none
 MIN_CONTRAST = 10.0  # of anything stained over its surround, in sigma of the smoothed noise
 MIN_BRIGHTNESS = 0.15  # of anything stained, as a share of the 95th percentile of its neighbourhood
 EDGE_LEVEL = 0.5  # an edge lies at this share of a cell's own brightness
+LEVELS = 1024  # steps of the watershed
 
 
 def segment(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> np.ndarray:
     """Segment cells: nuclei from their stain, then outwards to where the cytoplasm's stain ends.
 
     nuclei, cytoplasm: images (y, x) of any real dtype, in register; without ``cytoplasm`` each nucleus is
-    widened by 2.5 micrometre. Brightness may be in any unit and change slowly over the field.
+    widened by 2.5 micrometre. Brightness may be in any unit and change slowly over the field. Cells are found
+    in blocks of pixels of about 0.25 micrometre (see `block_size`), so that outlines are as fine as that.
 
     Returns labels int32 (y, x), 0 = background, 1... in the order of first pixels; each cell is one piece
     without holes. A field without nuclei gives zeros.
 
     Raises InputError for images that are not two-dimensional, differ in shape or hold NaN, or a scale <= 0.
     """
-    from skimage.segmentation import expand_labels, watershed
-
     _check_images(nuclei, cytoplasm, microns_per_pixel)
+    size = block_size(microns_per_pixel)
+    images = [None if image is None else shrink(image, size) for image in (nuclei, cytoplasm)]
+    return enlarge(label_cells(images[0], images[1], size * microns_per_pixel)[0], size, nuclei.shape)
+
+
+def block_size(microns_per_pixel: float) -> int:
+    """Side of the blocks of pixels in which cells are found: about 0.25 micrometre, at least a pixel."""
+    return max(int(BLOCK / microns_per_pixel + 0.5), 1)
+
+
+def shrink(image: np.ndarray, size: int) -> np.ndarray:
+    """Means (..., y, x) float32 over square blocks of pixels of an image; those of the last row and column repeat."""
+    if size == 1:
+        return np.asarray(image, np.float32)
+    beyond = [(0, 0)] * (image.ndim - 2) + [(0, -side % size) for side in image.shape[-2:]]
+    padded = np.pad(image, beyond, mode="edge")
+    total = np.zeros((*image.shape[:-2], *(side // size for side in padded.shape[-2:])), np.float32)
+    for row, column in np.ndindex(size, size):
+        total += padded[..., row::size, column::size]
+    return total / np.float32(size**2)
+
+
+def enlarge(labels: np.ndarray, size: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Labels of blocks as labels of the pixels in them, ``shape`` (y, x)."""
+    return labels.repeat(size, axis=0).repeat(size, axis=1)[: shape[0], : shape[1]]
+
+
+def label_cells(
+    nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels of cells and of their nuclei, int32 (y, x) each, as `segment` finds them, at the images' own scale."""
+    from skimage.segmentation import expand_labels
+
     seeds = segment_nuclei(nuclei, microns_per_pixel)
     if cytoplasm is None:
-        return expand_labels(seeds, REACH_UNSTAINED / microns_per_pixel).astype(np.int32)
+        return expand_labels(seeds, REACH_UNSTAINED / microns_per_pixel).astype(np.int32), seeds
     signal, stained = _stained(cytoplasm, microns_per_pixel)
     reach = ndimage.distance_transform_edt(seeds == 0) * (microns_per_pixel / REACH)
     # Neighbours part along the dark line between them, by its depth and not by how bright they are; where there is
     # none, half-way between their nuclei.
     filled = ndimage.grey_closing(signal, size=2 * round(GAP / microns_per_pixel) + 1)
     valley = 1.0 - signal / np.maximum(filled, 1e-6)
-    labels = watershed(valley + 0.5 * reach, seeds, mask=(stained & (reach <= 1.0)) | (seeds > 0))
+    labels = watershed(valley + 0.5 * reach, seeds, (stained & (reach <= 1.0)) | (seeds > 0))
     edge = EDGE_LEVEL * _level(signal, labels, 50)
     labels[(signal < edge) & (seeds == 0)] = 0
-    return _tidy(labels, CELL_AREA, microns_per_pixel)
+    return _tidy(labels, CELL_AREA, microns_per_pixel), seeds
 
 
 def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
     """Label nuclei, int32 (y, x): what is bright against its surround, touching nuclei parted at the waist."""
     from skimage.feature import peak_local_max
-    from skimage.segmentation import watershed
 
     signal, mask = _stained(image, microns_per_pixel)
     depth = ndimage.distance_transform_edt(ndimage.binary_fill_holes(mask))
@@ -65,9 +99,20 @@ def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
     middles = peak_local_max(depth, min_distance=spacing, threshold_abs=1e-3, exclude_border=False)
     seeds = np.zeros(image.shape, np.int32)
     seeds[tuple(middles.T)] = np.arange(1, len(middles) + 1)
-    labels = watershed(-depth, seeds, mask=mask)
+    labels = watershed(-depth, seeds, mask)
     labels[signal < EDGE_LEVEL * _level(signal, labels, 75)] = 0
     return _tidy(labels, NUCLEUS_AREA, microns_per_pixel)
+
+
+def watershed(height: np.ndarray, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Grow seeds, int32 (y, x), over the mask from low to high, 4-connected, in 1,024 steps of equal height."""
+    labels = seeds.copy()
+    inside = height[mask]
+    if len(inside):
+        low, high = inside.min(), inside.max()
+        steps = (np.clip(height, low, high) - low) * ((LEVELS - 1) / max(high - low, 1e-9))
+        flood(steps.astype(np.int32), mask, LEVELS, labels)
+    return labels
 
 
 def _check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> None:
@@ -108,8 +153,13 @@ def _neighbourhood(image: np.ndarray, percentile: float, microns_per_pixel: floa
     radius = NEIGHBOURHOOD / (step * microns_per_pixel)
     coarse = ndimage.percentile_filter(coarse, percentile, size=2 * round(radius) + 1)
     coarse = ndimage.gaussian_filter(coarse, radius / 2.0)
-    rows, columns = ((np.arange(size) + 0.5) / step - 0.5 for size in image.shape)
-    return ndimage.map_coordinates(coarse, np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
+    for axis, size in enumerate(image.shape):  # linear between the middles of blocks
+        place = np.clip((np.arange(size) + 0.5) / step - 0.5, 0, coarse.shape[axis] - 1)
+        below = np.minimum(place.astype(int), max(coarse.shape[axis] - 2, 0))
+        share = np.expand_dims((place - below).astype(np.float32), 1 - axis)
+        above = np.minimum(below + 1, coarse.shape[axis] - 1)
+        coarse = coarse.take(below, axis) * (1 - share) + coarse.take(above, axis) * share
+    return coarse
 
 
 def _level(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndarray:
@@ -160,31 +210,35 @@ def _largest_part(mask: np.ndarray) -> np.ndarray:
     return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if number > 1 else mask
 
 
-def outlines(labels: np.ndarray) -> dict[int, Polygon]:
+def outlines(labels: np.ndarray, size: int = 1, shape: tuple[int, ...] | None = None) -> dict[int, Polygon]:
     """Outline each label of a label image (y, x) as one valid polygon, by label.
 
     Coordinates are pixels (x, y), the centre of the first pixel at 0; the outline runs half-way between the
     centres of pixels inside and outside, so that its area is that of the pixels less half a pixel, and
     neighbours share their border. Of a label in several pieces the largest stands; holes stay holes.
+
+    size: pixels along the side of the blocks that ``labels`` is an image of (see `block_size`); then the outline
+    runs half-way between the centres of blocks, and ends at the border of the pixels' image, ``shape`` (y, x).
     """
     from skimage.measure import find_contours
 
     found = {}
+    border = None if shape is None else np.array(shape[::-1]) - 0.5
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:
             continue
         mask = np.pad(labels[box] == label, 1).astype(np.float32)
-        rings = [Polygon(contour[:, ::-1]) for contour in find_contours(mask, 0.5)]
+        corner = np.array([box[1].start - 1, box[0].start - 1])
+        rings = [
+            Polygon(np.minimum(xy, border) if border is not None else xy)
+            for contour in find_contours(mask, 0.5)
+            for xy in [(contour[:, ::-1] + corner + 0.5) * size - 0.5]
+        ]
         shell = max(rings, key=lambda ring: ring.area)
         holes = [ring.exterior for ring in rings if ring is not shell and shell.contains(ring)]
-        corner = np.array([box[1].start - 1, box[0].start - 1])
-        outline = _moved(Polygon(shell.exterior, holes), corner)
+        outline = Polygon(shell.exterior, holes)
         found[label] = outline if outline.is_valid else largest_polygon(shapely.make_valid(outline))
     return found
-
-
-def _moved(polygon: Polygon, by: np.ndarray) -> Polygon:
-    return shapely.transform(polygon, lambda xy: xy + by)
 
 
 def largest_polygon(geometry: shapely.Geometry) -> Polygon:
