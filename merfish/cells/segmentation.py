@@ -41,8 +41,10 @@ def segment(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel:
     """
     _check_images(nuclei, cytoplasm, microns_per_pixel)
     size = block_size(microns_per_pixel)
-    images = [None if image is None else shrink(image, size) for image in (nuclei, cytoplasm)]
-    return enlarge(label_cells(images[0], images[1], size * microns_per_pixel)[0], size, nuclei.shape)
+    seeds = segment_nuclei(shrink(nuclei, size), size * microns_per_pixel)
+    body = None if cytoplasm is None else shrink(cytoplasm, size)
+    labels = grow_cells(seeds, body, size * microns_per_pixel)
+    return labels.repeat(size, axis=0).repeat(size, axis=1)[: nuclei.shape[0], : nuclei.shape[1]]
 
 
 def block_size(microns_per_pixel: float) -> int:
@@ -62,20 +64,12 @@ def shrink(image: np.ndarray, size: int) -> np.ndarray:
     return total / np.float32(size**2)
 
 
-def enlarge(labels: np.ndarray, size: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Labels of blocks as labels of the pixels in them, ``shape`` (y, x)."""
-    return labels.repeat(size, axis=0).repeat(size, axis=1)[: shape[0], : shape[1]]
-
-
-def label_cells(
-    nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of cells and of their nuclei, int32 (y, x) each, as `segment` finds them, at the images' own scale."""
+def grow_cells(seeds: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> np.ndarray:
+    """Label cells, int32 (y, x): nuclei, labelled alike, grown to where the cytoplasm's stain (y, x) ends."""
     from skimage.segmentation import expand_labels
 
-    seeds = segment_nuclei(nuclei, microns_per_pixel)
     if cytoplasm is None:
-        return expand_labels(seeds, REACH_UNSTAINED / microns_per_pixel).astype(np.int32), seeds
+        return expand_labels(seeds, REACH_UNSTAINED / microns_per_pixel).astype(np.int32)
     signal, stained = _stained(cytoplasm, microns_per_pixel)
     reach = ndimage.distance_transform_edt(seeds == 0) * (microns_per_pixel / REACH)
     # Neighbours part along the dark line between them, by its depth and not by how bright they are; where there is
@@ -83,9 +77,9 @@ def label_cells(
     filled = ndimage.grey_closing(signal, size=2 * round(GAP / microns_per_pixel) + 1)
     valley = 1.0 - signal / np.maximum(filled, 1e-6)
     labels = watershed(valley + 0.5 * reach, seeds, (stained & (reach <= 1.0)) | (seeds > 0))
-    edge = EDGE_LEVEL * _level(signal, labels, 50)
+    edge = EDGE_LEVEL * levels(signal, labels, 50)[labels]
     labels[(signal < edge) & (seeds == 0)] = 0
-    return _tidy(labels, CELL_AREA, microns_per_pixel), seeds
+    return _tidy(labels, CELL_AREA, microns_per_pixel)
 
 
 def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
@@ -100,7 +94,7 @@ def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
     seeds = np.zeros(image.shape, np.int32)
     seeds[tuple(middles.T)] = np.arange(1, len(middles) + 1)
     labels = watershed(-depth, seeds, mask)
-    labels[signal < EDGE_LEVEL * _level(signal, labels, 75)] = 0
+    labels[signal < EDGE_LEVEL * levels(signal, labels, 75)[labels]] = 0
     return _tidy(labels, NUCLEUS_AREA, microns_per_pixel)
 
 
@@ -127,15 +121,18 @@ def _check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_
             raise InputError(f"{name}: the image holds NaN or infinite values")
 
 
+def brightness(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
+    """An image (y, x) float32, smoothed by 0.25 micrometre, over its local background."""
+    smooth = ndimage.gaussian_filter(image, SMOOTHING / microns_per_pixel)
+    return smooth - _neighbourhood(smooth, 0, microns_per_pixel)
+
+
 def _stained(image: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, np.ndarray]:
     """Brightness over the local background, float32 (y, x), and a mask of what is stained at all."""
-    sigma = SMOOTHING / microns_per_pixel
-    raw = np.asarray(image, np.float32)
-    smooth = ndimage.gaussian_filter(raw, sigma)
-    steps = np.abs(np.diff(raw, axis=1))
+    steps = np.abs(np.diff(image, axis=1))
     noise = np.median(steps) / 0.954 if steps.size else 0.0  # median |a - b| of two normals is 0.954 sigma
-    noise /= max(2.0 * np.sqrt(np.pi) * sigma, 1.0)
-    signal = smooth - _neighbourhood(smooth, 0, microns_per_pixel)
+    noise /= max(2.0 * np.sqrt(np.pi) * SMOOTHING / microns_per_pixel, 1.0)
+    signal = brightness(image, microns_per_pixel)
     brightest = _neighbourhood(signal, 95, microns_per_pixel)
     return signal, signal > np.maximum(MIN_BRIGHTNESS * brightest, MIN_CONTRAST * noise)
 
@@ -162,13 +159,13 @@ def _neighbourhood(image: np.ndarray, percentile: float, microns_per_pixel: floa
     return coarse
 
 
-def _level(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndarray:
-    """A percentile of ``signal`` (y, x) over each label, at the label's pixels; zero in the background."""
+def levels(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndarray:
+    """A percentile of ``signal`` (y, x) over each label, float32 (label + 1,); zero for the background."""
     level = np.zeros(labels.max() + 1, np.float32)
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
             level[label] = np.percentile(signal[box][labels[box] == label], percentile)
-    return level[labels]
+    return level
 
 
 def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: float) -> np.ndarray:
