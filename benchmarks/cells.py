@@ -116,7 +116,7 @@ def score(
     same = common / union > 0.5
     matched = np.isin(np.arange(len(truth)), i[same])
     recall, precision = matched[real].mean(), np.isin(np.arange(len(found)), j[same]).mean()
-    in_one = np.bincount(j[of_true > 0.5], minlength=len(found))  # true cells mostly within a found one
+    in_one = np.bincount(j[(of_true > 0.5) & real[i]], minlength=len(found))  # true cells mostly within a found one
     of_one = np.bincount(i[of_found > 0.5], minlength=len(truth))  # found cells mostly within a true one
     merged = np.isin(np.arange(len(truth)), i[(of_true > 0.5) & (in_one[j] > 1)])
     wrong = real & (merged | (of_one > 1))

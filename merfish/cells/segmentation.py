@@ -14,7 +14,7 @@ from merfish.errors import InputError
 BLOCK = 0.25  # cells need no finer images
 SMOOTHING = 0.25  # sigma: well below a nucleus, well above camera noise
 NEIGHBOURHOOD = 12.0  # over which illumination may change, and in which a cell's like is found
-NUCLEUS_AREA = (8.0, 400.0)  # smaller is debris, larger is not one nucleus
+NUCLEUS_AREA = (5.0, 400.0)  # smaller is debris, larger is not one nucleus
 CELL_AREA = (15.0, 4000.0)
 NUCLEUS_RADIUS = 1.8  # the middles of two nuclei are at least this far apart
 REACH = 8.0  # that a cell may extend beyond its nucleus
