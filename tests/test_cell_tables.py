@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import sys
 
@@ -264,3 +265,65 @@ def test_brighter_beside__only_looks_one_plane_away():
     dtype = find_molecules(np.zeros((1, 40, 40), np.float32)).dtype
     spots = np.array([(5, 5, 0, 1.0), (5.5, 5, 1, 2.0), (5, 5, 3, 1.5), (20, 5, 1, 1.0), (20, 5, 2, 1.0)], dtype)
     assert brighter_beside(spots, 1.0).tolist() == [True, False, False, False, True]
+
+
+# --- embedding ----------------------------------------------------------------------------------------------------
+
+
+def test_embed_run__of_cells_some_of_which_are_empty(done, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("torch_geometric")
+    from merfish.embedding import MODEL, embed_run
+    from merfish.pipeline import published_key
+    from spatialvae import SpatialVAE
+
+    train = SpatialVAE.train
+    monkeypatch.setattr(SpatialVAE, "train", lambda self, progress: train(self, max_steps=20, progress=progress))
+    out = shutil.copytree(done, tmp_path / "out")
+    with_an_empty_cell(out)
+    before = anndata.read_h5ad(out / results.CELL_BY_GENE)
+    lines = embed_run(out, 3)
+    assert any("1 cells have no counts" in line for line in lines)
+    table = anndata.read_h5ad(out / results.CELL_BY_GENE)
+    assert np.isfinite(table.obsm["X_spatialvae"]).all()
+    assert table.obs["spatial_domain"].nunique() <= 3
+    assert (table.X != before.X).nnz == 0
+    assert list(before.obs.columns) == list(table.obs.columns.drop("spatial_domain"))
+    assert published_key(out)  # the results count as whole
+    with pytest.warns(UserWarning, match="1 cells have no counts"):
+        model = SpatialVAE.load(out / MODEL, table)
+    np.testing.assert_allclose(model.get_latent_representation(), table.obsm["X_spatialvae"], atol=1e-4)
+    written = (out / results.CELL_BY_GENE).stat().st_mtime_ns
+    assert "stand" in embed_run(out, 3)[0]
+    assert (out / results.CELL_BY_GENE).stat().st_mtime_ns == written
+
+
+def with_an_empty_cell(out):
+    """Take the molecules of one cell out of a run's table; its record fits it."""
+    path = out / results.CELL_BY_GENE
+    table = anndata.read_h5ad(path)
+    lines = np.ones(table.n_obs)
+    lines[3] = 0
+    table.X = table.X.multiply(lines[:, None].astype(np.int32)).tocsr()
+    table.write_h5ad(path)
+    record = json.loads((out / results.RUN).read_text())
+    record["results"][results.CELL_BY_GENE] = path.stat().st_size
+    (out / results.RUN).write_text(json.dumps(record))
+
+
+def test_embed_run__says_what_is_missing_or_cannot_be_embedded(done, tmp_path, monkeypatch):
+    from merfish import embedding
+
+    monkeypatch.setattr(embedding, "find_spec", lambda name: None if name == "torch" else True)
+    with pytest.raises(InputError, match=r"--embed embeds cells and needs torch: pip install 'merfish\[vae\]'"):
+        embedding.embed_run(done, 3)
+
+
+def test_the_command_refuses_domains_without_an_embedding(tmp_path, monkeypatch, capsys):
+    from merfish.cli import main
+
+    monkeypatch.setattr("sys.argv", ["merfish", "run", "nowhere", "--out", str(tmp_path / "o"), "--domains", "3"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "--domains: domains are found by --embed" in capsys.readouterr().err
