@@ -1,4 +1,4 @@
-"""The loop of the watershed: plain arrays in, labels filled."""
+"""The loops of the segmentation: plain arrays in, labels or ``out`` filled."""
 
 from __future__ import annotations
 
@@ -46,3 +46,20 @@ def flood(level, mask, n_levels, labels):
                 following[last[at]] = reached
             last[at] = reached
             lowest = min(lowest, at)
+
+
+@kernel
+def uniform(labels, reach, out):
+    """Where all pixels at most ``reach`` away along both axes have the label of the middle one; bool (y, x)."""
+    height, width = labels.shape
+    for y in range(height):
+        for x in range(width):
+            same = True
+            for v in range(max(y - reach, 0), min(y + reach + 1, height)):
+                for u in range(max(x - reach, 0), min(x + reach + 1, width)):
+                    if labels[v, u] != labels[y, x]:
+                        same = False
+                        break
+                if not same:
+                    break
+            out[y, x] = same

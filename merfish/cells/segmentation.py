@@ -7,7 +7,7 @@ import shapely
 from scipy import ndimage
 from shapely import Polygon
 
-from merfish.cells._kernels import flood
+from merfish.cells._kernels import flood, uniform
 from merfish.errors import InputError
 
 # Lengths in micrometre, areas in square micrometre.
@@ -177,10 +177,8 @@ def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: floa
     smallest, largest = (limit / microns_per_pixel**2 for limit in area)
     height, width = labels.shape
     neck = max(round(NECK / microns_per_pixel), 1)
-    lowest, highest = (
-        extreme(labels, size=2 * neck + 1) for extreme in (ndimage.minimum_filter, ndimage.maximum_filter)
-    )
-    inner = lowest == highest
+    inner = np.empty(labels.shape, bool)
+    uniform(labels, neck, inner)
     pieces = []
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:
