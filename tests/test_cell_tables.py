@@ -100,6 +100,12 @@ def test_run__counts_genes_imaged_one_by_one(done, experiment):
     table = anndata.read_h5ad(done / results.CELL_BY_GENE)
     assert table.var_names[table.var["sequential"]].tolist() == ["Malat1", "Gene001_sequential"]
     assert not table.var.loc[table.var["sequential"], "is_blank"].any()
+    spots = pd.read_parquet(done / results.SEQUENTIAL)
+    inside = spots[spots["cell_id"] >= 0].groupby("gene").size()
+    assert table[:, table.var["sequential"]].X.sum(axis=0).A1.tolist() == inside[list(GENES)].tolist()
+    cells = read_cells(done / results.CELLS)
+    again = assign_cells(spots["global_x"], spots["global_y"], cells["geometry"].to_numpy(), cells["cell_id"])
+    np.testing.assert_array_equal(again, spots["cell_id"])
     found, real = matched(done, raw)
     assert len(found) > 20
     counts = table[:, table.var["sequential"]].X.toarray()[found]

@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
+from merfish.cells.merging import DEPTH
 from merfish.cells.segmentation import (
     EDGE_LEVEL,
     block_size,
@@ -21,8 +22,6 @@ from merfish.cells.segmentation import (
     shrink,
 )
 from merfish.errors import InputError
-
-DEPTH = 1.0  # micrometre, that a cell counts as deep where a single plane was imaged
 
 # nuclei (y, x), cytoplasm (y, x) or None, micrometre a pixel -> labels (y, x)
 Segmenter = Callable[[np.ndarray, np.ndarray | None, float], np.ndarray]

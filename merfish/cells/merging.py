@@ -22,6 +22,7 @@ from merfish.cells.segmentation import CELL_AREA, largest_polygon
 SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
 MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
 NEARLY_WHOLE = 0.8  # share of a cell that one field must have seen for its outline to stand
+DEPTH = 1.0  # micrometre, that a cell counts as deep where a single plane was imaged
 _UNITED = ["cell", "fov", "geometry"]
 NO_LINKS = np.empty((0, 4), np.int64)
 

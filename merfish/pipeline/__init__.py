@@ -275,5 +275,7 @@ def combine(
     sizes = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
     folder.write_json(stage / results.RUN, {**record, "key": key, "results": sizes, "seconds": shown.timings()})
     write_run_report(out, stage)
+    if not genes:
+        (out / results.SEQUENTIAL).unlink(missing_ok=True)
     folder.publish(out)
     folder.remove_work(out)

@@ -95,7 +95,7 @@ class PlaceWork:
     near: dict[int, list[int]]
 
     def __call__(self, fov: int) -> tuple[int, int]:
-        """Numbers of molecules and of those in cells; they go to the files ``placed`` and ``counts``."""
+        """Numbers of molecules and of those in cells; they go to the files ``placed``, ``single`` and ``counts``."""
         kept = np.load(self.fields.file("kept", fov))
         own = self._sightings(fov, kept)
         worse, n = seen_better_elsewhere(own, (self._sightings(other) for other in self.near[fov])), len(kept)
@@ -106,6 +106,9 @@ class PlaceWork:
         placed = np.empty(len(row), PLACED_DTYPE)
         placed["row"], placed["cell"] = row, cell[: len(row)]
         np.save(self.fields.file("placed", fov), placed)
+        single = np.empty(len(cell) - len(row), PLACED_DTYPE)
+        single["row"], single["cell"] = np.flatnonzero(~worse[n:]), cell[len(row) :]
+        np.save(self.fields.file("single", fov), single)
         # a spot of a gene imaged by itself is what it is
         probability = np.append(kept["probability"], np.ones(len(worse) - n, np.float32))[~worse]
         nuclear = np.append(kept["nuclear"], np.zeros(len(worse) - n, bool))[~worse]
@@ -128,11 +131,13 @@ class PlaceWork:
 def described(cells: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     """Cells as users read them: volume (cubic micrometre), area of the nucleus (square), stains in all planes.
 
-    From columns depth, nucleus (share of the area) and ``<stain>_mean`` (camera counts of a pixel); adds
-    ``<stain>_total``, the sum over the cell's pixels in all planes of the stain.
+    From columns depth and, where they were measured, nucleus (share of the area) and ``<stain>_mean`` (camera counts of
+    a pixel); adds ``<stain>_total``, the sum over the cell's pixels in all planes of the stain.
     """
     area = cells["area"].to_numpy()
-    columns = {"volume": area * cells["depth"].to_numpy(), "nucleus_area": area * cells["nucleus"].to_numpy()}
+    columns = {"volume": area * cells["depth"].to_numpy()}
+    if "nucleus" in cells:
+        columns["nucleus_area"] = area * cells["nucleus"].to_numpy()
     for channel in experiment.stains:
         mean = f"{channel.name}_mean"
         if mean in cells:
@@ -142,12 +147,16 @@ def described(cells: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     return placed.assign(**columns, geometry=cells["geometry"])
 
 
-def count_pairs(cell: np.ndarray, word: np.ndarray, probability: np.ndarray, nuclear: np.ndarray) -> np.ndarray:
+def count_pairs(
+    cell: np.ndarray, word: np.ndarray, probability: np.ndarray, nuclear: np.ndarray | None = None
+) -> np.ndarray:
     """What each cell has of each word, sorted: `COUNT_DTYPE`; cell -1 is none.
 
-    cell, word (molecule,) int, probability (molecule,) to be right, nuclear (molecule,) bool: in a nucleus.
+    cell, word (molecule,) int, probability (molecule,) to be right, nuclear (molecule,) bool: in a nucleus,
+    none if not given.
     """
     inside = cell >= 0
+    nuclear = np.zeros(len(cell), bool) if nuclear is None else nuclear
     pairs, row = np.unique(np.column_stack([cell[inside], word[inside]]), axis=0, return_inverse=True)
     found = np.empty(len(pairs), COUNT_DTYPE)
     found["cell"], found["word"] = pairs[:, 0], pairs[:, 1]

@@ -18,6 +18,7 @@ from merfish import results
 from merfish.calls.filtering import Tally, call_features, tally_calls
 from merfish.calls.fit import count_fit
 from merfish.cells.measure import FieldCells, find_cells, load_segmenter, no_cells
+from merfish.cells.merging import DEPTH
 from merfish.config import RunConfig
 from merfish.decoding.methods import decode_filtered
 from merfish.decoding.sequential import SPOT_DTYPE, find_molecules
@@ -178,8 +179,12 @@ def read_calls(out: Path, fov: int) -> pd.DataFrame:
     return pq.read_table(results.field_folder(out, fov) / CALLS).to_pandas()
 
 
-def write_outlines(outlines: list[shapely.Polygon], path: Path, measured: pd.DataFrame) -> None:
-    """Write outlines (pixel), and a row of means of each, as `merfish.cells.measure.FieldCells` has them."""
+def write_outlines(outlines: list[shapely.Polygon], path: Path, measured: pd.DataFrame | None = None) -> None:
+    """Write outlines (pixel), and a row of means of each, as `merfish.cells.measure.FieldCells` has them.
+
+    Of outlines that nothing was measured of, `DEPTH` is all that is known.
+    """
+    measured = pd.DataFrame({"depth": np.full(len(outlines), DEPTH)}) if measured is None else measured
     column = pa.array(shapely.to_wkb(np.array(outlines, dtype=object)), pa.binary())
     pq.write_table(pa.Table.from_pandas(measured, preserve_index=False).append_column("geometry", column), path)
 

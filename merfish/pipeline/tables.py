@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -21,7 +22,7 @@ from merfish.calls.overlap import FIELD_RADIUS
 from merfish.cells.counts import cell_obs, word_var
 from merfish.codebook import Codebook
 from merfish.pipeline.assemble import COUNT_DTYPE, read_cell_part
-from merfish.pipeline.fields import read_calls
+from merfish.pipeline.fields import read_calls, read_spots
 from merfish.pipeline.progress import Display
 from merfish.pipeline.reconcile import Fields, Reconciled, rate_field
 from merfish.transcripts import transcript_table
@@ -37,7 +38,21 @@ CELL_SCHEMA = pa.schema(
         ("geometry", pa.binary()),
         ("n_transcripts", pa.int64()),
         ("is_empty", pa.bool_()),
-        ("nuclear_fraction", pa.float64()),
+    ]
+)
+
+# pixels and planes in the field, micrometre in the frame of the stage, intensity in units of a typical spot
+SEQUENTIAL_SCHEMA = pa.schema(
+    [
+        ("gene", pa.string()),
+        ("fov", pa.int32()),
+        ("x", pa.float32()),
+        ("y", pa.float32()),
+        ("z", pa.float32()),
+        ("global_x", pa.float64()),
+        ("global_y", pa.float64()),
+        ("intensity", pa.float32()),
+        ("cell_id", pa.int64()),
     ]
 )
 
@@ -62,20 +77,29 @@ def write_tables(
     disk is full.
     """
     with display.step("write tables"):
-        per_cell = write_counts(fields, found, words, genes, stage, display)
+        var = count_var(fields.experiment.codebook, words, genes)
+        per_cell = write_counts(fields, _contributors(fields, found), var, stage, display, cell_schema(fields))
         n_molecules, n_in_cells = write_transcripts(fields, found, stage, display)
+        if genes:
+            write_sequential(fields, found, genes, stage)
     return Written(n_molecules, n_in_cells, len(per_cell), float(np.median(per_cell)) if len(per_cell) else 0.0)
 
 
 def write_counts(
-    fields: Fields, found: Reconciled, words: pd.DataFrame, genes: Sequence[str], stage: Path, display: Display
+    fields: Fields,
+    contributors: Mapping[int, Iterable[int]],
+    var: pd.DataFrame,
+    stage: Path,
+    display: Display,
+    schema: pa.Schema = CELL_SCHEMA,
 ) -> np.ndarray:
-    """Write ``cell_by_gene.h5ad`` and ``cells.parquet``; returns the number of molecules of each cell."""
-    book = fields.experiment.codebook
-    contributors = _contributors(fields, found)
-    reserve(stage, _most_bytes(fields, found))
-    schema = cell_schema(fields)
-    var = gene_var(book, words, genes)
+    """Write ``cell_by_gene.h5ad`` and ``cells.parquet``; returns the number of molecules of each cell.
+
+    contributors: for each field those whose molecules may lie in the cells whose home it is; var: describes the words,
+    then the genes imaged one by one.
+    """
+    reserve(stage, _most_bytes(fields))
+    n_words = int((~var["sequential"]).sum())
     obs = [schema.empty_table().drop_columns("geometry").to_pandas()]
     with (
         pq.ParquetWriter(stage / results.CELLS, schema) as cell_file,
@@ -83,8 +107,8 @@ def write_counts(
     ):
         for fov in display.track(fields.fovs, len(fields.fovs), "write counts"):
             cells = read_cell_part(fields, "cells", fov)
-            pairs = count_pairs_of(fields, contributors[fov], cells["cell_id"].to_numpy())
-            cells = with_counts(cells, pairs[pairs["word"] < book.n_words])
+            pairs = pairs_of_cells(fields, contributors[fov], cells["cell_id"].to_numpy())
+            cells = with_counts(cells, pairs[pairs["word"] < n_words])[schema.names]
             counts.append(pairs, len(cells))
             cell_file.write_table(cells_table(cells, schema))
             obs.append(cells.drop(columns="geometry"))
@@ -119,12 +143,12 @@ def reserve(folder: Path, n_bytes: int) -> None:
         os.posix_fallocate(file.fileno(), 0, n_bytes)
 
 
-def _most_bytes(fields: Fields, found: Reconciled) -> int:
+def _most_bytes(fields: Fields) -> int:
     """More than counts and cells take: their parts on disk, a line of ``obs`` a cell, and what an empty file takes."""
     names = (fields.file("counts", fov) for fov in fields.fovs)
-    cells = (fields.file("cells", fov).with_suffix(".parquet") for fov in fields.fovs)
+    cells = [fields.file("cells", fov).with_suffix(".parquet") for fov in fields.fovs]
     parts = sum(path.stat().st_size for path in (*names, *cells))
-    return 2 * parts + 600 * len(found.cells.home) + (1 << 17)
+    return parts + 500 * sum(pq.read_metadata(path).num_rows for path in cells) + (1 << 17)
 
 
 def transcript_schema(book: Codebook) -> pa.Schema:
@@ -150,6 +174,22 @@ def field_transcripts(fields: Fields, found: Reconciled, fov: int, first_id: int
     return table, table.iloc[placed["row"]].assign(cell_id=placed["cell"]).reset_index(drop=True)
 
 
+def write_sequential(fields: Fields, found: Reconciled, genes: Sequence[str], stage: Path) -> None:
+    """Write the molecules of genes imaged one by one, each once, with their cells."""
+    experiment = fields.experiment
+    with pq.ParquetWriter(stage / results.SEQUENTIAL, SEQUENTIAL_SCHEMA) as file:
+        for fov in fields.fovs:
+            placed = np.load(fields.file("single", fov))
+            spots = read_spots(fields.out, fov)[placed["row"]]
+            left, top = found.stitching.positions[fov]
+            columns: dict[str, Any] = {name: spots[name] for name in ("x", "y", "z")}
+            columns |= {"gene": np.array(genes, dtype=object)[spots["gene"]], "fov": np.full(len(spots), fov, np.int32)}
+            columns["global_x"] = left + spots["x"].astype(float) * experiment.microns_per_pixel
+            columns["global_y"] = top + spots["y"].astype(float) * experiment.microns_per_pixel
+            columns |= {"intensity": spots["height"], "cell_id": placed["cell"]}
+            file.write_table(pa.table({name: columns[name] for name in SEQUENTIAL_SCHEMA.names}, SEQUENTIAL_SCHEMA))
+
+
 # --- cells and counts ---------------------------------------------------------------------------------------------
 
 
@@ -163,7 +203,7 @@ def _contributors(fields: Fields, found: Reconciled) -> dict[int, list[int]]:
     return inverse
 
 
-def count_pairs_of(fields: Fields, contributors: Iterable[int], cell_ids: np.ndarray) -> np.ndarray:
+def pairs_of_cells(fields: Fields, contributors: Iterable[int], cell_ids: np.ndarray) -> np.ndarray:
     """What the cells of a field have of each word, `COUNT_DTYPE` with ``cell`` the row in ``cell_ids`` (sorted)."""
     parts = [np.load(fields.file("counts", fov)) for fov in contributors]
     pairs = np.concatenate(parts) if parts else np.empty(0, COUNT_DTYPE)
@@ -182,7 +222,7 @@ def with_counts(cells: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
         return cells.assign(n_transcripts=n.astype(np.int64), is_empty=n == 0, nuclear_fraction=nuclear / n)
 
 
-def gene_var(book: Codebook, words: pd.DataFrame, genes: Sequence[str]) -> pd.DataFrame:
+def count_var(book: Codebook, words: pd.DataFrame, genes: Sequence[str]) -> pd.DataFrame:
     """``var`` of the counts: the words, then the genes imaged one by one (``genes``), marked ``sequential``.
 
     A gene that the codebook has as well is called ``<gene>_sequential``.
@@ -249,10 +289,10 @@ def _append_rows(matrix: h5py.Group, values: np.ndarray, row: np.ndarray, column
 
 
 def cell_schema(fields: Fields) -> pa.Schema:
-    """Columns of ``cells.parquet``: those that every run has, and those of its stains."""
-    measured = list(read_cell_part(fields, "cells", fields.fovs[0]).columns) if fields.fovs else []
-    more = [pa.field(name, pa.float64()) for name in measured if name not in CELL_SCHEMA.names]
-    return pa.schema([*CELL_SCHEMA, *more])
+    """Columns of ``cells.parquet``: those that every run has, the share of molecules in nuclei, those of stains."""
+    known = list(read_cell_part(fields, "cells", fields.fovs[0]).columns) if fields.fovs else []
+    measured = ["nuclear_fraction", *(name for name in known if name not in CELL_SCHEMA.names)]
+    return pa.schema([*CELL_SCHEMA, *(pa.field(name, pa.float64()) for name in measured)])
 
 
 def cells_table(cells: pd.DataFrame, schema: pa.Schema) -> pa.Table:
