@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import sys
 
@@ -24,6 +25,7 @@ from merfish.decoding.sequential import brighter_beside, find_molecules
 from merfish.demo import match_cells
 from merfish.imaging.opening import open_experiment
 from merfish.imaging.preprocess import bandpass
+from merfish.pipeline.record import run_summary
 from merfish.simulate import simulate_experiment
 from merfish.simulate.optics import Imaging, expose, photons
 from merfish.transcripts import read_transcripts
@@ -106,6 +108,7 @@ def test_run__counts_genes_imaged_one_by_one(done, experiment):
     cells = read_cells(done / results.CELLS)
     again = assign_cells(spots["global_x"], spots["global_y"], cells["geometry"].to_numpy(), cells["cell_id"])
     np.testing.assert_array_equal(again, spots["cell_id"])
+    assert any(re.fullmatch(r"spots of .*: Malat1 \d+, Gene001 [\d,]+", line) for line in run_summary(done)["lines"])
     found, real = matched(done, raw)
     assert len(found) > 20
     counts = table[:, table.var["sequential"]].X.toarray()[found]

@@ -139,8 +139,9 @@ def chosen_stains(experiment: Experiment, config: RunConfig) -> tuple[str | None
 def other_stains(experiment: Experiment, config: RunConfig) -> tuple[list[str], list[str]]:
     """Names of all stains of cells, and of the genes imaged one by one, as the experiment has them.
 
-    Both are rows without a bit; those that the configuration does not name as stains are genes. A folder of registered
-    stacks has none. Raises InputError for a stain that the configuration names and the experiment has not.
+    Both are rows without a bit; those that the configuration does not name as stains are genes. In a folder of
+    registered stacks they are other images. Raises InputError for a stain that the configuration names and the
+    experiment has not.
     """
     named = {name.lower() for name in (*config.stains, config.nuclei_stain, config.cytoplasm_stain)}
     known = [channel.name for channel in experiment.stains]
@@ -149,8 +150,8 @@ def other_stains(experiment: Experiment, config: RunConfig) -> tuple[list[str], 
         raise InputError(
             f"stains: the experiment has no stain {shown(missing[0])}; it has {', '.join(known) or 'none'}"
         )
-    genes = [] if experiment.registered else [name for name in known if name.lower() not in named]
-    return [name for name in known if name not in genes], genes
+    stains = [name for name in known if name.lower() in named]
+    return stains, [] if experiment.registered else [name for name in known if name not in stains]
 
 
 def stain_shifts(

@@ -162,7 +162,8 @@ def find_spots_of(
     """Molecules of a gene that was imaged by itself, `SPOT_DTYPE`, where all rounds (``valid``) have an image."""
     planes = aligned_gene(experiment, fov, gene, shift, config, calibration)
     spots = find_molecules(_same_shape(planes, valid.shape, fov, gene))
-    return spots[valid[np.rint(spots["y"]).astype(int), np.rint(spots["x"]).astype(int)]]
+    row, column = (np.clip(np.rint(spots[k]).astype(int), 0, n - 1) for k, n in zip("yx", valid.shape, strict=True))
+    return spots[valid[row, column]]
 
 
 def _same_shape(image: np.ndarray, shape: tuple[int, ...], fov: int, name: str) -> np.ndarray:

@@ -72,9 +72,8 @@ def write_tables(
 ) -> Written:
     """Write transcripts, cells and counts into ``stage``.
 
-    words: statistics of each word, as `merfish.calls.error_model.word_statistics` gives them; genes: imaged
-    one by one. Raises OSError if the
-    disk is full.
+    words: statistics of each word, as `merfish.calls.error_model.word_statistics` gives them; genes: those imaged one
+    by one. Raises OSError if the disk is full.
     """
     with display.step("write tables"):
         var = count_var(fields.experiment.codebook, words, genes)
