@@ -246,6 +246,12 @@ def test_find_cells__with_our_own_segmenter_by_name_agrees():
     pd.testing.assert_frame_equal(ours.measured, named.measured, rtol=0.03)
 
 
+def test_find_cells__refuses_images_that_hold_nan():
+    image = np.ones((2, 30, 30))
+    with pytest.raises(InputError, match="cytoplasm: the image holds NaN"):
+        find_cells(image, np.where(np.indices(image.shape)[1] == 3, np.nan, image), np.arange(2), MPP)
+
+
 def test_run__refuses_a_stain_that_is_not_there(experiment, tmp_path):
     with pytest.raises(InputError, match=r"stains: the experiment has no stain 'WGA'; it has DAPI, polyT"):
         merfish.run(experiment[0], out=tmp_path / "out", config=RunConfig(stains=["WGA"]))

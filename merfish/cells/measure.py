@@ -15,6 +15,7 @@ from merfish.cells.segmentation import (
     EDGE_LEVEL,
     block_size,
     brightness,
+    check_images,
     grow_cells,
     levels,
     outlines,
@@ -70,8 +71,10 @@ def find_cells(
     the planes of ``cytoplasm``, or of ``nuclei`` where there is none. segmenter: outlines cells instead of
     `merfish.cells.segmentation.segment`, called alike.
 
-    Raises InputError if ``segmenter`` returns anything but labels of the shape of its images.
+    Raises InputError for images that hold NaN, and if ``segmenter`` returns anything but labels of their shape.
     """
+    flat = nuclei.max(axis=0), None if cytoplasm is None else cytoplasm.max(axis=0)
+    check_images(*flat, microns_per_pixel)
     block, shape = block_size(microns_per_pixel), nuclei.shape[-2:]
     scale = block * microns_per_pixel
     dna = shrink(nuclei, block)
@@ -81,23 +84,31 @@ def find_cells(
         labels = grow_cells(seeds, None if body is None else body.max(axis=0), scale)
         shapes = outlines(labels, block, shape)
     else:
-        flat = None if cytoplasm is None else cytoplasm.max(axis=0)
-        given = check_labels(segmenter(nuclei.max(axis=0), flat, microns_per_pixel), shape)
-        beyond = [(0, -side % block) for side in shape]
-        labels = np.pad(given, beyond, mode="edge")[block // 2 :: block, block // 2 :: block]
-        shapes = outlines(given)
-    # labels count from 1 without gaps; one that no block shows is too small for a cell
-    shown, labels = np.unique(np.append(labels, 0), return_inverse=True)
-    labels = labels[:-1].reshape(seeds.shape).astype(np.int32)
+        given = check_labels(segmenter(*flat, microns_per_pixel), shape)
+        labels, kept = in_blocks(given, block)
+        every = outlines(given)
+        shapes = {new: every[old] for new, old in enumerate(kept, start=1)}
+    n = len(shapes)
     stained = labels if body is not None else np.where(seeds > 0, labels, 0)
     measured = pd.DataFrame(
         {
-            "nucleus": mean_of_labels((seeds > 0).astype(np.float32), labels, len(shown) - 1),
-            "depth": depths(dna if body is None else body, stained, heights, scale, len(shown) - 1),
+            "nucleus": mean_of_labels((seeds > 0).astype(np.float32), labels, n),
+            "depth": depths(dna if body is None else body, stained, heights, scale, n),
         }
     )
-    polygons = np.array([*(shapes[label] for label in shown[1:]), None], dtype=object)[:-1]
+    polygons = np.array([*shapes.values(), None], dtype=object)[:-1]
     return FieldCells(polygons, measured, labels, seeds > 0, block)
+
+
+def in_blocks(labels: np.ndarray, block: int) -> tuple[np.ndarray, list[int]]:
+    """Labels at the middles of blocks of pixels, int32, numbered anew from 1, and the labels that these were.
+
+    A label that no block shows is too small for a cell.
+    """
+    beyond = [(0, -side % block) for side in labels.shape]
+    sampled = np.pad(labels, beyond, mode="edge")[block // 2 :: block, block // 2 :: block]
+    shown, dense = np.unique(np.append(sampled, 0), return_inverse=True)
+    return dense[:-1].reshape(sampled.shape).astype(np.int32), shown[1:].tolist()
 
 
 def no_cells(shape: tuple[int, ...], microns_per_pixel: float) -> FieldCells:

@@ -39,7 +39,7 @@ def segment(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel:
 
     Raises InputError for images that are not two-dimensional, differ in shape or hold NaN, or a scale <= 0.
     """
-    _check_images(nuclei, cytoplasm, microns_per_pixel)
+    check_images(nuclei, cytoplasm, microns_per_pixel)
     size = block_size(microns_per_pixel)
     seeds = segment_nuclei(shrink(nuclei, size), size * microns_per_pixel)
     body = None if cytoplasm is None else shrink(cytoplasm, size)
@@ -109,7 +109,8 @@ def watershed(height: np.ndarray, seeds: np.ndarray, mask: np.ndarray) -> np.nda
     return labels
 
 
-def _check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> None:
+def check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> None:
+    """Raise InputError for what is no image (y, x), differs in shape or holds NaN, or a scale <= 0."""
     if not microns_per_pixel > 0:
         raise InputError(f"microns_per_pixel must be positive, got {microns_per_pixel}")
     for name, image in (("nuclei", nuclei), ("cytoplasm", cytoplasm)):
