@@ -176,8 +176,10 @@ def run(
         progress=True,
     )
     summary = run_summary(out)
-    for line in [*summary["lines"], *(embed_run(out, domains, progress=True) if embed else [])]:
+    for line in summary["lines"]:
         print(line)
+    if embed:
+        print(*embed_run(out, domains, progress=True), sep="\n")
     if summary["failed"] or summary["notice"]:
         sys.exit(FAILED_FIELDS)
 

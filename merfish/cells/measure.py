@@ -57,6 +57,11 @@ class FieldCells:
         return self.nuclei[row, column]
 
 
+def column_name(stain: str) -> str:
+    """The name of a stain as part of a column's name, in which AnnData allows no slash."""
+    return stain.replace("/", "_")
+
+
 def find_cells(
     nuclei: np.ndarray,
     cytoplasm: np.ndarray | None,

@@ -15,6 +15,7 @@ import shapely
 
 from merfish.calls.overlap import FIELD_RADIUS, Sightings, seen_better_elsewhere
 from merfish.cells.counts import assign_cells
+from merfish.cells.measure import column_name
 from merfish.cells.merging import CellNumbers, part, unite
 from merfish.imaging.experiment import Experiment
 from merfish.pipeline.cluster import RunMap
@@ -139,10 +140,10 @@ def described(cells: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
     if "nucleus" in cells:
         columns["nucleus_area"] = area * cells["nucleus"].to_numpy()
     for channel in experiment.stains:
-        mean = f"{channel.name}_mean"
-        if mean in cells:
-            pixels = area / experiment.microns_per_pixel**2 * len(channel.z)
-            columns |= {mean: cells[mean].to_numpy(), f"{channel.name}_total": cells[mean].to_numpy() * pixels}
+        stain = column_name(channel.name)
+        if f"{stain}_mean" in cells:
+            mean, pixels = cells[f"{stain}_mean"].to_numpy(), area / experiment.microns_per_pixel**2 * len(channel.z)
+            columns |= {f"{stain}_mean": mean, f"{stain}_total": mean * pixels}
     placed = cells[["cell_id", "fov", "center_x", "center_y", "area"]]
     return placed.assign(**columns, geometry=cells["geometry"])
 

@@ -17,7 +17,7 @@ import shapely
 from merfish import results
 from merfish.calls.filtering import Tally, call_features, tally_calls
 from merfish.calls.fit import count_fit
-from merfish.cells.measure import FieldCells, find_cells, load_segmenter, no_cells
+from merfish.cells.measure import FieldCells, column_name, find_cells, load_segmenter, no_cells
 from merfish.cells.merging import DEPTH
 from merfish.config import RunConfig
 from merfish.decoding.methods import decode_filtered
@@ -146,7 +146,7 @@ def segment_field(
         segmenter = None if config.segmenter is None else load_segmenter(config.segmenter)
         cytoplasm = None if body is None else images[body]
         cells = find_cells(images[nuclei], cytoplasm, heights, experiment.microns_per_pixel, segmenter)
-    means = {f"{name}_mean": cells.mean(image) for name, image in images.items()}
+    means = {f"{column_name(name)}_mean": cells.mean(image) for name, image in images.items()}
     return replace(cells, measured=cells.measured.assign(**means))
 
 
