@@ -124,15 +124,27 @@ def held_out_rate(
     return misidentification_rate(n_blank, n_calls, codebook)
 
 
-def word_statistics(tally: WordTally, codebook: Codebook) -> pd.DataFrame:
+FEWEST_SPIKES = 50  # they tell a share of 0.8 to 0.06
+
+
+def word_statistics(
+    tally: WordTally,
+    codebook: Codebook,
+    spike_word: np.ndarray | None = None,
+    spike_kept: np.ndarray | None = None,
+) -> pd.DataFrame:
     """One row a word: what was called, how exactly, and which share of its molecules is detected.
+
+    spike_word int, spike_kept bool (spike,): words of molecules that were added to the images, and whether they were
+    found and kept (see `merfish.simulate.spikes`).
 
     confidence_ratio: exact calls over exact and corrected ones (Chen et al. 2015; blanks show what chance gives);
     misidentification_rate: expected share of wrong ones among the kept; its interval is that of all words, as it comes
     from the same blanks;
-    detection_efficiency: probability that a molecule of this word survives errors and filtering. Molecules are
-    counted by their exact calls over the probability of being exact, which follows from the rates of the bits. In
-    crowds that is too high: molecules whose bits hide in several neighbours count nowhere.
+    detection_efficiency: probability that a molecule of this word is found and kept. How words differ follows from the
+    rates of their bits: molecules are counted by their exact calls over the probability of being exact. That is too
+    high where spots overlap, since molecules whose bits hide in several neighbours count nowhere; so all words are
+    scaled alike to the share of the added molecules that are kept, where there are enough of them.
     """
     rates = bit_error_rates(tally, codebook)
     lost, gained = (np.nan_to_num(rates[name].to_numpy()) for name in ("lost", "gained"))
@@ -141,6 +153,8 @@ def word_statistics(tally: WordTally, codebook: Codebook) -> pd.DataFrame:
     unknown = np.full(codebook.n_words, np.nan)
     # wrong calls are taken out of the numerator, as the blanks tell them
     efficiency = probability_exact * tally.right.sum() / n_exact if n_exact else unknown
+    if spike_word is not None and spike_kept is not None and len(spike_word) >= FEWEST_SPIKES and n_exact:
+        efficiency = efficiency * spike_kept.sum() / np.minimum(efficiency[spike_word], 1.0).sum()
     wrong = tally.kept - tally.right
     _, low, high = misidentification_rate(tally.kept[codebook.is_blank].sum(), n_kept, codebook)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -21,17 +21,20 @@ SIDE = 512  # pixel, of the middle of the field
 STEP = 0.25  # pixel, of the profile
 
 
-def psf_sigma(stack: np.ndarray | Bandpassed, height: int) -> float:
+def psf_sigma(
+    stack: np.ndarray | Bandpassed, height: int, filters: tuple[float, float] = FILTER_SIGMAS["spots"]
+) -> float:
     """Sigma of the PSF in pixel, the median over bits.
 
-    stack: (bit, plane * height, x), band-passed; an array is taken to be filtered as `FILTER_SIGMAS` says of spots.
+    stack: (bit, plane * height, x), band-passed; ``filters`` says how, in pixel, where it is an array.
     The radius at which the median profile of clear spots falls to half its top is that of a Gaussian of this sigma,
     averaged over pixels and filtered alike.
     """
     if isinstance(stack, Bandpassed) and stack.sigma is not None:
         return stack.sigma
     middle = _middle(stack, height)
-    filters = FILTER_SIGMAS["spots"] if isinstance(stack, np.ndarray) else (stack.smoothing, stack.background)
+    if isinstance(stack, Bandpassed):
+        filters = stack.smoothing, stack.background
     radii = np.array(map_bits(half_radius, middle))
     radii = radii[np.isfinite(radii)]
     sigma = float(np.median(np.interp(radii, *_half_radii(*filters)))) if len(radii) else USUAL_SIGMA

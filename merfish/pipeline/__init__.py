@@ -30,7 +30,7 @@ from merfish.pipeline.cluster import Failure, RunMap, cores, run_map_on
 from merfish.pipeline.fields import FieldWork
 from merfish.pipeline.manifest import Manifest, changed_parts
 from merfish.pipeline.progress import Display, display, log
-from merfish.pipeline.reconcile import Fields, reconcile
+from merfish.pipeline.reconcile import Fields, kept_spikes, reconcile
 from merfish.pipeline.record import judge_codebook, run_record
 from merfish.pipeline.survey import Calibrated, shared_calibration
 from merfish.pipeline.tables import write_tables
@@ -113,8 +113,8 @@ def process(
         calibrated = shared_calibration(source, settings, manifest, out, run_map, shown)
         target = covered(out, chosen, manifest, calibrated)
         good = [fov for fov in target if fov not in failed]
-        parts = {fov: manifest.of_field(fov, calibrated.digest) for fov in good}
-        work = FieldWork(source, settings, calibrated.calibration, out, parts)
+        parts = {fov: manifest.of_field(fov, calibrated.digest, fov in calibrated.spiked) for fov in good}
+        work = FieldWork(source, settings, calibrated.calibration, out, parts, calibrated.spiked)
         says = decode_fields(work, run_map, failed, shown)
         if settings.misidentification_rate < 1:
             refuse_misfit(judge_codebook(source.codebook, says, calibrated))
@@ -188,7 +188,7 @@ def covered(out: Path, chosen: Sequence[int], manifest: Manifest, calibrated: Ca
 
 def _stale(out: Path, fov: int, manifest: Manifest, calibrated: Calibrated) -> bool:
     record = folder.read_record(results.field_folder(out, fov))
-    return record is None or record["parts"] != manifest.of_field(fov, calibrated.digest)
+    return record is None or record["parts"] != manifest.of_field(fov, calibrated.digest, fov in calibrated.spiked)
 
 
 def decode_fields(
@@ -266,12 +266,13 @@ def combine(
     outlines = {fov: int(said["n_outlines"]) for fov, said in says.items()}
     fields = Fields(out, work, experiment, tuple(says), (height, width), outlines)
     found = reconcile(fields, config.misidentification_rate, run_map, shown)
-    words = word_statistics(found.words, experiment.codebook)
+    spikes = kept_spikes(fields, calibrated.spiked, found.filter)
+    words = word_statistics(found.words, experiment.codebook, *spikes)
     assemble(fields, found, run_map, shown)
     stage = folder.new_stage(out)
     genes = other_stains(experiment, config)[1]
     written = write_tables(fields, found, words, genes, stage, shown)
-    record = run_record(fields, says, failed, config, calibrated, found, words, written)
+    record = run_record(fields, says, failed, config, calibrated, found, words, spikes[1], written)
     sizes = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
     folder.write_json(stage / results.RUN, {**record, "key": key, "results": sizes, "seconds": shown.timings()})
     write_run_report(out, stage)

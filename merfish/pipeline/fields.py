@@ -19,8 +19,10 @@ from merfish.calls.filtering import Tally, call_features, tally_calls
 from merfish.calls.fit import count_fit
 from merfish.cells.measure import FieldCells, column_name, find_cells, load_segmenter, no_cells
 from merfish.cells.merging import DEPTH
+from merfish.codebook import Codebook
 from merfish.config import RunConfig
 from merfish.decoding.methods import decode_filtered
+from merfish.decoding.psf import psf_sigma
 from merfish.decoding.sequential import SPOT_DTYPE, find_molecules
 from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration
@@ -36,9 +38,11 @@ from merfish.imaging.field import (
 from merfish.imaging.normalize import Normalization
 from merfish.pipeline.folder import new_record
 from merfish.report import OVERVIEW
+from merfish.simulate.spikes import spike_in
 
 OVERVIEW_WHITE = 1.5  # height, in molecules, that the overview picture shows as white
 CALLS, OUTLINES, SPOTS, TALLY = "calls.parquet", "outlines.parquet", "sequential.npy", "tally.npz"
+SPIKES, SPIKE_SEED = "spikes.npz", 0
 # What a field knows of its calls; nuclear: whether one lies in a nucleus. The rest of `merfish.transcripts.COLUMNS`
 # follows from the run.
 CALL_COLUMNS = (
@@ -52,25 +56,32 @@ SPOTS_DTYPE = np.dtype([("gene", "i4"), *SPOT_DTYPE.descr])
 
 @dataclass(frozen=True, eq=False)
 class FieldWork:
-    """Decodes and segments one field into its record; parts: of each field, what the record depends on."""
+    """Decodes and segments one field into its record.
+
+    parts: of each field, what the record depends on. spiked: fields that are decoded again with molecules added.
+    """
 
     experiment: Experiment
     config: RunConfig
     calibration: Calibration
     out: Path
     parts: Mapping[int, Mapping[str, str]]
+    spiked: frozenset[int]
 
     def __call__(self, fov: int) -> int:
         """The number of molecules found."""
         with new_record(results.field_folder(self.out, fov), self.parts[fov]) as (folder, says):
-            says |= process_field(self.experiment, fov, self.config, self.calibration, folder)
+            says |= process_field(self.experiment, fov, self.config, self.calibration, folder, fov in self.spiked)
         return int(says["n_found"])
 
 
 def process_field(
-    experiment: Experiment, fov: int, config: RunConfig, calibration: Calibration, folder: Path
+    experiment: Experiment, fov: int, config: RunConfig, calibration: Calibration, folder: Path, spiked: bool
 ) -> dict[str, Any]:
-    """Decode and segment one field into files of ``folder``; returns what the record says of it."""
+    """Decode and segment one field into files of ``folder``; returns what the record says of it.
+
+    spiked: decode it again with molecules added, which tell the detection efficiency.
+    """
     clock = _Clock()
     field = register_field(experiment, fov, config, calibration)
     clock.lap("register")
@@ -78,6 +89,9 @@ def process_field(
     # where some round has no image nothing can be told
     calls = calls[field.valid[np.rint(calls["y"]).astype(int), np.rint(calls["x"]).astype(int)]]
     clock.lap("decode")
+    if spiked:
+        write_spikes(spikes_of(field.bits, calls, experiment.codebook, calibration.normalization, config), folder)
+        clock.lap("spike in")
     stains, genes = other_stains(experiment, config)
     shifts, faults = stain_shifts(experiment, fov, [*stains, *genes])
     cells = segment_field(experiment, fov, config, {name: shifts[name] for name in stains}, field.valid.shape)
@@ -172,6 +186,23 @@ def _same_shape(image: np.ndarray, shape: tuple[int, ...], fov: int, name: str) 
     return image
 
 
+def spikes_of(
+    bits: np.ndarray, calls: pd.DataFrame, book: Codebook, normalization: Normalization, config: RunConfig
+) -> pd.DataFrame:
+    """Molecules added to a field (bit, z, y, x), and the calls that find them."""
+    filters = config.filter_sigmas
+    return spike_in(
+        bits,
+        book,
+        normalization,
+        calls,
+        lambda stack: decode_filtered(stack, book, normalization, method=config.method),
+        sigma=psf_sigma(bits.reshape(len(bits), -1, bits.shape[-1]), bits.shape[-2], filters),
+        filters=filters,
+        seed=SPIKE_SEED,
+    )
+
+
 # --- the files of a record ----------------------------------------------------------------------------------------
 
 
@@ -213,6 +244,19 @@ def write_spots(spots: list[np.ndarray], path: Path) -> None:
 def read_spots(out: Path, fov: int) -> np.ndarray:
     """What `write_spots` wrote; gene: index in the list of genes imaged one by one."""
     return np.asarray(np.load(results.field_folder(out, fov) / SPOTS))
+
+
+def write_spikes(spikes: pd.DataFrame, folder: Path) -> None:
+    """Write the words of molecules added to a field, and what tells whether the calls that find them are kept."""
+    found = spikes[spikes["x"].notna()] if "x" in spikes else spikes
+    features = call_features(found)[0] if len(found) else np.empty((0, 1))
+    np.savez(folder / SPIKES, word=spikes["spike"].to_numpy(), found=found.index.to_numpy(np.int64), features=features)
+
+
+def read_spikes(out: Path, fov: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Words (spike,) of molecules added to a field, which of them are found (call,), features (call, feature)."""
+    with np.load(results.field_folder(out, fov) / SPIKES, allow_pickle=False) as arrays:
+        return arrays["word"], arrays["found"], arrays["features"]
 
 
 def write_tally(calls: pd.DataFrame, path: Path) -> None:

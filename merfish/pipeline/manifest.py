@@ -19,7 +19,7 @@ from merfish.imaging.organization import Channel
 from merfish.pipeline.folder import digest
 
 # Folders of the package whose code decides about results.
-_CODE = ("calls", "cells", "decoding", "imaging", "pipeline")
+_CODE = ("calls", "cells", "decoding", "imaging", "pipeline", "simulate")
 
 
 class Manifest:
@@ -69,9 +69,9 @@ class Manifest:
         """What a field's part in the calibration depends on."""
         return {**self.shared, "parameters": digest(self._parameters), "images": self.images(fov)}
 
-    def of_field(self, fov: int, calibration: str) -> dict[str, str]:
-        """What the molecules and outlines of a field depend on; calibration: its digest."""
-        return {**self.of_survey(fov), "calibration": calibration}
+    def of_field(self, fov: int, calibration: str, spiked: bool) -> dict[str, str]:
+        """What the record of a field depends on; calibration: its digest; spiked: whether molecules are added to it."""
+        return {**self.of_survey(fov), "calibration": calibration, "spike-in": str(spiked)}
 
     def of_results(self, fields: Mapping[int, Mapping[str, str]], failed: Mapping[int, str]) -> str:
         """Key of the results made from fields with these parts."""

@@ -7,7 +7,7 @@ grow with the number of fields beyond a few numbers for each field and cell.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from merfish.calls.stitching import MOST_ERROR, FieldPlaces, Links, Stitching, l
 from merfish.cells.merging import NO_LINKS, CellNumbers, field_frame, in_stage_frame, number_cells, same_cells
 from merfish.imaging.experiment import Experiment
 from merfish.pipeline.cluster import Failure, RunMap, StepError, Work
-from merfish.pipeline.fields import read_calls, read_outlines, read_tally
+from merfish.pipeline.fields import read_calls, read_outlines, read_spikes, read_tally
 from merfish.pipeline.progress import Display
 
 KEPT_DTYPE = np.dtype(
@@ -136,6 +136,19 @@ def learn_filter(fields: Fields, rate: float) -> Filter:
     odds = fit_log_odds(everything, float(book.is_blank.mean()), evidence)
     held_out = held_out_rate(halves, evidence, book, rate)
     return Filter(odds, threshold_at_rate(everything, odds, rate), held_out)
+
+
+def kept_spikes(fields: Fields, spiked: Collection[int], chosen: Filter) -> tuple[np.ndarray, np.ndarray]:
+    """Words (spike,) of the molecules added to fields, and whether the filter keeps the calls that find them."""
+    words, kept = [np.empty(0, np.int64)], [np.empty(0, bool)]
+    for fov in sorted(set(spiked) & set(fields.fovs)):
+        word, found, features = read_spikes(fields.out, fov)
+        passes = np.zeros(len(word), bool)
+        if len(found):
+            passes[found] = log_odds_wrong(features, chosen.odds) <= chosen.threshold
+        words.append(word)
+        kept.append(passes)
+    return np.concatenate(words), np.concatenate(kept)
 
 
 @dataclass(frozen=True, eq=False)

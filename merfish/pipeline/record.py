@@ -13,7 +13,7 @@ import pandas as pd
 
 from merfish import results
 from merfish._files import file_record
-from merfish.calls.error_model import WordTally, bit_error_rates, misidentification_rate
+from merfish.calls.error_model import WordTally, bit_error_rates, misidentification_rate, wilson
 from merfish.calls.filtering import few_blanks
 from merfish.calls.fit import FitCounts, Verdict, codebook_fits
 from merfish.codebook import Codebook, check_codebook
@@ -35,9 +35,13 @@ def run_record(
     calibrated: Calibrated,
     found: Reconciled,
     words: pd.DataFrame,
+    spikes: np.ndarray,
     written: Written,
 ) -> dict[str, Any]:
-    """Everything about a run but its tables; says: what the records of the fields say."""
+    """Everything about a run but its tables.
+
+    says: what the records of the fields say. spikes: bool, of the molecules added to fields, which are found and kept.
+    """
     experiment, calibration = fields.experiment, calibrated.calibration
     book = experiment.codebook
     kept = {fov: {name: value for name, value in said.items() if name not in ("parts", "files")}
@@ -65,6 +69,8 @@ def run_record(
         "figures": {
             **call_figures(found.words, book),
             "held_out": interval(found.filter.held_out),
+            "spike_in": interval(wilson(int(spikes.sum()), int((~spikes).sum()))),
+            "n_spikes": len(spikes),
             "n_fields": len(fields.fovs),
             "n_duplicates": int(found.words.kept.sum()) - written.n_molecules,
             "n_kept": written.n_molecules,

@@ -27,6 +27,9 @@ from merfish.pipeline.progress import Display
 # clear spots of a bit, in the median of the bits, without which a field says little about their scale: the median of
 # so many heights is known to 10 %
 FEWEST_SPOTS = 20
+# fields that are decoded a second time with molecules added: at 0.01 a pixel of 1024 x 1024 a thousand in each, which
+# tell the detection efficiency to 0.01
+SPIKED_FIELDS = 3
 GOLDEN = (np.sqrt(5) - 1) / 2
 
 
@@ -37,6 +40,11 @@ class Calibrated:
     calibration: Calibration
     digest: str
     surveyed: dict[int, str]
+
+    @property
+    def spiked(self) -> frozenset[int]:
+        """The fields that tell the detection efficiency: see `merfish.simulate.spikes`."""
+        return frozenset([fov for fov, reason in self.surveyed.items() if not reason][:SPIKED_FIELDS])
 
     @property
     def notice(self) -> str:
