@@ -16,6 +16,7 @@ import typer
 
 from merfish._text import listed, printable
 from merfish.errors import CodebookMisfit, InputError
+from merfish.exchange import cli as exchange
 
 # Exit codes
 BAD_INPUT = 2
@@ -32,6 +33,9 @@ app = typer.Typer(
 )
 codebook_app = typer.Typer(help="Build, check and show codebooks.", no_args_is_help=True)
 app.add_typer(codebook_app, name="codebook")
+app.add_typer(exchange.table_app, name="table")
+app.command()(exchange.assign)
+app.command()(exchange.export)
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]
 BookFile = Annotated[Path, typer.Argument(help="Codebook file (CSV, or merfishtools' text).", metavar="BOOK")]
@@ -140,6 +144,7 @@ def run(
     positions: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/positions.csv.")] = None,
     microscope: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/microscope.json.")] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out fields with faulty files.")] = False,
+    segmentation: Annotated[Path | None, typer.Option(help="Cells to use instead; see merfish assign.")] = None,
     embed: Annotated[
         bool, typer.Option("--embed", help="Train SpatialVAE on the cells; embedding and domains go into the table.")
     ] = False,
@@ -173,6 +178,7 @@ def run(
             "microscope": microscope,
         },
         keep_going=keep_going,
+        segmentation=segmentation,
         progress=True,
     )
     summary = run_summary(out)

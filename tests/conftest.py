@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import matplotlib
+import pytest
 from hypothesis import HealthCheck, settings
 
 matplotlib.use("Agg")
@@ -9,3 +10,21 @@ settings.register_profile(
     "default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory):
+    """A raw experiment of four fields."""
+    from merfish.simulate import simulate_experiment
+
+    return simulate_experiment(tmp_path_factory.mktemp("raw") / "tissue", fields=(2, 2), shape=(256, 256), seed=2)
+
+
+@pytest.fixture(scope="session")
+def done(raw, tmp_path_factory):
+    """The folder of its run."""
+    import merfish
+
+    out = tmp_path_factory.mktemp("run") / "out"
+    merfish.run(raw, out=out)
+    return out

@@ -25,6 +25,7 @@ from merfish.decoding.sequential import brighter_beside, find_molecules
 from merfish.demo import match_cells
 from merfish.imaging.opening import open_experiment
 from merfish.imaging.preprocess import bandpass
+from merfish.pipeline.assign import assign
 from merfish.pipeline.record import run_summary
 from merfish.simulate import simulate_experiment
 from merfish.simulate.optics import Imaging, expose, photons
@@ -342,3 +343,15 @@ def test_the_command_refuses_domains_without_an_embedding(tmp_path, monkeypatch,
         main()
     assert ended.value.code == 2
     assert "--domains: domains are found by --embed" in capsys.readouterr().err
+
+
+def test_assign__counts_genes_imaged_one_by_one_in_others_cells(done, tmp_path):
+    out = shutil.copytree(done, tmp_path / "run")
+    assign(out, done / results.CELLS)
+    before, after = (anndata.read_h5ad(folder / results.CELL_BY_GENE) for folder in (done, out))
+    after = after[before.obs_names]
+    pd.testing.assert_frame_equal(after.var, before.var)
+    assert (after.X != before.X).nnz == 0
+    np.testing.assert_allclose(after.layers["expected"].toarray(), before.layers["expected"].toarray(), atol=1e-5)
+    single = [pd.read_parquet(folder / results.SEQUENTIAL)["cell_id"].tolist() for folder in (done, out)]
+    assert single[0] == single[1]

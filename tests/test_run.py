@@ -23,18 +23,6 @@ from merfish.transcripts import COLUMNS, read_transcripts
 TABLES = [results.TRANSCRIPTS, results.ALL_TRANSCRIPTS, results.CELLS, results.CELL_BY_GENE]
 
 
-@pytest.fixture(scope="session")
-def raw(tmp_path_factory):
-    return simulate_experiment(tmp_path_factory.mktemp("raw") / "tissue", fields=(2, 2), shape=(256, 256), seed=2)
-
-
-@pytest.fixture(scope="session")
-def done(raw, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "out"
-    merfish.run(raw, out=out)
-    return out
-
-
 @pytest.fixture
 def copy(raw, tmp_path):
     return shutil.copytree(raw, tmp_path / "copy")

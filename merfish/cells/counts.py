@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import shapely
 
 from merfish._files import whole_file
 from merfish.codebook import Codebook
 from merfish.errors import InputError
+from merfish.exchange.geoparquet import geo_schema
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -90,10 +93,11 @@ def word_var(codebook: Codebook) -> pd.DataFrame:
 
 
 def write_cells(cells: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a table of cells as Parquet, ``geometry`` (shapely, micrometre) as WKB, whole or not at all."""
-    table = cells.assign(geometry=shapely.to_wkb(np.asarray(cells["geometry"], dtype=object)))
+    """Write a table of cells as GeoParquet, ``geometry`` (shapely, micrometre) as WKB, whole or not at all."""
+    wkb = shapely.to_wkb(np.asarray(cells["geometry"], dtype=object))
+    table = pa.Table.from_pandas(cells.assign(geometry=wkb), preserve_index=False)
     with whole_file(path) as part:
-        table.to_parquet(part, index=False)
+        pq.write_table(table.replace_schema_metadata(geo_schema(table.schema).metadata), part)
 
 
 def read_cells(path: str | os.PathLike[str]) -> pd.DataFrame:

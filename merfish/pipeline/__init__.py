@@ -26,12 +26,14 @@ from merfish.imaging.opening import open_experiment
 from merfish.imaging.preflight import preflight
 from merfish.pipeline import folder
 from merfish.pipeline.assemble import assemble
+from merfish.pipeline.assign import own_key, replace_cells, segmented_key
 from merfish.pipeline.cluster import Failure, RunMap, cores, run_map_on
 from merfish.pipeline.fields import FieldWork
 from merfish.pipeline.manifest import Manifest, changed_parts
 from merfish.pipeline.progress import Display, display, log
 from merfish.pipeline.reconcile import Fields, kept_spikes, reconcile
 from merfish.pipeline.record import judge_codebook, run_record
+from merfish.pipeline.segmentations import find_segmentation
 from merfish.pipeline.survey import Calibrated, shared_calibration
 from merfish.pipeline.tables import write_tables
 from merfish.report import write_run_report
@@ -51,6 +53,7 @@ def run(
     slurm_jobs: int | None = None,
     tables: Mapping[str, Path | None] | None = None,
     keep_going: bool = False,
+    segmentation: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> AnnData:
     """Decode a whole raw experiment into ``out`` and return its table of counts.
@@ -58,7 +61,8 @@ def run(
     experiment: folder in MERlin's layout (see `merfish.imaging.opening.open_experiment`); tables: the same files
     by other paths. config: a `RunConfig` or a YAML file. fovs: some of the fields; results that cover more fields
     already are kept. workers, scheduler, slurm_jobs: see `merfish.pipeline.cluster.run_map_on`. keep_going: leave out
-    fields whose files are faulty instead of refusing.
+    fields whose files are faulty instead of refusing. segmentation: others' cells to use instead of those found here
+    (see `merfish.pipeline.assign.assign`).
 
     What is there already is used if all that it depends on is as it was; else it is made again. A field that fails is
     listed in ``run.json`` and on the report, and the rest goes on. Raises InputError for faulty tables or files, before
@@ -76,6 +80,7 @@ def run(
         slurm_jobs=slurm_jobs,
         tables=tables,
         keep_going=keep_going,
+        segmentation=segmentation,
         progress=progress,
     )
     return anndata.read_h5ad(Path(out) / results.CELL_BY_GENE)
@@ -92,6 +97,7 @@ def process(
     slurm_jobs: int | None,
     tables: Mapping[str, Path | None] | None,
     keep_going: bool,
+    segmentation: str | os.PathLike[str] | None,
     progress: bool,
 ) -> None:
     """As `run`, with results on disk only."""
@@ -105,6 +111,8 @@ def process(
         load_segmenter(settings.segmenter)
     chosen = choose_fovs(source, fovs)
     failed = check_files(source, chosen, keep_going)
+    if segmentation is not None:
+        find_segmentation(Path(segmentation), [fov for fov in chosen if fov not in failed])  # said before any work
     refuse_other_results(out)
     with folder.owned(out), display(out, progress) as shown, run_map_on(workers, scheduler, slurm_jobs, out) as run_map:
         if workers is not None and workers > cores():
@@ -119,10 +127,14 @@ def process(
         if settings.misidentification_rate < 1:
             refuse_misfit(judge_codebook(source.codebook, says, calibrated))
         key = manifest.of_results({fov: parts[fov] for fov in says}, failed)
-        if published_key(out) == key:
+        cells = None if segmentation is None else find_segmentation(Path(segmentation), list(says))
+        if published_key(out) == (key if cells is None else segmented_key(key, cells)):
             shown.say(f"{out}: nothing has changed, the results stand")
             return
-        combine(source, settings, out, says, failed, calibrated, key, run_map, shown)
+        if cells is None or not published_key(out) or own_key(results.read_run(out)) != key:
+            combine(source, settings, out, says, failed, calibrated, key, run_map, shown)
+        if cells is not None:
+            replace_cells(out, cells, results.read_run(out), run_map, shown)
 
 
 def choose_fovs(experiment: Experiment, fovs: Sequence[int] | None) -> list[int]:

@@ -50,7 +50,13 @@ def run_record(
         "versions": versions(),
         "parameters": config.model_dump(),
         "inputs": describe_inputs(experiment, fields.fovs),
-        "codebook": {"names": book.names, "is_blank": book.is_blank.tolist()},
+        "microns_per_pixel": experiment.microns_per_pixel,
+        "z": experiment.z,
+        "codebook": {
+            "names": book.names,
+            "is_blank": book.is_blank.tolist(),
+            "words": ["".join(map(str, word)) for word in book.words.tolist()],
+        },
         "bits": {
             "names": book.bit_names,
             "colors": [channel.color for channel in experiment.bits],
@@ -168,6 +174,7 @@ def run_summary(out: Path) -> dict[str, Any]:
         *quality_lines(record["quality"]),
         *stain_lines(record["fields"]),
         *filter(None, [untied_text(record["stage"])]),
+        *([f"cells are those of {record['segmentation']['path']}"] if "segmentation" in record else []),
         f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules a cell in the median",
         *sequential_lines(record["fields"]),
         *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),

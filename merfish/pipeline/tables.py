@@ -21,6 +21,7 @@ from merfish import results
 from merfish.calls.overlap import FIELD_RADIUS
 from merfish.cells.counts import cell_obs, word_var
 from merfish.codebook import Codebook
+from merfish.exchange.geoparquet import geo_schema
 from merfish.pipeline.assemble import COUNT_DTYPE, read_cell_part
 from merfish.pipeline.fields import read_calls, read_spots
 from merfish.pipeline.progress import Display
@@ -101,7 +102,7 @@ def write_counts(
     n_words = int((~var["sequential"]).sum())
     obs = [schema.empty_table().drop_columns("geometry").to_pandas()]
     with (
-        pq.ParquetWriter(stage / results.CELLS, schema) as cell_file,
+        pq.ParquetWriter(stage / results.CELLS, geo_schema(schema)) as cell_file,
         CountFile(stage / results.CELL_BY_GENE, var) as counts,
     ):
         for fov in display.track(fields.fovs, len(fields.fovs), "write counts"):

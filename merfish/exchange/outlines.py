@@ -1,0 +1,97 @@
+"""Outlines of cells from any file that segmentation programs write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import shapely
+
+from merfish._text import shown
+from merfish.errors import InputError
+from merfish.exchange.geojson import NAMES, read_geojson
+from merfish.exchange.geoparquet import read_geoparquet
+from merfish.exchange.labels import LABEL_SUFFIXES, label_outlines, read_labels
+
+POLYGON_SUFFIXES = (".geojson", ".json", ".parquet")
+_POLYGON = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
+
+
+def is_label_image(path: Path) -> bool:
+    """Whether a file holds labels, not polygons, by its name. Raises InputError for any other file."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix not in (*LABEL_SUFFIXES, *POLYGON_SUFFIXES):
+        expected = ", ".join((*LABEL_SUFFIXES, *POLYGON_SUFFIXES))
+        raise InputError(f"{path}: not a format of segmentations known here; expected one of {expected}")
+    return suffix in LABEL_SUFFIXES
+
+
+def read_outlines(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Cells of a segmentation: cell_id int64 ascending, name (only if others' names are no numbers), and geometry.
+
+    Label images give pixels (see `merfish.exchange.labels.label_outlines`); GeoJSON (Baysor, proseg, QuPath, QGIS) and
+    GeoParquet (MERSCOPE, SpatialData) the unit of the file. A cell of several outlines, such as one a plane, is all
+    of them. Raises InputError naming file and cell.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file; expected a segmentation")
+    if is_label_image(path):
+        labels, geometry = label_outlines(read_labels(path))
+        return pd.DataFrame({"cell_id": labels, "geometry": geometry})
+    names, geometry = _read_parquet(path) if path.suffix == ".parquet" else read_geojson(path)
+    return numbered(*_one_each(names, _polygons(path, names, geometry)))
+
+
+def _read_parquet(path: Path) -> tuple[list[Any], np.ndarray]:
+    table, geometry = read_geoparquet(path)
+    column = next((name for name in (*NAMES, "__index_level_0__") if name in table.column_names), None)
+    there = ~shapely.is_missing(geometry)
+    names = [None] * len(geometry) if column is None else table[column].to_pylist()
+    return [name for name, kept in zip(names, there, strict=True) if kept], geometry[there]
+
+
+def _polygons(path: Path, names: Sequence[Any], geometry: np.ndarray) -> np.ndarray:
+    """Valid polygons; raises InputError for what is none."""
+    wrong = np.flatnonzero(~np.isin(shapely.get_type_id(geometry), _POLYGON))
+    if len(wrong):
+        kind = geometry[wrong[0]].geom_type
+        raise InputError(f"{path}: cell {shown(names[wrong[0]])}, row {wrong[0] + 1}: expected a polygon, got a {kind}")
+    infinite = np.flatnonzero(~np.isfinite(shapely.bounds(geometry)).all(axis=1) & ~shapely.is_empty(geometry))
+    if len(infinite):
+        raise InputError(f"{path}: cell {shown(names[infinite[0]])}: its coordinates are not finite")
+    broken = np.flatnonzero(~shapely.is_valid(geometry))
+    for k, mended in zip(broken, shapely.make_valid(geometry[broken]), strict=True):
+        parts = shapely.get_parts(mended)
+        geometry[k] = shapely.union_all(parts[np.isin(shapely.get_type_id(parts), _POLYGON)])
+    return geometry
+
+
+def _one_each(names: Sequence[Any], geometry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Join the outlines that have one name; None is a name of its own each time."""
+    keys = np.array([str(name) for name in names], dtype=object)
+    unnamed = np.array([name is None for name in names], bool)
+    keys[unnamed] = np.char.add("unnamed ", np.flatnonzero(unnamed).astype(str))
+    code, found = pd.factorize(keys)
+    if len(found) == len(keys):
+        return keys if not unnamed.all() else np.arange(1, len(keys) + 1), geometry
+    order = np.argsort(code, kind="stable")
+    bounds = np.append(np.flatnonzero(np.diff(code[order], prepend=-1)), len(order))
+    joined = [shapely.union_all(geometry[order[a:b]]) for a, b in pairwise(bounds)]
+    return np.asarray(found, dtype=object), np.array(joined, dtype=object)
+
+
+def numbered(names: np.ndarray, geometry: np.ndarray) -> pd.DataFrame:
+    """Cells that are not empty, by cell_id: their names where all are numbers from 1, else numbered in their order."""
+    filled = ~shapely.is_empty(geometry)
+    names, geometry = np.asarray(names)[filled], geometry[filled]
+    text = pd.Series(names, dtype=object).astype(str)
+    if text.str.fullmatch(r"[1-9][0-9]{0,17}").all():
+        table = pd.DataFrame({"cell_id": text.astype(np.int64).to_numpy(), "geometry": geometry})
+        return table.sort_values("cell_id", ignore_index=True)
+    return pd.DataFrame({"cell_id": np.arange(1, len(text) + 1), "name": text.to_numpy(), "geometry": geometry})

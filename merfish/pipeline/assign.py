@@ -1,0 +1,216 @@
+"""Others' cells for a run: its molecules are put into them, and nothing is decoded again.
+
+A map over fields, as in `merfish.pipeline.assemble`: cells are kept by field, and molecules are read a field at a time
+from ``transcripts.parquet``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+
+from merfish import results
+from merfish.cells.counts import assign_cells
+from merfish.codebook import Codebook
+from merfish.errors import InputError
+from merfish.exchange.run import read_var
+from merfish.imaging.experiment import Experiment
+from merfish.pipeline import folder
+from merfish.pipeline.assemble import count_pairs, read_cell_part
+from merfish.pipeline.cluster import RunMap, run_map_on
+from merfish.pipeline.progress import Display, display
+from merfish.pipeline.reconcile import Fields, map_all
+from merfish.pipeline.segmentations import Segmentation, find_segmentation, part_by_field, slice_depth
+from merfish.pipeline.tables import write_counts
+from merfish.report import write_run_report
+
+MOLECULES = (results.TRANSCRIPTS, results.SEQUENTIAL)
+
+
+def assign(out: Path, segmentation: Path, *, workers: int | None = None, progress: bool = False) -> dict[str, Any]:
+    """Put the molecules of a finished run into others' cells; write its tables, record and report again, all or none.
+
+    segmentation: see `find_segmentation` and `merfish.exchange.outlines.read_outlines`. Polygons of the whole section
+    are in micrometre of the stage; a label image of it needs MERSCOPE's 3 x 3 transform from micrometre to pixel in a
+    file ``micron_to_mosaic_pixel_transform.csv`` beside it. Files of single fields are in pixels of the images as the
+    run has them, after transposing and flipping as ``microscope.json`` says; cells that several fields show are one.
+
+    Returns the figures of the run. Raises InputError for what does not fit the run.
+    """
+    if not out.is_dir():
+        raise InputError(f"{out}: no such folder; expected that of a finished run")
+    with folder.owned(out), display(out, progress) as shown, run_map_on(workers, shared=out) as run_map:
+        record = results.read_run(out)
+        cells = find_segmentation(segmentation, [int(fov) for fov in record["fields"]])
+        return replace_cells(out, cells, record, run_map, shown)
+
+
+def segmented_key(key: str, cells: Segmentation) -> str:
+    """Key of results with these cells; key: of the run with its own."""
+    return folder.digest([key, cells.digest()])
+
+
+def replace_cells(
+    out: Path, cells: Segmentation, record: dict[str, Any], run_map: RunMap, shown: Display
+) -> dict[str, Any]:
+    """As `assign`, in a folder that is held."""
+    fields = _fields_of(out, record)
+    var = read_var(out)
+    groups = {name: field_groups(out / name) for name in MOLECULES if (out / name).is_file()}
+    with shown.step("read cells"):
+        schema = part_by_field(fields, cells, slice_depth(record["z"]), run_map, shown)
+    bounds = {fov: _bounds(fields, fov) for fov in fields.fovs}
+    work = PlaceWork(out, fields, groups, bounds, var.index[var["sequential"]].to_list())
+    placed = map_all("place", work, fields.fovs, run_map, shown)
+    contributors: dict[int, list[int]] = {fov: [] for fov in fields.fovs}
+    for fov, (_, homes) in sorted(placed.items()):
+        for home in homes:
+            contributors[home].append(fov)
+    stage = folder.new_stage(out)
+    with shown.step("write tables"):
+        per_cell = write_counts(fields, contributors, var, stage, shown, schema)
+        for name, found in groups.items():
+            _write_placed(fields, out / name, found, stage, shown)
+    n_in_cells = sum(count for count, _ in placed.values())
+    n_kept = record["figures"]["n_kept"]
+    figures = {
+        **record["figures"],
+        "n_cells": len(per_cell),
+        "share_in_cells": n_in_cells / n_kept if n_kept else 0.0,
+        "transcripts_per_cell": float(np.median(per_cell)) if len(per_cell) else 0.0,
+    }
+    own = own_key(record)
+    told = {"path": str(cells.path.resolve()), "per_field": bool(cells.files), "run_key": own}
+    sizes = {path.name: path.stat().st_size for path in stage.iterdir()}
+    changed = {"figures": figures, "segmentation": told, "key": segmented_key(own, cells)}
+    record = {**record, **changed, "results": {**record.get("results", {}), **sizes}}
+    record.pop("embedding", None)  # was of the cells before
+    record["seconds"] = {**record.get("seconds", {}), "assign": shown.timings()["total"]}
+    folder.write_json(stage / results.RUN, record)
+    write_run_report(out, stage)
+    folder.publish(out)
+    folder.remove_work(out)
+    return figures
+
+
+def own_key(record: Mapping[str, Any]) -> str:
+    """Key that a run's results had, or have, with its own cells."""
+    return str(record.get("segmentation", {}).get("run_key", record.get("key", "")))
+
+
+def _fields_of(out: Path, record: Mapping[str, Any]) -> Fields:
+    """The fields of a run as its record describes them: their images are not needed, and may be gone."""
+    if not record["fields"]:
+        raise InputError(f"{out}: no field of this run was decoded, there are no molecules to put into cells")
+    try:
+        names, words = record["codebook"]["names"], record["codebook"]["words"]
+        book = Codebook(names, names, np.array([list(map(int, word)) for word in words]), record["bits"]["names"])
+        scale, positions = float(record["microns_per_pixel"]), np.array(record["stage"]["positions"], float)
+        height, width = next(iter(record["fields"].values()))["shape"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{out / results.RUN}: made by another version, which does not say {error}; run the experiment again"
+        ) from error
+    experiment = Experiment(out, {}, book, scale, False, False, False, None, positions, (), (), {})
+    work = folder.new_work(out)
+    return Fields(work, work, experiment, tuple(sorted(map(int, record["fields"]))), (height, width), {})
+
+
+def field_groups(path: Path) -> dict[int, list[int]]:
+    """Row groups of a run's transcripts by field. Raises InputError for a table that no run wrote."""
+    groups: dict[int, list[int]] = {}
+    try:
+        metadata = pq.read_metadata(path)
+        column = metadata.schema.names.index("fov")
+        for k in range(metadata.num_row_groups):
+            found = metadata.row_group(k).column(column).statistics
+            if metadata.row_group(k).num_rows:
+                if found.min != found.max:
+                    raise ValueError(f"row group {k} holds several fields")
+                groups.setdefault(int(found.min), []).append(k)
+    except (OSError, ValueError, AttributeError, pa.ArrowException) as error:
+        raise InputError(f"{path}: not the transcripts of a run: {error}") from error
+    return groups
+
+
+def _bounds(fields: Fields, fov: int) -> np.ndarray:
+    """What the cells of a field span, x, y, x, y micrometre; NaN without any."""
+    bounds = shapely.bounds(read_cell_part(fields, "cells", fov)["geometry"].to_numpy(object))
+    if not len(bounds):
+        return np.full(4, np.nan)
+    return np.concatenate([bounds[:, :2].min(axis=0), bounds[:, 2:].max(axis=0)])
+
+
+# --- molecules ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PlaceWork:
+    """Puts the molecules of a field into cells, also those of genes imaged one by one (``sequential``, names in order).
+
+    groups: row groups of each field in each of the tables of molecules in ``out``; bounds: what the cells of each field
+    span, micrometre.
+    """
+
+    out: Path
+    fields: Fields
+    groups: Mapping[str, Mapping[int, Sequence[int]]]
+    bounds: Mapping[int, np.ndarray]
+    sequential: Sequence[str]
+
+    def __call__(self, fov: int) -> tuple[int, list[int]]:
+        """The number of molecules in cells, and the fields whose cells may have them.
+
+        Cells of molecules go to files that are called as their tables, counts to ``counts``.
+        """
+        tables = {name: self._molecules(name, fov) for name in self.groups}
+        molecules = pd.concat(tables.values())
+        x, y = molecules["global_x"].to_numpy(), molecules["global_y"].to_numpy()
+        homes = [home for home in self.bounds if len(x) and self._near(home, x, y)]
+        parts = [read_cell_part(self.fields, "cells", home)[["cell_id", "geometry"]] for home in homes]
+        cells = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"cell_id": [], "geometry": []})
+        cell = assign_cells(x, y, cells["geometry"].to_numpy(object), cells["cell_id"].to_numpy(np.int64))
+        ends = np.cumsum([len(table) for table in tables.values()])
+        for name, placed in zip(tables, np.split(cell, ends[:-1]), strict=True):
+            np.save(self.fields.file(name, fov), placed)
+        counts = count_pairs(cell, molecules["word"].to_numpy(), molecules["probability"].to_numpy())
+        np.save(self.fields.file("counts", fov), counts)
+        return int((cell[: len(tables[results.TRANSCRIPTS])] >= 0).sum()), homes
+
+    def _molecules(self, name: str, fov: int) -> pd.DataFrame:
+        """Word, places (micrometre) and probability of the molecules of a field in a table."""
+        single = name == results.SEQUENTIAL
+        columns = ["global_x", "global_y", *(["gene"] if single else ["barcode_id", "probability"])]
+        with pq.ParquetFile(self.out / name) as file:
+            table = file.read_row_groups(list(self.groups[name].get(fov, [])), columns=columns).to_pandas()
+        if not single:
+            return table.rename(columns={"barcode_id": "word"})
+        # a gene that the codebook has as well is called otherwise among the counts
+        names = [name.removesuffix("_sequential") for name in self.sequential]
+        word = self.fields.experiment.codebook.n_words + pd.Index(names).get_indexer(table.pop("gene").astype(object))
+        # a spot of a gene imaged by itself is what it is
+        return table.assign(word=word, probability=np.ones(len(table), np.float32))
+
+    def _near(self, home: int, x: np.ndarray, y: np.ndarray) -> bool:
+        left, low, right, high = self.bounds[home]
+        return bool(left <= x.max() and right >= x.min() and low <= y.max() and high >= y.min())
+
+
+def _write_placed(fields: Fields, path: Path, groups: Mapping[int, Sequence[int]], stage: Path, shown: Display) -> None:
+    """A table of molecules with their new cells, a field at a time, in the order that they have."""
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        column = schema.names.index("cell_id")
+        with pq.ParquetWriter(stage / path.name, schema) as kept:
+            for fov in shown.track(sorted(groups, key=lambda fov: groups[fov][0]), len(groups), "write calls"):
+                table = file.read_row_groups(list(groups[fov]))
+                cell = pa.array(np.load(fields.file(path.name, fov)))
+                kept.write_table(table.set_column(column, schema.field(column), cell))
