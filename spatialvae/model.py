@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spatialvae import _keys, analysis
+from spatialvae import _keys, analysis, evaluate
 from spatialvae._files import whole
 from spatialvae.data import (
     build_graphs,
@@ -253,39 +253,64 @@ class SpatialVAE:
         """Mean of -E_q log p(x | z), nats a cell, from one draw of each latent."""
         return float(-self._terms(adata, seed)[:, 0].mean())
 
-    @torch.no_grad()
+    @overload
     def get_marginal_ll(
         self,
         adata: AnnData | None = None,
         n_mc_samples: int = 1000,
         seed: int = 0,
         given: AnnData | None = None,
-    ) -> float:
-        """Mean log p(x_i), nats a cell, by importance sampling.
+        return_mean: Literal[True] = True,
+        return_error: Literal[False] = False,
+    ) -> float: ...
+
+    @overload
+    def get_marginal_ll(
+        self,
+        adata: AnnData | None = None,
+        n_mc_samples: int = 1000,
+        seed: int = 0,
+        given: AnnData | None = None,
+        *,
+        return_mean: bool = True,
+        return_error: bool = False,
+    ) -> float | np.ndarray | tuple[float, float] | tuple[np.ndarray, np.ndarray]: ...
+
+    def get_marginal_ll(
+        self,
+        adata: AnnData | None = None,
+        n_mc_samples: int = 1000,
+        seed: int = 0,
+        given: AnnData | None = None,
+        return_mean: bool = True,
+        return_error: bool = False,
+    ) -> float | np.ndarray | tuple[float, float] | tuple[np.ndarray, np.ndarray]:
+        """Mean log p(x_i), nats a cell, by importance sampling (``spatialvae.evaluate``).
 
         By default of each cell by itself, its neighbours unknown: to be compared with other models' marginal
         likelihood of the same counts given the same library sizes. With ``given``, another table, log p(x_i | counts of
         ``given``): what the cells of ``given`` in its sample say of its place is what is expected there, and nothing of
         ``adata`` but its places is looked at before. Cells without counts are left out.
 
+        Without ``return_mean`` the value of each cell that has counts is returned, float64 (cell,). ``return_error``
+        adds its Monte Carlo error, one standard deviation, of the same shape.
+
         Raises InputError if ``given`` is asked of a model without positions.
         """
-        if given is not None and self.setup.spatial_key is None:
-            raise InputError("a model without spatial_key knows no neighbours; leave out given")
         if n_mc_samples < 1:
             raise InputError(f"n_mc_samples is {n_mc_samples}; expected at least 1")
         section = self._read(adata)
-        generator = torch.Generator().manual_seed(seed)
         niche = None if given is None else self._niche_given(self.adata if adata is None else adata, given)
-        found = []
-        for rows in minibatches(np.flatnonzero(section.cells.depth > 0), ROWS_AT_ONCE):
-            index = torch.from_numpy(rows)
-            prior = None if niche is None else (niche[0][index].to(self._device), niche[1][index].to(self._device))
-            found.append(self.module.marginal_log_likelihood(section, rows, n_mc_samples, generator, prior).cpu())
-        return float(torch.cat(found).double().mean())
+        value, error = evaluate.log_evidence(self.module, section, n_mc_samples, seed, niche)
+        if return_mean:
+            mean, error_of_mean = evaluate.mean_with_error(value, error)
+            return (mean, error_of_mean) if return_error else mean
+        return (value, error) if return_error else value
 
     def _niche_given(self, adata: AnnData, given: AnnData) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance (cell, D) of z_niche at the places of ``adata`` given the counts of ``given`` alone."""
+        if self.setup.spatial_key is None:
+            raise InputError("a model without spatial_key knows no neighbours; leave out given")
         sites = self.module.sites(self._read(given))
         n, asked = adata.n_obs, Sites(*(torch.zeros(adata.n_obs, self.module.shape.n_cell) for _ in range(2)))
         places = [read_places(table, self.setup) for table in (adata, given)]

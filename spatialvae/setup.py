@@ -17,15 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where things stand in an AnnData."""
+    """Where things stand in an AnnData, and whether the model that reads it is to know how counts were measured."""
 
     layer: str | None = None
     spatial_key: str | None = "spatial"
     sample_key: str | None = None
     batch_key: str | None = None
+    labels_key: str | None = None
+    measurement: bool = False
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        """What stands where: all but ``measurement``."""
+        return {name: value for name, value in asdict(self).items() if name != "measurement"}
 
     def write(self, adata: AnnData) -> None:
-        adata.uns[_keys.SETUP] = {name: value or "" for name, value in asdict(self).items()}
+        adata.uns[_keys.SETUP] = {name: value or "" for name, value in self.keys.items()}
 
     @classmethod
     def read(cls, adata: AnnData) -> Setup:
