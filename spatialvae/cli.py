@@ -86,23 +86,52 @@ def embed(
 @app.command()
 def evaluate(
     table: Table,
-    model: Annotated[Path, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")],
-    labels: Annotated[str | None, typer.Option(help="obs with known domains to compare with")] = None,
+    model: Annotated[Path | None, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")] = None,
+    labels: Annotated[str | None, typer.Option(help="with --model: obs with known domains to compare with")] = None,
     samples: Annotated[int, typer.Option(min=1, help="importance samples of log p(x)")] = 100,
-    seed: Annotated[int, typer.Option(help="of draws and mixtures")] = 0,
+    seed: Annotated[int, typer.Option(help="of draws, mixtures, weights and held-out cells")] = 0,
+    out: Annotated[Path | None, typer.Option(help="without --model: folder for evidence.csv and its plot")] = None,
+    likelihood: Annotated[str, typer.Option(help="without --model: likelihoods to compare")] = "nb,zinb,poisson",
+    latent: Annotated[str, typer.Option(help="without --model: latent sizes to compare")] = "10,30",
+    held_out: Annotated[float, typer.Option(min=0, max=1, help="without --model: share of cells")] = 0.1,
+    max_epochs: Annotated[int | None, typer.Option(min=1, help="without --model: passes over the table")] = None,
+    layer: Annotated[str | None, typer.Option(help="without --model: layer with counts; X if not given")] = None,
+    spatial_key: Annotated[str, typer.Option(help="without --model: obsm with coordinates; '' for none")] = "spatial",
+    sample_key: Annotated[str | None, typer.Option(help="without --model: obs naming sections")] = None,
+    batch_key: Annotated[str | None, typer.Option(help="without --model: obs naming batches")] = None,
 ) -> None:
-    """Print, as JSON, how well a model explains TABLE, in nats a cell, and how its domains agree with labels."""
+    """How well a model explains TABLE, or which model of TABLE explains cells that it has not seen.
+
+    With --model: prints, as JSON, bounds and evidence in nats a cell, and how domains agree with labels. Without, and
+    with --out: trains models with each likelihood and latent size, with and without neighbours, on a part of the cells
+    and writes their evidence for the others to OUT/evidence.csv and OUT/evidence.png.
+    """
+    if (model is None) == (out is None):
+        raise InputError("give --model DIR to evaluate a model, or --out DIR to compare models of the table")
     adata = _read(table)
+    if out is not None:
+        from spatialvae.model import SpatialVAE
+
+        sizes = [_whole(text, "--latent") for text in latent.split(",")]
+        SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
+        return _compare(adata, out, likelihood.split(","), sizes, held_out, samples, max_epochs, seed)
+    assert model is not None
+    return _evaluate_model(adata, model, labels, samples, seed)
+
+
+def _evaluate_model(adata: AnnData, model: Path, labels: str | None, samples: int, seed: int) -> None:
     from spatialvae.model import SpatialVAE
 
     if labels is not None and labels not in adata.obs:
         raise InputError(f"obs has no {labels!r}; it has {sorted(adata.obs)}")
     with _status("reading counts, finding neighbours"):
         loaded = SpatialVAE.load(_model_folder(model), adata)
+    evidence, error = loaded.get_marginal_ll(n_mc_samples=samples, seed=seed, return_error=True)
     figures: dict[str, float] = {
         "elbo": loaded.get_elbo(seed=seed),
         "reconstruction_error": loaded.get_reconstruction_error(seed=seed),
-        "marginal_log_likelihood_without_neighbours": loaded.get_marginal_ll(n_mc_samples=samples, seed=seed),
+        "marginal_log_likelihood_without_neighbours": evidence,
+        "marginal_log_likelihood_monte_carlo_error": error,
     }
     if labels is not None:
         from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -112,6 +141,46 @@ def evaluate(
         figures["ari"] = float(adjusted_rand_score(truth, found))
         figures["nmi"] = float(normalized_mutual_info_score(truth, found))
     typer.echo(json.dumps(figures, indent=1))
+
+
+def _compare(
+    adata: AnnData,
+    out: Path,
+    likelihoods: list[str],
+    sizes: list[int],
+    held_out: float,
+    samples: int,
+    max_epochs: int | None,
+    seed: int,
+) -> None:
+    from rich.console import Console
+
+    from spatialvae import evaluate
+    from spatialvae._files import whole
+
+    with Console(stderr=True).status("holding cells out") as status:
+        found = evaluate.compare(
+            adata,
+            likelihoods,
+            sizes,
+            held_out=held_out,
+            samples=samples,
+            max_epochs=max_epochs,
+            seed=seed,
+            report=status.update,
+        )
+    with whole(out / "evidence.csv") as part:
+        found.to_csv(part, index=False)
+    with whole(out / "evidence.png") as part:
+        evaluate.evidence_plot(found).savefig(part)
+    typer.echo(found.to_string(index=False, float_format="%.3f"))
+    typer.echo(f"Written to {out}")
+
+
+def _whole(text: str, option: str) -> int:
+    if not text.strip().isdigit():
+        raise InputError(f"{option} holds {text!r}; expected whole numbers with commas between them")
+    return int(text)
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ class Measurement:
 
 
 def read_measurement(adata: AnnData, columns: np.ndarray, share: np.ndarray) -> Measurement:
-    """Of the genes in ``columns`` of a table, -1 for genes that it has not, which make up ``share`` (gene,) of its calls.
+    """Of the genes in ``columns`` of a table, -1 where it has not got one, that make up ``share`` (gene,) of its calls.
 
     ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, the expected share of wrong calls among those
     of a gene, are what ``merfish run`` writes. A gene of which they are not known, being never called, has the median

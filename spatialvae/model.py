@@ -107,6 +107,7 @@ class SpatialVAE:
         spatial_key: str | None = "spatial",
         sample_key: str | None = None,
         batch_key: str | None = None,
+        labels_key: str | None = None,
     ) -> None:
         """Say where ``adata`` keeps what the model reads, and check it; the counts are checked when the model is made.
 
@@ -117,10 +118,11 @@ class SpatialVAE:
         spatial_key : obsm with coordinates (cell, 2 or 3), any unit; None for cells without positions
         sample_key : obs naming the section of each cell; neighbours are found within it
         batch_key : obs naming batches whose effect on expression is to be removed
+        labels_key : obs naming known types; the model does not see them, ``differential_expression`` compares them
 
         Genes marked in ``var["is_blank"]`` are left out of the model.
         """
-        setup = Setup(layer, spatial_key, sample_key, batch_key)
+        setup = Setup(layer, spatial_key, sample_key, batch_key, labels_key)
         check_table(adata, setup)
         setup.write(adata)
 
@@ -272,9 +274,33 @@ class SpatialVAE:
         seed: int = 0,
         given: AnnData | None = None,
         *,
-        return_mean: bool = True,
-        return_error: bool = False,
-    ) -> float | np.ndarray | tuple[float, float] | tuple[np.ndarray, np.ndarray]: ...
+        return_mean: Literal[True] = True,
+        return_error: Literal[True],
+    ) -> tuple[float, float]: ...
+
+    @overload
+    def get_marginal_ll(
+        self,
+        adata: AnnData | None = None,
+        n_mc_samples: int = 1000,
+        seed: int = 0,
+        given: AnnData | None = None,
+        *,
+        return_mean: Literal[False],
+        return_error: Literal[False] = False,
+    ) -> np.ndarray: ...
+
+    @overload
+    def get_marginal_ll(
+        self,
+        adata: AnnData | None = None,
+        n_mc_samples: int = 1000,
+        seed: int = 0,
+        given: AnnData | None = None,
+        *,
+        return_mean: Literal[False],
+        return_error: Literal[True],
+    ) -> tuple[np.ndarray, np.ndarray]: ...
 
     def get_marginal_ll(
         self,

@@ -74,7 +74,7 @@ class Space:
 @dataclass(frozen=True, eq=False)
 class Section:
     """A table as the model reads it. ``fill`` maps what is seen of log counts to genes that were not measured: weight
-    (seen, missing) and constant (missing,). ``measurement`` is how expression came to be counts, if that is modelled."""
+    (seen, missing) and constant (missing,). ``measurement``: how molecules came to be counts, if that is modelled."""
 
     cells: Cells
     graphs: Graphs | None

@@ -97,9 +97,11 @@ def cell_draws(
         index = torch.from_numpy(rows[part])
         precision, linear = expanded(module, section, rows[part], found.mode[index])
         root = torch.linalg.cholesky(precision + own.reciprocal().diag())
-        pull = linear + module.prior_of_cells(niche[:, part].to(own.device).flatten(0, 1))[0].unflatten(
-            0, (n_samples, len(part))
-        ) / own
+        pull = (
+            linear
+            + module.prior_of_cells(niche[:, part].to(own.device).flatten(0, 1))[0].unflatten(0, (n_samples, len(part)))
+            / own
+        )
         noise = torch.randn(pull.shape, generator=generator).to(own.device)
         # (L L')^-1 pull + L'^-1 noise
         half = torch.linalg.solve_triangular(root, pull[..., None], upper=False) + noise[..., None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,7 +38,8 @@ class Setup:
     def read(cls, adata: AnnData) -> Setup:
         if _keys.SETUP not in adata.uns:
             raise InputError("this AnnData was not set up: call SpatialVAE.setup_anndata(adata, ...) first")
-        return cls(**{name: str(value) or None for name, value in adata.uns[_keys.SETUP].items()})
+        found: dict[str, Any] = {name: str(value) or None for name, value in adata.uns[_keys.SETUP].items()}
+        return cls(**found)
 
 
 def read_places(adata: AnnData, setup: Setup) -> tuple[np.ndarray, np.ndarray]:
