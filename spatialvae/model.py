@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 
-from spatialvae import _keys, analysis, evaluate
+from spatialvae import _keys, analysis, evaluate, sampling
 from spatialvae._files import whole
 from spatialvae.data import (
     build_graphs,
@@ -28,7 +30,7 @@ from spatialvae.errors import InputError
 from spatialvae.linear import fit_linear
 from spatialvae.module import LIKELIHOODS, ROWS_AT_ONCE, Section, Shape, Sites, SpatialModule
 from spatialvae.posterior import posterior
-from spatialvae.setup import Setup, read_places
+from spatialvae.setup import Setup, checked_coordinates, read_places
 from spatialvae.training import Plan, train
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 FORMAT = 5
 FILES = ("model.json", "model.safetensors")
 WHICH = ("both", "niche", "cell")
+CELLS = ("model", "table")
 
 
 class SpatialVAE:
@@ -50,6 +53,8 @@ class SpatialVAE:
     n_hidden : width of the hidden layers
     gene_likelihood : "nb", "zinb" or "poisson"
     seed : of the initial weights
+    measurement : model expression as it was before it was measured (``spatialvae.measurement``): ``adata`` gives each
+        gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them
 
     Raises
     ------
@@ -71,6 +76,7 @@ class SpatialVAE:
         n_hidden: int = 128,
         gene_likelihood: str = "nb",
         seed: int = 0,
+        measurement: bool = False,
     ) -> None:
         if gene_likelihood not in LIKELIHOODS:
             raise InputError(f"gene_likelihood is {gene_likelihood!r}; expected one of {LIKELIHOODS}")
@@ -78,7 +84,7 @@ class SpatialVAE:
             if size < 1:
                 advice = "; for a model without niches set spatial_key=None" if name == "n_niche" else ""
                 raise InputError(f"{name} is {size}; expected at least 1{advice}")
-        self.setup = Setup.read(adata)
+        self.setup = replace(Setup.read(adata), measurement=measurement)
         self.adata = adata
         cells = read_cells(adata, self.setup)
         graphs = build_graphs(cells)
@@ -211,41 +217,231 @@ class SpatialVAE:
         mean, variance = {"niche": of_niche, "cell": of_cell, "both": both}[which]
         return mean.numpy(), variance.numpy()
 
-    @torch.no_grad()
+    @overload
     def get_normalized_expression(
         self,
         adata: AnnData | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        transform_batch: str | None = None,
         gene_list: Iterable[str] | None = None,
         library_size: float | str = 1.0,
-        transform_batch: str | None = None,
-    ) -> pd.DataFrame:
-        """Denoised expression (cell, gene): each gene's share at the posterior means, times ``library_size``.
+        n_samples: int | None = None,
+        return_mean: bool = True,
+        return_numpy: Literal[False] = False,
+        seed: int = 0,
+    ) -> pd.DataFrame: ...
 
-        library_size : a number, or "latent" for each cell's own total count
+    @overload
+    def get_normalized_expression(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        transform_batch: str | None = None,
+        gene_list: Iterable[str] | None = None,
+        library_size: float | str = 1.0,
+        n_samples: int | None = None,
+        return_mean: bool = True,
+        *,
+        return_numpy: Literal[True],
+        seed: int = 0,
+    ) -> np.ndarray: ...
+
+    def get_normalized_expression(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        transform_batch: str | None = None,
+        gene_list: Iterable[str] | None = None,
+        library_size: float | str = 1.0,
+        n_samples: int | None = None,
+        return_mean: bool = True,
+        return_numpy: bool = False,
+        seed: int = 0,
+    ) -> pd.DataFrame | np.ndarray:
+        """Denoised expression (cell, gene): each gene's share of the molecules times ``library_size``.
+
+        indices : rows of the table; all if None
         transform_batch : decode every cell as if it were of this batch
+        library_size : a number, or "latent" for each cell's own total count: with ``measurement`` of the molecules that
+            were there, not of those that were called
+        n_samples : draws from the posterior; None for the value at the posterior means, which is faster
+        return_mean : over draws; otherwise an array (sample, cell, gene), which needs ``return_numpy``
         """
-        section = self._read(adata)
+        if isinstance(library_size, str) and library_size != "latent":
+            raise InputError(f"library_size is {library_size!r}; expected a number or 'latent'")
+        if not return_mean and not return_numpy:
+            raise InputError("draws make an array, not a frame: pass return_numpy=True with return_mean=False")
+        section, table = self._read(adata), self.adata if adata is None else adata
+        columns, rows = self._columns(gene_list), self._rows(table, indices)
+        batch = None if transform_batch is None else self._batch(transform_batch)
+        size = None if isinstance(library_size, str) else library_size
+        found = sampling.expression(self.module, section, self._cell_draws(section, rows, n_samples, seed), size, batch)
+        parts = (share[..., columns] for _, share in found)
+        value = np.concatenate([part.mean(0) if return_mean else part for part in parts], -2)
+        if return_numpy:
+            return value
+        return pd.DataFrame(value, index=table.obs_names[rows], columns=[self.genes[i] for i in columns])
+
+    def posterior_predictive_sample(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        n_samples: int = 1,
+        gene_list: Iterable[str] | None = None,
+        given: AnnData | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Counts drawn anew for the cells of a table, int32 (cell, gene), or (cell, gene, sample) of several samples.
+
+        By default z is drawn from the posterior given the table's counts: what a second measurement of the same cells
+        would give. With ``given``, another table, nothing of ``adata`` is looked at but the cells' places and total
+        counts: z is drawn from what the cells of ``given`` say of these places.
+        """
+        section, table = self._read(adata), self.adata if adata is None else adata
+        columns, rows = self._columns(gene_list), self._rows(table, indices)
+        if given is None:
+            parts = sampling.predictive(self.module, section, rows, n_samples, seed)
+        else:
+            known = self._read(given), self._places(given)
+            parts = sampling.predictive_at(self.module, section, self._places(table), rows, n_samples, seed, known)
+        counts = np.concatenate([drawn[..., columns] for _, drawn in parts], 1)
+        return counts[0] if n_samples == 1 else np.moveaxis(counts, 0, -1)
+
+    def impute(
+        self,
+        adata: AnnData,
+        gene_list: Iterable[str] | None = None,
+        n_samples: int = 100,
+        interval: float = 0.9,
+        seed: int = 0,
+    ) -> AnnData:
+        """Counts of genes that ``adata`` lacks, from those that it has and the neighbours.
+
+        gene_list : by default all genes of the model that the table lacks
+        interval : probability of the interval between ``layers["low"]`` and ``layers["high"]``, that counts drawn from
+            the posterior fall on either side of with equal probability
+
+        Returns an AnnData with expected counts in X, as they would have been beside the counts that were measured.
+        """
+        from anndata import AnnData
+
+        if not 0 < interval < 1:
+            raise InputError(f"interval is {interval}; expected a probability between 0 and 1")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the table lacks")
+            section = self._read(adata)
+        missing = [gene for gene, absent in zip(self.genes, section.cells.missing, strict=True) if absent]
+        columns = self._columns(missing if gene_list is None else gene_list)
+        if not len(columns):
+            raise InputError("the table has all genes of the model; name those to impute in gene_list")
+        found = sampling.impute(self.module, section, columns, n_samples, interval, seed)
+        var = pd.DataFrame(index=[self.genes[i] for i in columns])
+        return AnnData(found.expected, adata.obs.copy(), var, layers={"low": found.low, "high": found.high})
+
+    def sample_prior(self, n_cells: int, cells: str = "model", seed: int = 0) -> AnnData:
+        """``n_cells`` cells drawn from the model by themselves, each far from any other; see ``sample_tissue``."""
+        niche = sampling.niches_alone(self.module, n_cells, seed)
+        return self._sampled(niche, None, cells, seed)
+
+    def sample_tissue(
+        self,
+        coordinates: np.ndarray,
+        samples: Sequence[str] | np.ndarray | None = None,
+        given: AnnData | None = None,
+        library_size: np.ndarray | None = None,
+        cells: str = "model",
+        seed: int = 0,
+    ) -> AnnData:
+        """New cells at ``coordinates``: niches drawn from the field, cells from their niches, counts from the cells.
+
+        coordinates : (cell, axis), in the unit of the model's table
+        samples : the section of each cell, one if None; neighbours are found within it
+        given : a table of cells that are held fixed: the field is drawn given their counts. Their sections are named in
+            ``samples`` as in their ``sample_key``
+        library_size : total counts (cell,); by default those of cells of the model's table picked at random, whose
+            batches they take, too
+        cells : "model" for z_cell ~ N(z_niche, S); "table" for that of a cell of the model's table whose niche is
+            alike, so that there are the same types of cells
+
+        Returns an AnnData with counts in X, ``obsm["X_spatialvae"]``, the latents that they come from, and places and
+        sections under the keys of the model.
+        """
+        if self.setup.spatial_key is None:
+            raise InputError("a model without spatial_key knows no places; use sample_prior")
+        where = checked_coordinates(coordinates)
+        names = np.full(len(where), "") if samples is None else np.asarray(samples).astype(str)
+        if len(names) != len(where):
+            raise InputError(f"{len(names)} names of samples for {len(where)} places; expected one each")
+        known = None if given is None else (self._read(given), self._places(given))
+        niche = sampling.niches_at(self.module, (where, names), 1, seed, known)[0]
+        made = self._sampled(niche, library_size, cells, seed)
+        made.obsm[self.setup.spatial_key] = where
+        if self.setup.sample_key is not None:
+            made.obs[self.setup.sample_key] = names
+        return made
+
+    def _sampled(self, niche: torch.Tensor, library_size: np.ndarray | None, cells: str, seed: int) -> AnnData:
+        """Cells in ``niche`` (cell, D) and their counts."""
+        from anndata import AnnData
+
+        if cells not in CELLS:
+            raise InputError(f"cells is {cells!r}; expected one of {CELLS}")
+        section = self._read(None)
+        if cells == "model":
+            z = sampling.cells_of_model(self.module, niche, seed)
+        else:
+            z = sampling.cells_of_table(self.module, section, niche, seed)
+        section = sampling.as_if(section, len(niche), library_size, seed)
+        rows, rng = np.arange(len(niche)), np.random.default_rng([seed, 3])
+        parts = minibatches(rows, ROWS_AT_ONCE)
+        counts = [sp.csr_matrix(sampling.draw_counts(self.module, section, part, z[part], rng)) for part in parts]
+        names = pd.Index([f"sampled{i}" for i in rows])
+        obs = pd.DataFrame(index=names)
+        if self.setup.batch_key is not None:
+            obs[self.setup.batch_key] = np.array(self.batch_names)[section.batch.numpy()]
+        made = AnnData(sp.vstack(counts, format="csr"), obs, pd.DataFrame(index=list(self.genes)))
+        made.obsm[_keys.LATENT] = np.concatenate([niche.numpy(), z.cpu().numpy()], 1)
+        return made
+
+    def _columns(self, gene_list: Iterable[str] | None) -> np.ndarray:
         genes = list(self.genes) if gene_list is None else list(gene_list)
         unknown = [gene for gene in genes if gene not in self.genes]
         if unknown:
             raise InputError(f"the model was not trained on gene {unknown[0]!r} ({len(unknown)} such genes)")
-        if transform_batch is not None and transform_batch not in self.batch_names:
-            raise InputError(f"transform_batch is {transform_batch!r}; the model knows {list(self.batch_names)}")
-        if isinstance(library_size, str) and library_size != "latent":
-            raise InputError(f"library_size is {library_size!r}; expected a number or 'latent'")
-        columns = [self.genes.index(gene) for gene in genes]
-        out = np.empty((section.cells.n_cells, len(genes)), np.float32)
-        z_cell = self._means(section)[1]
-        for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE):
-            batch = section.batch[torch.from_numpy(rows)]
-            if transform_batch is not None:
-                batch = torch.full_like(batch, self.batch_names.index(transform_batch))
-            logits = self.module.decoder(z_cell[torch.from_numpy(rows)].to(self._device), batch.to(self._device))[0]
-            share = torch.softmax(logits, -1).cpu().numpy()[:, columns]
-            size = section.cells.depth[rows][:, None] if isinstance(library_size, str) else library_size
-            out[rows] = share * size
-        names = (self.adata if adata is None else adata).obs_names
-        return pd.DataFrame(out, index=names, columns=genes)
+        return np.array([self.genes.index(gene) for gene in genes], int)
+
+    def _rows(self, adata: AnnData, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
+        if indices is None:
+            return np.arange(adata.n_obs)
+        rows = np.asarray(indices)
+        rows = np.flatnonzero(rows) if rows.dtype == bool and len(rows) == adata.n_obs else rows
+        if not np.issubdtype(rows.dtype, np.integer) or rows.min(initial=0) < 0 or rows.max(initial=0) >= adata.n_obs:
+            raise InputError(f"indices must be numbers of rows from 0 to {adata.n_obs - 1}, or a mask of all rows")
+        return rows
+
+    def _batch(self, name: str) -> int:
+        if name not in self.batch_names:
+            raise InputError(f"transform_batch is {name!r}; the model knows {list(self.batch_names)}")
+        return self.batch_names.index(name)
+
+    def _places(self, adata: AnnData) -> sampling.Places:
+        if self.setup.spatial_key is None:
+            raise InputError("a model without spatial_key knows no neighbours; leave out given")
+        return read_places(adata, self.setup)
+
+    def _cell_draws(
+        self, section: Section, rows: np.ndarray, n_samples: int | None, seed: int
+    ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """z_cell (sample, row, dim) of parts of ``rows``; the posterior means where ``n_samples`` is None."""
+        if n_samples is None:
+            z = self._means(section)[1]
+            for part in minibatches(rows, ROWS_AT_ONCE):
+                yield part, z[torch.from_numpy(part)][None].to(self._device)
+            return
+        if n_samples < 1:
+            raise InputError(f"n_samples is {n_samples}; expected at least 1")
+        for part, _, z in sampling.latent_draws(self.module, section, rows, n_samples, seed):
+            yield part, z
 
     def get_elbo(self, adata: AnnData | None = None, seed: int = 0) -> float:
         """Mean evidence lower bound, nats a cell, from one draw of each latent."""
@@ -335,11 +531,9 @@ class SpatialVAE:
 
     def _niche_given(self, adata: AnnData, given: AnnData) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance (cell, D) of z_niche at the places of ``adata`` given the counts of ``given`` alone."""
-        if self.setup.spatial_key is None:
-            raise InputError("a model without spatial_key knows no neighbours; leave out given")
+        places = [self._places(table) for table in (adata, given)]
         sites = self.module.sites(self._read(given))
         n, asked = adata.n_obs, Sites(*(torch.zeros(adata.n_obs, self.module.shape.n_cell) for _ in range(2)))
-        places = [read_places(table, self.setup) for table in (adata, given)]
         space = self.module.space(graphs_of(*(np.concatenate(pair) for pair in zip(*places, strict=True))))
         both = Sites(torch.cat([asked.target, sites.target]), torch.cat([asked.log_precision, sites.log_precision]))
         niche = self.module.solve(space, both, known=np.arange(n + given.n_obs) >= n)

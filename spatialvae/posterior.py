@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spatialvae.data import minibatches
 from spatialvae.field import draws, posterior_variance, solve
@@ -80,32 +81,25 @@ def posterior(
 
 
 @torch.no_grad()
-def cell_draws(
+def latent_draws(
     module: SpatialModule, section: Section, rows: np.ndarray, n_samples: int, seed: int = 0
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Draws of z_cell from the posterior of a section: blocks of ``rows``, and (sample, row, dim) of them.
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Draws from the posterior of a section: parts of ``rows``, z_niche (sample, row, D) and z_cell (sample, row, dim)
+    of them.
 
     All cells of a draw belong to one draw of the whole section: what neighbours share is in it.
     """
-    own = module.log_residual.exp()
-    found = expansion(module, section, module.sites(section))
-    rng = np.random.default_rng(seed)
+    found, own = expansion(module, section, module.sites(section)), module.log_residual.exp()
     generator = torch.Generator().manual_seed(seed)
-    niche = niche_draws(module, section.space, found.weight, found.target, n_samples, rng, rows)
-    place = np.arange(len(rows))
-    for part in blocks(module, place):
-        index = torch.from_numpy(rows[part])
+    niche = niche_draws(module, section.space, found.weight, found.target, n_samples, seed, rows)
+    for part in blocks(module, np.arange(len(rows))):
+        index, here = torch.from_numpy(rows[part]), niche[:, part].to(own.device)
         precision, linear = expanded(module, section, rows[part], found.mode[index])
         root = torch.linalg.cholesky(precision + own.reciprocal().diag())
-        pull = (
-            linear
-            + module.prior_of_cells(niche[:, part].to(own.device).flatten(0, 1))[0].unflatten(0, (n_samples, len(part)))
-            / own
-        )
+        pull = linear + F.pad(here, (0, len(own) - here.shape[-1])) / own
         noise = torch.randn(pull.shape, generator=generator).to(own.device)
-        # (L L')^-1 pull + L'^-1 noise
         half = torch.linalg.solve_triangular(root, pull[..., None], upper=False) + noise[..., None]
-        yield rows[part], torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
+        yield rows[part], here, torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
 
 
 def niche_draws(
@@ -114,14 +108,14 @@ def niche_draws(
     weight: np.ndarray,
     target: np.ndarray,
     n_samples: int,
-    rng: np.random.Generator,
-    rows: np.ndarray | slice = slice(None),
+    seed: int,
+    rows: np.ndarray,
 ) -> Tensor:
     """Draws of z_niche of ``rows``, (sample, row, D), given what counts say of it (``Expansion``; zero: the prior)."""
-    n = np.arange(len(target))[rows]
+    out = torch.zeros(n_samples, len(rows), target.shape[1])
     if space is None:
-        return torch.zeros(n_samples, len(n), 0)
-    out = torch.empty(n_samples, len(n), target.shape[1])
+        return out
+    rng = np.random.default_rng(seed)
     sd, r, weight = _scaled(module, weight)
     mean = solve(space.laplacian, r, weight, sd * target)
     for sample in out:
