@@ -16,7 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from spatialvae import _keys, analysis, evaluate, sampling
+from spatialvae import _keys, analysis, differential, evaluate, sampling
 from spatialvae._files import whole
 from spatialvae.data import (
     build_graphs,
@@ -26,11 +26,12 @@ from spatialvae.data import (
     minibatches,
     read_cells,
 )
+from spatialvae.differential import Selection
 from spatialvae.errors import InputError
 from spatialvae.linear import fit_linear
 from spatialvae.module import LIKELIHOODS, ROWS_AT_ONCE, Section, Shape, Sites, SpatialModule
 from spatialvae.posterior import posterior
-from spatialvae.setup import Setup, checked_coordinates, read_places
+from spatialvae.setup import Setup, check_key, checked_coordinates, read_places
 from spatialvae.training import Plan, train
 
 if TYPE_CHECKING:
@@ -442,6 +443,45 @@ class SpatialVAE:
             raise InputError(f"n_samples is {n_samples}; expected at least 1")
         for part, _, z in sampling.latent_draws(self.module, section, rows, n_samples, seed):
             yield part, z
+
+    def differential_expression(
+        self,
+        adata: AnnData | None = None,
+        groupby: str | None = None,
+        group1: str | Sequence[str] | None = None,
+        group2: str | None = None,
+        idx1: Selection | None = None,
+        idx2: Selection | None = None,
+        mode: str = "change",
+        delta: float = 0.25,
+        fdr_target: float = 0.05,
+        within: str | None = None,
+        all_stats: bool = True,
+        transform_batch: str | None = None,
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Which genes differ between groups of cells: a row a gene with scvi-tools' columns (``differential``).
+
+        Parameters
+        ----------
+        groupby : obs naming groups; the ``labels_key`` of ``setup_anndata`` if None
+        group1 : groups to compare, each by itself; all if None
+        group2 : what each is compared with; all other cells if None
+        idx1, idx2 : two groups as rows, masks or queries of obs, instead of the above
+        mode : "change" for P(|lfc| >= delta), lfc in log2; "vanilla" for P(lfc > 0)
+        fdr_target : expected share of wrong ones among the genes of ``is_de_fdr_...``
+        within : obs naming types; each type is compared by itself, between its cells in one group and the other (with
+            ``groupby`` the domains: what a niche does to cells of one type). Types without cells in both are left out
+        transform_batch : compare all cells as if they were of this batch; by default each as of its own
+        """
+        section, table = self._read(adata), self.adata if adata is None else adata
+        if within is not None:
+            check_key(table, within)
+        groupby = groupby or self.setup.labels_key
+        pairs = differential.pairs(table.obs, groupby, group1, group2, idx1, idx2, within)
+        batch = None if transform_batch is None else self._batch(transform_batch)
+        frame = differential.tables(self.module, section, pairs, mode, delta, fdr_target, all_stats, batch, seed)
+        return frame.set_index(pd.Index(list(self.genes) * len(pairs)))
 
     def get_elbo(self, adata: AnnData | None = None, seed: int = 0) -> float:
         """Mean evidence lower bound, nats a cell, from one draw of each latent."""
