@@ -183,6 +183,63 @@ def _whole(text: str, option: str) -> int:
     return int(text)
 
 
+@app.command()
+def sample(
+    table: Table,
+    model: Annotated[Path, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="where to write the sampled counts", metavar="TABLE2.h5ad")],
+    what: Annotated[str, typer.Option(help="posterior, tissue or prior")] = "posterior",
+    given: Annotated[
+        Path | None, typer.Option(help="cells that are held fixed; TABLE is then known by its places alone")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="posterior: draws, the second and later ones as layers")] = 1,
+    cells: Annotated[str, typer.Option(help="tissue, prior: cells of the 'model', or types of the 'table'")] = "table",
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+) -> None:
+    """Draw counts from a model: of TABLE's cells again (posterior), of new cells on TABLE's places (tissue), or of as
+    many cells that know nothing of each other (prior)."""
+    if what not in ("posterior", "tissue", "prior"):
+        raise InputError(f"--what is {what!r}; expected posterior, tissue or prior")
+    if given is not None and what == "prior":
+        raise InputError("--given is for --what posterior and tissue: cells of the prior know nothing of others")
+    adata, known = _read(table), None if given is None else _read(given)
+    from spatialvae._files import whole
+    from spatialvae.model import SpatialVAE
+
+    with _status("reading counts, sampling"):
+        loaded = SpatialVAE.load(_model_folder(model), adata)
+        made = _sampled(loaded, what, known, samples, cells, seed)
+        with whole(out) as part:
+            made.write_h5ad(part, compression="gzip")
+    typer.echo(f"{made.n_obs} cells sampled. Written to {out}")
+
+
+def _sampled(model: SpatialVAE, what: str, given: AnnData | None, samples: int, cells: str, seed: int) -> AnnData:
+    import numpy as np
+    import pandas as pd
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
+
+    from spatialvae.setup import read_places
+
+    table = model.adata
+    if what == "prior":
+        return model.sample_prior(table.n_obs, cells, seed)
+    if what == "tissue":
+        if model.setup.spatial_key is None:
+            raise InputError("the model was trained without places: sample its prior")
+        where, names = read_places(table, model.setup)
+        return model.sample_tissue(where, names, given, None, cells, seed)
+    drawn = model.posterior_predictive_sample(n_samples=samples, given=given, seed=seed)
+    drawn = drawn.reshape(table.n_obs, len(model.genes), samples)
+    made = AnnData(csr_matrix(drawn[..., 0]), table.obs.copy(), pd.DataFrame(index=list(model.genes)))
+    for i in range(1, samples):
+        made.layers[f"sample_{i}"] = csr_matrix(drawn[..., i])
+    if model.setup.spatial_key is not None:
+        made.obsm[model.setup.spatial_key] = np.asarray(table.obsm[model.setup.spatial_key])
+    return made
+
+
 def main() -> None:
     """Run the command line; exit with 2 and one message on bad input. Warnings are said in a line each."""
     warnings.showwarning = lambda message, *_, **__: typer.echo(f"spatialvae: {message}", err=True)

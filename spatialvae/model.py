@@ -16,7 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from spatialvae import _keys, analysis, differential, evaluate, sampling
+from spatialvae import _keys, analysis, differential, evaluate, sampling, verbs
 from spatialvae._files import whole
 from spatialvae.data import (
     build_graphs,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 FORMAT = 5
 FILES = ("model.json", "model.safetensors")
+TABLE = "adata.h5ad"
 WHICH = ("both", "niche", "cell")
 CELLS = ("model", "table")
 
@@ -78,7 +79,9 @@ class SpatialVAE:
         gene_likelihood: str = "nb",
         seed: int = 0,
         measurement: bool = False,
+        **others: Any,
     ) -> None:
+        verbs.refuse(others, "SpatialVAE")
         if gene_likelihood not in LIKELIHOODS:
             raise InputError(f"gene_likelihood is {gene_likelihood!r}; expected one of {LIKELIHOODS}")
         for name, size in (("n_latent", n_latent), ("n_niche", n_niche), ("n_hidden", n_hidden)):
@@ -115,6 +118,7 @@ class SpatialVAE:
         sample_key: str | None = None,
         batch_key: str | None = None,
         labels_key: str | None = None,
+        **others: Any,
     ) -> None:
         """Say where ``adata`` keeps what the model reads, and check it; the counts are checked when the model is made.
 
@@ -129,9 +133,26 @@ class SpatialVAE:
 
         Genes marked in ``var["is_blank"]`` are left out of the model.
         """
+        verbs.refuse(others, "setup_anndata")
         setup = Setup(layer, spatial_key, sample_key, batch_key, labels_key)
         check_table(adata, setup)
         setup.write(adata)
+
+    @property
+    def is_trained(self) -> bool:
+        return len(self.history) > 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.log_theta.device
+
+    def to_device(self, device: str) -> None:
+        """Move the model to "cpu", "cuda:0", ...; training goes on there."""
+        self.module.to(verbs.device_of(device))
+
+    def view_anndata_setup(self) -> None:
+        """Print what ``setup_anndata`` was told."""
+        print(verbs.described(self.setup, self.adata.n_obs, len(self.genes), self.batch_names))
 
     @property
     def latent_names(self) -> list[str]:
@@ -151,14 +172,24 @@ class SpatialVAE:
         held_out: float = Plan.held_out,
         seed: int = Plan.seed,
         progress: bool = True,
+        accelerator: str | None = None,
+        train_size: float | None = None,
+        early_stopping: bool = True,
+        **others: Any,
     ) -> None:
         """Train on the table given at the start; a second call goes on from where the first ended, without warm-up.
 
         ``history`` gets one row for every 100 steps. ``max_epochs`` is the same limit as ``max_steps`` in passes over
-        the table. For the others see ``training.Plan``. Held-out cells add nothing to the training of parameters or to
-        the niches of others; but the linear start has seen them, and results come from all cells. To judge a model by
-        cells that it has not seen, leave them out of the table.
+        the table, ``train_size`` is 1 - ``held_out``, ``accelerator`` a device as in ``to_device``; without
+        ``early_stopping`` training goes on to its limit. For the others see ``training.Plan``. Held-out cells add
+        nothing to the training of parameters or to the niches of others; but the linear start has seen them, and
+        results come from all cells. To judge a model by cells that it has not seen, leave them out of the table.
         """
+        verbs.refuse(others, "train")
+        if accelerator is not None and accelerator != "auto":
+            self.to_device(accelerator)
+        if train_size is not None:
+            held_out = 1 - train_size
         for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; expected at least 1")
@@ -170,7 +201,7 @@ class SpatialVAE:
             max_steps=max_steps,
             learning_rate=learning_rate,
             warm_up=0 if trained else warm_up,
-            patience=patience,
+            patience=patience if early_stopping else max_steps,
             held_out=held_out,
             seed=seed,
         )
@@ -282,6 +313,36 @@ class SpatialVAE:
         if return_numpy:
             return value
         return pd.DataFrame(value, index=table.obs_names[rows], columns=[self.genes[i] for i in columns])
+
+    def get_likelihood_parameters(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        n_samples: int | None = None,
+        give_mean: bool = True,
+        seed: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """``mean``, ``dispersions`` and ``dropout`` of the counts' likelihood, (cell, gene) each, at the posterior
+        means or averaged over ``n_samples`` draws; (sample, cell, gene) without ``give_mean``."""
+        section, rows = self._read(adata), self._rows(self.adata if adata is None else adata, indices)
+        return verbs.likelihood_parameters(
+            self.module, section, self._cell_draws(section, rows, n_samples, seed), give_mean
+        )
+
+    def get_feature_correlation_matrix(
+        self,
+        adata: AnnData | None = None,
+        indices: Sequence[int] | np.ndarray | None = None,
+        n_samples: int = 10,
+        transform_batch: str | None = None,
+        correlation_type: str = "spearman",
+        seed: int = 0,
+    ) -> pd.DataFrame:
+        """Correlations of genes over cells and draws of their denoised expression, (gene, gene)."""
+        drawn = self.get_normalized_expression(
+            adata, indices, transform_batch, n_samples=n_samples, return_mean=False, return_numpy=True, seed=seed
+        )
+        return verbs.correlations(drawn.reshape(-1, drawn.shape[-1]), correlation_type, list(self.genes))
 
     def posterior_predictive_sample(
         self,
@@ -437,7 +498,7 @@ class SpatialVAE:
         if n_samples is None:
             z = self._means(section)[1]
             for part in minibatches(rows, ROWS_AT_ONCE):
-                yield part, z[torch.from_numpy(part)][None].to(self._device)
+                yield part, z[torch.from_numpy(part)][None].to(self.device)
             return
         if n_samples < 1:
             raise InputError(f"n_samples is {n_samples}; expected at least 1")
@@ -600,8 +661,9 @@ class SpatialVAE:
         target.obsm[_keys.DOMAIN_PROBABILITY] = probability
         return labels
 
-    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write ``model.safetensors`` and ``model.json`` into ``folder``; other files there stay as they are.
+    def save(self, folder: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
+        """Write ``model.safetensors`` and ``model.json`` into ``folder``; other files there stay as they are. With
+        ``save_anndata`` the table, too, as ``adata.h5ad``, so that ``load`` needs none.
 
         Raises InputError if either is there already, unless ``overwrite``. Interrupted, it leaves the old model, or two
         files that ``load`` tells apart.
@@ -611,7 +673,7 @@ class SpatialVAE:
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder} is not a folder; name one for the model's files")
-        there = [name for name in FILES if (folder / name).exists()]
+        there = [name for name in (*FILES, *([TABLE] if save_anndata else [])) if (folder / name).exists()]
         if there and not overwrite:
             raise InputError(f"{folder} has a {there[0]} already; pass overwrite=True to replace it")
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
@@ -629,12 +691,17 @@ class SpatialVAE:
         }
         with whole(folder / "model.json") as part:
             part.write_text(json.dumps(about, indent=1))
+        if save_anndata:
+            with whole(folder / TABLE) as part:
+                self.adata.to_memory().write_h5ad(part)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], adata: AnnData) -> Self:
+    def load(cls, folder: str | os.PathLike[str], adata: AnnData | None = None, accelerator: str | None = None) -> Self:
         """Read a saved model and give it a table with the same genes, the one it was trained on or another.
 
-        ``adata`` needs no ``setup_anndata``; the model knows its keys.
+        ``adata`` needs no ``setup_anndata``; the model knows its keys. Without it the table is that of
+        ``save(save_anndata=True)``, or the one beside the model in the folder that ``spatialvae train`` wrote.
+        ``accelerator`` is the device to load to, as in ``to_device``.
 
         Raises
         ------
@@ -650,14 +717,10 @@ class SpatialVAE:
             model.history = pd.DataFrame(about["history"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder} is not a model of this version: {error}") from error
-        model.module = model.module.to(_device()).eval()
-        model.adata = adata
-        model._read(adata, fresh=True)
+        model.module = model.module.to(verbs.device_of(accelerator) if accelerator else _device()).eval()
+        model.adata = _saved_table(Path(folder)) if adata is None else adata
+        model._read(None, fresh=True)
         return model
-
-    @property
-    def _device(self) -> torch.device:
-        return self.module.log_theta.device
 
     def _read(self, adata: AnnData | None, fresh: bool = False) -> Section:
         """The section of a table; that of the model's own is made again when the table has changed."""
@@ -695,6 +758,19 @@ def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _saved_table(folder: Path) -> AnnData:
+    import anndata
+
+    paths = [folder / TABLE, folder.parent / "table.h5ad"]
+    there = [path for path in paths if path.is_file()]
+    if not there:
+        raise InputError(f"{folder} has no {TABLE}: pass the table as adata, or save(..., save_anndata=True) before")
+    try:
+        return anndata.read_h5ad(there[0])
+    except Exception as error:  # h5py and anndata raise many kinds for what is not a table
+        raise InputError(f"{there[0]} cannot be read as an AnnData file: {error}") from error
 
 
 def _bar(steps: int, visible: bool) -> Any:
