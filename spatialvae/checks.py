@@ -35,9 +35,9 @@ TITLES = {
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """``mean``, ``variance`` and ``zeros``, share of cells without any, (gene,); ``genes``, correlations of logs between
-    genes (pair,), and ``neighbours``, of each gene between a cell and the mean of its neighbours, (gene,), NaN without
-    a graph."""
+    """``mean``, ``variance`` and ``zeros``, share of cells without any, (gene,); ``genes``, correlations of logs of two
+    genes (pair,), and ``neighbours``, of each gene between a cell and the mean of its neighbours, (gene,), NaN where
+    none are known."""
 
     mean: np.ndarray
     variance: np.ndarray
