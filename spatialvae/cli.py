@@ -37,6 +37,9 @@ def train(
     domains: Annotated[int | None, typer.Option(min=1, help="spatial domains to find")] = None,
     max_epochs: Annotated[int | None, typer.Option(min=1, help="passes over the table at most")] = None,
     seed: Annotated[int, typer.Option(help="of weights, held-out cells and noise")] = 0,
+    measurement: Annotated[
+        bool, typer.Option("--measurement", help="model what was missed and miscalled, as `merfish run` states it")
+    ] = False,
 ) -> None:
     """Train a model on TABLE; write OUT/model, OUT/table.h5ad, history, plots and run.json.
 
@@ -49,7 +52,7 @@ def train(
 
     SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
     with _status("reading counts, finding neighbours, fitting the spatial field"):
-        model = SpatialVAE(adata, seed=seed)
+        model = SpatialVAE(adata, seed=seed, measurement=measurement)
     model.train(max_epochs, seed=seed, progress=is_first())
     if not is_first():
         return

@@ -65,27 +65,32 @@ def log_mean_weight(
 
 @torch.no_grad()
 def log_evidence(
-    module: SpatialModule, section: Section, samples: int, seed: int = 0, niche: Gaussian | None = None
+    module: SpatialModule,
+    section: Section,
+    rows: np.ndarray,
+    samples: int,
+    seed: int = 0,
+    niche: Gaussian | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """log p(x_i) and its Monte Carlo error of all cells with counts, float64 (cell,) each, in nats.
+    """log p(x_i) and its Monte Carlo error of ``rows``, float64 (row,) each, in nats.
 
     ``niche``: mean and variance of z_niche, (cell, D) each, of all cells of the section.
     """
     generator, device = torch.Generator().manual_seed(seed), module.mean.device
     parts = []
-    for rows in blocks(module, np.flatnonzero(section.cells.depth > 0)):
-        index, x = torch.from_numpy(rows), module.counts(section, rows)
+    for part in blocks(module, rows):
+        index, x = torch.from_numpy(part), module.counts(section, part)
         if niche is None:
-            unknown = module.niche_variance.expand(len(rows), -1)
+            unknown = module.niche_variance.expand(len(part), -1)
             prior = module.prior_of_cells(torch.zeros_like(unknown), unknown)
         else:
             prior = module.prior_of_cells(niche[0][index].to(device), niche[1][index].to(device))
-        start = combined(*module.encoded(section, rows, x), *prior)[0]
-        mode = climbed(module, section, rows, start, *prior)
-        precision = expanded(module, section, rows, mode)[0] + torch.diag_embed(prior[1].reciprocal())
+        start = combined(*module.encoded(section, part, x), *prior)[0]
+        mode = climbed(module, section, part, start, *prior)
+        precision = expanded(module, section, part, mode)[0] + torch.diag_embed(prior[1].reciprocal())
 
-        def likelihood(z: Tensor, rows: np.ndarray = rows, x: Tensor = x) -> Tensor:
-            return module.log_likelihood(section, rows, x, z)
+        def likelihood(z: Tensor, part: np.ndarray = part, x: Tensor = x) -> Tensor:
+            return module.log_likelihood(section, part, x, z)
 
         parts.append(torch.stack(log_mean_weight(likelihood, prior, mode, precision, samples, generator)).cpu().numpy())
     value, error = np.concatenate(parts, 1)

@@ -218,36 +218,63 @@ class SpatialVAE:
 
     @overload
     def get_latent_representation(
-        self, adata: AnnData | None = None, which: str = "both", return_dist: Literal[False] = False
+        self,
+        adata: AnnData | None = None,
+        which: str = "both",
+        return_dist: Literal[False] = False,
+        *,
+        indices: Sequence[int] | np.ndarray | None = None,
+        give_mean: bool = True,
+        seed: int = 0,
     ) -> np.ndarray: ...
 
     @overload
     def get_latent_representation(
-        self, adata: AnnData | None = None, which: str = "both", *, return_dist: Literal[True]
+        self,
+        adata: AnnData | None = None,
+        which: str = "both",
+        *,
+        return_dist: Literal[True],
+        indices: Sequence[int] | np.ndarray | None = None,
+        give_mean: bool = True,
+        seed: int = 0,
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
     def get_latent_representation(
-        self, adata: AnnData | None = None, which: str = "both", return_dist: bool = False
+        self,
+        adata: AnnData | None = None,
+        which: str = "both",
+        return_dist: bool = False,
+        *,
+        indices: Sequence[int] | np.ndarray | None = None,
+        give_mean: bool = True,
+        seed: int = 0,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """The embedding, float32 (cell, dim): niche then cell dimensions, or one of them ("niche", "cell").
 
         These are posterior means: z_cell says what a cell is, and serves to find cell types; z_niche, the smooth part
         of its first dimensions, what its surroundings are, and serves to find domains. Both are in the units of the
         latents, in which cells vary by about 1. With ``return_dist`` means and variances of the posterior around its
-        mode are returned (``spatialvae.posterior``), of the same shape: slower, and closer to the posterior.
+        mode are returned (``spatialvae.posterior``), of the same shape: slower, and closer to the posterior. Without
+        ``give_mean`` one draw from it is returned. ``indices``: rows of the table; all if None.
 
         ``adata`` may be a section that the model has never seen. Genes that it lacks count as not measured.
         """
         if which not in WHICH:
             raise InputError(f"which is {which!r}; expected one of {WHICH}")
-        section = self._read(adata)
+        section, rows = self._read(adata), self._rows(self.adata if adata is None else adata, indices)
         if not return_dist:
-            niche, cell = self._means(section)
+            if give_mean:
+                niche, cell = (mean[rows] for mean in self._means(section))
+            else:
+                drawn = sampling.latent_draws(self.module, section, rows, 1, seed)
+                pairs = [(of_niche[0].cpu(), of_cell[0].cpu()) for _, of_niche, of_cell in drawn]
+                niche, cell = (torch.cat(parts) for parts in zip(*pairs, strict=True))
             return {"niche": niche, "cell": cell, "both": torch.cat([niche, cell], 1)}[which].numpy()
         of_niche, of_cell = posterior(self.module, section, self.module.sites(section))
         both = (torch.cat(pair, 1) for pair in zip(of_niche, of_cell, strict=True))
         mean, variance = {"niche": of_niche, "cell": of_cell, "both": both}[which]
-        return mean.numpy(), variance.numpy()
+        return mean.numpy()[rows], variance.numpy()[rows]
 
     @overload
     def get_normalized_expression(
@@ -481,6 +508,13 @@ class SpatialVAE:
             raise InputError(f"indices must be numbers of rows from 0 to {adata.n_obs - 1}, or a mask of all rows")
         return rows
 
+    def _counted(
+        self, section: Section, adata: AnnData | None, indices: Sequence[int] | np.ndarray | None
+    ) -> np.ndarray:
+        """Those of ``indices`` whose cells have counts."""
+        rows = self._rows(self.adata if adata is None else adata, indices)
+        return rows[section.cells.depth[rows] > 0]
+
     def _batch(self, name: str) -> int:
         if name not in self.batch_names:
             raise InputError(f"transform_batch is {name!r}; the model knows {list(self.batch_names)}")
@@ -544,13 +578,17 @@ class SpatialVAE:
         frame = differential.tables(self.module, section, pairs, mode, delta, fdr_target, all_stats, batch, seed)
         return frame.set_index(pd.Index(list(self.genes) * len(pairs)))
 
-    def get_elbo(self, adata: AnnData | None = None, seed: int = 0) -> float:
+    def get_elbo(
+        self, adata: AnnData | None = None, seed: int = 0, indices: Sequence[int] | np.ndarray | None = None
+    ) -> float:
         """Mean evidence lower bound, nats a cell, from one draw of each latent."""
-        return float(self._terms(adata, seed).sum(1).mean())
+        return float(self._terms(adata, seed, indices).sum(1).mean())
 
-    def get_reconstruction_error(self, adata: AnnData | None = None, seed: int = 0) -> float:
+    def get_reconstruction_error(
+        self, adata: AnnData | None = None, seed: int = 0, indices: Sequence[int] | np.ndarray | None = None
+    ) -> float:
         """Mean of -E_q log p(x | z), nats a cell, from one draw of each latent."""
-        return float(-self._terms(adata, seed)[:, 0].mean())
+        return float(-self._terms(adata, seed, indices)[:, 0].mean())
 
     @overload
     def get_marginal_ll(
@@ -561,6 +599,7 @@ class SpatialVAE:
         given: AnnData | None = None,
         return_mean: Literal[True] = True,
         return_error: Literal[False] = False,
+        indices: Sequence[int] | np.ndarray | None = None,
     ) -> float: ...
 
     @overload
@@ -573,6 +612,7 @@ class SpatialVAE:
         *,
         return_mean: Literal[True] = True,
         return_error: Literal[True],
+        indices: Sequence[int] | np.ndarray | None = None,
     ) -> tuple[float, float]: ...
 
     @overload
@@ -585,6 +625,7 @@ class SpatialVAE:
         *,
         return_mean: Literal[False],
         return_error: Literal[False] = False,
+        indices: Sequence[int] | np.ndarray | None = None,
     ) -> np.ndarray: ...
 
     @overload
@@ -597,6 +638,7 @@ class SpatialVAE:
         *,
         return_mean: Literal[False],
         return_error: Literal[True],
+        indices: Sequence[int] | np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
     def get_marginal_ll(
@@ -607,6 +649,7 @@ class SpatialVAE:
         given: AnnData | None = None,
         return_mean: bool = True,
         return_error: bool = False,
+        indices: Sequence[int] | np.ndarray | None = None,
     ) -> float | np.ndarray | tuple[float, float] | tuple[np.ndarray, np.ndarray]:
         """Mean log p(x_i), nats a cell, by importance sampling (``spatialvae.evaluate``).
 
@@ -616,7 +659,8 @@ class SpatialVAE:
         ``adata`` but its places is looked at before. Cells without counts are left out.
 
         Without ``return_mean`` the value of each cell that has counts is returned, float64 (cell,). ``return_error``
-        adds its Monte Carlo error, one standard deviation, of the same shape.
+        adds its Monte Carlo error, one standard deviation, of the same shape. The value itself is a lower bound that
+        lies below log p(x_i) by about half the square of that error. ``indices``: rows of the table; all if None.
 
         Raises InputError if ``given`` is asked of a model without positions.
         """
@@ -624,7 +668,8 @@ class SpatialVAE:
             raise InputError(f"n_mc_samples is {n_mc_samples}; expected at least 1")
         section = self._read(adata)
         niche = None if given is None else self._niche_given(self.adata if adata is None else adata, given)
-        value, error = evaluate.log_evidence(self.module, section, n_mc_samples, seed, niche)
+        rows = self._counted(section, adata, indices)
+        value, error = evaluate.log_evidence(self.module, section, rows, n_mc_samples, seed, niche)
         if return_mean:
             mean, error_of_mean = evaluate.mean_with_error(value, error)
             return (mean, error_of_mean) if return_error else mean
@@ -742,13 +787,13 @@ class SpatialVAE:
         return niche.mean, self.module.cells_given(sites, niche)[0]
 
     @torch.no_grad()
-    def _terms(self, adata: AnnData | None, seed: int) -> np.ndarray:
+    def _terms(self, adata: AnnData | None, seed: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
         """(cell, 3): log likelihood and the two divergences, negative; of cells that have counts."""
         section = self._read(adata)
         generator = torch.Generator().manual_seed(seed)
         niche = self.module.solve(section.space, self.module.sites(section))
-        found = []
-        for rows in minibatches(np.flatnonzero(section.cells.depth > 0), ROWS_AT_ONCE):
+        asked, found = self._counted(section, adata, indices), []
+        for rows in minibatches(asked, ROWS_AT_ONCE):
             terms = self.module.terms(section, rows, niche, self.module.noise(len(rows), generator))
             found.append(torch.stack([terms.log_likelihood, -terms.kl_cell, -terms.kl_niche], 1).cpu().numpy())
         return np.concatenate(found)

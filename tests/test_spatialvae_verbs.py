@@ -52,6 +52,23 @@ def test_verbs__of_scvi_tools(trained, capsys):
         trained.get_feature_correlation_matrix(correlation_type="kendall")
 
 
+def test_indices__are_rows_of_the_whole_table(trained):
+    rows = [7, 2, 30]
+    for asked in ({"return_dist": False}, {"return_dist": True}):
+        some, whole = (trained.get_latent_representation(indices=of, **asked) for of in (rows, None))
+        for a, b in zip(some, whole, strict=True) if asked["return_dist"] else [(some, whole)]:
+            np.testing.assert_allclose(a, b[rows], atol=1e-5)
+    drawn = np.stack([trained.get_latent_representation(give_mean=False, seed=seed) for seed in range(80)])
+    mean, variance = trained.get_latent_representation(return_dist=True)
+    assert np.abs((drawn.mean(0) - mean) / np.sqrt(variance / 80)).mean() == pytest.approx(0.8, abs=0.15)
+    each = trained.get_marginal_ll(n_mc_samples=200, return_mean=False)
+    value, error = trained.get_marginal_ll(n_mc_samples=200, indices=rows, return_error=True)
+    assert value == pytest.approx(each[rows].mean(), abs=5 * error + 0.05)
+    parts = [trained.get_elbo(indices=of) for of in (np.arange(80) < 40, np.arange(40, 80))]
+    assert np.mean(parts) == pytest.approx(trained.get_elbo(), abs=0.5)
+    assert trained.get_reconstruction_error(indices=rows) > 0
+
+
 def test_verbs__say_what_to_type_instead(trained):
     with pytest.raises(InputError, match="train takes no 'plan_kwargs': type learning_rate="):
         trained.train(plan_kwargs={"lr": 1e-3})
