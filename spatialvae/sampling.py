@@ -84,7 +84,7 @@ def expression(
     is modelled), from draws of z_cell (sample, row, dim) of parts of rows: those parts, and (sample, row, gene)."""
     for rows, z_cell in draws:
         share = np.stack([shares(module, section, rows, z, batch) for z in z_cell])
-        size: np.ndarray | float = library_size or section.cells.depth[rows][:, None]
+        size: np.ndarray | float = section.cells.depth[rows][:, None] if library_size is None else library_size
         if library_size is None and section.measurement is not None:
             size = section.measurement.there(share, section.cells.depth[rows])[..., None]
         yield rows, share * np.asarray(size, np.float32)
