@@ -19,6 +19,8 @@ from spatialvae.graph import knn_graph
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from spatialvae.model import SpatialVAE
+
 FOLDS = 5
 LEAST_CELLS = 2 * FOLDS
 PARTS = 25  # of a tissue that are held out whole
@@ -105,6 +107,20 @@ def told_apart(real: np.ndarray, sampled: np.ndarray, places: np.ndarray | None 
     asked = {"groups": np.tile(part, 2), "cv": GroupKFold(FOLDS), "method": "predict_proba"}
     found = cross_val_predict(classifier, np.concatenate(features), label, **asked)
     return float(roc_auc_score(label, found[:, 1]))
+
+
+def of_model(model: SpatialVAE, seed: int = 0) -> tuple[Statistics, Statistics, dict[str, float]]:
+    """Statistics of a model's table and of its cells drawn again from the posterior, and how well they are told apart:
+    by a cell alone and, with places, by its neighbourhood. Both tables are held in memory."""
+    section = model._read(None)
+    real = section.cells.counts.dense(np.arange(section.cells.n_cells))
+    sampled = model.posterior_predictive_sample(seed=seed)
+    near = None if section.graphs is None else section.graphs.near.adjacency()
+    found = {"auc_cell": told_apart(real, sampled, seed=seed)}
+    places = section.cells.coordinates
+    if places is not None:
+        found["auc_neighbourhood"] = told_apart(real, sampled, places, seed)
+    return statistics(real, near), statistics(sampled, near), found
 
 
 def check_plot(real: Statistics, sampled: Statistics) -> Figure:

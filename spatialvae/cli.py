@@ -93,7 +93,7 @@ def evaluate(
     labels: Annotated[str | None, typer.Option(help="with --model: obs with known domains to compare with")] = None,
     samples: Annotated[int, typer.Option(min=1, help="importance samples of log p(x)")] = 100,
     seed: Annotated[int, typer.Option(help="of draws, mixtures, weights and held-out cells")] = 0,
-    out: Annotated[Path | None, typer.Option(help="without --model: folder for evidence.csv and its plot")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for evidence.csv or, with --model, checks.csv")] = None,
     likelihood: Annotated[str, typer.Option(help="without --model: likelihoods to compare")] = "nb,zinb,poisson",
     latent: Annotated[str, typer.Option(help="without --model: latent sizes to compare")] = "10,30",
     held_out: Annotated[float, typer.Option(min=0, max=1, help="without --model: share of cells")] = 0.1,
@@ -105,24 +105,25 @@ def evaluate(
 ) -> None:
     """How well a model explains TABLE, or which model of TABLE explains cells that it has not seen.
 
-    With --model: prints, as JSON, bounds and evidence in nats a cell, and how domains agree with labels. Without, and
-    with --out: trains models with each likelihood and latent size, with and without neighbours, on a part of the cells
-    and writes their evidence for the others to OUT/evidence.csv and OUT/evidence.png.
+    With --model: prints, as JSON, bounds and evidence in nats a cell, and how domains agree with labels; with --out,
+    too, compares TABLE with counts drawn from the model's posterior and writes OUT/checks.csv and OUT/checks.png.
+    Without --model: trains models with each likelihood and latent size, with and without neighbours, on a part of the
+    cells and writes their evidence for the others to OUT/evidence.csv and OUT/evidence.png.
     """
-    if (model is None) == (out is None):
+    if model is None and out is None:
         raise InputError("give --model DIR to evaluate a model, or --out DIR to compare models of the table")
     adata = _read(table)
-    if out is not None:
+    if model is None and out is not None:
         from spatialvae.model import SpatialVAE
 
         sizes = [_whole(text, "--latent") for text in latent.split(",")]
         SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
         return _compare(adata, out, likelihood.split(","), sizes, held_out, samples, max_epochs, seed)
     assert model is not None
-    return _evaluate_model(adata, model, labels, samples, seed)
+    return _evaluate_model(adata, model, labels, samples, seed, out)
 
 
-def _evaluate_model(adata: AnnData, model: Path, labels: str | None, samples: int, seed: int) -> None:
+def _evaluate_model(adata: AnnData, model: Path, labels: str | None, samples: int, seed: int, out: Path | None) -> None:
     from spatialvae.model import SpatialVAE
 
     if labels is not None and labels not in adata.obs:
@@ -143,7 +144,22 @@ def _evaluate_model(adata: AnnData, model: Path, labels: str | None, samples: in
         found = loaded.domains(len(set(truth)), seed=seed)
         figures["ari"] = float(adjusted_rand_score(truth, found))
         figures["nmi"] = float(normalized_mutual_info_score(truth, found))
+    if out is not None:
+        with _status("drawing counts, telling them from those of the table"):
+            figures |= _check(loaded, out, seed)
     typer.echo(json.dumps(figures, indent=1))
+
+
+def _check(model: SpatialVAE, out: Path, seed: int) -> dict[str, float]:
+    from spatialvae import checks
+    from spatialvae._files import whole
+
+    real, sampled, found = checks.of_model(model, seed)
+    with whole(out / "checks.csv") as part:
+        checks.compared(real, sampled).to_csv(part, index_label="statistic")
+    with whole(out / "checks.png") as part:
+        checks.check_plot(real, sampled).savefig(part)
+    return found
 
 
 def _compare(

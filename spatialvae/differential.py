@@ -31,7 +31,8 @@ from scipy.special import ndtr
 
 from spatialvae.errors import InputError
 from spatialvae.module import Section, SpatialModule
-from spatialvae.sampling import expected_counts, latent_draws, shares
+from spatialvae.posterior import Expansion, expansion, latent_draws
+from spatialvae.sampling import expected_counts, shares
 
 Selection = str | Sequence[int] | Sequence[bool] | np.ndarray  # of cells: a query of obs, rows or a mask
 MODES = ("change", "vanilla")
@@ -73,12 +74,14 @@ class Change:
 
 
 @torch.no_grad()
-def group_mean(module: SpatialModule, section: Section, rows: np.ndarray, seed: int, batch: int | None = None) -> Group:
-    """Expression of the cells ``rows``; as if of ``batch``, by default each of its own."""
+def group_mean(
+    module: SpatialModule, section: Section, found: Expansion, rows: np.ndarray, seed: int, batch: int | None = None
+) -> Group:
+    """Expression of ``rows`` of a section with its expansion; as if of ``batch``, by default each cell of its own."""
     genes = module.shape.n_genes
     share, expected, spread, counted = *np.zeros((2, DRAWS, genes)), np.zeros(genes), np.zeros(genes)
     theta = module.bounded_log_theta.exp().cpu().double().numpy()
-    for part, _, z_cell in latent_draws(module, section, rows, DRAWS, seed):
+    for part, _, z_cell in latent_draws(module, section, rows, DRAWS, seed, found):
         counted += module.counts(section, part).sum(0).cpu().double().numpy()
         for i, z in enumerate(z_cell):
             mean, zero = (value.cpu().double().numpy() for value in expected_counts(module, section, part, z))
@@ -233,9 +236,9 @@ def tables(
         raise InputError(f"mode is {mode!r}; expected one of {MODES}")
     if not (delta >= 0 and 0 < fdr < 1):
         raise InputError(f"delta is {delta} and fdr_target {fdr}; expected 0 at least, and a share between 0 and 1")
-    found = []
+    expanded, found = expansion(module, section, module.sites(section)), []
     for pair in pairs:
-        one, two = (group_mean(module, section, rows, seed, batch) for rows in (pair.one, pair.two))
+        one, two = (group_mean(module, section, expanded, rows, seed, batch) for rows in (pair.one, pair.two))
         frame = compare(one, two, mode, delta, fdr, seed)
         if all_stats:
             frame = frame.assign(**raw_statistics(module, section, pair.one, pair.two))

@@ -82,14 +82,20 @@ def posterior(
 
 @torch.no_grad()
 def latent_draws(
-    module: SpatialModule, section: Section, rows: np.ndarray, n_samples: int, seed: int = 0
+    module: SpatialModule,
+    section: Section,
+    rows: np.ndarray,
+    n_samples: int,
+    seed: int = 0,
+    found: Expansion | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """Draws from the posterior of a section: parts of ``rows``, z_niche (sample, row, D) and z_cell (sample, row, dim)
     of them.
 
-    All cells of a draw belong to one draw of the whole section: what neighbours share is in it.
+    All cells of a draw belong to one draw of the whole section: what neighbours share is in it. ``found``, its
+    ``expansion``, is made if it is not given.
     """
-    found, own = expansion(module, section, module.sites(section)), module.log_residual.exp()
+    found, own = found or expansion(module, section, module.sites(section)), module.log_residual.exp()
     generator = torch.Generator().manual_seed(seed)
     niche = niche_draws(module, section.space, found.weight, found.target, n_samples, seed, rows)
     for part in blocks(module, np.arange(len(rows))):

@@ -35,7 +35,7 @@ def trained():
     table, truth = simulated(0)
     SpatialVAE.setup_anndata(table, spatial_key=None, labels_key="kind")
     model = SpatialVAE(table)
-    model.train(max_steps=600, progress=False)
+    model.train(max_steps=400, progress=False)
     return table, truth, model
 
 

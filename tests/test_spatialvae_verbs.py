@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 
 import anndata
@@ -120,3 +121,18 @@ def test_command_sample__writes_counts(trained, monkeypatch, capsys, tmp_path):
     capsys.readouterr()
     assert run("--what", "nothing") == 2
     assert "expected posterior, tissue or prior" in capsys.readouterr().err
+
+
+def test_command_evaluate__checks_a_model(trained, monkeypatch, capsys, tmp_path):
+    trained.save(tmp_path / "model")
+    table().write_h5ad(tmp_path / "cells.h5ad")
+    where = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--samples", "5"]
+    monkeypatch.setattr(sys, "argv", ["spatialvae", "evaluate", str(tmp_path / "cells.h5ad"), *where])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert 0 <= figures["auc_cell"] <= 1
+    assert figures["marginal_log_likelihood_monte_carlo_error"] > 0
+    assert set(pd.read_csv(tmp_path / "out" / "checks.csv")["statistic"]) >= {"mean", "zeros", "genes", "neighbours"}
+    assert (tmp_path / "out" / "checks.png").is_file()
