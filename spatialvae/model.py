@@ -504,6 +504,8 @@ class SpatialVAE:
             return np.arange(adata.n_obs)
         rows = np.asarray(indices)
         rows = np.flatnonzero(rows) if rows.dtype == bool and len(rows) == adata.n_obs else rows
+        if not len(rows):
+            raise InputError("indices name no cell")
         if not np.issubdtype(rows.dtype, np.integer) or rows.min(initial=0) < 0 or rows.max(initial=0) >= adata.n_obs:
             raise InputError(f"indices must be numbers of rows from 0 to {adata.n_obs - 1}, or a mask of all rows")
         return rows
@@ -534,8 +536,6 @@ class SpatialVAE:
             for part in minibatches(rows, ROWS_AT_ONCE):
                 yield part, z[torch.from_numpy(part)][None].to(self.device)
             return
-        if n_samples < 1:
-            raise InputError(f"n_samples is {n_samples}; expected at least 1")
         for part, _, z in sampling.latent_draws(self.module, section, rows, n_samples, seed):
             yield part, z
 

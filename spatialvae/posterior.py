@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spatialvae.data import minibatches
+from spatialvae.errors import InputError
 from spatialvae.field import draws, posterior_variance, solve
 from spatialvae.module import LEAST_DEPTH, Section, Sites, Space, SpatialModule
 
@@ -118,6 +119,8 @@ def niche_draws(
     rows: np.ndarray,
 ) -> Tensor:
     """Draws of z_niche of ``rows``, (sample, row, D), given what counts say of it (``Expansion``; zero: the prior)."""
+    if n_samples < 1:
+        raise InputError(f"n_samples is {n_samples}; expected at least 1")
     out = torch.zeros(n_samples, len(rows), target.shape[1])
     if space is None:
         return out

@@ -34,7 +34,7 @@ def trained():
     table = tissue()
     SpatialVAE.setup_anndata(table)
     model = SpatialVAE(table, n_latent=4)
-    model.train(max_steps=1500, progress=False)
+    model.train(max_steps=1000, progress=False)
     return table, model
 
 
@@ -73,6 +73,10 @@ def test_expression__from_draws_covers_the_truth_and_keeps_its_shapes(trained):
     np.testing.assert_allclose(some["g3"], drawn[:, [5, 2], 3].mean(0), atol=0.02)
     with pytest.raises(InputError, match="return_numpy=True"):
         model.get_normalized_expression(n_samples=2, return_mean=False)
+    with pytest.raises(InputError, match="n_samples is 0"):
+        model.posterior_predictive_sample(n_samples=0)
+    with pytest.raises(InputError, match="indices name no cell"):
+        model.get_normalized_expression(indices=np.zeros(300, bool))
     with pytest.raises(InputError, match="rows from 0 to 299"):
         model.get_normalized_expression(indices=[300])
 
