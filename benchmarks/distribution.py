@@ -211,7 +211,7 @@ def differential(seeds: int = 5) -> str:
     ]
     return f"""## Differential expression
 
-Simulated counts of 3 types of cells, 200 genes of which about half differ by 0.25 in log2 or more, {seeds} seeds, two
+Simulated counts of 3 types of cells, 200 genes of which about 40 % differ by 0.25 in log2 or more, {seeds} seeds, two
 pairs of types each. Target: 5 % wrong.
 
 {as_markdown(pd.DataFrame(rows))}
