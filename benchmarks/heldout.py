@@ -31,7 +31,6 @@ from sklearn.metrics import normalized_mutual_info_score
 from tables import as_markdown
 
 from spatialvae import SpatialVAE
-from spatialvae.module import PROPOSAL_WIDTH
 
 RESULTS = Path(__file__).parent / "results"
 LABELLED = ("hypothalamus", "osmfish")
@@ -191,8 +190,9 @@ def of_cells(rows: pd.DataFrame, samples: int) -> str:
 ## Held-out cells
 
 Mean log p(x_i) in nats a cell of {REMOVED:.0%} of the cells, the same for both; NB, z of {LATENT} dimensions, total
-counts given. The estimator is the same: importance samples ({samples:,} for SpatialVAE, 1,000 for scVI) from q(z | x_i)
-with its standard deviations {PROPOSAL_WIDTH} times as wide. scVI has its defaults, with early stopping.
+counts given. Importance samples: {samples:,} for SpatialVAE, from its approximate posterior (`spatialvae/evaluate.py`);
+1,000 for scVI, from q(z | x_i) with its standard deviations 1.3 times as wide. scVI has its defaults, with early
+stopping.
 "SpatialVAE" and "scVI" see nothing but the cell; "given neighbours" is log p(x_i | counts of the training cells),
 another quantity: the field of the training cells at the place of the held-out one.
 

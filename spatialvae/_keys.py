@@ -6,4 +6,6 @@ LATENT_NAMES = "X_spatialvae_names"  # uns: one name per column of LATENT
 DOMAIN = "spatial_domain"  # obs
 DOMAIN_PROBABILITY = "spatial_domain_probability"  # obsm
 IS_BLANK = "is_blank"  # var: words of the codebook without a gene; never modelled
+EFFICIENCY = "detection_efficiency"  # var: share of the molecules of a gene that is called
+WRONG = "misidentification_rate"  # var: share of the calls of a gene that are wrong
 WRITTEN = {"obsm": (LATENT, DOMAIN_PROBABILITY), "uns": (SETUP, LATENT_NAMES)}  # and DOMAIN, in obs

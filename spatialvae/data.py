@@ -19,6 +19,8 @@ from spatialvae.setup import Setup, check_key, read_codes, read_coordinates
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from spatialvae.measurement import Measurement
+
 WIDE_NEIGHBOURS = 15
 FIELD_NEIGHBOURS = 6  # in the plane, about the cells that touch
 
@@ -27,7 +29,8 @@ FIELD_NEIGHBOURS = 6  # in the plane, about the cells that touch
 class Cells:
     """What the model reads of a table. ``coordinates`` float64 (cell, axis) or None; ``samples`` and ``batches`` int64
     (cell,); ``batch_names`` in the order of their codes; ``depth`` float32 (cell,), the total counts; ``missing`` bool
-    (gene,), genes of the model that the table has not, whose columns of ``counts`` are empty."""
+    (gene,), genes of the model that the table has not, whose columns of ``counts`` are empty; ``measurement`` if
+    ``Setup.measurement`` asks for it."""
 
     counts: Counts
     genes: tuple[str, ...]
@@ -36,6 +39,7 @@ class Cells:
     samples: np.ndarray
     batches: np.ndarray
     batch_names: tuple[str, ...]
+    measurement: Measurement | None = None
 
     @property
     def n_cells(self) -> int:
@@ -62,7 +66,7 @@ def check_table(adata: AnnData, setup: Setup) -> None:
     _check_names(adata)
     _counts(adata, setup.layer)
     read_coordinates(adata, setup.spatial_key)
-    for key in (setup.sample_key, setup.batch_key):
+    for key in (setup.sample_key, setup.batch_key, setup.labels_key):
         check_key(adata, key)
 
 
@@ -104,8 +108,14 @@ def read_cells(
             f"them comes from {known}",
             stacklevel=2,
         )
+    measurement = None
+    if setup.measurement:
+        from spatialvae.measurement import read_measurement
+
+        calls = sum(block.sum(0, dtype=float) for _, block in counts.blocks())
+        measurement = read_measurement(adata, columns, calls / calls.sum())
     names_of_genes = tuple(adata.var_names[columns]) if genes is None else genes
-    return Cells(counts, names_of_genes, missing, coordinates, samples, batches, names)
+    return Cells(counts, names_of_genes, missing, coordinates, samples, batches, names, measurement)
 
 
 def fingerprint(adata: AnnData, setup: Setup) -> int:
@@ -115,6 +125,8 @@ def fingerprint(adata: AnnData, setup: Setup) -> int:
     if setup.spatial_key is not None:
         parts.append(read_coordinates(adata, setup.spatial_key))
     parts += [read_codes(adata, key)[0] for key in (setup.sample_key, setup.batch_key)]
+    if setup.measurement:
+        parts += [adata.var[key].to_numpy(float) for key in (_keys.EFFICIENCY, _keys.WRONG) if key in adata.var]
     value = 0
     for part in parts:
         value = zlib.crc32(

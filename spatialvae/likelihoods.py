@@ -1,4 +1,4 @@
-"""Log-probabilities of counts, summed over the genes of a cell.
+"""Log-probabilities of counts, summed over the genes of a cell, and draws of counts.
 
 With mean ``mu`` and inverse dispersion ``theta`` (variance ``mu + mu^2 / theta``):
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -121,3 +122,12 @@ def zero_inflated_negative_binomial(x: Tensor, log_mu: Tensor, log_theta: Tensor
 def poisson(x: Tensor, log_mu: Tensor) -> Tensor:
     """(cell,)."""
     return (x * log_mu - log_mu.exp() - torch.lgamma(x + 1)).sum(-1)
+
+
+def sample(mean: np.ndarray, theta: np.ndarray | None, zero: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
+    """Counts, int32 like ``mean`` (..., gene): Poisson, or NB with ``theta`` (gene,), a Poisson whose mean is drawn
+    from a gamma distribution. ``zero`` (..., gene): probability of an additional zero."""
+    if theta is not None:
+        mean = rng.gamma(theta, mean / theta)
+    counts = rng.poisson(mean).astype(np.int32)
+    return counts if zero is None else np.where(rng.random(counts.shape) < zero, 0, counts)

@@ -29,7 +29,7 @@ class LinearStart:
     ``scale`` and ``mean`` (gene,): y = log(1 + scale x / depth) - mean. ``encode`` (gene, dim) maps it to latents of
     unit variance, ``decode`` (gene, dim) back; ``shift`` (batch, dim) is where each batch lies. ``own`` (dim,) is the
     variance of what a cell does not share with its niche, which is the first latents; ``left`` the variance of a gene
-    that latents do not explain, averaged; ``share`` (gene,) of all counts.
+    that latents do not explain, averaged; ``share`` (gene,) of all molecules.
     """
 
     scale: float
@@ -162,6 +162,7 @@ def fit_linear(cells: Cells, graphs: Graphs | None, n_components: int, max_niche
         own[field.chosen] = field.rough * field.rough_spread + field.noise
         order = np.r_[field.chosen, np.setdiff1d(order, field.chosen)]
     shares = sum(block.sum(0, dtype=float) for _, block in cells.counts.blocks()) + 0.5
+    shares = shares / shares.sum()
     encode, decode = loadings @ directions, loadings @ np.linalg.inv(directions).T
     return LinearStart(
         scale,
@@ -171,7 +172,7 @@ def fit_linear(cells: Cells, graphs: Graphs | None, n_components: int, max_niche
         (shift @ directions)[:, order],
         own[order],
         left,
-        shares / shares.sum(),
+        shares if cells.measurement is None else cells.measurement.share_there(shares),
         field,
     )
 

@@ -19,7 +19,6 @@ product of Gaussians cell by cell. Training alternates: niches given the encoder
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,9 +32,8 @@ from spatialvae.decoder import Decoder
 from spatialvae.encoder import CellEncoder, combined, log_normalised
 from spatialvae.field import Measure, laplacian_of, solve, trace_measure
 from spatialvae.linear import LinearStart
+from spatialvae.measurement import Measurement
 
-LOG_2PI = math.log(2 * math.pi)
-PROPOSAL_WIDTH = 1.3  # sd of importance samples in units of q's, which the bound makes too narrow
 LIKELIHOODS = ("nb", "zinb", "poisson")
 ROWS_AT_ONCE = 2048
 UNSEEN = -80.0  # logit of a gene that was not measured: a share that float32 still holds
@@ -76,7 +74,7 @@ class Space:
 @dataclass(frozen=True, eq=False)
 class Section:
     """A table as the model reads it. ``fill`` maps what is seen of log counts to genes that were not measured: weight
-    (seen, missing) and constant (missing,)."""
+    (seen, missing) and constant (missing,). ``measurement``: how molecules came to be counts, if that is modelled."""
 
     cells: Cells
     graphs: Graphs | None
@@ -84,6 +82,7 @@ class Section:
     depth: Tensor
     batch: Tensor
     fill: tuple[Tensor, Tensor] | None
+    measurement: Measurement | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +138,7 @@ class SpatialModule(nn.Module):
         space = None if graphs is None or not self.shape.n_niche else self.space(graphs)
         fill = self._fill(torch.from_numpy(cells.missing)) if cells.missing.any() else None
         depth = torch.from_numpy(np.maximum(cells.depth, np.float32(LEAST_DEPTH)))
-        return Section(cells, graphs, space, depth, torch.from_numpy(cells.batches), fill)
+        return Section(cells, graphs, space, depth, torch.from_numpy(cells.batches), fill, cells.measurement)
 
     def space(self, graphs: Graphs) -> Space:
         """The field's graph. A cell without neighbours has the variance of one whose neighbours are not known."""
@@ -170,7 +169,10 @@ class SpatialModule(nn.Module):
         scale = self.scale
         if section.fill is not None:
             missing = torch.from_numpy(section.cells.missing).to(x.device)
-            scale = scale * self.share[~missing].sum()
+            share = self.share
+            if section.measurement is not None:
+                share = section.measurement.seen(share.log()).exp()
+            scale = scale * share[~missing].sum()
         y = log_normalised(x, scale / depth.clamp(min=1))
         if section.fill is not None:
             weight, constant = section.fill
@@ -252,19 +254,48 @@ class SpatialModule(nn.Module):
         """Variance (dim,) of z_cell in the prior, whatever the niche: v spread + S."""
         return self.prior_of_cells(self.niche_variance[None], self.niche_variance[None])[1][0]
 
+    def logits(self, section: Section, rows: np.ndarray, z_cell: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of every gene's share of the calls of ``rows``, and of additional zeros or None, (B, gene)."""
+        logits, logit_zero = self.decoder(z_cell, section.batch[torch.from_numpy(rows)].to(z_cell.device))
+        if section.measurement is not None:
+            logits = section.measurement.seen(logits)
+        return logits, logit_zero
+
+    def slopes(self, section: Section, rows: np.ndarray, z_cell: Tensor) -> Tensor:
+        """Derivatives (B, gene, dim) of ``logits`` by ``z_cell`` (B, dim)."""
+        batch = section.batch[torch.from_numpy(rows)].to(z_cell.device)
+        slopes = self.decoder.slopes(z_cell, batch)
+        if section.measurement is not None:
+            slopes = section.measurement.slopes(self.decoder(z_cell, batch)[0], slopes)
+        return slopes
+
+    def measured(self, section: Section, logits: Tensor) -> Tensor:
+        """``logits`` with those of genes that were not measured so low that they have no share."""
+        if section.fill is None:
+            return logits
+        return logits.masked_fill(torch.from_numpy(section.cells.missing).to(logits.device), UNSEEN)
+
+    def log_mean(self, section: Section, rows: np.ndarray, logits: Tensor) -> Tensor:
+        """Log of the expected counts (B, gene), given the total of the genes that were measured; of the others, what
+        would have been counted beside them."""
+        total = self.measured(section, logits).logsumexp(-1, keepdim=True)
+        return logits - total + section.depth[torch.from_numpy(rows)].to(logits.device).log()[:, None]
+
+    @property
+    def bounded_log_theta(self) -> Tensor:
+        """Log inverse dispersion (gene,) as likelihoods use it."""
+        return self.log_theta.clamp(-8, 10)
+
     def log_likelihood(self, section: Section, rows: np.ndarray, x: Tensor, z_cell: Tensor) -> Tensor:
         """log p(x | z_cell) of ``rows``, (B,): of the genes that were measured, given their total count."""
-        index = torch.from_numpy(rows)
-        depth, batch = section.depth[index].to(x.device), section.batch[index].to(x.device)
-        logits, logit_zero = self.decoder(z_cell, batch)
-        if section.fill is not None:
-            logits = logits.masked_fill(torch.from_numpy(section.cells.missing).to(x.device), UNSEEN)
-        log_theta = self.log_theta.clamp(-8, 10)
+        depth = section.depth[torch.from_numpy(rows)].to(x.device)
+        logits, logit_zero = self.logits(section, rows, z_cell)
+        logits = self.measured(section, logits)
         if self.shape.likelihood == "nb":
-            return likelihoods.negative_binomial_of_logits(x, logits, depth, log_theta)
+            return likelihoods.negative_binomial_of_logits(x, logits, depth, self.bounded_log_theta)
         log_mu = torch.log_softmax(logits, -1) + depth.log()[:, None]
         if logit_zero is not None:
-            return likelihoods.zero_inflated_negative_binomial(x, log_mu, log_theta, logit_zero)
+            return likelihoods.zero_inflated_negative_binomial(x, log_mu, self.bounded_log_theta, logit_zero)
         return likelihoods.poisson(x, log_mu)
 
     def noise(self, n_cells: int, generator: torch.Generator) -> Tensor:
@@ -282,37 +313,6 @@ class SpatialModule(nn.Module):
         z_cell, kl_cell = loss.draw_cell(mean, log_variance, prior_mean, self.log_residual, cell_noise)
         likelihood = self.log_likelihood(section, rows, x, z_cell)
         return loss.Terms(likelihood, kl_cell, niche.divergence[index].to(device), mean)
-
-    def marginal_log_likelihood(
-        self,
-        section: Section,
-        rows: np.ndarray,
-        samples: int,
-        generator: torch.Generator | None = None,
-        niche: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        r"""log p(x_i) of ``rows``, (B,), by importance sampling.
-
-        z_niche_i ~ N(c_i, diag M_i), given as ``niche`` (two of shape (B, D)), by default the marginal prior, with
-        which neighbours are unknown: c = 0, M = v spread. With z_niche integrated out z_cell_i ~ N(c_i, M_i + S). It is
-        drawn from r, its posterior as the encoder states it, made wider:
-
-            log p(x) = log E_r [ p(x | z_cell) p(z_cell) / r(z_cell) ]
-        """
-        x = self.counts(section, rows)
-        if niche is None:
-            niche = torch.zeros(len(x), self.shape.n_niche, device=x.device), self.niche_variance.expand(len(x), -1)
-        centre, variance = self.prior_of_cells(*niche)
-        mean, log_variance = combined(*self.encoded(section, rows, x), centre, variance)
-        log_variance = log_variance + 2 * math.log(PROPOSAL_WIDTH)
-        sd, weights = (0.5 * log_variance).exp(), []
-        for _ in range(samples):
-            noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-            z_cell = mean + sd * noise
-            log_r = -0.5 * (noise**2 + log_variance)
-            log_p = -0.5 * ((z_cell - centre) ** 2 / variance + variance.log())
-            weights.append(self.log_likelihood(section, rows, x, z_cell) + (log_p - log_r).sum(-1))
-        return torch.logsumexp(torch.stack(weights), 0) - math.log(samples)
 
 
 def _tensor(value: np.ndarray | float) -> Tensor:

@@ -7,23 +7,57 @@ slopes J = d log mu / d z and the Fisher information w of a count about its log 
     F = J' diag(w) J,   h = F z* + J' (x - mu) w / mu
 
 stand for precision and precision times mean. z_cell is integrated out as before, which gives the niche of cell i the
-precision S^-1 - S^-1 (F + S^-1)^-1 S^-1 and the linear term S^-1 (F + S^-1)^-1 h, of the first D dimensions.
+precision S^-1 - S^-1 (F + S^-1)^-1 S^-1 and the linear term S^-1 (F + S^-1)^-1 h, of the first D dimensions. Given
+the niche z_cell is Gaussian with precision F + S^-1, so that both latents of a whole section can be drawn together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spatialvae.data import minibatches
-from spatialvae.field import posterior_variance, solve
-from spatialvae.module import LEAST_DEPTH, UNSEEN, Section, Sites, SpatialModule
+from spatialvae.errors import InputError
+from spatialvae.field import draws, posterior_variance, solve
+from spatialvae.module import LEAST_DEPTH, Section, Sites, Space, SpatialModule
 
-ROWS_AT_ONCE = 256  # cells whose slopes (gene, dim) are held
+ENTRIES = 2**21  # slopes (cell, gene, dim) that are held at a time
 NEWTON_STEPS = 3
 HALVINGS = 3  # of a step that does not raise the posterior density
 VARIANCE_DRAWS = 20  # of the niche: what is not known exactly of its variance is a small part of it
+
+
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """Of a section: ``mode`` (cell, dim) of z_cell, and what counts say of z_niche: ``weight`` (cell, D, D), its
+    precision, and ``target`` (cell, D), precision times mean."""
+
+    mode: Tensor
+    weight: np.ndarray
+    target: np.ndarray
+
+
+@torch.no_grad()
+def expansion(module: SpatialModule, section: Section, sites: Sites) -> Expansion:
+    """Of all cells of a section, around the mode that ``sites`` lead to."""
+    niche, own = module.solve(section.space, sites), module.log_residual.exp()
+    mode, (n, d) = module.cells_given(sites, niche)[0].to(own.device), niche.mean.shape
+    weight, target = np.zeros((n, d, d)), np.zeros((n, d))
+    for rows in blocks(module, np.arange(n)):
+        index = torch.from_numpy(rows)
+        prior_mean = module.prior_of_cells(niche.mean[index].to(own.device))[0]
+        mode[index] = climbed(module, section, rows, mode[index], prior_mean, own)
+        precision, linear = expanded(module, section, rows, mode[index])
+        given = torch.linalg.inv(precision + own.reciprocal().diag())
+        inner = own.reciprocal().diag()[:d, :d] - (given / own[:, None] / own)[:, :d, :d]
+        weight[rows] = inner.cpu().numpy()
+        target[rows] = ((given @ linear[..., None])[..., 0] / own)[:, :d].cpu().numpy()
+    return Expansion(mode, weight, target)
 
 
 @torch.no_grad()
@@ -31,25 +65,13 @@ def posterior(
     module: SpatialModule, section: Section, sites: Sites, seed: int = 0
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Mean and variance of z_niche (cell, D) and of z_cell (cell, dim), around the mode that ``sites`` lead to."""
-    niche, own = module.solve(section.space, sites), module.log_residual.exp()
-    mode, (n, d) = module.cells_given(sites, niche)[0].to(own.device), niche.mean.shape
-    weight, target = np.zeros((n, d, d)), np.zeros((n, d))
-    for rows in _blocks(n):
-        index = torch.from_numpy(rows)
-        prior_mean = module.prior_of_cells(niche.mean[index].to(own.device))[0]
-        mode[index] = _climbed(module, section, rows, mode[index], prior_mean)
-        precision, linear = _expanded(module, section, rows, mode[index])
-        given = torch.linalg.inv(precision + own.reciprocal().diag())
-        inner = own.reciprocal().diag()[:d, :d] - (given / own[:, None] / own)[:, :d, :d]
-        weight[rows], target[rows] = (
-            inner.cpu().numpy(),
-            ((given @ linear[..., None])[..., 0] / own)[:, :d].cpu().numpy(),
-        )
-    mean, variance = _niche(module, section, weight, target, seed)
+    found, own = expansion(module, section, sites), module.log_residual.exp()
+    n, d = found.target.shape
+    mean, variance = _niche(module, section, found, seed)
     cell_mean, cell_variance = torch.empty(2, n, module.shape.n_cell)
-    for rows in _blocks(n):
+    for rows in blocks(module, np.arange(n)):
         index = torch.from_numpy(rows)
-        precision, linear = _expanded(module, section, rows, mode[index])
+        precision, linear = expanded(module, section, rows, found.mode[index])
         given = torch.linalg.inv(precision + own.reciprocal().diag())
         pulled = given / own  # by z_niche
         prior_mean = module.prior_of_cells(mean[index].to(own.device))[0]
@@ -59,31 +81,82 @@ def posterior(
     return (mean, variance), (cell_mean, cell_variance)
 
 
-def _niche(
-    module: SpatialModule, section: Section, weight: np.ndarray, target: np.ndarray, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Mean and variance of z_niche, (cell, D), in whose units of sqrt(v) the field is 1 + r L."""
+@torch.no_grad()
+def latent_draws(
+    module: SpatialModule,
+    section: Section,
+    rows: np.ndarray,
+    n_samples: int,
+    seed: int = 0,
+    found: Expansion | None = None,
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Draws from the posterior of a section: parts of ``rows``, z_niche (sample, row, D) and z_cell (sample, row, dim)
+    of them.
+
+    All cells of a draw belong to one draw of the whole section: what neighbours share is in it. ``found``, its
+    ``expansion``, is made if it is not given.
+    """
+    found, own = found or expansion(module, section, module.sites(section)), module.log_residual.exp()
+    generator = torch.Generator().manual_seed(seed)
+    niche = niche_draws(module, section.space, found.weight, found.target, n_samples, seed, rows)
+    for part in blocks(module, np.arange(len(rows))):
+        index, here = torch.from_numpy(rows[part]), niche[:, part].to(own.device)
+        precision, linear = expanded(module, section, rows[part], found.mode[index])
+        root = torch.linalg.cholesky(precision + own.reciprocal().diag())
+        pull = linear + F.pad(here, (0, len(own) - here.shape[-1])) / own
+        noise = torch.randn(pull.shape, generator=generator).to(own.device)
+        half = torch.linalg.solve_triangular(root, pull[..., None], upper=False) + noise[..., None]
+        yield rows[part], here, torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
+
+
+def niche_draws(
+    module: SpatialModule,
+    space: Space | None,
+    weight: np.ndarray,
+    target: np.ndarray,
+    n_samples: int,
+    seed: int,
+    rows: np.ndarray,
+) -> Tensor:
+    """Draws of z_niche of ``rows``, (sample, row, D), given what counts say of it (``Expansion``; zero: the prior)."""
+    if n_samples < 1:
+        raise InputError(f"n_samples is {n_samples}; expected at least 1")
+    out = torch.zeros(n_samples, len(rows), target.shape[1])
+    if space is None:
+        return out
+    rng = np.random.default_rng(seed)
+    sd, r, weight = _scaled(module, weight)
+    mean = solve(space.laplacian, r, weight, sd * target)
+    for sample in out:
+        sample[:] = torch.from_numpy((sd * (mean + draws(space.laplacian, r, weight, rng)))[rows])
+    return out
+
+
+def _scaled(module: SpatialModule, weight: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+    """sqrt(v), r and ``weight`` in units of sqrt(v), in which the field's precision is 1 + r L."""
+    sd = module.smooth_variance.sqrt().cpu().double().numpy()
+    return sd, float(module.range), weight * sd[:, None] * sd
+
+
+def _niche(module: SpatialModule, section: Section, found: Expansion, seed: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of z_niche, (cell, D)."""
     if section.space is None:
-        return torch.empty(len(target), 0), torch.empty(len(target), 0)
-    sd, r = module.smooth_variance.sqrt().cpu().double().numpy(), float(module.range)
-    weight = weight * sd[:, None] * sd
-    mean = sd * solve(section.space.laplacian, r, weight, sd * target)
+        return torch.empty(len(found.target), 0), torch.empty(len(found.target), 0)
+    sd, r, weight = _scaled(module, found.weight)
+    mean = sd * solve(section.space.laplacian, r, weight, sd * found.target)
     rng = np.random.default_rng(seed)
     variance = sd**2 * posterior_variance(section.space.laplacian, r, weight, rng, VARIANCE_DRAWS)
     return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(variance.astype(np.float32))
 
 
-def _expanded(module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor) -> tuple[Tensor, Tensor]:
+def expanded(module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor) -> tuple[Tensor, Tensor]:
     """F (B, dim, dim) and h (B, dim) of the likelihood of ``rows`` expanded at ``z`` (B, dim)."""
-    index, x = torch.from_numpy(rows), module.counts(section, rows)
-    depth, batch = section.depth[index].to(z.device), section.batch[index].to(z.device)
-    logits, logit_zero = module.decoder(z, batch)
-    if section.fill is not None:
-        logits = logits.masked_fill(torch.from_numpy(section.cells.missing).to(z.device), UNSEEN)
-    share = torch.softmax(logits, -1)
-    slopes = module.decoder.slopes(z, batch)
+    x, depth = module.counts(section, rows), section.depth[torch.from_numpy(rows)].to(z.device)
+    logits, logit_zero = module.logits(section, rows, z)
+    share = torch.softmax(module.measured(section, logits), -1)
+    slopes = module.slopes(section, rows, z)
     slopes = slopes - (share[:, None] @ slopes)
-    mean, theta = depth[:, None] * share, module.log_theta.clamp(-8, 10).exp()
+    mean, theta = depth[:, None] * share, module.bounded_log_theta.exp()
     shrunk = torch.ones_like(mean) if module.shape.likelihood == "poisson" else theta / (mean + theta)
     counted = torch.ones_like(mean)
     if logit_zero is not None:  # odds that a zero is not an additional one
@@ -95,17 +168,20 @@ def _expanded(module: SpatialModule, section: Section, rows: np.ndarray, z: Tens
     return information, gradient[:, 0] * (depth > LEAST_DEPTH)[:, None] + (information @ z[..., None])[..., 0]
 
 
-def _climbed(module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor, prior_mean: Tensor) -> Tensor:
-    """``z`` (B, dim) moved towards the mode of p(z_cell | x, z_niche = prior_mean) by damped Newton steps."""
-    own, x = module.log_residual.exp(), module.counts(section, rows)
+def climbed(
+    module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor, prior_mean: Tensor, prior_variance: Tensor
+) -> Tensor:
+    """``z`` (B, dim) moved towards the mode of p(z_cell | x), z_cell ~ N(prior_mean, diag prior_variance) before, by
+    damped Newton steps; (B, dim) each, the variance also (dim,)."""
+    x, precision_before = module.counts(section, rows), torch.diag_embed(prior_variance.reciprocal())
 
     def density(z: Tensor) -> Tensor:
-        return module.log_likelihood(section, rows, x, z) - 0.5 * ((z - prior_mean) ** 2 / own).sum(-1)
+        return module.log_likelihood(section, rows, x, z) - 0.5 * ((z - prior_mean) ** 2 / prior_variance).sum(-1)
 
     value = density(z)
     for _ in range(NEWTON_STEPS):
-        precision, linear = _expanded(module, section, rows, z)
-        goal = torch.linalg.solve(precision + own.reciprocal().diag(), linear + prior_mean / own)
+        precision, linear = expanded(module, section, rows, z)
+        goal = torch.linalg.solve(precision + precision_before, linear + prior_mean / prior_variance)
         step = goal - z
         for _ in range(HALVINGS + 1):
             higher = density(z + step)
@@ -117,5 +193,6 @@ def _climbed(module: SpatialModule, section: Section, rows: np.ndarray, z: Tenso
     return z
 
 
-def _blocks(n: int) -> list[np.ndarray]:
-    return list(minibatches(np.arange(n), ROWS_AT_ONCE))
+def blocks(module: SpatialModule, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """``rows`` in parts whose slopes fit into memory."""
+    return minibatches(rows, max(ENTRIES // (module.shape.n_genes * module.shape.n_cell), 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,21 +17,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where things stand in an AnnData."""
+    """Where things stand in an AnnData, and whether the model that reads it is to know how counts were measured."""
 
     layer: str | None = None
     spatial_key: str | None = "spatial"
     sample_key: str | None = None
     batch_key: str | None = None
+    labels_key: str | None = None
+    measurement: bool = False
+
+    @property
+    def keys(self) -> dict[str, str | None]:
+        """What stands where: all but ``measurement``."""
+        return {name: value for name, value in asdict(self).items() if name != "measurement"}
 
     def write(self, adata: AnnData) -> None:
-        adata.uns[_keys.SETUP] = {name: value or "" for name, value in asdict(self).items()}
+        adata.uns[_keys.SETUP] = {name: value or "" for name, value in self.keys.items()}
 
     @classmethod
     def read(cls, adata: AnnData) -> Setup:
         if _keys.SETUP not in adata.uns:
             raise InputError("this AnnData was not set up: call SpatialVAE.setup_anndata(adata, ...) first")
-        return cls(**{name: str(value) or None for name, value in adata.uns[_keys.SETUP].items()})
+        found: dict[str, Any] = {name: str(value) or None for name, value in adata.uns[_keys.SETUP].items()}
+        return cls(**found)
 
 
 def read_places(adata: AnnData, setup: Setup) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 """scVI (NB, 10 dimensions) trained without obs["held_out"]: log p(x) of each cell held out, in order: TABLE OUT SEED.
 
-Its defaults with early stopping; the observed total count as library size. The estimator is the one that SpatialVAE's
-get_marginal_ll uses: 1,000 importance samples from q(z | x) with its standard deviations 1.3 times as wide.
+Its defaults with early stopping; the observed total count as library size. 1,000 importance samples from q(z | x) with
+its standard deviations 1.3 times as wide.
 """
 
 import math
@@ -13,7 +13,7 @@ import scvi
 import torch
 
 SAMPLES = 1000
-WIDTH = 1.3  # spatialvae.module.PROPOSAL_WIDTH
+WIDTH = 1.3  # the bound makes q too narrow
 table, out, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
 scvi.settings.seed = seed
 adata = anndata.read_h5ad(table)

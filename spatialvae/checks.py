@@ -1,0 +1,156 @@
+"""Posterior-predictive checks: are counts drawn from a model like the counts that it was trained on?
+
+``statistics`` compares what is known of each gene and of each pair; ``told_apart`` lets a classifier look for whatever
+else there is (a classifier two-sample test, Lopez-Paz & Oquab 2017).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from spatialvae.errors import InputError
+from spatialvae.graph import knn_graph
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from spatialvae.model import SpatialVAE
+
+FOLDS = 5
+LEAST_CELLS = 2 * FOLDS
+PARTS = 25  # of a tissue that are held out whole
+NEIGHBOURS = 6  # in the plane, about the cells that touch
+
+TITLES = {
+    "mean": "mean of a gene",
+    "variance": "variance of a gene",
+    "zeros": "share of cells without it",
+    "genes": "correlation of two genes",
+    "neighbours": "correlation of a cell and its neighbours",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """``mean``, ``variance`` and ``zeros``, share of cells without any, (gene,); ``genes``, correlations of logs of two
+    genes (pair,), and ``neighbours``, of each gene between a cell and the mean of its neighbours, (gene,), NaN where
+    none are known."""
+
+    mean: np.ndarray
+    variance: np.ndarray
+    zeros: np.ndarray
+    genes: np.ndarray
+    neighbours: np.ndarray
+
+
+def statistics(counts: np.ndarray, neighbours: sp.csr_array | None = None) -> Statistics:
+    """Of ``counts`` (cell, gene) of cells, ``neighbours`` (cell, cell) marking each one's (``NeighbourGraph``)."""
+    logs = np.log1p(counts)
+    near = np.full(counts.shape[1], np.nan)
+    if neighbours is not None:
+        near = _correlation(logs, _mean_of(logs, neighbours))
+    with np.errstate(invalid="ignore", divide="ignore"):  # genes without counts correlate with none
+        pairs = np.corrcoef(logs, rowvar=False)[np.triu_indices(counts.shape[1], 1)]
+    return Statistics(counts.mean(0), counts.var(0), (counts == 0).mean(0), pairs, near)
+
+
+def compared(real: Statistics, sampled: Statistics) -> pd.DataFrame:
+    """A row a statistic: ``correlation`` of sampled with real, ``slope`` of sampled by real (1 if they agree), and
+    ``difference``, the mean absolute one; of means and variances on the log scale."""
+    rows = {}
+    for name in TITLES:
+        a, b = (np.asarray(getattr(of, name), float) for of in (real, sampled))
+        if name in ("mean", "variance"):
+            there = (a > 0) & (b > 0)
+            a, b = np.log10(a[there]), np.log10(b[there])
+        known = np.isfinite(a) & np.isfinite(b)
+        if known.sum() > 2:
+            a, b = a[known], b[known]
+            slope = np.cov(a, b)[0, 1] / max(a.var(ddof=1), 1e-300)
+            rows[name] = (np.corrcoef(a, b)[0, 1], slope, np.abs(a - b).mean())
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["correlation", "slope", "difference"])
+
+
+def told_apart(real: np.ndarray, sampled: np.ndarray, places: np.ndarray | None = None, seed: int = 0) -> float:
+    """Area under the ROC curve with which gradient boosting tells held-out cells of ``real`` and ``sampled`` counts
+    (cell, gene) apart: 0.5 if it cannot, 1 if it always does.
+
+    With ``places`` (cell, axis) of both it sees the means of a cell's neighbours, too; cells are then held out by parts
+    of the tissue, since cells side by side share their neighbours, which tell what they belong to.
+
+    Raises InputError for tables of different shapes or of fewer than 10 cells.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+
+    n = len(real)
+    if real.shape != sampled.shape or n < LEAST_CELLS:
+        raise InputError(
+            f"tables of {real.shape} and {sampled.shape} cannot be compared; expected the same cells and genes, "
+            f"{LEAST_CELLS} cells at least"
+        )
+    features = [np.log1p(counts).astype(np.float32) for counts in (real, sampled)]
+    part = np.random.default_rng(seed).permutation(n)
+    if places is not None:
+        near = knn_graph(places, NEIGHBOURS).adjacency()
+        features = [np.hstack([logs, _mean_of(logs, near)]) for logs in features]
+        part = KMeans(min(PARTS, n), n_init=1, random_state=seed).fit_predict(places)
+    label = np.repeat([0, 1], n)
+    classifier = HistGradientBoostingClassifier(max_iter=100, random_state=seed)
+    asked = {"groups": np.tile(part, 2), "cv": GroupKFold(FOLDS), "method": "predict_proba"}
+    found = cross_val_predict(classifier, np.concatenate(features), label, **asked)
+    return float(roc_auc_score(label, found[:, 1]))
+
+
+def of_model(model: SpatialVAE, seed: int = 0) -> tuple[Statistics, Statistics, dict[str, float]]:
+    """Statistics of a model's table and of its cells drawn again from the posterior, and how well they are told apart:
+    by a cell alone and, with places, by its neighbourhood. Both tables are held in memory."""
+    section = model._read(None)
+    real = section.cells.counts.dense(np.arange(section.cells.n_cells))
+    sampled = model.posterior_predictive_sample(seed=seed)
+    near = None if section.graphs is None else section.graphs.near.adjacency()
+    found = {"auc_cell": told_apart(real, sampled, seed=seed)}
+    places = section.cells.coordinates
+    if places is not None:
+        found["auc_neighbourhood"] = told_apart(real, sampled, places, seed)
+    return statistics(real, near), statistics(sampled, near), found
+
+
+def check_plot(real: Statistics, sampled: Statistics) -> Figure:
+    """Sampled against real: a panel a statistic, the diagonal where they agree."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in TITLES if np.isfinite(getattr(real, name)).any()]
+    figure = Figure(figsize=(3.6 * len(names), 3.7), layout="constrained", dpi=130)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        a, b = (np.asarray(getattr(of, name), float) for of in (real, sampled))
+        if name in ("mean", "variance"):
+            there = (a > 0) & (b > 0)
+            a, b = a[there], b[there]
+            axes.set(xscale="log", yscale="log")
+        known = np.isfinite(a) & np.isfinite(b)
+        axes.scatter(a[known], b[known], s=6, lw=0, alpha=0.5, rasterized=True)
+        ends = [min(a[known].min(), b[known].min()), max(a[known].max(), b[known].max())]
+        axes.plot(ends, ends, color="0.6", lw=0.8, zorder=0)
+        axes.set(xlabel="real", ylabel="sampled", title=TITLES[name])
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _mean_of(values: np.ndarray, neighbours: sp.csr_array) -> np.ndarray:
+    degree = np.maximum(np.asarray(neighbours.sum(1)).ravel(), 1)
+    return (neighbours @ values) / degree[:, None]
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each column, (gene,); NaN where one does not vary."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))

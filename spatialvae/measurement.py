@@ -1,0 +1,88 @@
+r"""From expression to counts that a decoder calls: molecules that are missed, and calls that are wrong.
+
+Of the molecules of gene g the share e_g is detected, and wrong calls of it are a share beta_g of all calls of a cell.
+With shares rho_g of the molecules that were there, the calls of a cell are shared as
+
+    pi_g = (1 - sum_h beta_h) e_g rho_g / sum_h e_h rho_h + beta_g
+
+Thinning with e_g leaves a negative binomial a negative binomial with the same dispersion; so it is taken to be with the
+background added to its mean, which is small beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spatialvae import _keys
+from spatialvae.errors import InputError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+LEAST_EFFICIENCY = 0.01  # of a gene all of whose calls are taken to be wrong
+MOST_WRONG = 0.99  # of the calls of a gene: some of it was there
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """``efficiency`` e and ``background`` beta, float32 (gene,)."""
+
+    efficiency: np.ndarray
+    background: np.ndarray
+
+    def _signal(self, logits: Tensor) -> Tensor:
+        """Log share (..., gene) of the calls that are right and of this gene."""
+        efficiency = torch.from_numpy(self.efficiency).to(logits.device)
+        return torch.log_softmax(logits + efficiency.log(), -1) + np.log1p(-float(self.background.sum()))
+
+    def seen(self, logits: Tensor) -> Tensor:
+        """log pi (..., gene) of the ``logits`` of rho."""
+        return torch.logaddexp(self._signal(logits), torch.from_numpy(self.background).to(logits.device).log())
+
+    def slopes(self, logits: Tensor, slopes: Tensor) -> Tensor:
+        """Derivatives of ``seen(logits)``, (cell, gene, dim), from those of ``logits``."""
+        signal = self._signal(logits)
+        right = (signal - self.seen(logits)).exp()
+        return right[..., None] * (slopes - torch.softmax(signal, -1)[:, None] @ slopes)
+
+    def there(self, share: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        """How many molecules were there, (cell,), in cells of ``depth`` (cell,) calls; ``share`` rho (cell, gene)."""
+        return depth * (1 - self.background.sum()) / (share @ self.efficiency)
+
+    def share_there(self, share: np.ndarray) -> np.ndarray:
+        """rho (gene,) of the ``share`` pi (gene,) of all calls."""
+        there = np.maximum(share - self.background, (1 - MOST_WRONG) * share) / self.efficiency
+        return there / there.sum()
+
+
+def read_measurement(adata: AnnData, columns: np.ndarray, share: np.ndarray) -> Measurement:
+    """Of the genes in ``columns`` of a table, -1 where it has not got one, that make up ``share`` (gene,) of its calls.
+
+    ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, the expected share of wrong calls among those
+    of a gene, are what ``merfish run`` writes. A gene of which they are not known, being never called, has the median
+    efficiency.
+
+    Raises InputError if a column is not there or holds a number that is not a share.
+    """
+    there, found = columns >= 0, {}
+    for key in (_keys.EFFICIENCY, _keys.WRONG):
+        if key not in adata.var:
+            raise InputError(f"var has no {key!r}, which measurement=True needs; it has {sorted(adata.var)}")
+        values = np.full(len(columns), np.nan)
+        values[there] = adata.var[key].to_numpy(float)[columns[there]]
+        wrong = np.flatnonzero((values < 0) | (values > 1))
+        if len(wrong):
+            name = adata.var_names[columns[wrong[0]]]
+            raise InputError(f"var[{key!r}] of {name!r} is {values[wrong[0]]:g}; expected a share from 0 to 1")
+        found[key] = values
+    efficiency = found[_keys.EFFICIENCY]
+    if np.isnan(efficiency).all():
+        raise InputError(f"var[{_keys.EFFICIENCY!r}] is known of no gene; train without measurement=True")
+    efficiency = np.where(np.isnan(efficiency), np.nanmedian(efficiency), efficiency).clip(LEAST_EFFICIENCY)
+    background = share * np.nan_to_num(found[_keys.WRONG]).clip(max=MOST_WRONG)
+    return Measurement(efficiency.astype(np.float32), background.astype(np.float32))

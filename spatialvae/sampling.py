@@ -1,0 +1,192 @@
+r"""Draws from a fitted model: of expression and counts of cells that were seen, of genes that were not measured, and
+of new tissue.
+
+    seen cells   z_niche, z_cell ~ p( . | all counts)       (``posterior.latent_draws``)
+    new places   z_niche ~ N(0, v (1 + r L)^-1), also given the counts of cells that are held fixed,
+                 z_cell ~ N(z_niche, S), or as in a cell of the table whose niche is alike
+    both         x ~ p(x | z_cell, total count)             (``module``)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+from torch import Tensor
+from torch.nn import functional as F
+
+from spatialvae import likelihoods
+from spatialvae.data import graphs_of, minibatches
+from spatialvae.errors import InputError
+from spatialvae.module import ROWS_AT_ONCE, Section, SpatialModule
+from spatialvae.posterior import expansion, latent_draws, niche_draws
+
+ALIKE = 30  # cells of the table one of which lends a new cell its z_cell
+
+Places = tuple[np.ndarray, np.ndarray]  # coordinates (cell, axis) and names of samples (cell,)
+
+
+@dataclass(frozen=True, eq=False)
+class Imputed:
+    """Of genes that were not measured, float32 (cell, gene) each: what is expected, and the bounds of an interval."""
+
+    expected: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@torch.no_grad()
+def expected_counts(module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Expected counts (row, gene) given ``z`` (row, dim) and total counts, and the probability of additional zeros."""
+    logits, logit_zero = module.logits(section, rows, z)
+    zero = torch.zeros(()) if logit_zero is None else torch.sigmoid(logit_zero)
+    return module.log_mean(section, rows, logits).exp(), zero
+
+
+def draw_counts(
+    module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor, rng: np.random.Generator
+) -> np.ndarray:
+    """One draw of the counts of ``rows``, int32 (row, gene), given ``z`` (row, dim) and total counts."""
+    mean, zero = (value.cpu().double().numpy() for value in expected_counts(module, section, rows, z))
+    theta = module.bounded_log_theta.detach().exp().cpu().double().numpy()
+    poisson = module.shape.likelihood == "poisson"
+    return likelihoods.sample(mean, None if poisson else theta, zero if zero.ndim else None, rng)
+
+
+def predictive(
+    module: SpatialModule, section: Section, rows: np.ndarray, n_samples: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Draws of counts from the posterior of ``section``: parts of ``rows``, and int32 (sample, row, gene) of them."""
+    rng = np.random.default_rng([seed, 1])
+    for part, _, z_cell in latent_draws(module, section, rows, n_samples, seed):
+        yield part, np.stack([draw_counts(module, section, part, z, rng) for z in z_cell])
+
+
+@torch.no_grad()
+def shares(module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor, batch: int | None) -> np.ndarray:
+    """Each gene's share of the molecules that were there, float32 (row, gene), given ``z`` (row, dim); as if of
+    ``batch``, by default each cell's own."""
+    codes = section.batch[torch.from_numpy(rows)] if batch is None else torch.full((len(rows),), batch)
+    return torch.softmax(module.decoder(z, codes.to(z.device))[0], -1).cpu().numpy()
+
+
+def expression(
+    module: SpatialModule,
+    section: Section,
+    draws: Iterable[tuple[np.ndarray, Tensor]],
+    library_size: float | None,
+    batch: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Shares times ``library_size``, or if None times how many molecules of a cell were called (were there, where that
+    is modelled), from draws of z_cell (sample, row, dim) of parts of rows: those parts, and (sample, row, gene)."""
+    for rows, z_cell in draws:
+        share = np.stack([shares(module, section, rows, z, batch) for z in z_cell])
+        size: np.ndarray | float = section.cells.depth[rows][:, None] if library_size is None else library_size
+        if library_size is None and section.measurement is not None:
+            size = section.measurement.there(share, section.cells.depth[rows])[..., None]
+        yield rows, share * np.asarray(size, np.float32)
+
+
+def impute(
+    module: SpatialModule, section: Section, genes: np.ndarray, n_samples: int, interval: float, seed: int
+) -> Imputed:
+    """Counts of ``genes`` (column,) beside the counts that were measured; draws of counts end outside ``interval`` with
+    equal probability on either side."""
+    n, rng = section.cells.n_cells, np.random.default_rng([seed, 1])
+    expected, low, high = np.zeros((3, n, len(genes)), np.float32)
+    ends = [(1 - interval) / 2, (1 + interval) / 2]
+    for rows, _, z_cell in latent_draws(module, section, np.arange(n), n_samples, seed):
+        counts = np.empty((n_samples, len(rows), len(genes)), np.int32)
+        for draw, z in zip(counts, z_cell, strict=True):
+            mean, zero = expected_counts(module, section, rows, z)
+            expected[rows] += (mean * (1 - zero)).cpu().numpy()[:, genes] / n_samples
+            draw[:] = draw_counts(module, section, rows, z, rng)[:, genes]
+        low[rows], high[rows] = np.quantile(counts, ends, axis=0, method="inverted_cdf")
+    return Imputed(expected, low, high)
+
+
+def niches_at(
+    module: SpatialModule,
+    places: Places,
+    n_samples: int,
+    seed: int,
+    given: tuple[Section, Places] | None = None,
+) -> Tensor:
+    """Draws of z_niche at ``places``, (sample, place, D), from the prior or given the counts of a section elsewhere."""
+    n, d = len(places[1]), module.shape.n_niche
+    weight, target = np.zeros((n, d, d)), np.zeros((n, d))
+    if given is not None:
+        section, others = given
+        found = expansion(module, section, module.sites(section))
+        weight, target = np.concatenate([weight, found.weight]), np.concatenate([target, found.target])
+        places = np.concatenate([places[0], others[0]]), np.concatenate([places[1], others[1]])
+    return niche_draws(module, module.space(graphs_of(*places)), weight, target, n_samples, seed, np.arange(n))
+
+
+def niches_alone(module: SpatialModule, n_cells: int, seed: int) -> Tensor:
+    """Draws of z_niche of ``n_cells`` cells that know nothing of each other, (cell, D)."""
+    noise = torch.randn(n_cells, module.shape.n_niche, generator=torch.Generator().manual_seed(seed))
+    return noise * module.niche_variance.sqrt().cpu()
+
+
+@torch.no_grad()
+def cells_of_model(module: SpatialModule, niche: Tensor, seed: int) -> Tensor:
+    """z_cell ~ N(z_niche, S), (..., cell, dim), in ``niche`` (..., cell, D)."""
+    own = module.log_residual.exp().cpu()
+    mean = F.pad(niche, (0, len(own) - niche.shape[-1]))
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed + 1))
+    return (mean + own.sqrt() * noise).to(module.mean.device)
+
+
+def predictive_at(
+    module: SpatialModule,
+    section: Section,
+    places: Places,
+    rows: np.ndarray,
+    n_samples: int,
+    seed: int,
+    given: tuple[Section, Places],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same where nothing of ``rows`` is known but ``places`` and total counts, and counts of cells elsewhere
+    (``given``)."""
+    here = places[0][rows], places[1][rows]
+    z_cell = cells_of_model(module, niches_at(module, here, n_samples, seed, given), seed)
+    rng = np.random.default_rng([seed, 1])
+    for part in minibatches(np.arange(len(rows)), ROWS_AT_ONCE):
+        yield rows[part], np.stack([draw_counts(module, section, rows[part], z[part], rng) for z in z_cell])
+
+
+def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed: int) -> Tensor:
+    """z_cell (cell, dim) in ``niche`` (cell, D), each that of one of the ``ALIKE`` cells of ``section`` whose z_niche
+    is nearest, in one draw of its posterior.
+
+    This is the aggregate posterior given the niche (Tomczak & Welling 2018, who use it as a prior): cells in which the
+    Gaussian of the model sees one cloud keep to their types.
+    """
+    rng, rows = np.random.default_rng([seed, 2]), np.flatnonzero(section.cells.depth > 0)
+    drawn = [(of_niche[0].cpu(), of_cell[0]) for _, of_niche, of_cell in latent_draws(module, section, rows, 1, seed)]
+    here, cells = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    k = min(ALIKE, len(rows))
+    if niche.shape[1]:
+        sd = module.niche_variance.sqrt().cpu()
+        near = cKDTree((here / sd).numpy()).query((niche / sd).numpy(), k)[1].reshape(len(niche), k)
+        chosen = near[np.arange(len(niche)), rng.integers(k, size=len(niche))]
+    else:
+        chosen = rng.integers(len(rows), size=len(niche))
+    return cells[torch.from_numpy(chosen)]
+
+
+def as_if(section: Section, n_cells: int, depth: np.ndarray | None, seed: int) -> Section:
+    """What ``n_cells`` new cells are drawn as: with total counts ``depth`` (cell,), or else those of cells of
+    ``section`` picked at random, and with the batches of such cells. All genes are measured."""
+    there = np.flatnonzero(section.cells.depth > 0)
+    like = torch.from_numpy(np.random.default_rng([seed, 4]).choice(there, n_cells))
+    size = section.depth[like]
+    if depth is not None:
+        size = torch.from_numpy(np.broadcast_to(np.asarray(depth, np.float32), (n_cells,)).copy())
+        if not (torch.isfinite(size).all() and (size > 0).all()):
+            raise InputError("library_size must be positive and finite")
+    return replace(section, depth=size, batch=section.batch[like], fill=None)

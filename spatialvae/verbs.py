@@ -1,0 +1,105 @@
+"""What users of scvi-tools type: arguments that are named otherwise here, and what their methods return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from spatialvae.errors import InputError
+from spatialvae.module import Section, SpatialModule
+from spatialvae.sampling import expected_counts
+from spatialvae.setup import Setup
+
+INSTEAD = {
+    "check_val_every_n_epoch": "held-out cells are looked at every 100 steps",
+    "continuous_covariate_keys": "only batch_key is corrected for",
+    "categorical_covariate_keys": "only batch_key is corrected for: join the categories into one column of obs",
+    "datamodule": "tables larger than memory are read from a backed AnnData",
+    "devices": "several devices are used under torchrun, one process each",
+    "dispersion": "each gene has one inverse dispersion",
+    "dropout_rate": "weights have a Gaussian prior instead",
+    "early_stopping_patience": "type patience=, in steps",
+    "enable_progress_bar": "type progress=",
+    "latent_distribution": "latents are normal",
+    "n_epochs": "type max_epochs=",
+    "n_epochs_kl_warmup": "type warm_up=, in steps",
+    "n_layers": "each network has one hidden layer, of n_hidden",
+    "n_steps_kl_warmup": "type warm_up=",
+    "plan_kwargs": "type learning_rate= or warm_up=",
+    "size_factor_key": "the total count of each cell is its size",
+    "use_gpu": "type accelerator='gpu'",
+    "validation_size": "type held_out= or train_size=",
+}
+
+
+def refuse(given: Mapping[str, Any], where: str) -> None:
+    """Raise InputError for arguments that ``where`` has not, saying what to type instead where that is known."""
+    for name in given:
+        advice = INSTEAD.get(name, "see its documentation for what it takes")
+        raise InputError(f"{where} takes no {name!r}: {advice}")
+
+
+def device_of(accelerator: str) -> torch.device:
+    """The device that ``accelerator`` ("cpu", "gpu", "cuda", "cuda:1", "mps") names.
+
+    Raises InputError for names that are not known and devices that are not there.
+    """
+    try:
+        device = torch.device("cuda" if accelerator == "gpu" else accelerator)
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {accelerator!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def described(setup: Setup, cells: int, genes: int, batches: tuple[str, ...]) -> str:
+    """What ``setup_anndata`` was told, a line each."""
+    where = {
+        "layer": f"layers[{setup.layer!r}]" if setup.layer else "X",
+        "spatial_key": f"obsm[{setup.spatial_key!r}]" if setup.spatial_key else "none: cells without places",
+        "sample_key": f"obs[{setup.sample_key!r}]" if setup.sample_key else "none: one section",
+        "batch_key": f"obs[{setup.batch_key!r}], {len(batches)} batches" if setup.batch_key else "none",
+        "labels_key": f"obs[{setup.labels_key!r}]" if setup.labels_key else "none",
+    }
+    lines = [f"{name:12} {value}" for name, value in where.items()]
+    measured = "in the likelihood" if setup.measurement else "not modelled"
+    return "\n".join([f"{cells} cells, {genes} genes", *lines, f"{'measurement':12} {measured}"])
+
+
+def likelihood_parameters(
+    module: SpatialModule,
+    section: Section,
+    draws: Iterator[tuple[np.ndarray, torch.Tensor]],
+    give_mean: bool,
+) -> dict[str, np.ndarray]:
+    """``mean`` of counts, ``dispersions`` (inverse, gene) and, of "zinb", ``dropout``, logits of additional zeros:
+    (cell, gene), the mean over draws of z_cell, or (sample, cell, gene) of each draw."""
+    means: list[np.ndarray] = []
+    zeros: list[np.ndarray] = []
+    for rows, z_cell in draws:
+        found = [expected_counts(module, section, rows, z) for z in z_cell]
+        for parts, values in zip((means, zeros), zip(*found, strict=True), strict=True):
+            stacked = torch.stack(values).cpu().numpy()
+            parts.append(stacked.mean(0) if give_mean else stacked)
+    parameters = {"mean": np.concatenate(means, -2)}
+    if module.shape.likelihood != "poisson":
+        theta = module.bounded_log_theta.detach().exp().cpu().numpy()
+        parameters["dispersions"] = np.broadcast_to(theta, parameters["mean"].shape)
+    if module.shape.likelihood == "zinb":
+        zero = np.concatenate(zeros, -2)
+        parameters["dropout"] = np.log(zero) - np.log1p(-zero)
+    return parameters
+
+
+def correlations(values: np.ndarray, kind: str, genes: list[str]) -> pd.DataFrame:
+    """Of genes over the rows of ``values`` (row, gene): "spearman" or "pearson", (gene, gene)."""
+    if kind not in ("spearman", "pearson"):
+        raise InputError(f"correlation_type is {kind!r}; expected 'spearman' or 'pearson'")
+    if kind == "spearman":
+        from scipy.stats import rankdata
+
+        values = rankdata(values, axis=0)
+    return pd.DataFrame(np.corrcoef(values, rowvar=False), index=genes, columns=genes)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+from spatialvae import InputError, SpatialVAE, cli
+
+
+def table(n=80):
+    rng = np.random.default_rng(0)
+    return anndata.AnnData(
+        rng.poisson(3, (n, 6)).astype(np.float32),
+        obs=pd.DataFrame({"kind": np.arange(n) % 2, "section": ["a", "b"] * (n // 2)}, [f"c{i}" for i in range(n)]),
+        var=pd.DataFrame(index=list("abcdef")),
+        obsm={"spatial": rng.uniform(0, 9, (n, 2))},
+    )
+
+
+@pytest.fixture(scope="module")
+def trained():
+    adata = table()
+    SpatialVAE.setup_anndata(adata, sample_key="section", labels_key="kind")
+    model = SpatialVAE(adata, gene_likelihood="zinb")
+    assert not model.is_trained
+    model.train(2, train_size=0.8, early_stopping=False, accelerator="cpu", progress=False)
+    return model
+
+
+def test_verbs__of_scvi_tools(trained, capsys):
+    assert trained.is_trained
+    assert str(trained.device) == "cpu"
+    trained.to_device("cpu")
+    trained.view_anndata_setup()
+    shown = capsys.readouterr().out
+    assert "80 cells, 6 genes" in shown
+    assert "obs['section']" in shown
+    parameters = trained.get_likelihood_parameters(indices=[3, 4], n_samples=5, give_mean=False)
+    assert {name: value.shape for name, value in parameters.items()} == dict.fromkeys(
+        ("mean", "dispersions", "dropout"), (5, 2, 6)
+    )
+    mean = trained.get_likelihood_parameters()["mean"]
+    np.testing.assert_allclose(mean.sum(1), trained.adata.X.sum(1), rtol=1e-4)
+    for kind in ("spearman", "pearson"):
+        found = trained.get_feature_correlation_matrix(correlation_type=kind)
+        np.testing.assert_allclose(np.diag(found), 1)
+        assert list(found.index) == list("abcdef")
+    with pytest.raises(InputError, match="correlation_type is 'kendall'"):
+        trained.get_feature_correlation_matrix(correlation_type="kendall")
+
+
+def test_indices__are_rows_of_the_whole_table(trained):
+    rows = [7, 2, 30]
+    for asked in ({"return_dist": False}, {"return_dist": True}):
+        some, whole = (trained.get_latent_representation(indices=of, **asked) for of in (rows, None))
+        for a, b in zip(some, whole, strict=True) if asked["return_dist"] else [(some, whole)]:
+            np.testing.assert_allclose(a, b[rows], atol=1e-5)
+    drawn = np.stack([trained.get_latent_representation(give_mean=False, seed=seed) for seed in range(80)])
+    mean, variance = trained.get_latent_representation(return_dist=True)
+    assert np.abs((drawn.mean(0) - mean) / np.sqrt(variance / 80)).mean() == pytest.approx(0.8, abs=0.15)
+    each = trained.get_marginal_ll(n_mc_samples=200, return_mean=False)
+    value, error = trained.get_marginal_ll(n_mc_samples=200, indices=rows, return_error=True)
+    assert value == pytest.approx(each[rows].mean(), abs=5 * error + 0.05)
+    parts = [trained.get_elbo(indices=of) for of in (np.arange(80) < 40, np.arange(40, 80))]
+    assert np.mean(parts) == pytest.approx(trained.get_elbo(), abs=0.5)
+    assert trained.get_reconstruction_error(indices=rows) > 0
+
+
+def test_verbs__say_what_to_type_instead(trained):
+    with pytest.raises(InputError, match="train takes no 'plan_kwargs': type learning_rate="):
+        trained.train(plan_kwargs={"lr": 1e-3})
+    with pytest.raises(InputError, match="SpatialVAE takes no 'n_layers': each network has one"):
+        SpatialVAE(trained.adata, n_layers=2)
+    with pytest.raises(InputError, match="setup_anndata takes no 'size_factor_key'"):
+        SpatialVAE.setup_anndata(table(), size_factor_key="size")
+    with pytest.raises(InputError, match="obs has no 'nope'"):
+        SpatialVAE.setup_anndata(table(), labels_key="nope")
+    with pytest.raises(InputError, match="device 'abacus' cannot be used"):
+        trained.to_device("abacus")
+
+
+def test_load__finds_the_table_that_was_saved(trained, tmp_path):
+    trained.save(tmp_path / "with", save_anndata=True)
+    again = SpatialVAE.load(tmp_path / "with")
+    np.testing.assert_array_equal(again.get_latent_representation(), trained.get_latent_representation())
+    trained.save(tmp_path / "without")
+    with pytest.raises(InputError, match=r"has no adata\.h5ad: pass the table"):
+        SpatialVAE.load(tmp_path / "without")
+    with pytest.raises(InputError, match=r"has a adata\.h5ad already|has a model\.json already"):
+        trained.save(tmp_path / "with", save_anndata=True)
+
+
+def test_command_sample__writes_counts(trained, monkeypatch, capsys, tmp_path):
+    trained.save(tmp_path / "model")
+    adata = table()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    adata[:30].write_h5ad(tmp_path / "known.h5ad")
+
+    def run(*arguments):
+        given = ["spatialvae", "sample", str(tmp_path / "cells.h5ad"), "--model", str(tmp_path / "model")]
+        monkeypatch.setattr(sys, "argv", [*given, "--out", str(tmp_path / "made.h5ad"), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code
+
+    assert run("--samples", "3") == 0
+    made = anndata.read_h5ad(tmp_path / "made.h5ad")
+    assert set(made.layers) == {"sample_1", "sample_2"}
+    assert list(made.obs_names) == list(adata.obs_names)
+    for what in ("tissue", "posterior"):
+        assert run("--what", what, "--given", str(tmp_path / "known.h5ad")) == 0
+        made = anndata.read_h5ad(tmp_path / "made.h5ad")
+        np.testing.assert_array_equal(made.obsm["spatial"], adata.obsm["spatial"])
+        assert list(made.obs["section"]) == list(adata.obs["section"])
+    assert run("--what", "prior", "--cells", "model") == 0
+    assert anndata.read_h5ad(tmp_path / "made.h5ad").shape == (80, 6)
+    capsys.readouterr()
+    assert run("--what", "nothing") == 2
+    assert "expected posterior, tissue or prior" in capsys.readouterr().err
+
+
+def test_command_evaluate__checks_a_model(trained, monkeypatch, capsys, tmp_path):
+    trained.save(tmp_path / "model")
+    table().write_h5ad(tmp_path / "cells.h5ad")
+    where = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--samples", "5"]
+    monkeypatch.setattr(sys, "argv", ["spatialvae", "evaluate", str(tmp_path / "cells.h5ad"), *where])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert 0 <= figures["auc_cell"] <= 1
+    assert figures["marginal_log_likelihood_monte_carlo_error"] > 0
+    assert set(pd.read_csv(tmp_path / "out" / "checks.csv")["statistic"]) >= {"mean", "zeros", "genes", "neighbours"}
+    assert (tmp_path / "out" / "checks.png").is_file()
