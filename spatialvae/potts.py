@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from scipy.special import log_softmax, logsumexp
-from scipy.stats import norm
+from scipy.stats import t as student
 
 from spatialvae.errors import InputError
+from spatialvae.inference import adjusted
 
 PRIOR_SD = 3.0  # of a parameter, in nats: keeps the couplings of pairs that never meet finite
 MOST_STEPS = 50  # of Newton
@@ -35,7 +36,8 @@ class Potts:
     """A fitted model with K labels and P covariates.
 
     ``couplings`` (K, K), symmetric with rows that sum to zero; ``fields`` (K, P), columns sum to zero; in nats, each
-    with standard errors; ``covariates`` (cell, P) that it was fitted with; ``log_likelihood``, the pseudo-likelihood.
+    with standard errors; ``covariates`` (cell, P) that it was fitted with; ``log_likelihood``, the pseudo-likelihood;
+    ``freedom``, the degrees of freedom of the standard errors.
     """
 
     couplings: np.ndarray
@@ -44,36 +46,36 @@ class Potts:
     field_errors: np.ndarray
     covariates: np.ndarray
     log_likelihood: float
+    freedom: float
 
 
 def fit_potts(
-    labels: np.ndarray, adjacency: sp.csr_array, covariates: np.ndarray | None = None, reach: int = 1
+    labels: np.ndarray,
+    adjacency: sp.csr_array,
+    covariates: np.ndarray | None = None,
+    blocks: np.ndarray | None = None,
 ) -> Potts:
     """Fit couplings and fields by maximum pseudo-likelihood, with standard errors that count dependence.
 
-    The score of cell i has mean zero given all other cells; so scores of cells that are not neighbours are
-    uncorrelated, and the variance of their sum is the sum of u_i u_j' over cells and edges. With it the covariance of
-    the estimate is Godambe's H^-1 V H^-1. That is exact in large tables if the model is right. Where labels also
-    depend on what the model does not know, scores correlate further: ``reach`` edges are then counted, with weights that
-    fall to zero linearly in the number of steps (Newey & West 1987).
+    The score u_i of cell i has mean zero given all other cells; so scores of cells that are not neighbours are not
+    correlated, and the variance of their sum is V = sum of u_i u_j' over equal cells and over edges, both ways. With it
+    the covariance of the estimate is Godambe's H^-1 V H^-1. That holds in large tables if the model is right. Where
+    labels also depend on what the model does not know, gradients of a tissue, scores correlate further; V is then
+    the sum over ``blocks`` of the squares of their scores, and few wide blocks are safer than many.
 
     Parameters
     ----------
     labels : int (cell,), 0 to K - 1, each of which occurs
     adjacency : (cell, cell), symmetric, zeros and ones
     covariates : float (cell, P), what fields act on; by default ones and, where it varies, the degree less its mean
-    reach : at least 1
+    blocks : int (cell,), from 0, as of ``inference.spatial_blocks``; without them the model is taken to be right
 
     Raises InputError for fewer than 2 labels, labels that do not occur, or a graph that is not symmetric.
     """
     labels = np.asarray(labels)
     _check(labels, adjacency)
-    if reach < 1:
-        raise InputError(f"reach is {reach}; expected at least 1 edge")
-    k, x = (
-        int(labels.max()) + 1,
-        _default_covariates(adjacency) if covariates is None else np.asarray(covariates, float),
-    )
+    k = int(labels.max()) + 1
+    x = _default_covariates(adjacency) if covariates is None else np.asarray(covariates, float)
     own = np.eye(k)[labels]
     z = np.hstack([adjacency @ own, x])
     basis = _basis(k, x.shape[1])
@@ -90,12 +92,13 @@ def fit_potts(
         theta, (value, gradient, hessian) = theta + length * step, tried
         if step @ hessian @ step < TOLERANCE:
             break
-    covariance = np.linalg.inv(hessian) @ _score_variance(theta, basis, own, z, adjacency, reach)
-    covariance = covariance @ np.linalg.inv(hessian)
+    inverse = np.linalg.inv(hessian)
+    covariance = inverse @ _score_variance(_scores(theta, basis, own, z), adjacency, blocks) @ inverse
     errors = np.sqrt(np.maximum(np.einsum("im,mn,in->i", basis, covariance, basis), 0)).reshape(k, -1)
     found = (basis @ theta).reshape(k, -1)
+    freedom = np.inf if blocks is None else float(blocks.max())
     penalty = float(theta @ theta) / (2 * PRIOR_SD**2)
-    return Potts(found[:, :k], errors[:, :k], found[:, k:], errors[:, k:], x, value + penalty)
+    return Potts(found[:, :k], errors[:, :k], found[:, k:], errors[:, k:], x, value + penalty, freedom)
 
 
 def interactions(model: Potts, names: Sequence[str]) -> pd.DataFrame:
@@ -103,28 +106,21 @@ def interactions(model: Potts, names: Sequence[str]) -> pd.DataFrame:
     (two-sided, of no coupling) and ``fdr`` (Benjamini & Hochberg 1995), strongest first."""
     a, b = np.triu_indices(len(names))
     coupling, error = model.couplings[a, b], np.maximum(model.coupling_errors[a, b], 1e-300)
-    p = 2 * norm.sf(np.abs(coupling / error))
+    p = 2 * student.sf(np.abs(coupling / error), model.freedom)
+    half = student.ppf(0.975, model.freedom) * error
     table = pd.DataFrame(
         {
             "label": np.array(names)[a],
             "neighbour": np.array(names)[b],
             "coupling": coupling,
             "error": error,
-            "low": coupling - 1.96 * error,
-            "high": coupling + 1.96 * error,
+            "low": coupling - half,
+            "high": coupling + half,
             "p_value": p,
             "fdr": adjusted(p),
         }
     )
     return table.sort_values("coupling", key=np.abs, ascending=False, ignore_index=True)
-
-
-def adjusted(p: np.ndarray) -> np.ndarray:
-    """False discovery rate at which each of the ``p`` values (test,) is found (Benjamini & Hochberg 1995)."""
-    order = np.argsort(p)[::-1]
-    out = np.empty(len(p))
-    out[order] = np.minimum.accumulate(p[order] * len(p) / np.arange(len(p), 0, -1))
-    return np.minimum(out, 1)
 
 
 def sample_potts(
@@ -285,26 +281,22 @@ def _objective(
     return value, basis.T @ gradient - prior * theta, reduced
 
 
-def _score_variance(
-    theta: np.ndarray, basis: np.ndarray, own: np.ndarray, z: np.ndarray, adjacency: sp.csr_array, reach: int
-) -> np.ndarray:
-    """Sum of u_i u_j' over cells no more than ``reach`` edges apart: all of it for neighbours if ``reach`` is 1."""
+def _scores(theta: np.ndarray, basis: np.ndarray, own: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Derivatives of each cell's log pseudo-likelihood by the free parameters, (cell, parameter)."""
     k, q = own.shape[1], z.shape[1]
     rest = own - np.exp(log_softmax(z @ (basis @ theta).reshape(k, q).T, 1))
-    scores = np.empty((len(z), len(theta)))
-    for first in range(0, len(z), ROWS_AT_ONCE):
-        rows = slice(first, first + ROWS_AT_ONCE)
-        scores[rows] = (rest[rows, :, None] * z[rows, None]).reshape(-1, k * q) @ basis
-    n = len(z)
-    weights = sp.csr_array(sp.eye_array(n))
-    within = sp.csr_array(sp.eye_array(n) + adjacency)
-    reached = within
-    for step in range(1, reach + 1):
-        weights = weights + reached * (1.0 / reach) - sp.eye_array(n) * (1.0 / reach)
-        reached = sp.csr_array((reached @ within > 0).astype(float)) if step < reach else reached
-    total = scores.T @ (weights @ scores)
-    values, vectors = np.linalg.eigh((total + total.T) / 2)
-    return (vectors * np.maximum(values, 0)) @ vectors.T
+    parts = [slice(first, first + ROWS_AT_ONCE) for first in range(0, len(z), ROWS_AT_ONCE)]
+    return np.concatenate([(rest[rows, :, None] * z[rows, None]).reshape(-1, k * q) @ basis for rows in parts])
+
+
+def _score_variance(scores: np.ndarray, adjacency: sp.csr_array, blocks: np.ndarray | None) -> np.ndarray:
+    if blocks is None:
+        total = scores.T @ (scores + adjacency @ scores)
+        values, vectors = np.linalg.eigh(total)
+        return (vectors * np.maximum(values, 0)) @ vectors.T
+    n = int(blocks.max()) + 1
+    sums = sp.csr_array((np.ones(len(blocks)), (blocks, np.arange(len(blocks))))) @ scores
+    return sums.T @ sums * n / max(n - 1, 1)
 
 
 def _arrays(

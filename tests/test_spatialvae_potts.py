@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 from scipy.special import logsumexp
 
-from spatialvae import InputError, potts
+from spatialvae import InputError, inference, potts
 from spatialvae.graph import knn_graph
 
 
@@ -144,4 +144,29 @@ def test_fit_potts__says_what_is_wrong_with_labels(labels, message):
 
 
 def test_adjusted__is_benjamini_and_hochbergs():
-    np.testing.assert_allclose(potts.adjusted(np.array([0.01, 0.5, 0.02, 0.04])), [0.04, 0.5, 0.04, 4 * 0.04 / 3])
+    np.testing.assert_allclose(inference.adjusted(np.array([0.01, 0.5, 0.02, 0.04])), [0.04, 0.5, 0.04, 4 * 0.04 / 3])
+
+
+def test_spatial_blocks__compact_equal_and_within_samples():
+    rng = np.random.default_rng(0)
+    samples = np.repeat(["a", "b"], [600, 200])
+    blocks = inference.spatial_blocks(rng.uniform(0, 1, (800, 2)), 8, samples)
+    np.testing.assert_array_equal(np.bincount(blocks), np.full(8, 100))
+    assert not set(blocks[:600]) & set(blocks[600:])
+
+
+def test_fit_potts__blocks_count_gradients_that_the_model_does_not_know():
+    off = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        places = rng.uniform(0, 40, (1600, 2))
+        waves = rng.normal(0, 0.4, (2, 90)), rng.uniform(0, 7, 90)
+        smooth = np.cos(places @ waves[0] + waves[1]).reshape(-1, 3, 30).sum(2) / 4
+        labels = (smooth + rng.gumbel(size=smooth.shape)).argmax(1)
+        adjacency = knn_graph(places, 6).adjacency(symmetric=True)
+        fits = [potts.fit_potts(labels, adjacency, blocks=b) for b in (None, inference.spatial_blocks(places, 25))]
+        off.append([(fit.couplings / fit.coupling_errors)[np.triu_indices(3, 1)] for fit in fits])
+        assert fits[1].freedom == 24
+    spread = np.array(off).std(axis=(0, 2))  # three pairs alike by symmetry: they differ by error alone
+    assert spread[1] < spread[0]
+    assert spread[1] < 1.5
