@@ -62,9 +62,9 @@ def partial_correlations(
 
     The penalty is the one at which q = sqrt((2 pi - 1) P max_false) of the P pairs of genes are joined in all cells;
     stable are the pairs that it finds in a share pi = 0.9 of 50 halves of the tissue. Then ``max_false`` wrong edges
-    are expected at most if all wrong pairs are as likely (Meinshausen & Buhlmann 2010). They are not where errors of some
-    pairs are larger; so of stable pairs those are kept whose p-value, by the jackknife over blocks, is at most
-    max_false / P. Halves and the jackknife are of whole blocks, since cells that touch are alike.
+    are expected at most if all wrong pairs are as likely (Meinshausen & Buhlmann 2010). They are not where
+    errors of some pairs are larger; so of stable pairs those are kept whose p-value, by the jackknife over blocks, is
+    at most max_false / P. Halves and the jackknife are of whole blocks, since cells that touch are alike.
 
     Parameters
     ----------
@@ -210,6 +210,13 @@ def log_expression(counts: np.ndarray) -> np.ndarray:
     depth = counts.sum(1, keepdims=True, dtype=float)
     typical = np.median(depth[depth > 0])
     return np.log1p(counts * (typical / np.where(depth > 0, depth, np.inf)))
+
+
+def most_variable(counts: np.ndarray, number: int) -> np.ndarray:
+    """Columns of ``counts`` (cell, gene) whose log expression varies most, ``number`` at most, in their order."""
+    variance = log_expression(counts).var(0)
+    chosen = np.argsort(-variance, kind="stable")[:number]
+    return np.sort(chosen[variance[chosen] > 0])
 
 
 def variance_shares(
