@@ -47,10 +47,16 @@ def latent_map(latent: np.ndarray, labels: np.ndarray | None = None, title: str 
     return figure
 
 
-def domains_in_space(coordinates: np.ndarray, labels: np.ndarray, title: str = "Domains") -> Figure:
-    """Cells where they lie, coloured by ``labels``. coordinates (cell, 2 or 3): the first two axes are drawn."""
+def domains_in_space(
+    coordinates: np.ndarray, labels: np.ndarray, title: str = "Domains", like: np.ndarray | None = None
+) -> Figure:
+    """Cells where they lie, coloured by ``labels``. coordinates (cell, 2 or 3): the first two axes are drawn.
+
+    Where other labels (cell,) are given as ``like``, each label has the colour of the one that it fits: the pairs that
+    share most cells (Kuhn 1955).
+    """
     figure, (axes,) = _figure(1)
-    _scatter(axes, coordinates[:, :2], labels)
+    _scatter(axes, coordinates[:, :2], labels, like)
     axes.set(title=title, aspect="equal", xticks=[], yticks=[])
     axes.invert_yaxis()
     return figure
@@ -82,6 +88,8 @@ def latent_distances(latent: np.ndarray, labels: np.ndarray, seed: int = 0, titl
     middles = [np.flatnonzero(code == kind).mean() for kind in range(len(names))]
     size = 8 if len(names) <= MAX_LEGEND else 5
     left.set_yticks(middles, names, fontsize=size)
+    for text, colour in zip(left.get_yticklabels(), _colours(labels).values(), strict=True):
+        text.set_color((0.8 * colour[0], 0.8 * colour[1], 0.8 * colour[2]))  # a legend, where the map has none
     left.set(xticks=[], title="Distance between cells in latent space")
     figure.colorbar(image, ax=left, shrink=0.7, label="Euclidean distance")
     where, name = _in_the_plane(latent, seed)
@@ -244,9 +252,25 @@ def _figure(panels: int, scale: float = 1) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
 
 
-def _scatter(axes: Axes, where: np.ndarray, labels: np.ndarray | None) -> None:
+def _colours(labels: np.ndarray, like: np.ndarray | None = None) -> dict[str, tuple[float, ...]]:
+    """A colour of each label in order; or that of the label among ``like`` (cell,) that shares most cells with it."""
     from matplotlib import colormaps
+    from scipy.optimize import linear_sum_assignment
 
+    names = _in_order(labels)
+    if like is None:
+        colours = colormaps["tab20" if len(names) > 10 else "tab10"]
+        return {name: colours(i % colours.N) for i, name in enumerate(names)}
+    others = _in_order(like)
+    both = np.array([[((labels == a) & (like == b)).sum() for b in others] for a in names])
+    of, fits = linear_sum_assignment(-both)
+    known, matched = _colours(like), dict(zip(of.tolist(), fits.tolist(), strict=True))
+    greys = iter(np.linspace(0.2, 0.8, len(names)))
+    return {name: known[others[matched[i]]] if i in matched else (next(greys),) * 3 for i, name in enumerate(names)}
+
+
+def _scatter(axes: Axes, where: np.ndarray, labels: np.ndarray | None, like: np.ndarray | None = None) -> None:
+    colours = {} if labels is None else _colours(np.asarray(labels).astype(str), like)
     if len(where) > MOST_DRAWN:
         drawn = np.random.default_rng(0).choice(len(where), MOST_DRAWN, replace=False)
         where, labels = where[drawn], labels if labels is None else np.asarray(labels)[drawn]
@@ -255,10 +279,8 @@ def _scatter(axes: Axes, where: np.ndarray, labels: np.ndarray | None) -> None:
         axes.scatter(where[:, 0], where[:, 1], s=size, lw=0, color="0.4")
         return
     labels = np.asarray(labels).astype(str)
-    names = _in_order(labels)
-    colours = colormaps["tab20" if len(names) > 10 else "tab10"]
-    for i, name in enumerate(names):
+    for name, colour in colours.items():
         of = labels == name
-        axes.scatter(where[of, 0], where[of, 1], s=size, lw=0, color=colours(i % colours.N), label=name)
-    if len(names) <= MAX_LEGEND:
+        axes.scatter(where[of, 0], where[of, 1], s=size, lw=0, color=colour, label=name)
+    if len(colours) <= MAX_LEGEND:
         axes.legend(frameon=False, markerscale=(30 / size) ** 0.5, bbox_to_anchor=(1, 1), loc="upper left", fontsize=8)

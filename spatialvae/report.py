@@ -86,7 +86,12 @@ def write_report(folder: Path, model: SpatialVAE, labels: str | None = None, gen
         ) from error
     sets = None if gene_sets is None else interpret.read_gmt(gene_sets)
     known = None if labels is None else _names(model, labels)
-    sections = [_training(model, elbo), *_maps(model, labels, known), *_niches(model, known), _programs(model, sets)]
+    sections = [
+        _training(model, elbo),
+        *_maps(model, labels, known),
+        *_niches(model, labels, known),
+        _programs(model, sets),
+    ]
     environment = Environment(loader=PackageLoader("spatialvae"), autoescape=True, undefined=StrictUndefined)
     lead = f"{model.adata.n_obs:,} cells, {len(model.genes):,} genes, {elbo:.2f} nats a cell (ELBO)"
     page = environment.get_template("report.html").render(
@@ -143,7 +148,7 @@ def _maps(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> li
     if found is None or key is None:
         return sections
     places = np.asarray(adata.obsm[key])
-    figures = [picture(plots.domains_in_space(places, found), "Domains, found without labels")]
+    figures = [picture(plots.domains_in_space(places, found, like=known), "Domains, found without labels")]
     sizes = pd.Series(found).value_counts().rename_axis("domain").reset_index(name="cells")
     text, tables = [f"{len(sizes)} domains."], []
     if known is not None:
@@ -165,7 +170,7 @@ def _counts(model: SpatialVAE) -> np.ndarray:
     return counts.dense(np.arange(counts.shape[0]))
 
 
-def _niches(model: SpatialVAE, known: np.ndarray | None) -> list[Section]:
+def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> list[Section]:
     from spatialvae.inference import spatial_blocks
 
     section = model._read(None)
@@ -181,7 +186,7 @@ def _niches(model: SpatialVAE, known: np.ndarray | None) -> list[Section]:
             reach[["dimension", "niche_share"]].T.reset_index().iloc[1:].set_axis(["", *reach["dimension"]], axis=1)
         )
     ]
-    answers = {} if known is None else {"labels": known}
+    answers = {} if known is None or labels is None else {labels: known}
     if _keys.DOMAIN in model.adata.obs:
         answers["domain"] = _names(model, _keys.DOMAIN)
     told = []
