@@ -143,7 +143,7 @@ def neighbour_reach(model: SpatialVAE) -> pd.DataFrame:
 
     ``niche_share``: of the prior variance of the dimension, that of z_niche. ``range``, in the unit of the coordinates:
     a field of precision 1 + r L in the plane has correlation length sqrt(r d a^2 / 4), with d the mean number of
-    neighbours and a^2 the mean square of their distance.
+    neighbours and a^2 the square of their distance, its median, since a few edges cross holes of the tissue.
 
     Raises InputError for a model without places.
     """
@@ -151,8 +151,8 @@ def neighbour_reach(model: SpatialVAE) -> pd.DataFrame:
     if section.graphs is None or not model.module.shape.n_niche:
         raise InputError("this model has no niches: it was set up without spatial_key")
     near, d = section.graphs.near, model.module.shape.n_niche
-    there = near.index >= 0
-    reach = float(np.sqrt(float(model.module.range) * (near.distance[there].astype(float) ** 2).sum() / len(there) / 4))
+    far = float(np.median(near.distance[near.index >= 0]))
+    reach = far * float(np.sqrt(float(model.module.range) * near.degree.mean() / 4))
     smooth = (model.module.smooth_variance * model.module.spread).cpu().numpy()[:d]
     own = model.module.log_residual.detach().exp().cpu().numpy()[:d]
     names = [name for name in model.latent_names if name.startswith("niche")]

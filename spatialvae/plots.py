@@ -190,7 +190,7 @@ def effects(table: pd.DataFrame, most: int = 25) -> Figure:
     texts = [f"{row['gene']} in {row['type']}, beside {row['neighbour']}" for row in rows.to_dict("records")]
     axes.set_yticks(place, texts, fontsize=7)
     axes.axvline(0, color="0.3", lw=0.8)
-    axes.set(xlabel="log counts a neighbour, 95 %", title="What neighbours go with")
+    axes.set(xlabel="log counts, 95 %", title="Change with one more neighbour")
     return figure
 
 

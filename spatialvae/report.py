@@ -174,28 +174,28 @@ def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> 
     from spatialvae.inference import spatial_blocks
 
     section = model._read(None)
-    if section.cells.coordinates is None or not model.module.shape.n_niche:
+    if section.graphs is None or section.cells.coordinates is None or not model.module.shape.n_niche:
         return []
     reach = interpret.neighbour_reach(model)
-    text = (
-        f"The field that the niche dimensions follow has a correlation length of {reach['range'].iloc[0]:.3g} in the "
-        "unit of the coordinates. The share of each dimension's variance that is the niche's:"
-    )
-    tables = [
-        table_of(
-            reach[["dimension", "niche_share"]].T.reset_index().iloc[1:].set_axis(["", *reach["dimension"]], axis=1)
-        )
+    near = section.graphs.near
+    far, length = float(np.median(near.distance[near.index >= 0])), float(reach["range"].iloc[0])
+    text = [
+        f"What surrounds a cell changes over {length / far:.0f} times the distance of neighbouring cells "
+        f"({float(f'{length:.3g}'):,g} in the unit of the coordinates): the correlation length of the fitted field. First "
+        "table: the share of each "
+        "dimension's variance that the niche has."
     ]
+    shares = reach.set_index("dimension")[["niche_share"]].T.reset_index(names="")
+    tables = [table_of(shares.replace("niche_share", "niche's share"))]
     answers = {} if known is None or labels is None else {labels: known}
     if _keys.DOMAIN in model.adata.obs:
         answers["domain"] = _names(model, _keys.DOMAIN)
-    told = []
     if answers:
         niche, cell = (model.get_latent_representation(which=which) for which in ("niche", "cell"))
         blocks = spatial_blocks(section.cells.coordinates, 25, section.cells.samples)
         tables.append(table_of(interpret.disentanglement(niche, cell, answers, blocks)))
-        told = ["Balanced accuracy of telling labels and domains from each latent, in parts of the tissue left out:"]
-    return [Section("Niches", [text, *told], tables)]
+        text.append("Second: balanced accuracy of telling labels from z_niche, z_cell and both, in parts left out.")
+    return [Section("Niches", text, tables)]
 
 
 def _programs(model: SpatialVAE, sets: dict[str, frozenset[str]] | None) -> Section:
