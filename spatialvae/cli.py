@@ -197,22 +197,24 @@ def dependence(
     typer.echo(f"{len(found[0])} edges between {len(names)} genes given the neighbours, {len(found[1])} without them.")
     if labels is not None:
         expression = model.log_expression(counts)
-        wide = graphs.wide.adjacency()
-        niche = np.asarray(adata.obsm[_keys.LATENT]) if _keys.LATENT in adata.obsm else None
-        if niche is None:
-            niche = wide @ np.eye(len(kinds))[types]
-        else:
+        niche = graphs.wide.adjacency() @ np.eye(len(kinds))[types]  # what is around, as long as no model says more
+        if _keys.LATENT in adata.obsm:
+            niche = np.asarray(adata.obsm[_keys.LATENT])
             niche = niche[:, [name.startswith("niche") for name in _latent_names(table, niche.shape[1])]]
         shares = model.variance_shares(expression, types, niche, near, blocks, cells.genes)
-        with _status("exchanging cells"):
-            effects = model.neighbour_effects(
-                expression, types, near, cells.coordinates, kinds, cells.genes, cells.samples, seed
-            )
         _write_csv(shares, out / "variance.csv")
-        _write_csv(effects, out / "neighbour_effects.csv")
         _write_figure(plots.variance_bars(shares), out / "variance.png")
-        _write_figure(plots.effects(effects), out / "neighbour_effects.png")
-        typer.echo(f"{int((effects['fdr'] < 0.1).sum())} effects of neighbours at an FDR of 10 %.")
+        try:
+            with _status("exchanging cells"):
+                effects = model.neighbour_effects(
+                    expression, types, near, cells.coordinates, kinds, cells.genes, cells.samples, seed
+                )
+        except InputError as reason:  # the table is good, only too small for this
+            typer.echo(f"No effects of neighbours: {reason}.")
+        else:
+            _write_csv(effects, out / "neighbour_effects.csv")
+            _write_figure(plots.effects(effects), out / "neighbour_effects.png")
+            typer.echo(f"{int((effects['fdr'] < 0.1).sum())} effects of neighbours at an FDR of 10 %.")
     typer.echo(f"Written to {out}")
 
 
@@ -343,11 +345,8 @@ def _latent_names(table: Path, size: int) -> list[str]:
     from spatialvae import _keys
 
     with h5py.File(table) as file:
-        names = (
-            [str(name) for name in read_elem(file["uns"][_keys.LATENT_NAMES])]
-            if _keys.LATENT_NAMES in file["uns"]
-            else []
-        )
+        uns = file.get("uns", {})
+        names = [str(name) for name in read_elem(uns[_keys.LATENT_NAMES])] if _keys.LATENT_NAMES in uns else []
     return names if len(names) == size else ["niche"] * size
 
 

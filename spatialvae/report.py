@@ -181,9 +181,8 @@ def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> 
     far, length = float(np.median(near.distance[near.index >= 0])), float(reach["range"].iloc[0])
     text = [
         f"What surrounds a cell changes over {length / far:.0f} times the distance of neighbouring cells "
-        f"({float(f'{length:.3g}'):,g} in the unit of the coordinates): the correlation length of the fitted field. First "
-        "table: the share of each "
-        "dimension's variance that the niche has."
+        f"({float(f'{length:.3g}'):,g} in the unit of the coordinates): the correlation length of the fitted field. "
+        "First table: the share of each dimension's variance that the niche has."
     ]
     shares = reach.set_index("dimension")[["niche_share"]].T.reset_index(names="")
     tables = [table_of(shares.replace("niche_share", "niche's share"))]

@@ -51,6 +51,16 @@ def test_programs_and_reach__tell_what_was_put_in(model):
     assert top.loc[0].tolist() == ["p", "x, y", "z"]
 
 
+def test_domains__smooth_ones_have_shorter_borders(model):
+    near = model._read(None).graphs.near.adjacency()
+    plain, smooth = (model.domains(3, smooth=smooth) for smooth in (False, True))
+    edges = near.tocoo()
+    borders = [(labels[edges.row] != labels[edges.col]).mean() for labels in (plain, smooth)]
+    assert borders[1] < borders[0]
+    assert (plain == smooth).mean() > 0.8
+    np.testing.assert_array_equal(model.adata.obs["spatial_domain"].astype(int), smooth)
+
+
 def test_domain_programs__by_hand():
     expression = np.array([[0.0, 1], [0, 3], [2, 1], [2, 3]])
     found = interpret.domain_programs(expression, np.array([0, 0, 1, 1]), ["a", "b"])
