@@ -1,6 +1,6 @@
 """SpatialVAE without places, scVI and PCA on two published tables of dissociated cells: same cells, same seeds.
 
-    python benchmarks/single_cell.py --data FOLDER [--peers FOLDER] [--seeds 5]
+    python benchmarks/single_cell.py --data FOLDER [--peers FOLDER] [--seeds 5] [--tables CORTEX HEMATO]
 
 The data FOLDER holds zeisel_cortex_1464x1000.h5ad (CORTEX, 3 types in obs["labels"]) and
 haematopoietic_progenitors_6933.h5ad (HEMATO, 4 sorted populations in obs["sample"]); of the latter 2,000 cells and
@@ -53,6 +53,9 @@ def hemato(folder: Path) -> tuple[anndata.AnnData, str]:
     return anndata.AnnData(counts[:, genes], obs=table.obs.iloc[rows], var=table.var.iloc[genes]), "sample"
 
 
+TABLES = {"CORTEX": cortex, "HEMATO": hemato}
+
+
 def scores(latent: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
     """Of clusters by k-means with the known number, and of the labels themselves."""
     found = KMeans(len(set(labels)), n_init=10, random_state=seed).fit_predict(latent)
@@ -89,7 +92,8 @@ def run(name: str, table: anndata.AnnData, key: str, peers: Path, seeds: int) ->
     table.write_h5ad(path)
     embed.deliver(path, peers, PEERS, seeds, embed.CACHE)
     logs = log_expression(dense(table.X))
-    rows, first = [], None
+    rows: list[dict[str, str | float]] = []
+    first = None
     for seed in range(seeds):
         latent = {
             "SpatialVAE": ours(table, seed),
@@ -112,12 +116,12 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over seeds."""
     groups = found.groupby("method", sort=False)
     mean, sd = groups.mean(), groups.std()
-    digits = {"held-out log p": 1}
 
     def text(column: str, method: str) -> str:
-        d = digits.get(column, 3)
+        d = 1 if column.endswith("log p") else 3
         value = mean.loc[method, column]
-        return "" if np.isnan(value) else f"{value:.{d}f} ± {sd.loc[method, column]:.{d}f}"
+        spread = "" if np.isnan(sd.loc[method, column]) else f" ± {sd.loc[method, column]:.{d}f}"
+        return "" if np.isnan(value) else f"{value:.{d}f}{spread}"
 
     return pd.DataFrame([{"method": m, **{c: text(c, m) for c in mean}} for m in mean.index])
 
@@ -127,20 +131,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--peers", type=Path, help="where scVI's results are kept")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     options = parser.parse_args()
     peers = options.peers or Path(tempfile.mkdtemp())
     warnings.simplefilter("ignore")
     about = (
         "Measured by `python benchmarks/single_cell.py --data FOLDER`. SpatialVAE without places and scVI (defaults of "
-        f"both) and 30 principal components of log counts; mean ± standard deviation over {options.seeds} seeds. "
+        f"both) and 30 principal components of log counts; mean ± standard deviation, {options.seeds} seeds. "
         f"held-out log p: nats a cell of the {HELD_OUT:.0%} of cells that training did not see, given their total "
         f"counts, {SAMPLES:,} importance samples for both models (scVI with NB and early stopping). NMI and ARI: "
         "k-means with the known number of clusters. silhouette: of the labels, Euclidean, in spaces of 30 (ours, PCA) "
         "and 10 (scVI) dimensions."
     )
-    page = ["# Dissociated cells: CORTEX and HEMATO", "", about, ""]
-    for name, read in (("CORTEX", cortex), ("HEMATO", hemato)):
-        table, key = read(options.data)
+    page = ["# Dissociated cells", "", about, ""]
+    for name in options.tables:
+        table, key = TABLES[name](options.data)
         found, latent = run(name, table, key, peers, options.seeds)
         page += [f"## {name}: {table.n_obs:,} cells, {table.n_vars:,} genes", "", as_markdown(summary(found)), ""]
         figure = plots.latent_distances(latent, table.obs[key].astype(str).to_numpy(), title=name)

@@ -190,7 +190,8 @@ def effects(table: pd.DataFrame, most: int = 25) -> Figure:
     texts = [f"{row['gene']} in {row['type']}, beside {row['neighbour']}" for row in rows.to_dict("records")]
     axes.set_yticks(place, texts, fontsize=7)
     axes.axvline(0, color="0.3", lw=0.8)
-    axes.set(xlabel="log counts, 95 %", title="Change with one more neighbour")
+    axes.set(xlabel="change of log counts")
+    figure.suptitle("Change with one more neighbour, 95 % intervals (filled: FDR 10 %)", fontsize=11)
     return figure
 
 
