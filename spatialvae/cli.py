@@ -84,37 +84,6 @@ def embed(
     typer.echo(f"{adata.n_obs} cells embedded. Written to {out}")
 
 
-@app.command()
-def evaluate(
-    table: Table,
-    model: Annotated[Path, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")],
-    labels: Annotated[str | None, typer.Option(help="obs with known domains to compare with")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="importance samples of log p(x)")] = 100,
-    seed: Annotated[int, typer.Option(help="of draws and mixtures")] = 0,
-) -> None:
-    """Print, as JSON, how well a model explains TABLE, in nats a cell, and how its domains agree with labels."""
-    adata = _read(table)
-    from spatialvae.model import SpatialVAE
-
-    if labels is not None and labels not in adata.obs:
-        raise InputError(f"obs has no {labels!r}; it has {sorted(adata.obs)}")
-    with _status("reading counts, finding neighbours"):
-        loaded = SpatialVAE.load(_model_folder(model), adata)
-    figures: dict[str, float] = {
-        "elbo": loaded.get_elbo(seed=seed),
-        "reconstruction_error": loaded.get_reconstruction_error(seed=seed),
-        "marginal_log_likelihood_without_neighbours": loaded.get_marginal_ll(n_mc_samples=samples, seed=seed),
-    }
-    if labels is not None:
-        from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-
-        truth = adata.obs[labels].astype(str).to_numpy()
-        found = loaded.domains(len(set(truth)), seed=seed)
-        figures["ari"] = float(adjusted_rand_score(truth, found))
-        figures["nmi"] = float(normalized_mutual_info_score(truth, found))
-    typer.echo(json.dumps(figures, indent=1))
-
-
 Labels = Annotated[str, typer.Option(help="obs with the type, or domain, of each cell", metavar="KEY")]
 Places = Annotated[str, typer.Option(help="obsm with coordinates", metavar="KEY")]
 Sections = Annotated[str | None, typer.Option(help="obs naming the section of each cell", metavar="KEY")]
@@ -264,6 +233,37 @@ def latent(
         figure = plots.latent_distances(np.asarray(adata.obsm[key], float), np.array(names)[codes], seed)
     _write_figure(figure, out)
     typer.echo(f"Written to {out}")
+
+
+@app.command()
+def evaluate(
+    table: Table,
+    model: Annotated[Path, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")],
+    labels: Annotated[str | None, typer.Option(help="obs with known domains to compare with")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="importance samples of log p(x)")] = 100,
+    seed: Annotated[int, typer.Option(help="of draws and mixtures")] = 0,
+) -> None:
+    """Print, as JSON, how well a model explains TABLE, in nats a cell, and how its domains agree with labels."""
+    adata = _read(table)
+    from spatialvae.model import SpatialVAE
+
+    if labels is not None and labels not in adata.obs:
+        raise InputError(f"obs has no {labels!r}; it has {sorted(adata.obs)}")
+    with _status("reading counts, finding neighbours"):
+        loaded = SpatialVAE.load(_model_folder(model), adata)
+    figures: dict[str, float] = {
+        "elbo": loaded.get_elbo(seed=seed),
+        "reconstruction_error": loaded.get_reconstruction_error(seed=seed),
+        "marginal_log_likelihood_without_neighbours": loaded.get_marginal_ll(n_mc_samples=samples, seed=seed),
+    }
+    if labels is not None:
+        from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+        truth = adata.obs[labels].astype(str).to_numpy()
+        found = loaded.domains(len(set(truth)), seed=seed)
+        figures["ari"] = float(adjusted_rand_score(truth, found))
+        figures["nmi"] = float(normalized_mutual_info_score(truth, found))
+    typer.echo(json.dumps(figures, indent=1))
 
 
 def main() -> None:

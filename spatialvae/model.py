@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from spatialvae import _keys, analysis, potts
+from spatialvae import _keys, analysis
 from spatialvae._files import whole
 from spatialvae.data import (
     build_graphs,
@@ -316,9 +316,10 @@ class SpatialVAE:
             k = analysis.choose_number(latent, 1.0 if graphs is None else 1 + float(graphs.wide.degree.mean()), seed)
         labels, probability = analysis.find_domains(latent, k, seed)
         if smooth and graphs is not None:
-            near = graphs.near.adjacency()
+            from spatialvae.potts import smooth_labels
+
             odds = np.log(np.maximum(probability, 1e-12)) / (1 + graphs.near.degree.mean())
-            labels, probability = potts.smooth_labels(odds, near, seed=seed)
+            labels, probability = smooth_labels(odds, graphs.near.adjacency(), seed=seed)
         target.obs[_keys.DOMAIN] = pd.Categorical([str(label) for label in labels], [str(i) for i in range(k)])
         target.obsm[_keys.DOMAIN_PROBABILITY] = probability
         return labels
