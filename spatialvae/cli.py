@@ -18,6 +18,7 @@ from spatialvae.errors import InputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from matplotlib.figure import Figure
 
     from spatialvae.model import SpatialVAE
 
@@ -84,6 +85,157 @@ def embed(
         _embed(loaded, adata)
         _write_table(adata, table, out)
     typer.echo(f"{adata.n_obs} cells embedded. Written to {out}")
+
+
+Labels = Annotated[str, typer.Option(help="obs with the type, or domain, of each cell", metavar="KEY")]
+Places = Annotated[str, typer.Option(help="obsm with coordinates", metavar="KEY")]
+Sections = Annotated[str | None, typer.Option(help="obs naming the section of each cell", metavar="KEY")]
+
+
+@app.command()
+def neighbours(
+    table: Table,
+    labels: Labels,
+    out: Annotated[Path, typer.Option(help="folder for couplings.csv and couplings.png", metavar="DIR")],
+    spatial_key: Places = "spatial",
+    sample_key: Sections = None,
+) -> None:
+    """Which types sit beside each other more, or less, often than their abundances tell: a Potts model of the labels.
+
+    Errors are by blocks of the tissue, so that its gradients count as what they are.
+    """
+    adata = _read(table)
+    from spatialvae import plots
+    from spatialvae.data import graphs_of
+    from spatialvae.inference import spatial_blocks
+    from spatialvae.potts import fit_potts, interactions
+    from spatialvae.setup import Setup, read_codes, read_places
+
+    types, names = read_codes(adata, labels)
+    places, samples = read_places(adata, Setup(None, spatial_key, sample_key))
+    with _status("finding neighbours, fitting couplings"):
+        adjacency = graphs_of(places, samples).near.adjacency()
+        found = interactions(fit_potts(types, adjacency, blocks=spatial_blocks(places, 25, samples)), names)
+    _write_csv(found, out / "couplings.csv")
+    _write_figure(plots.couplings(found), out / "couplings.png")
+    certain = found[found["fdr"] < 0.05]
+    typer.echo(f"{len(certain)} of {len(found)} pairs attract or repel each other at an FDR of 5 %. Written to {out}")
+    for row in certain.head(10).to_dict("records"):
+        verb = "attract" if row["coupling"] > 0 else "repel"
+        size = f"{row['coupling']:+.2f} nats an edge, +- {row['error']:.2f}"
+        typer.echo(f"  {row['label']} and {row['neighbour']} {verb}: {size}")
+
+
+@app.command()
+def dependence(
+    table: Table,
+    out: Annotated[Path, typer.Option(help="folder for tables and figures", metavar="DIR")],
+    layer: Annotated[str | None, typer.Option(help="layer with counts; X if not given")] = None,
+    spatial_key: Places = "spatial",
+    sample_key: Sections = None,
+    labels: Annotated[str | None, typer.Option(help="obs with the type of each cell", metavar="KEY")] = None,
+    genes: Annotated[int, typer.Option(min=3, help="genes whose dependence is asked for, the most variable")] = 60,
+    max_false: Annotated[float, typer.Option(min=0.01, help="wrong edges to expect, at most")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of halves and exchanges")] = 0,
+) -> None:
+    """Which genes depend on each other given all others and the neighbours; with labels, what neighbours do to genes.
+
+    Writes edges.csv and edges_without_neighbours.csv; with labels also variance.csv and neighbour_effects.csv; and
+    figures of them.
+    """
+    adata = _read(table)
+    import numpy as np
+
+    from spatialvae import _keys, plots
+    from spatialvae import dependence as model
+    from spatialvae.data import graphs_of, read_cells
+    from spatialvae.inference import spatial_blocks
+    from spatialvae.setup import Setup, read_codes
+
+    cells = read_cells(adata, Setup(layer, spatial_key, sample_key))
+    assert cells.coordinates is not None
+    types, kinds = read_codes(adata, labels)
+    graphs = graphs_of(cells.coordinates, cells.samples)
+    near, blocks = graphs.near.adjacency(), spatial_blocks(cells.coordinates, 50, cells.samples)
+    counts = cells.counts.dense(np.arange(cells.n_cells))
+    chosen = model.most_variable(counts, genes)
+    names = [cells.genes[gene] for gene in chosen]
+    found = []
+    for of, name in ((near, "edges"), (None, "edges_without_neighbours")):
+        with _status("halving the tissue: " + name.replace("_", " ")):
+            found.append(model.partial_correlations(counts[:, chosen], blocks, of, cells.depth, names, max_false, seed))
+        _write_csv(found[-1], out / f"{name}.csv")
+    _write_figure(plots.dependence_graph(*found), out / "edges.png")
+    typer.echo(f"{len(found[0])} edges between {len(names)} genes given the neighbours, {len(found[1])} without them.")
+    if labels is not None:
+        expression = model.log_expression(counts)
+        niche = graphs.wide.adjacency() @ np.eye(len(kinds))[types]  # what is around, as long as no model says more
+        if _keys.LATENT in adata.obsm:
+            niche = np.asarray(adata.obsm[_keys.LATENT])
+            niche = niche[:, [name.startswith("niche") for name in _latent_names(table, niche.shape[1])]]
+        shares = model.variance_shares(expression, types, niche, near, blocks, cells.genes)
+        _write_csv(shares, out / "variance.csv")
+        _write_figure(plots.variance_bars(shares), out / "variance.png")
+        try:
+            with _status("exchanging cells"):
+                effects = model.neighbour_effects(
+                    expression, types, near, cells.coordinates, kinds, cells.genes, cells.samples, seed
+                )
+        except InputError as reason:  # the table is good, only too small for this
+            typer.echo(f"No effects of neighbours: {reason}.")
+        else:
+            _write_csv(effects, out / "neighbour_effects.csv")
+            _write_figure(plots.effects(effects), out / "neighbour_effects.png")
+            typer.echo(f"{int((effects['fdr'] < 0.1).sum())} effects of neighbours at an FDR of 10 %.")
+    typer.echo(f"Written to {out}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="folder that `spatialvae train` wrote", metavar="DIR")],
+    labels: Annotated[str | None, typer.Option(help="obs to compare domains with", metavar="KEY")] = None,
+    gene_sets: Annotated[Path | None, typer.Option(help="GMT file that names programs", metavar="FILE")] = None,
+) -> None:
+    """Write DIR/report.html: training, latent space, domains, niches, programs, and what other commands wrote there."""
+    import numpy as np
+
+    adata = _read(folder / "table.h5ad")
+    from spatialvae.model import SpatialVAE
+    from spatialvae.report import write_report
+
+    with _status("reading counts, finding neighbours, drawing"):
+        loaded = SpatialVAE.load(_model_folder(folder), adata)
+        adata.obsm = {name: np.asarray(value) for name, value in adata.obsm.items()}
+        path = write_report(folder, loaded, labels, gene_sets)
+    typer.echo(f"Written to {path}")
+
+
+plot = typer.Typer(help="Figures of an embedded table.", no_args_is_help=True)
+app.add_typer(plot, name="plot")
+
+
+@plot.command()
+def latent(
+    table: Table,
+    labels: Labels,
+    out: Annotated[Path, typer.Option(help="the figure: .png, .pdf or .svg")],
+    key: Annotated[str, typer.Option(help="obsm with the embedding")] = "X_spatialvae",
+    seed: Annotated[int, typer.Option(help="of the cells drawn and of the map")] = 0,
+) -> None:
+    """Distances between cells in latent space, ordered by type, beside an embedding in the plane."""
+    adata = _read(table)
+    import numpy as np
+
+    from spatialvae import plots
+    from spatialvae.setup import read_codes
+
+    codes, names = read_codes(adata, labels)
+    if key not in adata.obsm:
+        raise InputError(f"obsm has no {key!r}; it has {sorted(adata.obsm)}; run `spatialvae embed` first")
+    with _status("mapping"):
+        figure = plots.latent_distances(np.asarray(adata.obsm[key], float), np.array(names)[codes], seed)
+    _write_figure(figure, out)
+    typer.echo(f"Written to {out}")
 
 
 @app.command()
@@ -328,6 +480,36 @@ def _write_table(adata: AnnData, table: Path, path: Path) -> None:
                         write_elem(group, name, found[name], dataset_kwargs={"compression": "gzip"})
             if _keys.DOMAIN in adata.obs:
                 write_elem(file, "obs", adata.obs)
+
+
+def _latent_names(table: Path, size: int) -> list[str]:
+    """Names of the columns of the embedding in the file ``table``."""
+    import h5py
+    from anndata.io import read_elem
+
+    from spatialvae import _keys
+
+    with h5py.File(table) as file:
+        uns = file.get("uns", {})
+        names = [str(name) for name in read_elem(uns[_keys.LATENT_NAMES])] if _keys.LATENT_NAMES in uns else []
+    return names if len(names) == size else ["niche"] * size
+
+
+def _write_csv(frame: Any, path: Path) -> None:
+    from spatialvae._files import whole
+
+    with whole(path) as part:
+        frame.to_csv(part, index=False)
+
+
+def _write_figure(figure: Figure, path: Path) -> None:
+    from spatialvae._files import whole
+
+    kinds = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:] not in kinds:
+        raise InputError(f"{path} is not a kind of figure that can be written; end it in .png, .pdf or .svg")
+    with whole(path) as part:
+        figure.savefig(part)
 
 
 def _write_run(

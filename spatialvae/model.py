@@ -685,12 +685,16 @@ class SpatialVAE:
         niche = self.module.solve(space, both, known=np.arange(n + given.n_obs) >= n)
         return niche.mean[:n], niche.variance[:n]
 
-    def domains(self, k: int | None = None, adata: AnnData | None = None, seed: int = 0) -> np.ndarray:
+    def domains(
+        self, k: int | None = None, adata: AnnData | None = None, seed: int = 0, smooth: bool = False
+    ) -> np.ndarray:
         """Find ``k`` spatial domains by a Gaussian mixture on the dimensions of z_cell that vary in space, averaged
         over a cell and its 15 neighbours (on z_cell without coordinates).
 
         Without ``k`` the number with the best Bayesian information criterion is taken, 20 at most, a cell counting as
-        much of an observation as it is of its neighbourhood.
+        much of an observation as it is of its neighbourhood. With ``smooth`` a Potts model of the labels on the graph
+        decides with the mixture (``potts.smooth_labels``); a cell's average and those of its nearest neighbours are
+        taken for one observation.
         Writes ``obs["spatial_domain"]`` and ``obsm["spatial_domain_probability"]``; returns int64 labels (cell,).
         """
         target = self.adata if adata is None else adata
@@ -702,6 +706,11 @@ class SpatialVAE:
         if k is None:
             k = analysis.choose_number(latent, 1.0 if graphs is None else 1 + float(graphs.wide.degree.mean()), seed)
         labels, probability = analysis.find_domains(latent, k, seed)
+        if smooth and graphs is not None:
+            from spatialvae.potts import smooth_labels
+
+            odds = np.log(np.maximum(probability, 1e-12)) / (1 + graphs.near.degree.mean())
+            labels, probability = smooth_labels(odds, graphs.near.adjacency(), seed=seed)
         target.obs[_keys.DOMAIN] = pd.Categorical([str(label) for label in labels], [str(i) for i in range(k)])
         target.obsm[_keys.DOMAIN_PROBABILITY] = probability
         return labels

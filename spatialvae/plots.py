@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_LEGEND = 24
+MOST_COMPARED = 2000  # cells of a matrix of distances
+MOST_EDGES = 60
 MOST_DRAWN = 200_000  # cells; more hide each other
 
 
@@ -45,25 +47,231 @@ def latent_map(latent: np.ndarray, labels: np.ndarray | None = None, title: str 
     return figure
 
 
-def domains_in_space(coordinates: np.ndarray, labels: np.ndarray, title: str = "Domains") -> Figure:
-    """Cells where they lie, coloured by ``labels``. coordinates (cell, 2 or 3): the first two axes are drawn."""
+def domains_in_space(
+    coordinates: np.ndarray, labels: np.ndarray, title: str = "Domains", like: np.ndarray | None = None
+) -> Figure:
+    """Cells where they lie, coloured by ``labels``. coordinates (cell, 2 or 3): the first two axes are drawn.
+
+    Where other labels (cell,) are given as ``like``, each label has the colour of the one that it fits: the pairs that
+    share most cells (Kuhn 1955).
+    """
     figure, (axes,) = _figure(1)
-    _scatter(axes, coordinates[:, :2], labels)
+    _scatter(axes, coordinates[:, :2], labels, like)
     axes.set(title=title, aspect="equal", xticks=[], yticks=[])
     axes.invert_yaxis()
     return figure
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+def latent_distances(latent: np.ndarray, labels: np.ndarray, seed: int = 0, title: str = "Latent space") -> Figure:
+    """Distances between cells in latent space, ordered by label, beside an embedding of them in the plane.
+
+    latent (cell, dim), labels (cell,); 2,000 cells at most are drawn, chosen by ``seed``. The embedding is a latent of
+    two dimensions itself, UMAP (McInnes, Healy & Melville 2018) where umap-learn is installed, or t-SNE.
+    """
+    from scipy.spatial.distance import cdist
+
+    drawn = np.random.default_rng(seed).permutation(len(latent))[:MOST_COMPARED]
+    labels, latent = np.asarray(labels).astype(str)[drawn], latent[drawn]
+    names = _in_order(labels)
+    code = np.array([names.index(label) for label in labels])
+    order = np.argsort(code, kind="stable")
+    latent, labels, code = latent[order], labels[order], code[order]
+    figure, (left, right) = _figure(2)
+    distance = cdist(latent, latent)
+    image = left.imshow(
+        distance, cmap="viridis", vmax=np.percentile(distance, 99), interpolation="none", rasterized=True
+    )
+    edges = np.flatnonzero(np.diff(code)) + 0.5
+    for edge in edges:
+        left.axhline(edge, color="w", lw=0.6)
+        left.axvline(edge, color="w", lw=0.6)
+    middles = [np.flatnonzero(code == kind).mean() for kind in range(len(names))]
+    size = 8 if len(names) <= MAX_LEGEND else 5
+    left.set_yticks(middles, names, fontsize=size)
+    for text, colour in zip(left.get_yticklabels(), _colours(labels).values(), strict=True):
+        text.set_color((0.8 * colour[0], 0.8 * colour[1], 0.8 * colour[2]))  # a legend, where the map has none
+    left.set(xticks=[], title="Distance between cells in latent space")
+    figure.colorbar(image, ax=left, shrink=0.7, label="Euclidean distance")
+    where, name = _in_the_plane(latent, seed)
+    _scatter(right, where, labels)
+    right.set(xlabel=f"{name} 1", ylabel=f"{name} 2", title=title, xticks=[], yticks=[])
+    return figure
+
+
+def couplings(table: pd.DataFrame, title: str = "Who sits beside whom") -> Figure:
+    """A matrix of couplings of ``potts.interactions``: red attract, blue repel; dots at an FDR of 5 %."""
+    names = _in_order(np.unique(table[["label", "neighbour"]]))
+    matrix, found = np.zeros((len(names), len(names))), np.zeros((len(names), len(names)), bool)
+    for row in table.to_dict("records"):
+        a, b = names.index(row["label"]), names.index(row["neighbour"])
+        matrix[a, b] = matrix[b, a] = row["coupling"]
+        found[a, b] = found[b, a] = row["fdr"] < 0.05
+    figure, (axes,) = _figure(1, max(1, len(names) / 18))
+    most = max(float(np.percentile(np.abs(matrix), 98)), 1e-6)
+    image = axes.imshow(matrix, cmap="RdBu_r", vmin=-most, vmax=most)
+    down, across = np.nonzero(found)
+    axes.scatter(across, down, s=6, color="k", lw=0)
+    size = 9 if len(names) <= MAX_LEGEND else 6
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=size)
+    axes.set_title(title)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="coupling, nats an edge")
+    return figure
+
+
+def dependence_graph(given: pd.DataFrame, alone: pd.DataFrame) -> Figure:
+    """Genes on a circle, joined where they depend on each other: given the neighbours (solid, red positive, blue
+    negative), and only as long as the neighbours are not known (grey). The 60 strongest edges of each are drawn."""
+    given, alone = given.head(MOST_EDGES), alone.head(MOST_EDGES)
+    ends = pd.concat([given, alone])[["gene", "other"]]
+    names = _along_edges(ends.to_numpy())
+    angle = {name: 2 * np.pi * i / max(len(names), 1) for i, name in enumerate(names)}
+    figure, (axes,) = _figure(1, 1.25)
+    kept = {frozenset(pair) for pair in given[["gene", "other"]].to_numpy()}
+    others = [row for row in alone.to_dict("records") if frozenset((row["gene"], row["other"])) not in kept]
+    for rows, style in ((others, 0.6), (given.to_dict("records"), 0.0)):
+        for row in rows:
+            colour = "0.75" if style else ("tab:red" if row["partial_correlation"] > 0 else "tab:blue")
+            at = np.array([angle[row["gene"]], angle[row["other"]]])
+            axes.plot(np.cos(at), np.sin(at), color=colour, lw=0.6 + 4 * abs(row["partial_correlation"]), alpha=0.8)
+    for name, place in angle.items():
+        turn = float(np.degrees(place))
+        left = bool(np.cos(place) < 0)
+        axes.text(
+            1.04 * np.cos(place),
+            1.04 * np.sin(place),
+            name,
+            rotation=turn + 180 if left else turn,
+            rotation_mode="anchor",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=8 if len(names) <= 40 else 6,
+        )
+    axes.plot([], [], color="tab:red", label="positive, given the neighbours")
+    axes.plot([], [], color="tab:blue", label="negative, given the neighbours")
+    axes.plot([], [], color="0.75", label="gone once the neighbours are given")
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    axes.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal")
+    axes.set_title("Genes that depend on each other given all others")
+    axes.axis("off")
+    return figure
+
+
+def variance_bars(shares: pd.DataFrame, most: int = 30) -> Figure:
+    """Bars of ``dependence.variance_shares``: the genes of which niche and neighbours tell most."""
+    order = (shares["niche"] + shares["neighbours"]).sort_values(ascending=False).index[:most][::-1]
+    shares = shares.loc[order]
+    figure, (axes,) = _figure(1, max(len(shares) / 25, 0.8))
+    start = np.zeros(len(shares))
+    for name, colour, label in (
+        ("type", "0.6", "its type"),
+        ("niche", "tab:green", "its niche, beyond"),
+        ("neighbours", "tab:orange", "its neighbours' genes, beyond"),
+    ):
+        axes.barh(shares["gene"], shares[name], left=start, color=colour, label=label)
+        start = start + shares[name].to_numpy()
+    axes.set(xlabel="share of the variance of log counts, in cells not fitted to", ylim=(-0.6, len(shares) - 0.4))
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_title("What tells the expression of a gene in a cell", pad=24)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+def effects(table: pd.DataFrame, most: int = 25) -> Figure:
+    """The most certain rows of ``dependence.neighbour_effects``; filled: found at a 10 % rate of false ones."""
+    rows = table.head(most).iloc[::-1]
+    figure, (axes,) = _figure(1, max(len(rows) / 22, 0.6))
+    error = np.abs(rows["effect"] / rows["z"].replace(0, np.nan))
+    place = np.arange(len(rows))
+    axes.errorbar(rows["effect"], place, xerr=1.96 * error, fmt="none", ecolor="0.6", lw=1)
+    found = (rows["fdr"] < 0.1).to_numpy()
+    for of, face in ((found, "tab:red"), (~found, "w")):
+        axes.scatter(rows["effect"][of], place[of], color=face, edgecolor="tab:red", zorder=3, s=22)
+    texts = [f"{row['gene']} in {row['type']}, beside {row['neighbour']}" for row in rows.to_dict("records")]
+    axes.set_yticks(place, texts, fontsize=7)
+    axes.axvline(0, color="0.3", lw=0.8)
+    axes.set(xlabel="change of log counts")
+    figure.suptitle("Change with one more neighbour, 95 % intervals (filled: FDR 10 %)", fontsize=11)
+    return figure
+
+
+def programs_map(programs: pd.DataFrame, most: int = 40) -> Figure:
+    """``interpret.latent_programs``, (gene, dimension): the genes that change most, those of a dimension together."""
+    change = programs.abs()
+    programs = programs.loc[change.max(axis=1).sort_values(ascending=False).index[:most]]
+    order = np.lexsort((-programs.abs().to_numpy().max(1), programs.abs().to_numpy().argmax(1)))
+    programs = programs.iloc[order]
+    figure, (axes,) = _figure(1, max(len(programs) / 28, 0.8))
+    highest = max(float(programs.abs().to_numpy().max()), 1e-6)
+    image = axes.imshow(programs, cmap="RdBu_r", vmin=-highest, vmax=highest, aspect="auto")
+    axes.set_xticks(range(programs.shape[1]), list(programs.columns), rotation=90, fontsize=8)
+    axes.set_yticks(range(len(programs)), list(programs.index), fontsize=7)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="change of log share a unit")
+    axes.set_title("Gene programs of z_cell")
+    return figure
+
+
+def _along_edges(edges: np.ndarray) -> list[str]:
+    """Names in the order in which a walk along ``edges`` (edge, 2) meets them: what is joined comes close."""
+    near: dict[str, list[str]] = {}
+    for a, b in edges:
+        near.setdefault(a, []).append(b)
+        near.setdefault(b, []).append(a)
+    found: dict[str, None] = {}
+    for start in sorted(near, key=lambda name: len(near[name])):
+        waiting = [start]
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found[name] = None
+                waiting += sorted(set(near[name]), reverse=True)
+    return list(found)
+
+
+def _in_the_plane(latent: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
+    if latent.shape[1] <= 2:
+        return np.pad(latent, ((0, 0), (0, 2 - latent.shape[1]))), "latent"
+    try:
+        from umap import UMAP
+    except ImportError:
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(latent) - 1) / 3)
+        return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(latent), "t-SNE"
+    return UMAP(random_state=seed, n_jobs=1).fit_transform(latent), "UMAP"
+
+
+def _in_order(labels: np.ndarray) -> list[str]:
+    """Each label once: numbers by value, then names."""
+    return sorted(set(labels), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+
+
+def _figure(panels: int, scale: float = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * panels, 4.6), layout="constrained", dpi=130)
+    figure = Figure(figsize=(5.5 * panels * scale, 4.6 * scale), layout="constrained", dpi=130)
     return figure, [figure.add_subplot(1, panels, i + 1) for i in range(panels)]
 
 
-def _scatter(axes: Axes, where: np.ndarray, labels: np.ndarray | None) -> None:
+def _colours(labels: np.ndarray, like: np.ndarray | None = None) -> dict[str, tuple[float, ...]]:
+    """A colour of each label in order; or that of the label among ``like`` (cell,) that shares most cells with it."""
     from matplotlib import colormaps
+    from scipy.optimize import linear_sum_assignment
 
+    names = _in_order(labels)
+    if like is None:
+        colours = colormaps["tab20" if len(names) > 10 else "tab10"]
+        return {name: colours(i % colours.N) for i, name in enumerate(names)}
+    others = _in_order(like)
+    both = np.array([[((labels == a) & (like == b)).sum() for b in others] for a in names])
+    of, fits = linear_sum_assignment(-both)
+    known, matched = _colours(like), dict(zip(of.tolist(), fits.tolist(), strict=True))
+    greys = iter(np.linspace(0.2, 0.8, len(names)))
+    return {name: known[others[matched[i]]] if i in matched else (next(greys),) * 3 for i, name in enumerate(names)}
+
+
+def _scatter(axes: Axes, where: np.ndarray, labels: np.ndarray | None, like: np.ndarray | None = None) -> None:
+    colours = {} if labels is None else _colours(np.asarray(labels).astype(str), like)
     if len(where) > MOST_DRAWN:
         drawn = np.random.default_rng(0).choice(len(where), MOST_DRAWN, replace=False)
         where, labels = where[drawn], labels if labels is None else np.asarray(labels)[drawn]
@@ -72,10 +280,8 @@ def _scatter(axes: Axes, where: np.ndarray, labels: np.ndarray | None) -> None:
         axes.scatter(where[:, 0], where[:, 1], s=size, lw=0, color="0.4")
         return
     labels = np.asarray(labels).astype(str)
-    names = sorted(set(labels), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
-    colours = colormaps["tab20" if len(names) > 10 else "tab10"]
-    for i, name in enumerate(names):
+    for name, colour in colours.items():
         of = labels == name
-        axes.scatter(where[of, 0], where[of, 1], s=size, lw=0, color=colours(i % colours.N), label=name)
-    if len(names) <= MAX_LEGEND:
+        axes.scatter(where[of, 0], where[of, 1], s=size, lw=0, color=colour, label=name)
+    if len(colours) <= MAX_LEGEND:
         axes.legend(frameon=False, markerscale=(30 / size) ** 0.5, bbox_to_anchor=(1, 1), loc="upper left", fontsize=8)

@@ -1,0 +1,218 @@
+"""Dependence, neighbour effects and Potts models on cases whose answer is known.
+
+    python benchmarks/dependence.py                          # simulations, and the bundled osmFISH section permuted
+    python benchmarks/dependence.py TABLE.h5ad:LABEL[:LAYER] ...   # others permuted as well
+
+Writes benchmarks/results/dependence.md. A few minutes on one core.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from heldout_tables import dense
+from scipy.special import ellipk, logsumexp
+from scipy.stats import pearsonr
+from tables import as_markdown
+
+from merfish import datasets
+from spatialvae import potts
+from spatialvae.dependence import log_expression, neighbour_effects, partial_correlations
+from spatialvae.graph import knn_graph
+from spatialvae.inference import spatial_blocks
+
+RESULTS = Path(__file__).parent / "results"
+SEEDS = 20
+
+
+def chain(seed: int, n: int, depth: float) -> tuple[np.ndarray, sp.csr_array, np.ndarray]:
+    """Counts of A -> B -> C, of D, whose mean over the neighbours acts on A and C, and of eight genes alone."""
+    rng = np.random.default_rng(seed)
+    places = rng.uniform(0, 50, (n, 2))
+    graph = knn_graph(places, 6).adjacency(symmetric=True)
+    d = rng.normal(size=n)
+    near = (graph @ d) / graph.sum(1)
+    near /= near.std()
+    a = 0.6 * near + 0.8 * rng.normal(size=n)
+    b = 0.7 * a + 0.7 * rng.normal(size=n)
+    c = 0.7 * b + 0.6 * near + 0.7 * rng.normal(size=n)
+    logs = np.c_[a, b, c, d, rng.normal(size=(n, 8))]
+    return rng.poisson(np.exp(np.log(depth) + 0.7 * logs - 0.2)), graph, spatial_blocks(places, 50)
+
+
+def chains(n: int, depth: float) -> list[dict[str, object]]:
+    """Share of seeds in which each edge is found, by ordinary correlation and by ours."""
+    names = [*"ABCD", *(f"g{i}" for i in range(8))]
+    found: dict[str, list[set[frozenset[str]]]] = {"correlation, p < .05 / pairs": []}
+    for seed in range(SEEDS):
+        counts, graph, blocks = chain(seed, n, depth)
+        logs, pairs = np.log1p(counts), list(itertools.combinations(range(len(names)), 2))
+        joined = {frozenset((names[a], names[b])) for a, b in pairs if pearsonr(logs[:, a], logs[:, b])[1] < 0.05 / 66}
+        found["correlation, p < .05 / pairs"].append(joined)
+        for method, near in (("partial, neighbours not known", None), ("partial, given the neighbours", graph)):
+            edges = partial_correlations(counts, blocks, near, np.ones(n), names, seed=seed)
+            pairs_found = zip(edges["gene"], edges["other"], strict=True)
+            found.setdefault(method, []).append({frozenset(pair) for pair in pairs_found})
+    true = {frozenset("AB"), frozenset("BC")}
+    return [
+        {
+            "cells": n,
+            "counts a gene": f"{depth:g}",
+            "method": method,
+            **{
+                f"{a}-{b}": f"{np.mean([frozenset((a, b)) in each for each in edges]):.0%}"
+                for a, b in ("AB", "BC", "AC")
+            },
+            "other wrong edges a run": f"{np.mean([len(each - true - {frozenset('AC')}) for each in edges]):.2f}",
+        }
+        for method, edges in found.items()
+    ]
+
+
+def coverage() -> dict[str, object]:
+    """Of 95 % intervals of 5 x 5 couplings, in tissues of 20,000 cells drawn from the model."""
+    off, seconds = [], []
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        adjacency = knn_graph(rng.uniform(0, 100, (20_000, 2)), 6).adjacency(symmetric=True)
+        matrix = rng.normal(0, 0.25, (5, 5))
+        centred = (matrix + matrix.T) / 2
+        centred = centred - centred.mean(0) - centred.mean(0)[:, None] + centred.mean()
+        fields = np.tile(rng.normal(0, 0.3, 5), (20_000, 1))
+        labels = potts.sample_potts((centred + centred.T) / 2, fields, adjacency, 100, seed)
+        started = time.perf_counter()
+        model = potts.fit_potts(labels, adjacency)
+        seconds.append(time.perf_counter() - started)
+        off.append(((model.couplings - centred) / model.coupling_errors)[np.triu_indices(5)])
+    held = (np.abs(off) < 1.96).mean()
+    return {"seeds": SEEDS, "95 % intervals hold": f"{held:.1%}", "sd of error / stated": f"{np.std(off):.2f}",
+            "fit, s": f"{np.median(seconds):.2f}"}  # fmt: skip
+
+
+def lattice(rows: int, columns: int, torus: bool) -> sp.csr_array:
+    at = np.arange(rows * columns).reshape(rows, columns)
+    pairs = [(at[:-1], at[1:]), (at[:, :-1], at[:, 1:])]
+    if torus:
+        pairs = [(at, np.roll(at, -1, 0)), (at, np.roll(at, -1, 1))]
+    i, j = (np.concatenate([pair[end].ravel() for pair in pairs]) for end in (0, 1))
+    upper = sp.coo_array((np.ones(len(i)), (i, j)), shape=(at.size, at.size))
+    return sp.csr_array(upper + upper.T)
+
+
+def onsager(beta: float, clusters: bool) -> dict[str, object]:
+    """Energy and magnetisation of a 64 x 64 torus, beside Onsager's (1944) and Yang's (1952)."""
+    side, graph = 64, lattice(64, 64, True)
+    k = 2 * np.sinh(2 * beta) / np.cosh(2 * beta) ** 2
+    energy = -(1 + 2 / np.pi * (2 * np.tanh(2 * beta) ** 2 - 1) * ellipk(k**2)) / np.tanh(2 * beta)
+    ordered = beta > np.log(1 + np.sqrt(2)) / 2
+    magnetisation = (1 - np.sinh(2 * beta) ** -4) ** 0.125 if ordered else np.nan
+    couplings, fields = beta * np.array([[1.0, -1], [-1, 1]]), np.zeros((side**2, 2))
+    state, seen = np.zeros(side**2, int), []
+    for draw in range(2200):
+        state = potts.sample_potts(couplings, fields, graph, 2, draw, state, clusters)
+        spin = 1 - 2.0 * state
+        if draw >= 200:
+            seen.append((-(spin @ (graph @ spin)) / 2 / side**2, abs(spin.mean())))
+    u, m = np.mean(seen, 0)
+    return {
+        "coupling / critical": f"{beta / (np.log(1 + np.sqrt(2)) / 2):.2f}",
+        "sampler": "Swendsen-Wang" if clusters else "Gibbs",
+        "energy a cell": f"{u:.4f}",
+        "Onsager": f"{energy:.4f}",
+        "off": f"{u / energy - 1:+.2%}",
+        "magnetisation": f"{m:.4f}" if ordered else "",
+        "exact": f"{magnetisation:.4f}" if ordered else "",
+        "off ": f"{m / magnetisation - 1:+.2%}" if ordered else "",
+    }
+
+
+def partition(k: int, shape: tuple[int, int]) -> dict[str, object]:
+    """log Z by annealing against the sum over all labellings, 20 models."""
+    graph, off, errors = lattice(*shape, torus=False), [], []
+    n = graph.shape[0]
+    states = np.array(list(itertools.product(range(k), repeat=n)))
+    edges = sp.triu(graph).tocoo()
+    for seed in range(SEEDS):
+        rng = np.random.default_rng(seed)
+        matrix = rng.normal(0, 0.5, (k, k))
+        couplings, fields = (matrix + matrix.T) / 2 + 0.5 * np.eye(k), rng.normal(0, 0.4, (n, k))
+        weight = fields[np.arange(n), states].sum(1) + couplings[states[:, edges.row], states[:, edges.col]].sum(1)
+        value, error = potts.log_partition(couplings, fields, graph, seed=seed)
+        off.append((value - logsumexp(weight)) / error)
+        errors.append(error)
+    return {
+        "labels": k,
+        "lattice": f"{shape[0]} x {shape[1]}",
+        "stated error, nats": f"{np.median(errors):.4f}",
+        "within 2 errors": f"{(np.abs(off) < 2).mean():.0%}",
+        "mean error / stated": f"{np.mean(off):+.2f}",
+    }
+
+
+def permuted(table: anndata.AnnData, name: str, label: str, layer: str | None) -> dict[str, object]:
+    """Runs with an effect at an FDR of 10 % on permuted coordinates, and effects on the true ones."""
+    counts = dense(table.X if layer is None else table.layers[layer])
+    genes = np.flatnonzero(counts.sum(0) > 0)
+    kinds, types = np.unique(table.obs[label].astype(str), return_inverse=True)
+    places, expression = np.asarray(table.obsm["spatial"], float)[:, :2], log_expression(counts[:, genes])
+
+    def found(at: np.ndarray) -> tuple[int, int]:
+        graph = knn_graph(at, 6).adjacency(symmetric=True)
+        effects = neighbour_effects(expression, types, graph, at, list(kinds), list(table.var_names[genes]))
+        return int((effects["fdr"] < 0.1).sum()), len(effects)
+
+    true, tests = found(places)
+    runs = [found(places[np.random.default_rng(seed).permutation(len(places))])[0] for seed in range(SEEDS)]
+    return {
+        "section": name,
+        "cells": table.n_obs,
+        "tests": tests,
+        "permuted runs with any": f"{np.mean(np.array(runs) > 0):.0%} of {SEEDS}",
+        "found in the tissue": true,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*")
+    sections = [("osmFISH (bundled)", datasets.osmfish(), "ClusterName", None)]
+    for given in parser.parse_args().tables:
+        path, label, *layer = given.split(":")
+        sections.append((Path(path).stem, anndata.read_h5ad(path), label, layer[0] if layer else None))
+    parts = {
+        "Partial correlations": (
+            "A -> B -> C, and a gene of the neighbours that acts on A and on C. Edges found, share of 20 seeds.",
+            [*chains(2000, 10), *chains(2000, 3), *chains(6000, 10)],
+        ),
+        "Neighbour effects": (
+            "FDR 10 %, coordinates permuted among all cells, 20 runs; and the same tests on the tissue as it is.",
+            [permuted(table, name, label, layer) for name, table, label, layer in sections],
+        ),
+        "Potts: couplings": ("5 labels, 20,000 cells, couplings of sd 0.25 drawn anew for each seed.", [coverage()]),
+        "Ising: 64 x 64 torus": (
+            "2,000 draws, two sweeps apart, of a finite torus; exact: the infinite lattice.",
+            [onsager(beta, clusters) for beta in (0.2, 0.3, 0.38, 0.5, 0.6) for clusters in (False, True)],
+        ),
+        "log Z": ("Annealed importance sampling, 500 steps, 100 chains, 20 models each.",
+                  [partition(2, (4, 4)), partition(3, (2, 5))]),
+    }  # fmt: skip
+    page = ["# Dependence, neighbours and Potts models", "", "Measured by `python benchmarks/dependence.py`.", ""]
+    for title, (text, rows) in parts.items():
+        page += [f"## {title}", "", text, "", as_markdown(pd.DataFrame(rows)), ""]
+    (RESULTS / "dependence.md").write_text("\n".join(page))
+    print("\n".join(page))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Numba loops over cells and their neighbours for ``potts``: states int32 (cell,), fields and couplings float64, graphs
+as compressed rows (``indptr``, ``indices``) with every edge in both directions. Each takes NumPy's generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
+inline: Callable[..., Any] = numba.njit(inline="always", error_model="numpy")
+
+
+@inline
+def _draw(score, rng):
+    """A label with probability exp(score) / sum; ``score`` is overwritten."""
+    highest = score[0]
+    for a in range(1, len(score)):
+        highest = max(highest, score[a])
+    total = 0.0
+    for a in range(len(score)):
+        score[a] = np.exp(score[a] - highest)
+        total += score[a]
+    left, a = rng.random() * total, 0
+    while a < len(score) - 1 and left >= score[a]:
+        left -= score[a]
+        a += 1
+    return a
+
+
+@kernel
+def gibbs(state, fields, couplings, indptr, indices, sweeps, rng):
+    """Draw each cell given its neighbours, all cells in turn, ``sweeps`` times."""
+    score = np.empty(fields.shape[1])
+    for _ in range(sweeps):
+        for i in range(len(state)):
+            score[:] = fields[i]
+            for e in range(indptr[i], indptr[i + 1]):
+                score += couplings[state[indices[e]]]
+            state[i] = _draw(score, rng)
+
+
+@kernel
+def energy(state, fields, couplings, indptr, indices):
+    """Sum of couplings over edges, and of fields over cells."""
+    pairs = own = 0.0
+    for i in range(len(state)):
+        own += fields[i, state[i]]
+        for e in range(indptr[i], indptr[i + 1]):
+            pairs += couplings[state[i], state[indices[e]]]
+    return pairs / 2, own
+
+
+@inline
+def _root(parent, i):
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
+
+
+@kernel
+def swendsen_wang(state, fields, couplings, bond, indptr, indices, sweeps, rng):
+    """Join neighbours with the same label with probability 1 - exp(-bond), then draw the label of each cluster given
+    all others: what of the couplings the bonds do not carry, ``couplings - bond I``, acts between clusters."""
+    n, k = fields.shape
+    left = couplings - bond * np.eye(k)
+    parent, cluster = np.empty(n, np.int32), np.empty(n, np.int32)
+    ends, members, score = np.empty(n + 1, np.int32), np.empty(n, np.int32), np.empty(k)
+    closed = np.exp(-bond)
+    for _ in range(sweeps):
+        for i in range(n):
+            parent[i] = i
+        for i in range(n):
+            for e in range(indptr[i], indptr[i + 1]):
+                j = indices[e]
+                if i < j and state[i] == state[j] and rng.random() >= closed:
+                    parent[_root(parent, i)] = _root(parent, j)
+        ends[:] = 0
+        for i in range(n):
+            cluster[i] = _root(parent, i)
+            ends[cluster[i] + 1] += 1
+        for c in range(n):
+            ends[c + 1] += ends[c]
+        for i in range(n - 1, -1, -1):  # counting sort: ends[c + 1] goes down to where cluster c begins
+            ends[cluster[i] + 1] -= 1
+            members[ends[cluster[i] + 1]] = i
+        for c in range(n):
+            first = ends[c + 1]
+            last = ends[c + 2] if c + 2 <= n else n
+            if first == last:
+                continue
+            score[:] = 0
+            for m in range(first, last):
+                i = members[m]
+                score += fields[i]
+                for e in range(indptr[i], indptr[i + 1]):
+                    j = indices[e]
+                    if cluster[j] != c:
+                        score += left[state[j]]
+                    else:
+                        for a in range(k):
+                            score[a] += left[a, a] / 2  # every inner edge is met twice
+            drawn = _draw(score, rng)
+            for m in range(first, last):
+                state[members[m]] = drawn
+
+
+@kernel
+def annealed(fields, couplings, indptr, indices, steps, chains, rng):
+    """Log weights (chain,) of annealed importance sampling: couplings grow from 0 to their value in ``steps``."""
+    n, k = fields.shape
+    weight, score = np.zeros(chains), np.empty(k)
+    state = np.empty(n, np.int32)
+    for chain in range(chains):
+        for i in range(n):
+            score[:] = fields[i]
+            state[i] = _draw(score, rng)
+        for step in range(1, steps + 1):
+            weight[chain] += energy(state, fields, couplings, indptr, indices)[0] / steps
+            if step < steps:
+                gibbs(state, fields, couplings * (step / steps), indptr, indices, 1, rng)
+    return weight
+
+
+@kernel
+def marginals(state, fields, couplings, indptr, indices, sweeps, rng):
+    """Mean over ``sweeps`` of the probabilities of each cell's labels given its neighbours, (cell, label)."""
+    n, k = fields.shape
+    mean, score = np.zeros((n, k)), np.empty(k)
+    for _ in range(sweeps):
+        for i in range(n):
+            score[:] = fields[i]
+            for e in range(indptr[i], indptr[i + 1]):
+                score += couplings[state[indices[e]]]
+            state[i] = _draw(score, rng)
+            mean[i] += score / score.sum()
+    return mean / sweeps

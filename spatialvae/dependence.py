@@ -1,0 +1,372 @@
+r"""Which genes still depend on each other given all others, and given the neighbours; what neighbours do to genes.
+
+What lies between two genes does not separate them if it is only known with the noise of counting. Each count is
+therefore thinned into two halves, which are independent given the rate if counts are Poisson (Neufeld et al. 2024):
+
+    x' ~ Binomial(x, 1/2),  x'' = x - x',     f = log(1 + 2 x' / l),  g = log(1 + 2 x'' / l)
+
+with size factors l of mean one. Covariances of f with g, of one gene and of two, are those of the expected log counts,
+free of that noise. The means of f and g over the neighbours of a cell are as many further variables. Genes are joined
+if their partial correlation given all other genes of the cell, and the neighbours' means where these are given, is not
+zero.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from scipy.stats import t as student
+
+from spatialvae.errors import InputError
+from spatialvae.inference import adjusted, spatial_blocks
+
+LEAST_TRUE = 0.1  # share of a variance that is never taken for counting noise
+THINNINGS = 4  # averaged
+LEAST_EIGENVALUE = 0.02  # of a correlation matrix that noise was taken out of
+HALVES = 50  # of the blocks, in complementary pairs
+STABLE = 0.9  # share of halves that an edge is found in
+NEAR_COMPONENTS = 20  # of the neighbours' expression
+FOLDS = 10
+BLOCK = 15  # cells of one type that are compared
+LEAST_BLOCKS = 10
+EXCHANGES = 100
+SEARCH = 12  # bisections of the penalty
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over the cells of each block: ``cells`` (block,), ``first`` and ``square`` (block, variable), of f and of f
+    squared, ``second`` (block, variable, variable), of f times g. The neighbours' means follow a cell's own."""
+
+    cells: np.ndarray
+    first: np.ndarray
+    square: np.ndarray
+    second: np.ndarray
+
+
+def partial_correlations(
+    counts: np.ndarray,
+    blocks: np.ndarray,
+    neighbours: sp.csr_array | None = None,
+    size: np.ndarray | None = None,
+    names: Sequence[str] | None = None,
+    max_false: float = 1.0,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Edges between genes, by graphical lasso (Friedman, Hastie & Tibshirani 2008) with stability selection.
+
+    The penalty is the one at which q = sqrt((2 pi - 1) P max_false) of the P pairs of genes are joined in all cells;
+    stable are the pairs that it finds in a share pi = 0.9 of 50 halves of the tissue. Then ``max_false`` wrong edges
+    are expected at most if all wrong pairs are as likely (Meinshausen & Buhlmann 2010). They are not where
+    errors of some pairs are larger; so of stable pairs those are kept whose p-value, by the jackknife over blocks, is
+    at most max_false / P. Halves and the jackknife are of whole blocks, since cells that touch are alike.
+
+    Parameters
+    ----------
+    counts : (cell, gene), not negative
+    blocks : int (cell,), from 0, as of ``inference.spatial_blocks``
+    neighbours : (cell, cell), ones where a cell has a neighbour, zero diagonal; edges are then given the neighbours
+    size : float (cell,), size factors; the total counts where not given
+    max_false : expected number of wrong edges, at most
+
+    Returns
+    -------
+    DataFrame: ``gene``, ``other``, ``partial_correlation`` given all other genes that either is joined to, and
+    its ``error`` and ``p_value``, and ``frequency``, the share of halves; strongest first
+    """
+    from sklearn.covariance import graphical_lasso
+    from sklearn.exceptions import ConvergenceWarning
+
+    counts = np.asarray(counts, float)
+    n_genes = counts.shape[1]
+    names = [str(g) for g in range(n_genes)] if names is None else list(names)
+    _check(counts, blocks, names)
+    rng = np.random.default_rng(seed)
+    moments = _moments(counts, counts.sum(1) if size is None else np.asarray(size, float), blocks, neighbours, rng)
+    above = np.triu_indices(n_genes, 1)
+
+    def joined(correlation: np.ndarray, penalty: float) -> np.ndarray:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the edges are settled long before the dual gap
+            precision = graphical_lasso(correlation, penalty, max_iter=50, tol=1e-3)[1]
+        return np.abs(precision[above]) > 1e-8
+
+    n_blocks = len(moments.cells)
+    whole = _correlation(moments, np.arange(n_blocks), n_genes)
+    wanted = max(np.sqrt((2 * STABLE - 1) * len(above[0]) * max_false), 1)
+    low, high = 0.01, float(np.abs(whole[above]).max())
+    for _ in range(SEARCH):
+        penalty = np.sqrt(low * high)
+        low, high = (penalty, high) if joined(whole, penalty).sum() > wanted else (low, penalty)
+    frequency = np.zeros(len(above[0]))
+    for _ in range(HALVES // 2):
+        order = rng.permutation(n_blocks)
+        for half in (order[: n_blocks // 2], order[n_blocks // 2 :]):
+            frequency += joined(_correlation(moments, half, n_genes), high) / HALVES
+    stable = np.zeros((n_genes, n_genes), bool)
+    stable[above] = frequency >= STABLE - 1e-9
+    stable |= stable.T
+    a, b = np.nonzero(np.triu(stable))
+    value = _given_joined(whole, stable, a, b)
+    without = [np.delete(np.arange(n_blocks), block) for block in range(n_blocks)]
+    others = np.array([_given_joined(_correlation(moments, kept, n_genes), stable, a, b) for kept in without])
+    error = np.sqrt((n_blocks - 1) * others.var(0))
+    found = pd.DataFrame(
+        {
+            "gene": np.array(names)[a],
+            "other": np.array(names)[b],
+            "partial_correlation": value,
+            "error": error,
+            "p_value": 2 * student.sf(np.abs(value) / np.maximum(error, 1e-12), n_blocks - 1),
+            "frequency": frequency[stable[above]],
+        }
+    )
+    found = found[found["p_value"] <= max_false / len(above[0])]
+    return found.sort_values("partial_correlation", key=np.abs, ascending=False, ignore_index=True)
+
+
+def _check(counts: np.ndarray, blocks: np.ndarray, names: Sequence[str]) -> None:
+    if counts.ndim != 2 or len(names) != counts.shape[1] or len(blocks) != len(counts):
+        raise InputError(
+            f"counts have shape {counts.shape}, with {len(names)} names and {len(blocks)} cells in blocks; expected "
+            "(cell, gene), a name each gene and a block each cell"
+        )
+    if not np.isfinite(counts).all() or (counts < 0).any():
+        raise InputError("counts are negative or not finite; expected what was counted")
+    empty = np.flatnonzero(counts.sum(0) == 0)
+    if len(empty):
+        raise InputError(f"gene {names[empty[0]]!r} has no counts ({len(empty)} such genes); leave them out")
+    if counts.shape[1] < 3 or blocks.max() < 3:
+        raise InputError(f"{counts.shape[1]} genes and {blocks.max() + 1} blocks; expected 3 and 4 at least")
+
+
+def _moments(
+    counts: np.ndarray, size: np.ndarray, blocks: np.ndarray, neighbours: sp.csr_array | None, rng: np.random.Generator
+) -> Moments:
+    there = size > 0
+    factor = np.where(there, 2 * size.mean() / np.where(there, size, 1), 0)[:, None]
+    share = None
+    if neighbours is not None:
+        degree = np.asarray(neighbours.sum(1)).ravel()
+        there &= degree > 0
+        share = sp.diags_array(1 / np.maximum(degree, 1)) @ neighbours
+    rows_of = [np.flatnonzero((blocks == block) & there) for block in range(int(blocks.max()) + 1)]
+    width = counts.shape[1] * (1 if share is None else 2)
+    first, square = np.zeros((2, len(rows_of), width))
+    second = np.zeros((len(rows_of), width, width))
+    for _ in range(THINNINGS):
+        half = rng.binomial(counts.astype(np.int64), 0.5)
+        f, g = np.log1p(factor * half), np.log1p(factor * (counts - half))
+        if share is not None:
+            f, g = np.hstack([f, share @ f]), np.hstack([g, share @ g])
+        for block, rows in enumerate(rows_of):
+            product = f[rows].T @ g[rows]
+            first[block] += (f[rows] + g[rows]).sum(0) / (2 * THINNINGS)
+            square[block] += (f[rows] ** 2 + g[rows] ** 2).sum(0) / (2 * THINNINGS)
+            second[block] += (product + product.T) / (2 * THINNINGS)
+    return Moments(np.array([len(rows) for rows in rows_of]), first, square, second)
+
+
+def _correlation(moments: Moments, blocks: np.ndarray, n_genes: int) -> np.ndarray:
+    """Of expected log counts, given the neighbours' means where the moments hold these, from some of the blocks."""
+    n = moments.cells[blocks].sum()
+    mean = moments.first[blocks].sum(0) / n
+    covariance = moments.second[blocks].sum(0) / n - np.outer(mean, mean)
+    noisy = moments.square[blocks].sum(0) / n - mean**2
+    np.fill_diagonal(covariance, np.maximum(np.diag(covariance), LEAST_TRUE * noisy))
+    joint = _positive(covariance)
+    across = joint[:n_genes, n_genes:]
+    return _positive(joint[:n_genes, :n_genes] - across @ np.linalg.solve(joint[n_genes:, n_genes:], across.T))
+
+
+def _positive(covariance: np.ndarray) -> np.ndarray:
+    """The correlation matrix of ``covariance``, with its smallest eigenvalues raised."""
+    sd = np.sqrt(np.maximum(np.diag(covariance), 1e-12))
+    values, vectors = np.linalg.eigh(covariance / np.outer(sd, sd))
+    raised = (vectors * np.maximum(values, LEAST_EIGENVALUE)) @ vectors.T
+    sd = np.sqrt(np.diag(raised))
+    return raised / np.outer(sd, sd)
+
+
+def _given_joined(correlation: np.ndarray, joined: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Partial correlations (edge,) of genes ``first`` and ``second`` given those that either is joined to."""
+    found = np.empty(len(first))
+    for edge, (a, b) in enumerate(zip(first, second, strict=True)):
+        given = joined[a] | joined[b]
+        given[[a, b]] = False
+        rows = np.r_[a, b, np.flatnonzero(given)]
+        precision = np.linalg.inv(correlation[np.ix_(rows, rows)])
+        found[edge] = -precision[0, 1] / np.sqrt(precision[0, 0] * precision[1, 1])
+    return found
+
+
+def log_expression(counts: np.ndarray) -> np.ndarray:
+    """log(1 + x / l), float64 (cell, gene), l a cell's total count over the median; 0 for cells without counts."""
+    depth = counts.sum(1, keepdims=True, dtype=float)
+    typical = np.median(depth[depth > 0])
+    return np.log1p(counts * (typical / np.where(depth > 0, depth, np.inf)))
+
+
+def most_variable(counts: np.ndarray, number: int) -> np.ndarray:
+    """Columns of ``counts`` (cell, gene) whose log expression varies most, ``number`` at most, in their order."""
+    variance = log_expression(counts).var(0)
+    chosen = np.argsort(-variance, kind="stable")[:number]
+    return np.sort(chosen[variance[chosen] > 0])
+
+
+def variance_shares(
+    expression: np.ndarray,
+    types: np.ndarray,
+    niche: np.ndarray,
+    neighbours: sp.csr_array,
+    blocks: np.ndarray,
+    genes: Sequence[str],
+) -> pd.DataFrame:
+    """What share of each gene's variance is told by a cell's type, then its niche, then its neighbours' expression.
+
+    Ridge regressions on the type, with the niche, with the first 20 principal components of the neighbours' mean
+    expression; each predicts blocks of the tissue that it was not fitted to, so that a share is no larger for more
+    numbers. A share is what it adds to the explained variance, 0 where it adds nothing. What is left is counting noise
+    and what a cell has to itself.
+
+    Parameters
+    ----------
+    expression : float (cell, gene), log counts; ``types`` int (cell,), ``niche`` float (cell, dim)
+    neighbours : (cell, cell); ``blocks`` int (cell,), from 0
+
+    Returns
+    -------
+    DataFrame with a row a gene: ``gene``, ``type``, ``niche``, ``neighbours``, ``rest``, which sum to 1
+    """
+    share = sp.diags_array(1 / np.maximum(np.asarray(neighbours.sum(1)).ravel(), 1)) @ neighbours
+    near = share @ (expression - expression.mean(0))
+    left, values, _ = np.linalg.svd(near - near.mean(0), full_matrices=False)
+    near = (left * values)[:, :NEAR_COMPONENTS]
+    kinds = np.eye(int(types.max()) + 1)[types]
+    folds = blocks % FOLDS
+    total = ((expression - expression.mean(0)) ** 2).sum(0)
+    explained = [
+        1 - _left_out_errors(np.hstack(parts), expression, folds) / np.maximum(total, 1e-12)
+        for parts in ([kinds], [kinds, niche], [kinds, niche, near])
+    ]
+    steps = np.maximum(np.diff(np.maximum.accumulate(np.maximum(explained, 0)), axis=0, prepend=0), 0)
+    return pd.DataFrame(
+        {"gene": list(genes), "type": steps[0], "niche": steps[1], "neighbours": steps[2], "rest": 1 - steps.sum(0)}
+    )
+
+
+def _left_out_errors(x: np.ndarray, y: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Sum of squared errors (gene,) of a ridge regression in folds that it was not fitted to."""
+    x = np.c_[np.ones(len(x)), (x - x.mean(0)) / np.maximum(x.std(0), 1e-9)]
+    penalty = np.diag(np.r_[0, np.ones(x.shape[1] - 1)])  # of an observation of unit variance: hardly any
+    errors = np.zeros(y.shape[1])
+    for fold in np.unique(folds):
+        out = folds == fold
+        weight = np.linalg.solve(x[~out].T @ x[~out] + penalty, x[~out].T @ y[~out])
+        errors += ((y[out] - x[out] @ weight) ** 2).sum(0)
+    return errors
+
+
+def neighbour_effects(
+    expression: np.ndarray,
+    types: np.ndarray,
+    neighbours: sp.csr_array,
+    coordinates: np.ndarray,
+    names: Sequence[str],
+    genes: Sequence[str],
+    samples: np.ndarray | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Which genes of a type of cell change with the number of its neighbours of another type.
+
+    Cells of one type are compared with those of their type close by, in blocks of about 15: within a block, do cells
+    with more neighbours of type u express more of a gene? With n the number of neighbours and e the expression, both
+    less their mean over the block, and S_b the sum of n e over block b,
+
+        effect = sum_b S_b / sum n^2,        z = sum_b S_b / sqrt(sum_b S_b^2)
+
+    Gradients wider than a block cancel, and a block counts once, however alike its cells are. Counts are skewed and
+    blocks can be few, so z is not taken to be normal: its distribution comes from 100 tables in which the cells of each
+    block exchange their expression, over all tests together. The false discovery rate is Benjamini & Hochberg's (1995),
+    over all tests: pairs of types that meet in 10 blocks' worth of cells, genes found in a tenth of the type's cells.
+
+    Molecules of a neighbour that were assigned to the cell look like an effect: be careful where ``mean_neighbour``,
+    the expression in the neighbour's type, is far above ``mean``, that in the type itself.
+
+    Parameters
+    ----------
+    expression : float (cell, gene), log counts; ``types`` int (cell,), places in ``names``
+    neighbours : (cell, cell), ones where a cell has a neighbour; ``coordinates`` (cell, axis); ``samples`` (cell,)
+
+    Returns
+    -------
+    DataFrame: ``type``, ``neighbour``, ``gene``, ``effect`` in log counts a neighbour, ``z``, ``p_value``, ``fdr``,
+    ``mean``, ``mean_neighbour``; most certain first
+
+    Raises InputError if no two types meet often enough.
+    """
+    kinds = np.eye(len(names))[types]
+    near, means = neighbours @ kinds, (kinds.T @ expression) / np.maximum(kinds.sum(0), 1)[:, None]
+    rng = np.random.default_rng(seed)
+    tables, null = [], []
+    for own in range(len(names)):
+        rows = np.flatnonzero(types == own)
+        expressed = np.flatnonzero((expression[rows] > 0).sum(0) >= max(len(rows) / 10, LEAST_BLOCKS))
+        if len(rows) < LEAST_BLOCKS * BLOCK or not len(expressed):
+            continue
+        of = None if samples is None else np.asarray(samples)[rows]
+        blocks = spatial_blocks(coordinates[rows], len(rows) // BLOCK, of)
+        n, e = _less_block_mean(near[rows], blocks), _less_block_mean(expression[np.ix_(rows, expressed)], blocks)
+        spread = np.array([np.bincount(blocks, column) for column in n.T**2])  # (type, block)
+        met = np.flatnonzero(spread.sum(1) ** 2 >= LEAST_BLOCKS * (spread**2).sum(1) + 1e-12)
+        if not len(met):
+            continue
+        in_blocks = np.argsort(blocks, kind="stable")
+        total, z = _studentised(n[:, met], e, blocks)
+        for _ in range(EXCHANGES):
+            exchanged = np.empty_like(e)
+            exchanged[in_blocks] = e[np.lexsort((rng.random(len(rows)), blocks))]
+            null.append(np.abs(_studentised(n[:, met], exchanged, blocks)[1]).ravel().astype(np.float32))
+        pairs, genes_of = np.repeat(met, len(expressed)), np.tile(expressed, len(met))
+        tables.append(
+            pd.DataFrame(
+                {
+                    "type": names[own],
+                    "neighbour": np.array(names)[pairs],
+                    "gene": np.array(genes)[genes_of],
+                    "effect": (total / spread[met].sum(1)[:, None]).ravel(),
+                    "z": z.ravel(),
+                    "mean": means[own, genes_of],
+                    "mean_neighbour": means[np.ix_(met, expressed)].ravel(),
+                }
+            )
+        )
+    if not tables:
+        raise InputError(f"no two types meet in {LEAST_BLOCKS} blocks of {BLOCK} cells; there is nothing to compare")
+    table, sorted_null = pd.concat(tables, ignore_index=True), np.sort(np.concatenate(null))
+    at_least = len(sorted_null) - np.searchsorted(sorted_null, np.abs(table["z"].to_numpy(np.float32)))
+    p = (1 + at_least) / (1 + len(sorted_null))
+    table.insert(5, "p_value", p)
+    table.insert(6, "fdr", adjusted(p))
+    return table.sort_values("p_value", kind="stable", ignore_index=True)
+
+
+def _less_block_mean(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    to_block = sp.csr_array((np.ones(len(blocks)), (blocks, np.arange(len(blocks)))))
+    return x - ((to_block @ x) / np.bincount(blocks)[:, None])[blocks]
+
+
+def _studentised(n: np.ndarray, e: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum over blocks of S_b and z, (type, gene), of ``n`` (cell, type) and ``e`` (cell, gene)."""
+    to_block = sp.csr_array((np.ones(len(blocks)), (blocks, np.arange(len(blocks)))))
+    total, z = np.empty((2, n.shape[1], e.shape[1]))
+    for other in range(n.shape[1]):
+        sums = to_block @ (n[:, [other]] * e)
+        total[other] = sums.sum(0)
+        z[other] = total[other] / np.maximum(np.sqrt((sums**2).sum(0)), 1e-12)
+    return total, z

@@ -1,0 +1,198 @@
+"""What a model has learnt, in genes: programs of its dimensions and of domains, gene sets, how far neighbours reach."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy.stats import hypergeom, norm, rankdata
+
+from spatialvae.errors import InputError
+from spatialvae.inference import adjusted
+
+if TYPE_CHECKING:
+    from spatialvae.model import SpatialVAE
+
+CELLS_DECODED = 2000  # for the mean of a derivative
+SMALLEST_SET, LARGEST_SET = 3, 500  # genes of a set that are in the table
+FOLDS = 5
+
+
+def latent_programs(model: SpatialVAE, seed: int = 0) -> pd.DataFrame:
+    """Change of each gene's log share with each dimension of z_cell, float (gene, dimension).
+
+    The mean over cells of d log rho_g / d z_d = J_gd - sum_h rho_h J_hd, where J is the Jacobian of the decoder's
+    logits: 0.7 is a doubling for one unit, in which cells vary by about 1. z_niche is the smooth part of the first
+    dimensions, and has their programs.
+    """
+    import torch
+
+    z = model.get_latent_representation(which="cell")
+    rows = np.sort(np.random.default_rng(seed).permutation(len(z))[:CELLS_DECODED])
+    batch = model._read(None).batch[torch.from_numpy(rows)].to(model._device)
+    latent = torch.from_numpy(z[rows]).to(model._device)
+    total = np.zeros((len(model.genes), z.shape[1]))
+    with torch.no_grad():
+        for first in range(0, len(rows), 100):
+            part = slice(first, first + 100)
+            slopes = model.module.decoder.slopes(latent[part], batch[part])
+            share = torch.softmax(model.module.decoder(latent[part], batch[part])[0], -1)
+            slopes = slopes - torch.einsum("ig,igd->id", share, slopes)[:, None]
+            total += slopes.sum(0).cpu().numpy()
+    names = [name for name in model.latent_names if name.startswith("cell")]
+    return pd.DataFrame(total / len(rows), index=list(model.genes), columns=names)
+
+
+def domain_programs(expression: np.ndarray, labels: np.ndarray, genes: list[str]) -> pd.DataFrame:
+    """How each gene's log counts in a domain differ from those in all others, in their standard deviation: (gene,
+    domain). expression float (cell, gene), labels (cell,)."""
+    spread = np.maximum(expression.std(0), 1e-9)
+    names = sorted({str(label) for label in labels}, key=lambda name: (len(name), name))
+    of = {name: np.asarray(labels).astype(str) == name for name in names}
+    found = {
+        name: (expression[rows].mean(0) - expression[~rows].mean(0)) / spread
+        for name, rows in of.items()
+        if not rows.all()
+    }
+    return pd.DataFrame(found, index=genes)
+
+
+def top_genes(programs: pd.DataFrame, number: int = 8) -> pd.DataFrame:
+    """Genes that rise and fall most in each column of ``programs`` (gene, program): ``program``, ``up``, ``down``."""
+    rows = []
+    for name, column in programs.items():
+        order = column.sort_values(ascending=False)
+        up, down = order.head(number), order.tail(number)[::-1]
+        rows.append((name, ", ".join(up[up > 0].index), ", ".join(down[down < 0].index)))
+    return pd.DataFrame(rows, columns=["program", "up", "down"])
+
+
+def read_gmt(path: str | os.PathLike[str]) -> dict[str, frozenset[str]]:
+    """Gene sets of a GMT file: a line a set, tab-separated name, description, genes. Raises InputError for others."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} is not a file")
+    sets: dict[str, frozenset[str]] = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        fields = line.rstrip().split("\t")
+        if len(fields) == 1 and not fields[0]:
+            continue
+        if len(fields) < 3:
+            raise InputError(
+                f"{path}, line {number}: {len(fields)} fields; expected name, description and genes, by tabs"
+            )
+        sets[fields[0]] = frozenset(gene for gene in fields[2:] if gene)
+    return sets
+
+
+def ranked_enrichment(scores: pd.Series, sets: Mapping[str, Collection[str]]) -> pd.DataFrame:
+    """Are the genes of a set high, or low, among all ``scores`` (gene)? Wilcoxon's rank sum, with ties, for each set.
+
+    Genes are taken to be independent; those of one set seldom are, so p-values are too small: read them as an order
+    (Wu & Smyth 2012). Returns ``set``, ``genes`` (in the table), ``auc`` (0.5: like the others), ``p_value``, ``fdr``.
+    """
+    ranks, n = pd.Series(rankdata(scores), index=scores.index), len(scores)
+    ties = np.unique(scores, return_counts=True)[1].astype(float)
+    rows = []
+    for name, members in sets.items():
+        inside = scores.index.isin(list(members))
+        m = int(inside.sum())
+        if not SMALLEST_SET <= m <= min(LARGEST_SET, n - 1):
+            continue
+        over = ranks[inside].sum() - m * (m + 1) / 2
+        variance = m * (n - m) / 12 * (n + 1 - (ties**3 - ties).sum() / (n * (n - 1)))
+        z = (over - m * (n - m) / 2) / np.sqrt(max(variance, 1e-12))
+        rows.append((name, m, over / (m * (n - m)), 2 * norm.sf(abs(z))))
+    return _ordered(pd.DataFrame(rows, columns=["set", "genes", "auc", "p_value"]))
+
+
+def over_representation(
+    chosen: Collection[str], universe: Collection[str], sets: Mapping[str, Collection[str]]
+) -> pd.DataFrame:
+    """Are more of the ``chosen`` genes in a set than of all genes in the ``universe``, the panel? Hypergeometric test.
+
+    Returns ``set``, ``genes`` (of the set in the universe), ``chosen``, ``expected``, ``p_value``, ``fdr``.
+    """
+    everything = set(universe)
+    picked = set(chosen) & everything
+    rows = []
+    for name, members in sets.items():
+        inside = set(members) & everything
+        if not SMALLEST_SET <= len(inside) <= LARGEST_SET:
+            continue
+        both = len(inside & picked)
+        p = float(hypergeom.sf(both - 1, len(everything), len(inside), len(picked)))
+        rows.append((name, len(inside), both, len(inside) * len(picked) / len(everything), p))
+    return _ordered(pd.DataFrame(rows, columns=["set", "genes", "chosen", "expected", "p_value"]))
+
+
+def _ordered(table: pd.DataFrame) -> pd.DataFrame:
+    table["fdr"] = adjusted(table["p_value"].to_numpy(float))
+    return table.sort_values("p_value", kind="stable", ignore_index=True)
+
+
+def neighbour_reach(model: SpatialVAE) -> pd.DataFrame:
+    """How much, and how far, neighbours matter to each dimension that varies in space, read out of the fitted field.
+
+    ``niche_share``: of the prior variance of the dimension, that of z_niche. ``range``, in the unit of the coordinates:
+    a field of precision 1 + r L in the plane has correlation length sqrt(r d a^2 / 4), with d the mean number of
+    neighbours and a^2 the square of their distance, its median, since a few edges cross holes of the tissue.
+
+    Raises InputError for a model without places.
+    """
+    section = model._read(None)
+    if section.graphs is None or not model.module.shape.n_niche:
+        raise InputError("this model has no niches: it was set up without spatial_key")
+    near, d = section.graphs.near, model.module.shape.n_niche
+    far = float(np.median(near.distance[near.index >= 0]))
+    reach = far * float(np.sqrt(float(model.module.range) * near.degree.mean() / 4))
+    smooth = (model.module.smooth_variance * model.module.spread).cpu().numpy()[:d]
+    own = model.module.log_residual.detach().exp().cpu().numpy()[:d]
+    names = [name for name in model.latent_names if name.startswith("niche")]
+    return pd.DataFrame({"dimension": names, "niche_share": smooth / (smooth + own), "range": reach})
+
+
+def disentanglement(
+    niche: np.ndarray, cell: np.ndarray, answers: Mapping[str, np.ndarray], blocks: np.ndarray
+) -> pd.DataFrame:
+    """How well each of z_niche and z_cell, and both, tell what is asked for: balanced accuracy in blocks left out.
+
+    Multinomial logistic regression; ``chance`` is one over the number of classes. What z_niche adds to z_cell about
+    regions, and z_cell to z_niche about types, is what they do not share.
+
+    Parameters
+    ----------
+    niche, cell : float (cell, dim)
+    answers : a name, "region" or "type", to labels (cell,)
+    blocks : int (cell,), as of ``inference.spatial_blocks``: neighbours are never on both sides
+
+    Returns
+    -------
+    DataFrame: ``asked``, ``niche``, ``cell``, ``both``, ``chance``
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import recall_score
+    from sklearn.model_selection import GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    given = {"niche": niche, "cell": cell, "both": np.hstack([niche, cell])}
+    rows = []
+    for asked, labels in answers.items():
+        truth = np.asarray(labels).astype(str)
+        row: dict[str, str | float] = {"asked": asked}
+        for name, x in given.items():
+            told = np.empty(truth.shape, truth.dtype)
+            for train, test in GroupKFold(FOLDS).split(x, groups=blocks):
+                fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, class_weight="balanced"))
+                told[test] = fit.fit(x[train], truth[train]).predict(x[test])
+            row[name] = float(recall_score(truth, told, average="macro", zero_division=0))
+        rows.append(row | {"chance": 1 / len(set(truth))})
+    return pd.DataFrame(rows)

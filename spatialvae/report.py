@@ -1,0 +1,221 @@
+"""The page a person looks at after training: one file, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from spatialvae import _keys, interpret, plots
+from spatialvae._files import whole
+from spatialvae.dependence import log_expression
+from spatialvae.errors import InputError
+from spatialvae.setup import read_codes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from spatialvae.model import SpatialVAE
+
+WIDE_INCHES = 8.0
+DIMENSIONS_SHOWN = 12
+SETS_SHOWN = 3  # a program
+OTHERS = {  # what other commands write into the folder: heading, file, caption
+    "evidence.png": ("Evidence", "Evidence of models for cells that they have not seen (spatialvae evaluate)"),
+    "predictive.png": ("Predictive checks", "What the model draws beside what was measured (spatialvae sample)"),
+    "couplings.png": ("Who sits beside whom", "Couplings of types: red attract, blue repel; dots at an FDR of 5 %"),
+    "edges.png": ("Genes that depend on each other", "Given all other genes, and the neighbours"),
+    "variance.png": ("What neighbours do", "What tells the expression of a gene"),
+    "neighbour_effects.png": ("What neighbours do", "Cells of one type, close by, with more neighbours of another"),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as PNG in base64, with its caption; a wide one has a row to itself."""
+
+    png: str
+    caption: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column names and rows of values, printed as they are."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with paragraphs, tables and pictures below it."""
+
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Picture] = ()
+
+
+def write_report(folder: Path, model: SpatialVAE, labels: str | None = None, gene_sets: Path | None = None) -> Path:
+    """Write FOLDER/report.html of what ``spatialvae train`` and other commands wrote there, whole or not at all.
+
+    Parameters
+    ----------
+    model : loaded with the table of the folder, which has its embedding
+    labels : obs to compare domains with
+    gene_sets : GMT file; programs are then named by the sets that rise in them
+
+    Raises InputError for labels that the table has not and for a file that is no GMT.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    try:
+        run = json.loads((folder / "run.json").read_text())
+        elbo, source = float(run["figures"]["elbo"]), Path(run["input"]["path"]).name
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder}/run.json cannot be read ({error}); run `spatialvae train` into this folder"
+        ) from error
+    sets = None if gene_sets is None else interpret.read_gmt(gene_sets)
+    known = None if labels is None else _names(model, labels)
+    sections = [
+        _training(model, elbo),
+        *_maps(model, labels, known),
+        *_niches(model, labels, known),
+        _programs(model, sets),
+    ]
+    environment = Environment(loader=PackageLoader("spatialvae"), autoescape=True, undefined=StrictUndefined)
+    lead = f"{model.adata.n_obs:,} cells, {len(model.genes):,} genes, {elbo:.2f} nats a cell (ELBO)"
+    page = environment.get_template("report.html").render(
+        title=f"SpatialVAE of {source}", lead=lead, sections=[*sections, *_of_others(folder)]
+    )
+    with whole(folder / "report.html") as part:
+        part.write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+def picture(figure: Figure, caption: str) -> Picture:
+    """Render a figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return Picture(_base64(buffer.getvalue()), caption, figure.get_figwidth() > WIDE_INCHES)
+
+
+def table_of(frame: pd.DataFrame) -> Table:
+    """A frame with numbers as a person writes them."""
+
+    def text(value: Any) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return Table([str(name).replace("_", " ") for name in frame], [[text(v) for v in row] for row in frame.to_numpy()])
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _names(model: SpatialVAE, key: str) -> np.ndarray:
+    codes, names = read_codes(model.adata, key)
+    return np.array(names)[codes]
+
+
+def _training(model: SpatialVAE, elbo: float) -> Section:
+    shape, steps = model.module.shape, int(model.history["step"].iloc[-1])
+    text = f"{steps:,} steps. {shape.n_cell} dimensions say what a cell is (z_cell)"
+    text += f", the first {shape.n_niche} of them vary in space (z_niche)." if shape.n_niche else "."
+    text += f" The bound on the evidence is {elbo:.2f} nats a cell."
+    return Section("Training", [text], figures=[picture(plots.training_curve(model.history), "Training, by step")])
+
+
+def _maps(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> list[Section]:
+    adata, key = model.adata, model.setup.spatial_key
+    found = _names(model, _keys.DOMAIN) if _keys.DOMAIN in adata.obs else None
+    shown = known if known is not None else found
+    cell = model.get_latent_representation(which="cell")
+    latent = [picture(plots.latent_map(cell, shown, "z_cell"), "First two principal components of z_cell")]
+    if shown is not None:
+        caption = "Distances between cells in z_cell, ordered, beside a map of them"
+        latent = [picture(plots.latent_distances(cell, shown, title="z_cell"), caption)]
+    sections = [Section("Latent space", figures=latent)]
+    if found is None or key is None:
+        return sections
+    places = np.asarray(adata.obsm[key])
+    figures = [picture(plots.domains_in_space(places, found, like=known), "Domains, found without labels")]
+    sizes = pd.Series(found).value_counts().rename_axis("domain").reset_index(name="cells")
+    text, tables = [f"{len(sizes)} domains."], []
+    if known is not None:
+        from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+        figures.append(picture(plots.domains_in_space(places, known, str(labels)), f"{labels}, as the table has it"))
+        text.append(
+            f"With {labels} they agree to an ARI of {adjusted_rand_score(known, found):.3f} and an NMI of "
+            f"{normalized_mutual_info_score(known, found):.3f}."
+        )
+    programs = interpret.domain_programs(log_expression(_counts(model)), found, list(model.genes))
+    if programs.shape[1]:
+        tables = [table_of(sizes.merge(interpret.top_genes(programs).rename(columns={"program": "domain"})))]
+    return [*sections, Section("Domains", [" ".join(text)], tables, figures)]
+
+
+def _counts(model: SpatialVAE) -> np.ndarray:
+    counts = model._read(None).cells.counts
+    return counts.dense(np.arange(counts.shape[0]))
+
+
+def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> list[Section]:
+    from spatialvae.inference import spatial_blocks
+
+    section = model._read(None)
+    if section.graphs is None or section.cells.coordinates is None or not model.module.shape.n_niche:
+        return []
+    reach = interpret.neighbour_reach(model)
+    near = section.graphs.near
+    far, length = float(np.median(near.distance[near.index >= 0])), float(reach["range"].iloc[0])
+    text = [
+        f"What surrounds a cell changes over {length / far:.0f} times the distance of neighbouring cells "
+        f"({float(f'{length:.3g}'):,g} in the unit of the coordinates): the correlation length of the fitted field. "
+        "First table: the share of each dimension's variance that the niche has."
+    ]
+    shares = reach.set_index("dimension")[["niche_share"]].T.reset_index(names="")
+    tables = [table_of(shares.replace("niche_share", "niche's share"))]
+    answers = {} if known is None or labels is None else {labels: known}
+    if _keys.DOMAIN in model.adata.obs:
+        answers["domain"] = _names(model, _keys.DOMAIN)
+    if answers:
+        niche, cell = (model.get_latent_representation(which=which) for which in ("niche", "cell"))
+        blocks = spatial_blocks(section.cells.coordinates, 25, section.cells.samples)
+        tables.append(table_of(interpret.disentanglement(niche, cell, answers, blocks)))
+        text.append("Second: balanced accuracy of telling labels from z_niche, z_cell and both, in parts left out.")
+    return [Section("Niches", text, tables)]
+
+
+def _programs(model: SpatialVAE, sets: dict[str, frozenset[str]] | None) -> Section:
+    programs = interpret.latent_programs(model)
+    shown = programs.iloc[:, :DIMENSIONS_SHOWN]
+    table = interpret.top_genes(shown)
+    text = (
+        "Genes whose share rises and falls most with each dimension; niche dimensions are the smooth part of the first."
+    )
+    if sets is not None:
+        rising = [interpret.ranked_enrichment(shown[name], sets) for name in shown]
+        table["sets"] = [
+            ", ".join(each.loc[(each["fdr"] < 0.05) & (each["auc"] > 0.5), "set"].head(SETS_SHOWN)) for each in rising
+        ]
+    figure = plots.programs_map(shown)
+    return Section("Gene programs", [text], [table_of(table)], [picture(figure, "Change of log share for one unit")])
+
+
+def _of_others(folder: Path) -> list[Section]:
+    found: dict[str, list[Picture]] = {}
+    for name, (title, caption) in OTHERS.items():
+        if (folder / name).is_file():
+            found.setdefault(title, []).append(Picture(_base64((folder / name).read_bytes()), caption))
+    return [Section(title, figures=pictures) for title, pictures in found.items()]
