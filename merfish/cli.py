@@ -180,11 +180,15 @@ def status(out: RunFolder) -> None:
 
 
 @app.command()
-def report(out: RunFolder) -> None:
-    """Write DIR/report.html again from the results of a run."""
+def report(
+    out: RunFolder,
+    bulk: Annotated[Path | None, typer.Option(help="CSV file of bulk RNA-seq: gene, value.")] = None,
+    replicate: Annotated[Path | None, typer.Option(help="Folder of another run of the same genes.")] = None,
+) -> None:
+    """Write DIR/report.html again from the results of a run; pictures and numbers in DIR/report."""
     from merfish.report import write_run_report
 
-    print(write_run_report(out))
+    print(write_run_report(out, bulk=bulk, replicate=replicate))
 
 
 @app.command()

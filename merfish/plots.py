@@ -42,12 +42,19 @@ def overview(image: np.ndarray, calls: pd.DataFrame, crop: int = 160) -> Figure:
     crop = min(crop, height // 2, width // 2)
     top, left = _densest(calls, image.shape, crop)
     for ax, size in ((whole, 1.5), (detail, 26)):
-        ax.imshow(image, cmap="gray", interpolation="nearest")
+        ax.imshow(image, cmap="gray", interpolation="antialiased" if ax is whole else "nearest")
         for blank, colour, label in ((False, "#38bdf8", "gene"), (True, "#f87171", "blank")):
             chosen = calls[calls["is_blank"] == blank]
             face = "none" if ax is detail else colour
             ax.scatter(
-                chosen["x"], chosen["y"], s=size, facecolors=face, edgecolors=colour, linewidths=0.8, label=label
+                chosen["x"],
+                chosen["y"],
+                s=size,
+                facecolors=face,
+                edgecolors=colour,
+                linewidths=0.8 if ax is detail else 0,
+                label=label,
+                rasterized=True,
             )
         ax.spines[:].set_visible(False)
         ax.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
@@ -72,106 +79,6 @@ def _square(left: int, top: int, side: int) -> Rectangle:
     from matplotlib.patches import Rectangle
 
     return Rectangle((left, top), side, side, fill=False, edgecolor="#facc15", linewidth=1)
-
-
-def drift(shifts: pd.DataFrame) -> Figure:
-    """Drift of each round of each field: table with fov, round, dy, dx (pixel) and ok."""
-    figure, (ax,) = new_figure(6.4, 3.6)
-    length = pd.Series(np.hypot(shifts["dy"].to_numpy(), shifts["dx"].to_numpy()), index=shifts.index)
-    for index, (fov, rows) in enumerate(shifts.groupby("fov")):
-        colour = CATEGORIES[index % len(CATEGORIES)]
-        label = f"field {fov}" if shifts["fov"].nunique() <= 8 else None
-        ax.plot(rows["round"], length[rows.index], "o-", color=colour, markersize=4, linewidth=1, label=label)
-    failed = shifts[~shifts["ok"].astype(bool)]
-    ax.plot(
-        failed["round"],
-        length[failed.index].fillna(0),
-        "x",
-        color=BLANK,
-        markersize=8,
-        label="failed" if len(failed) else None,
-    )
-    ax.set(xlabel="imaging round", ylabel="drift against round 0 [px]", ylim=(0, None))
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(fontsize=8, frameon=False, ncols=2)
-    return figure
-
-
-def bit_brightness(scale: np.ndarray, background: np.ndarray, names: Sequence[str], colours: Sequence[str]) -> Figure:
-    """Height of a molecule's spot in each bit and the level it stands on (bit,), in camera counts after filtering."""
-    figure, (ax,) = new_figure(6.4, 3.6)
-    kinds = list(dict.fromkeys(colours))
-    for kind in kinds:
-        chosen = [k for k, colour in enumerate(colours) if colour == kind]
-        ax.bar(chosen, np.asarray(scale)[chosen], color=CATEGORIES[kinds.index(kind) % len(CATEGORIES)], label=kind)
-    ax.plot(range(len(names)), background, "_", color="black", markersize=9, label="level without spots")
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-    ax.set(ylabel="height of one molecule [counts]")
-    ax.set_ylim(top=1.3 * max(float(np.max(scale)), 1.0))
-    ax.legend(fontsize=8, frameon=False, ncols=3, title="colour [nm]" if any(kinds) else None, title_fontsize=8)
-    return figure
-
-
-def error_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
-    """1->0 and 0->1 rates of each bit with their intervals (see `merfish.calls.error_model.bit_error_rates`)."""
-    figure, (ax,) = new_figure(6.4, 3.6)
-    places = np.arange(len(rates["bit"]))
-    for kind, label, colour, shift in (("lost", "1→0", GENE, -0.12), ("gained", "0→1", BLANK, 0.12)):
-        rate, low, high = (np.array(rates[kind + end], dtype=float) for end in ("", "_low", "_high"))
-        ax.errorbar(
-            places + shift,
-            rate,
-            np.maximum([rate - low, high - rate], 0),
-            fmt="o",
-            markersize=4,
-            color=colour,
-            label=label,
-        )
-    ax.set_xticks(places, [str(name) for name in rates["bit"]], rotation=90, fontsize=8)
-    ax.set(ylabel="error rate, 95 % interval", ylim=(0, None))
-    ax.legend(fontsize=8, frameon=False, ncols=2)
-    return figure
-
-
-def stage(said: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figure:
-    """Where the stage said the fields are and how far off it was, (fov, 2) micrometre, and the overlaps that tell.
-
-    links: columns a, b (rows of positions) and used.
-    """
-    figure, (ax,) = new_figure(6.4, 5)
-    for ends, used in zip(links[["a", "b"]].to_numpy(int), links["used"], strict=True):
-        ax.plot(*said[ends].T, color=MUTED if used else BLANK, linewidth=1, linestyle="-" if used else ":", zorder=1)
-    ax.plot(*said.T, "o", color="black", markersize=3, zorder=2)
-    change = positions - said
-    lengths = np.hypot(*change.T)
-    if lengths.max(initial=0) > 0:
-        # the longest arrow spans half the way to the next field
-        near = np.hypot(*(said[:, None] - said[None]).T) if len(said) <= 2000 else np.array([[np.ptp(said) / 40]])
-        step = float(np.min(near[near > 0], initial=np.inf))
-        scale = 2 * lengths.max() / step
-        ax.quiver(*said.T, *change.T, color=GENE, angles="xy", scale_units="xy", scale=scale, zorder=3)
-        ax.plot(*(said + change / scale).T, " ")  # makes room for the arrows
-    ax.set_title(f"the longest arrow is {lengths.max(initial=0):.2f} µm long", fontsize=9, loc="left")
-    ax.set_aspect("equal")
-    ax.margins(0.1)
-    ax.invert_yaxis()
-    ax.set(xlabel="x [µm]", ylabel="y [µm]")
-    return figure
-
-
-def words_called(before: np.ndarray, counts: np.ndarray, names: Sequence[str], is_blank: np.ndarray) -> Figure:
-    """Molecules of each word (word,), most abundant first, blanks in red; pale: found (before), but not kept."""
-    figure, (ax,) = new_figure(11, 3.4)
-    order = np.lexsort((-before, -counts))
-    colours = np.where(is_blank[order], BLANK, GENE)
-    ax.bar(range(len(names)), before[order], color=colours, width=0.85, alpha=0.25)
-    ax.bar(range(len(names)), counts[order], color=colours, width=0.85)
-    top = order[:8]
-    ax.set_yscale("symlog", linthresh=1)
-    ax.set(xlabel="words, most abundant first", ylabel="molecules", xlim=(-1, len(names)), xticks=[])
-    first = ", ".join(f"{names[k]} {counts[k]:,}" for k in top)
-    ax.set_title(f"genes blue, blanks red, pale: found but not kept; {first}", fontsize=9, loc="left")
-    return figure
 
 
 def cells(geometry: np.ndarray, labels: Sequence[str] | None = None, title: str = "") -> Figure:

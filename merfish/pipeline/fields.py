@@ -24,9 +24,10 @@ from merfish.imaging.experiment import Experiment
 from merfish.imaging.field import chosen_stains, register_field, register_stains
 from merfish.imaging.normalize import Normalization
 from merfish.pipeline.folder import new_record
-from merfish.report import OVERVIEW
+from merfish.report import OVERVIEW, STAINS
 
 OVERVIEW_WHITE = 1.5  # height, in molecules, that the overview picture shows as white
+STAIN_SIDE = 512  # pixels, at most, of the small pictures of stains
 CALLS, OUTLINES, TALLY = "calls.parquet", "outlines.parquet", "tally.npz"
 # What a field knows of its calls; the rest of `merfish.transcripts.COLUMNS` follows from the run.
 CALL_COLUMNS = (
@@ -62,11 +63,12 @@ def process_field(
     # where some round has no image nothing can be told
     calls = calls[field.valid[np.rint(calls["y"]).astype(int), np.rint(calls["x"]).astype(int)]]
     clock.lap("decode")
-    outlines, faults = segment_field(experiment, fov, config)
+    outlines, stains, faults = segment_field(experiment, fov, config)
     clock.lap("segment")
     pq.write_table(pa.Table.from_pandas(calls[list(CALL_COLUMNS)], preserve_index=False), folder / CALLS)
     write_outlines(outlines, folder / OUTLINES)
     np.save(folder / OVERVIEW, overview(field.bits, calibration.normalization))
+    write_small_stains(stains, folder / STAINS)
     write_tally(calls, folder / TALLY)
     clock.lap("write")
     return {
@@ -103,8 +105,10 @@ def overview(bits: np.ndarray, normalization: Normalization) -> np.ndarray:
     return (np.minimum(brightest / OVERVIEW_WHITE, 1) * 255).astype(np.uint8)
 
 
-def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> tuple[list[shapely.Polygon], dict[str, str]]:
-    """Outlines of the cells of a field, pixels of round 0, none without a stain of the nuclei; faults of the stains.
+def segment_field(
+    experiment: Experiment, fov: int, config: RunConfig
+) -> tuple[list[shapely.Polygon], dict[str, np.ndarray], dict[str, str]]:
+    """Outlines of the cells of a field, pixels of round 0, none without a stain of the nuclei; stains and their faults.
 
     A stain that cannot be aligned is used as it is: outlines bear a drift of some pixels, a field without cells helps
     nobody.
@@ -113,10 +117,10 @@ def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> tuple[
 
     nuclei, body = chosen_stains(experiment, config)
     if nuclei is None:
-        return [], {}
+        return [], {}, {}
     images, faults = register_stains(experiment, fov, [name for name in (nuclei, body) if name is not None])
     labels = segment(images[nuclei], None if body is None else images[body], experiment.microns_per_pixel)
-    return list(outlines(labels).values()), faults
+    return list(outlines(labels).values()), images, faults
 
 
 # --- the files of a record ----------------------------------------------------------------------------------------
@@ -137,6 +141,27 @@ def read_outlines(out: Path, fov: int) -> np.ndarray:
     """Outlines of a field (outline,), pixels."""
     table = pq.read_table(results.field_folder(out, fov) / OUTLINES)
     return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), dtype=object)
+
+
+def write_small_stains(stains: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write small pictures of the stains (y, x) of a field: uint8 (stain, y, x), names, pixels of the field in one."""
+    if stains:
+        step = -(-max(next(iter(stains.values())).shape) // STAIN_SIDE)
+        small = [stretch(block_mean(image, step)) for image in stains.values()]
+        np.savez(path, stains=np.stack(small), names=np.array(list(stains)), step=step)
+
+
+def block_mean(image: np.ndarray, step: int) -> np.ndarray:
+    """Mean of squares of ``step`` pixels, float32; rows and columns left over at the end are dropped."""
+    height, width = (side // step for side in image.shape)
+    squares = image[: height * step, : width * step].reshape(height, step, width, step)
+    return squares.mean(axis=(1, 3), dtype=np.float32)
+
+
+def stretch(image: np.ndarray) -> np.ndarray:
+    """An image as uint8, black at its first percentile, white at the 99.8th."""
+    low, high = np.percentile(image, [1, 99.8])
+    return (np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
 
 
 def write_tally(calls: pd.DataFrame, path: Path) -> None:

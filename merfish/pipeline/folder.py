@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from merfish import results
-from merfish._files import file_record, plain, read_json, sweep, whole_file, write_json
+from merfish._files import file_record, flush, plain, read_json, sweep, whole_file, write_json
 from merfish.errors import InputError
 
 CALIBRATION = "calibration.json"
@@ -157,8 +157,7 @@ def publish(out: Path) -> None:
     stage = out / _STAGED
     names = sorted(path.name for path in stage.iterdir())
     for name in names:
-        with open(stage / name, "rb") as file:
-            os.fsync(file.fileno())
+        flush(stage / name)
     write_json(stage / _COMPLETE, names)
     finish_publication(out)
 
@@ -172,6 +171,8 @@ def finish_publication(out: Path) -> None:
             (out / results.RUN).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name == results.RUN):
             if (stage / name).exists():
+                if (out / name).is_dir():  # a folder is not replaced by another
+                    shutil.rmtree(out / name)
                 (stage / name).replace(out / name)
     shutil.rmtree(stage, ignore_errors=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +25,7 @@ from merfish.pipeline.manifest import versions
 from merfish.pipeline.reconcile import Fields, Reconciled
 from merfish.pipeline.survey import Calibrated
 from merfish.pipeline.tables import Written
-from merfish.report import bit_warnings, quality_lines, stain_lines, untied_text
+from merfish.report.notices import bit_warnings, quality_lines, stain_lines, untied_text
 
 
 def run_record(
@@ -43,9 +45,12 @@ def run_record(
             for fov, said in says.items()}  # fmt: skip
     return {
         "versions": versions(),
+        "command": shlex.join(sys.argv),
         "parameters": config.model_dump(),
         "inputs": describe_inputs(experiment, fields.fovs),
         "codebook": {"names": book.names, "is_blank": book.is_blank.tolist()},
+        "microns_per_pixel": experiment.microns_per_pixel,
+        "planes": list(experiment.z),
         "bits": {
             "names": book.bit_names,
             "colors": [channel.color for channel in experiment.bits],
