@@ -8,26 +8,34 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from merfish.plots import BLANK, CATEGORIES, GENE, MUTED, new_figure
+from merfish.plots import BLANK, CATEGORIES, GENE, MUTED, draw_detail, draw_field, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
 MANY = 500  # fields or points, above which a picture is drawn in pixels rather than one shape each
-FEWEST_TIED, MOST_COMPARED = 1e-3, 2000  # micrometre; fields among which the nearest are looked for
-MAP_WIDTH, LEAST_HEIGHT, MOST_HEIGHT = 4.4, 2.4, 5.5  # inches
+LEAST_OFF = 1e-3  # micrometre; less is no arrow
+ENLARGED = (1, 2, 5, 10, 20, 50, 100)  # of arrows
+MOST_COMPARED = 2000  # fields among which the nearest are looked for
+SMALL, NORMAL, LEAST_HEIGHT = 4.0, 6.4, 2.0  # inches
 
 
 def map_figure(width: float, extent: np.ndarray) -> tuple[Figure, Axes]:
     """Axes for places in micrometre; height as the section, extent (x, y), wants it."""
     aspect = extent[1] / max(extent[0], 1e-9)
-    figure, (ax,) = new_figure(width, float(np.clip(0.75 * width * aspect + 0.6, LEAST_HEIGHT, MOST_HEIGHT)))
+    figure, (ax,) = new_figure(width, float(np.clip(0.68 * width * aspect + 0.6, LEAST_HEIGHT, 1.2 * width)))
     ax.set_aspect("equal")
     ax.set(xlabel="x [µm]", ylabel="y [µm]")
     ax.ticklabel_format(useOffset=False)
     ax.locator_params(nbins=5)
     return figure, ax
+
+
+def _colours_beside(ax: Axes, drawn: ScalarMappable, label: str) -> None:
+    """What the colours of a map mean, as high as the map."""
+    ax.figure.colorbar(drawn, cax=ax.inset_axes((1.04, 0, 0.045, 1)), label=label)
 
 
 def field_map(
@@ -40,7 +48,7 @@ def field_map(
     from matplotlib.collections import PolyCollection
 
     everything = np.concatenate([positions, failed])
-    figure, ax = map_figure(MAP_WIDTH, np.ptp(everything, axis=0) + size)
+    figure, ax = map_figure(SMALL, np.ptp(everything, axis=0) + size)
     square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * size
     known = np.isfinite(values)
     tiles = PolyCollection(
@@ -57,20 +65,34 @@ def field_map(
     ax.autoscale_view()
     ax.invert_yaxis()
     if known.any():
-        figure.colorbar(tiles, ax=ax, label=label, shrink=0.9, aspect=18)
+        _colours_beside(ax, tiles, label)
     return figure
 
 
 def density_map(density: np.ndarray, corner: np.ndarray, bin_: float) -> Figure:
     """Molecules a square micrometre; density: (y, x) of counts in squares of ``bin_`` micrometre."""
     high = corner + bin_ * np.array(density.shape[::-1])
-    figure, ax = map_figure(6.4, high - corner)
+    figure, ax = map_figure(SMALL, high - corner)
     values = density / bin_**2
     top = float(np.percentile(values[values > 0], 99)) if values.any() else 1.0
     image = ax.imshow(
         values, cmap="magma", vmin=0, vmax=top, extent=(corner[0], high[0], high[1], corner[1]), interpolation="nearest"
     )
-    figure.colorbar(image, ax=ax, label="molecules of genes / µm²", shrink=0.9, aspect=22)
+    _colours_beside(ax, image, "molecules of genes / µm²")
+    return figure
+
+
+def field_image(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> Figure:
+    """A field (y, x) and its molecules; see `merfish.plots.draw_field`."""
+    figure, (ax,) = new_figure(SMALL, SMALL * image.shape[0] / image.shape[1] + 0.3)
+    draw_field(ax, image, calls, square)
+    return figure
+
+
+def field_detail(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> Figure:
+    """A square of a field and its molecules; see `merfish.plots.draw_detail`."""
+    figure, (ax,) = new_figure(SMALL, SMALL + 0.3)
+    draw_detail(ax, image, calls, square)
     return figure
 
 
@@ -79,11 +101,21 @@ def cell_map(centres: np.ndarray, geometry: np.ndarray | None, values: np.ndarra
     import shapely
     from matplotlib.collections import PolyCollection
 
-    figure, ax = map_figure(6.4, np.ptp(centres, axis=0) + 1)
+    figure, ax = map_figure(NORMAL, np.ptp(centres, axis=0) + 1)
     top = float(np.percentile(values, 99)) if len(values) else 1.0
     if geometry is None:
         size = float(np.clip(40_000 / len(centres), 0.1, 4))
-        drawn = ax.scatter(*centres.T, c=values, s=size, linewidths=0, cmap="viridis", vmin=0, vmax=top, rasterized=True)
+        drawn = ax.scatter(
+            centres[:, 0],
+            centres[:, 1],
+            c=values,
+            s=size,
+            linewidths=0,
+            cmap="viridis",
+            vmin=0,
+            vmax=top,
+            rasterized=True,
+        )
     else:
         parts, cell = shapely.get_parts(geometry, return_index=True)
         rings = [shapely.get_coordinates(ring) for ring in shapely.get_exterior_ring(parts)]
@@ -94,7 +126,7 @@ def cell_map(centres: np.ndarray, geometry: np.ndarray | None, values: np.ndarra
         drawn = ax.add_collection(collection)  # type: ignore[assignment]
         ax.autoscale_view()
     ax.invert_yaxis()
-    figure.colorbar(drawn, ax=ax, label=label, shrink=0.9, aspect=22)
+    _colours_beside(ax, drawn, label)
     return figure
 
 
@@ -116,7 +148,7 @@ def stains_under_outlines(stains: np.ndarray, names: Sequence[str], rings: Seque
 
 def histogram(values: np.ndarray, label: str, counted: str = "cells") -> Figure:
     """How often values occur, up to their 99.5th percentile, with the median."""
-    figure, (ax,) = new_figure(4.4, 2.8)
+    figure, (ax,) = new_figure(SMALL, 2.8)
     values = values[np.isfinite(values)]
     if len(values):
         top = float(np.percentile(values, 99.5))
@@ -130,18 +162,16 @@ def histogram(values: np.ndarray, label: str, counted: str = "cells") -> Figure:
 
 def correlation(x: np.ndarray, y: np.ndarray, names: Sequence[str], labels: tuple[str, str], r: float) -> Figure:
     """Values of genes (gene,) against others, both logarithmic; the farthest from the common ratio are named."""
-    figure, (ax,) = new_figure(4.8, 4.4)
+    figure, (ax,) = new_figure(NORMAL, 4.6)
     both = np.flatnonzero((x > 0) & (y > 0))
-    ax.loglog(x[both], y[both], ".", color=GENE, markersize=4, alpha=0.7, rasterized=len(both) > MANY)
+    ax.loglog(x[both], y[both], ".", color=GENE, markersize=6, alpha=0.7, rasterized=len(both) > MANY)
     if len(both):
         ratio = np.log10(y[both] / x[both])
         middle = np.median(ratio)
         ends = np.array([x[both].min(), x[both].max()])
         ax.loglog(ends, ends * 10**middle, color=MUTED, linewidth=1)
         for k in both[np.argsort(-np.abs(ratio - middle))[:5]]:
-            ax.annotate(
-                names[k], (x[k], y[k]), fontsize=7, xytext=(3, 3), textcoords="offset points", parse_math=False
-            )
+            ax.annotate(names[k], (x[k], y[k]), fontsize=7, xytext=(3, 3), textcoords="offset points", parse_math=False)
     ax.set(xlabel=labels[0], ylabel=labels[1])
     ax.set_title(f"r = {r:.3f} of log10, {len(both)} genes", fontsize=9, loc="left")
     return figure
@@ -149,7 +179,7 @@ def correlation(x: np.ndarray, y: np.ndarray, names: Sequence[str], labels: tupl
 
 def seconds_of_steps(seconds: Mapping[str, float]) -> Figure:
     """Time of each step."""
-    figure, (ax,) = new_figure(6.4, 0.26 * len(seconds) + 0.7)
+    figure, (ax,) = new_figure(11, 0.26 * len(seconds) + 0.7)
     places = np.arange(len(seconds))
     ax.barh(places, list(seconds.values()), color=GENE, height=0.7)
     for place, value in zip(places, seconds.values(), strict=True):
@@ -175,7 +205,7 @@ def drift(shifts: pd.DataFrame) -> Figure:
     if failed.any():
         ax.plot(shifts["round"][failed], np.nan_to_num(length[failed]), "x", color=BLANK, markersize=8, label="failed")
     ax.set(xlabel="imaging round", ylabel="drift against round 0 [px]", ylim=(0, None))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     return figure
 
@@ -204,7 +234,7 @@ def error_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
         bars = np.maximum([rate - low, high - rate], 0)
         ax.errorbar(places + shift, rate, bars, fmt="o", markersize=4, color=colour, label=label)
     _bits_below(ax, [str(name) for name in rates["bit"]])
-    ax.set(ylabel="error rate, 95 % interval", ylim=(0, None))
+    ax.set(ylabel="error rate, 95% interval", ylim=(0, None))
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     _legend_above(ax)
     return figure
@@ -228,7 +258,7 @@ def stage(said: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figur
     """
     from matplotlib.collections import LineCollection
 
-    figure, ax = map_figure(6.4, np.ptp(said, axis=0) + 1)
+    figure, ax = map_figure(NORMAL, np.ptp(said, axis=0) + 1)
     ends, used = links[["a", "b"]].to_numpy(int), links["used"].to_numpy(bool)
     for which, colour, style in ((used, MUTED, "-"), (~used, BLANK, ":")):
         lines = LineCollection(list(said[ends[which]]), colors=colour, linestyles=style, linewidths=1)
@@ -237,14 +267,14 @@ def stage(said: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figur
     ax.plot(*said.T, "o", color="black", markersize=3, rasterized=len(said) > MANY)
     change = positions - said
     longest = float(np.hypot(*change.T).max(initial=0))
-    title = f"no field was off by more than {FEWEST_TIED * 1000:g} nm"
-    if longest > FEWEST_TIED:
-        # the longest arrow spans half the way to the next field; at most 1,000 times enlarged
-        scale = max(2 * longest / _step(said), 1e-3)
-        off = np.hypot(*change.T) > FEWEST_TIED
-        ax.quiver(*said[off].T, *change[off].T, color=GENE, angles="xy", scale_units="xy", scale=scale, zorder=3)
-        ax.plot(*(said + change / scale).T, " ")  # makes room for the arrows
-        title = f"arrows {1 / scale:,.3g} times enlarged; the longest is {longest:.2g} µm"
+    title = f"no field was off by more than {LEAST_OFF * 1000:g} nm"
+    if longest > LEAST_OFF:
+        # the longest arrow spans up to half the way to the next field
+        enlarged = max([times for times in ENLARGED if times * longest <= _step(said) / 2], default=1)
+        off = np.hypot(*change.T) > LEAST_OFF
+        ax.quiver(*said[off].T, *change[off].T, color=GENE, angles="xy", scale_units="xy", scale=1 / enlarged, zorder=3)
+        ax.plot(*(said + change * enlarged).T, " ")  # makes room for the arrows
+        title = f"arrows {enlarged} times enlarged; the longest stands for {longest:.2g} µm"
     ax.set_title(title, fontsize=9, loc="left")
     ax.margins(0.1)
     ax.invert_yaxis()

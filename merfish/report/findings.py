@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -38,7 +38,7 @@ class Finding:
 def overall(findings: list[Finding]) -> Status:
     """The worst of all."""
     found = {finding.status for finding in findings}
-    return next((status for status in ("fail", "warn") if status in found), "pass")  # type: ignore[return-value]
+    return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
 
 
 def findings(run: Mapping[str, Any], halves: tuple[float, int], bulk: tuple[float, int] | None = None) -> list[Finding]:
@@ -92,7 +92,7 @@ def misidentified(figures: Mapping[str, Any], target: float) -> Finding:
     rate, held_out = figures["misidentification_rate"], figures["held_out"]
     if rate is None:
         return Finding("Kept molecules that are wrong", "unknown", "warn", f"at most {target:.0%}", "parameter")
-    value, status = f"{rate:.1%}", "pass"
+    value, status = f"{rate:.1%}", cast(Status, "pass")
     if held_out is not None:
         value += f" (held out {held_out['low']:.1%} to {held_out['high']:.1%})"
         status = "fail" if held_out["low"] > target else "warn" if held_out["rate"] > 1.2 * target else "pass"
@@ -101,9 +101,9 @@ def misidentified(figures: Mapping[str, Any], target: float) -> Finding:
     return Finding(
         "Kept molecules that are wrong",
         value,
-        status,  # type: ignore[arg-type]
+        status,
         f"at most {target:.0%}; fail where the interval lies above",
-        f"parameter misidentification_rate; {CHEN} aim at 5 %",
+        f"parameter misidentification_rate; {CHEN} aim at 5%",
     )
 
 
@@ -132,8 +132,9 @@ def exact_words(words: Mapping[str, Any]) -> Finding:
     """Kept molecules that show their word without an error."""
     name, kept = "Kept molecules that show their word exactly", sum(words["n_kept"])
     expected = EXACT / CORRECTABLE
-    threshold, source = f"at least {EXACT:.0%}; fail below {FEW_EXACT:.0%}", (
-        f"{expected:.0%} at errors of 10 % and 4 %; {FEW_EXACT:.0%}: simulated and real fields with wrong codebooks"
+    threshold, source = (
+        f"at least {EXACT:.0%}; fail below {FEW_EXACT:.0%}",
+        (f"{expected:.0%} at errors of 10% and 4%; {FEW_EXACT:.0%}: simulated and real fields with wrong codebooks"),
     )
     if not kept:
         return Finding(name, "no molecules", "fail", threshold, source)
@@ -147,7 +148,7 @@ def efficiency(words: Mapping[str, Any], is_blank: list[bool]) -> Finding:
     values = np.array(words["detection_efficiency"], float)[~np.array(is_blank, bool)]
     values = values[np.isfinite(values)]
     threshold = f"at least {CORRECTABLE:.0%}; fail below {EXACT:.0%}"
-    source = "words with at most one error, and without any, at errors of 10 % and 4 %"
+    source = "words with at most one error, and without any, at errors of 10% and 4%"
     if not len(values):
         return Finding("Molecules detected, median gene", "unknown", "warn", threshold, source)
     middle = float(np.median(values))
@@ -156,7 +157,7 @@ def efficiency(words: Mapping[str, Any], is_blank: list[bool]) -> Finding:
 
 
 def correlation(name: str, r: float, n_genes: int, published: float) -> Finding:
-    """A correlation over genes against a published one, with the 95 % interval of Fisher's transformation."""
+    """A correlation over genes against a published one, with the 95% interval of Fisher's transformation."""
     threshold = f"at least {published}; fail where the interval holds 0"
     source = f"{CHEN}; interval of this run"
     if not np.isfinite(r) or n_genes < 4:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
@@ -57,7 +58,9 @@ class Table:
     @property
     def cells(self) -> list[list[tuple[str, float | None]]]:
         """Rows of (text, number to sort by or None for text)."""
-        return [[_cell(v, self.formats.get(c, "")) for c, v in zip(self.columns, row, strict=True)] for row in self.rows]
+        return [
+            [_cell(v, self.formats.get(c, "")) for c, v in zip(self.columns, row, strict=True)] for row in self.rows
+        ]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def picture(
     from matplotlib import rc_context
 
     figure.draw_without_rendering()
+    figure.draw_without_rendering()  # places with a fixed aspect settle the second time
     figure.set_layout_engine("none")  # the layout stands; doing it again for each format takes most of the time
     png, svg = io.BytesIO(), io.StringIO()
     figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
@@ -91,7 +95,11 @@ def write_report(path: Path, title: str, lead: str, sections: Sequence[Section])
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("merfish"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("merfish"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     page = environment.get_template("report.html").render(title=title, lead=lead, sections=sections)
     with whole_file(path.parent / FOLDER) as part:
@@ -115,12 +123,10 @@ def _write_numbers(section: Section, folder: Path) -> None:
 
 
 def _for_page(svg: str, name: str, caption: str) -> Markup:
-    """An SVG of Matplotlib's to stand within a page: scales, takes the page's colours, its ids clash with no other's."""
+    """Matplotlib's SVG to stand within a page: it scales, takes the page's colours, its ids clash with no others."""
     svg = svg[svg.index("<svg") :]
     used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg))
-    svg = re.sub(
-        r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg
-    )
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     for colour, named in _NAMED.items():
@@ -128,7 +134,6 @@ def _for_page(svg: str, name: str, caption: str) -> Markup:
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
     assert size is not None
     head = f'<svg viewBox="0 0 {size[1]} {size[2]}" role="img" aria-label="{Markup.escape(caption)}"'
-    head += f' style="min-width:min(100%,{0.62 * float(size[1]):.0f}px)"'
     head += ' xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg">'
     return Markup(head + svg[svg.index(">") + 1 :])
 
@@ -136,6 +141,6 @@ def _for_page(svg: str, name: str, caption: str) -> Markup:
 def _cell(value: Any, form: str) -> tuple[str, float | None]:
     """Text of a value, and the number to sort by; a number that is not known has none and stands as a dash."""
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-    if value is None or number is not None and number != number:
+    if value is None or (number is not None and np.isnan(number)):
         return "–", None
     return (form.format(value) if form else str(value)), number

@@ -130,7 +130,6 @@ def sections_of(run: Run, others: dict[str, pd.Series]) -> list[Section]:
         field_section(run),
         cell_section(run),
         agreement_section(run, others),
-        stage_section(run.record["stage"]),
         image_section(run),
         failed_section(run.record["failed"]),
         how_section(run),
@@ -173,7 +172,9 @@ def _paired(run: Run, other: pd.Series) -> tuple[np.ndarray, np.ndarray, list[st
     words = pd.Series(run.record["words"]["n_kept"], index=run.record["words"]["gene"], dtype=float)[~run.is_blank]
     shared = [gene for gene in words.index if gene in other.index]
     if not shared:
-        raise InputError(f"no gene of the run, as {words.index[0]}, is in the other table, as {other.index[:1].tolist()}")
+        raise InputError(
+            f"no gene of the run, as {words.index[0]}, is in the other table, as {other.index[:1].tolist()}"
+        )
     return words[shared].to_numpy(), other[shared].to_numpy(), shared
 
 
@@ -194,7 +195,7 @@ def molecule_section(run: Run) -> Section:
             }
         )
         figure = figures.density_map(molecules.density, molecules.corner, molecules.bin)
-        shown.append(picture("density", figure, "Molecules of genes on the stage", numbers))
+        shown.append(picture("density", figure, "Molecules of genes on the stage", numbers, "small"))
     shown += _overview_picture(run)
     return Section("Molecules", _molecule_text(run.record), figures=shown)
 
@@ -215,7 +216,7 @@ def _molecule_text(record: dict[str, Any]) -> list[str]:
 
 
 def _interval(text: str, value: dict[str, float] | None) -> str:
-    return text.format("{rate:.1%}, 95 % interval {low:.1%} to {high:.1%}".format(**value)) if value else ""
+    return text.format("{rate:.1%}, 95% interval {low:.1%} to {high:.1%}".format(**value)) if value else ""
 
 
 def _overview_picture(run: Run) -> list[Picture]:
@@ -228,13 +229,22 @@ def _overview_picture(run: Run) -> list[Picture]:
     if not path.is_file():
         return []
     low, high = run.places[row], run.places[row] + run.size
-    box = [(f"global_{a}", op, end[k]) for k, a in enumerate("xy") for op, end in ((">=", low), ("<", high))]
+    box = _within("global", low, high)
     columns = ["gene", "is_blank", "global_x", "global_y"]
     calls = pd.read_parquet(run.stage / results.TRANSCRIPTS, filters=box, columns=columns)
     calls = calls.assign(x=(calls["global_x"] - low[0]) / scale, y=(calls["global_y"] - low[1]) / scale)
+    image, numbers = read_overview(path), calls[["gene", "is_blank", "x", "y"]]
+    square = plots.densest_square(calls, image.shape)
     caption = f"Field {fov}, the one with most molecules: its brightest bits and the molecules kept there"
-    figure = plots.overview(read_overview(path), calls)
-    return [picture("overview", figure, caption, calls[["gene", "is_blank", "x", "y"]], "wide")]
+    return [
+        picture("field", figures.field_image(image, calls, square), caption, numbers, "small"),
+        picture("detail", figures.field_detail(image, calls, square), "The yellow square of that field", None, "small"),
+    ]
+
+
+def _within(name: str, low: np.ndarray, high: np.ndarray) -> list[tuple[str, str, float]]:
+    """A filter for Parquet: places between two corners."""
+    return [(f"{name}_{a}", op, end[k]) for k, a in enumerate("xy") for op, end in ((">=", low), ("<", high))]
 
 
 def read_overview(path: Path) -> np.ndarray:
@@ -340,15 +350,21 @@ def field_section(run: Run) -> Section | None:
     maps = (
         ("kept", "Molecules kept", "molecules"),
         ("blanks", "Share of blanks among the kept", "share of blanks"),
+        ("in cells", "Share of molecules in cells", "share in cells"),
+        ("r", "Counts of genes against all other fields", "r of log10 counts"),
         ("drift", "Largest drift of a round", "drift [px]"),
         ("spot width", "Width of spots: focus", "sigma [px]"),
         ("saturated", "Saturated pixels of all bits", "pixels"),
         ("seconds", "Time to decode and segment", "seconds"),
     )
-    shown = []
+    shown: list[Picture] = []
+    alike: list[str] = []
     for name, caption, label in maps:
         values = table[name].to_numpy(float)
-        if np.isfinite(values).any():
+        known = values[np.isfinite(values)]
+        if len(known) and not np.ptp(known):
+            alike.append(f"{caption}: {known[0]:.3g} in every field.")
+        elif len(known):
             figure = figures.field_map(places, run.size, values, failed, label)
             numbers = pd.DataFrame({"field": run.fovs, "x": places[:, 0], "y": places[:, 1], name: values})
             shown.append(picture(f"map_{name.replace(' ', '_')}", figure, caption, numbers, "small"))
@@ -360,6 +376,7 @@ def field_section(run: Run) -> Section | None:
         "Blanks and in cells: shares of the kept. Drift: largest of all rounds, pixels. Spot width: sigma after "
         "filtering, pixels, larger out of focus. Saturated: pixels of all bits. r: log10 counts of genes against those "
         "of all other fields. Crosses on the maps: fields that failed.",
+        *([" ".join(alike)] if alike else []),
         *([f"The first {MOST_ROWS:,} of {len(table):,} fields; fields.csv has all."] if len(table) > MOST_ROWS else []),
     ]
     return Section("Fields", text, [_table(table, formats, "fields")], shown)
@@ -427,7 +444,8 @@ def _stain_picture(run: Run) -> list[Picture]:
     with np.load(path, allow_pickle=False) as saved:
         stains, names, step = saved["stains"], saved["names"].tolist(), float(saved["step"])
     low, high = run.places[row], run.places[row] + run.size
-    box = [(f"center_{a}", op, end[k]) for k, a in enumerate("xy") for op, end in ((">=", low), ("<", high))]
+    around = np.array(run.size) / 4  # cells whose centres lie outside reach in
+    box = _within("center", low - around, high + around)
     near = pd.read_parquet(run.stage / results.CELLS, columns=["cell_id", "geometry"], filters=box)
     parts, cell = shapely.get_parts(shapely.from_wkb(near["geometry"].to_numpy()), return_index=True)
     # the middle of pixel k of the small picture is that of its square of pixels
@@ -437,7 +455,7 @@ def _stain_picture(run: Run) -> list[Picture]:
     ]
     ids = near["cell_id"].to_numpy()[cell]
     corners = [pd.DataFrame(ring, columns=["x", "y"]).assign(cell_id=i) for ring, i in zip(rings, ids, strict=True)]
-    caption = f"Field {fov}, the one with most cells: its stains and the cells whose centres lie in it"
+    caption = f"Field {fov}, the one with most cells: its stains and the cells"
     figure = figures.stains_under_outlines(stains, names, rings)
     return [picture("stains", figure, caption, pd.concat(corners) if corners else None)]
 
@@ -458,17 +476,21 @@ def agreement_section(run: Run, others: dict[str, pd.Series]) -> Section | None:
         if n:
             numbers = pd.DataFrame({"gene": names, labels[0]: x, labels[1]: y})
             figure = figures.correlation(x, y, names, labels, r)
-            shown.append(picture(f"correlation_{name}", figure, f"{labels[1]} against {labels[0]}", numbers))
+            shown.append(
+                picture(
+                    f"correlation_{name}", figure, f"{labels[1][0].upper()}{labels[1][1:]} against {labels[0]}", numbers
+                )
+            )
     return Section("Agreement of counts", figures=shown) if shown else None
 
 
-# --- stage and images ---------------------------------------------------------------------------------------------
+# --- images and stage ---------------------------------------------------------------------------------------------
 
 
-def stage_section(stage: dict[str, Any]) -> Section | None:
-    """How far the stage was off."""
+def _stage_pictures(stage: dict[str, Any]) -> tuple[list[str], list[Picture]]:
+    """How far the stage was off, in words and as a picture; nothing where no overlap tells."""
     if not (stage["links"]["a"] or stage["untied"]):
-        return None
+        return [], []
     links = pd.DataFrame(stage["links"])
     said, positions = np.array(stage["said"]), np.array(stage["positions"])
     used = int(links["used"].sum())
@@ -485,19 +507,24 @@ def stage_section(stage: dict[str, Any]) -> Section | None:
     caption = "How far the stage was off (arrows), and which fields share molecules (lines)"
     names = {"x said": said[:, 0], "y said": said[:, 1], "x": positions[:, 0], "y": positions[:, 1]}
     numbers = pd.DataFrame(names).rename_axis("field").reset_index()
-    return Section("Stage", [text], figures=[picture("stage", figures.stage(said, positions, links), caption, numbers)])
+    return [text], [picture("stage", figures.stage(said, positions, links), caption, numbers)]
 
 
 def image_section(run: Run) -> Section:
-    """Drift, light, colours, and images that are unlike the others."""
+    """Drift, stage, light, colours, and images that are unlike the others."""
     record = run.record
     shifts = pd.DataFrame([{"fov": int(fov), **row} for fov, f in record["fields"].items() for row in f["drift"]])
     text, shown = "The stacks were registered already.", []
     if len(shifts):
         text = "Each round's drift was measured on the bead images against round 0 and taken out in one resampling."
         shown = [picture("drift", figures.drift(shifts), "Drift of each round", shifts)]
-    tables = [*_quality_table(record["quality"]), *_chromatic_table(record["chromatic"]), *_light_table(record["light"])]
-    return Section("Images", [text], tables, shown)
+    tables = [
+        *_quality_table(record["quality"]),
+        *_chromatic_table(record["chromatic"]),
+        *_light_table(record["light"]),
+    ]
+    said, places = _stage_pictures(record["stage"])
+    return Section("Images and stage", [text, *said], tables, [*shown, *places])
 
 
 def _quality_table(quality: dict[str, list[Any]]) -> list[Table]:
@@ -558,7 +585,7 @@ def how_section(run: Run) -> Section:
     figure = figures.seconds_of_steps(everything)
     numbers = pd.DataFrame({"step": list(everything), "seconds": list(everything.values())})
     text = f"{record['seconds']['total']:,.0f} s in all; steps of fields are the sum over all workers."
-    shown = picture("seconds", figure, "Time of each step", numbers)
+    shown = picture("seconds", figure, "Time of each step", numbers, "wide")
     return Section("How it was made", [text], [Table(("what", "value"), rows, name="parameters")], [shown])
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from merfish import results
 from merfish._text import read_text, shown
 from merfish.errors import InputError
 
 BATCH = 1 << 18  # molecules at a time
-DENSITY_BINS = 400  # along the longer side of the section
+DENSITY_BINS, FEWEST_BINS = 400, 40  # along the longer side of the section
+ENOUGH = 10  # molecules in a square, on average; with fewer one sees their noise
 FEWEST_GENES = 3  # to correlate
 
 
@@ -37,7 +37,7 @@ class Molecules:
 
 
 def sum_molecules(path: Path, fovs: np.ndarray, is_blank: np.ndarray, low: np.ndarray, high: np.ndarray) -> Molecules:
-    """Sum up a table of transcripts, some row groups at a time; low, high: corners (x, y) of the section, micrometre."""
+    """Sum up a table of transcripts, part by part; low, high: corners (x, y) of the section, micrometre."""
     bin_ = max(float(np.max(high - low)) / DENSITY_BINS, 1e-6)
     columns, rows = np.maximum(np.ceil((high - low) / bin_).astype(int), 1)
     counts = np.zeros((len(fovs), len(is_blank)), np.int32)
@@ -51,7 +51,15 @@ def sum_molecules(path: Path, fovs: np.ndarray, is_blank: np.ndarray, low: np.nd
         u = np.clip(((x - low[0]) / bin_).astype(int), 0, columns - 1)
         v = np.clip(((y - low[1]) / bin_).astype(int), 0, rows - 1)
         density += np.bincount((v * columns + u)[~is_blank[word]], minlength=density.size)
-    return Molecules(fovs, counts, in_cells, density.reshape(rows, columns), low, bin_)
+    step = int(np.ceil(np.sqrt(ENOUGH * density.size / max(density.sum(), 1))))
+    step = min(step, DENSITY_BINS // FEWEST_BINS)
+    return Molecules(fovs, counts, in_cells, add_squares(density.reshape(rows, columns), step), low, bin_ * step)
+
+
+def add_squares(counts: np.ndarray, step: int) -> np.ndarray:
+    """Sums over squares of ``step`` rows and columns; those at the ends may be cut."""
+    rows, columns = (np.arange(0, side, step) for side in counts.shape)
+    return np.add.reduceat(np.add.reduceat(counts, rows, axis=0), columns, axis=1)
 
 
 def genes_of_cells(path: Path, is_blank: np.ndarray) -> np.ndarray:
