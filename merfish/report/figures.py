@@ -29,7 +29,8 @@ def map_figure(width: float, extent: np.ndarray) -> tuple[Figure, Axes]:
     ax.set_aspect("equal")
     ax.set(xlabel="x [µm]", ylabel="y [µm]")
     ax.ticklabel_format(useOffset=False)
-    ax.locator_params(nbins=5)
+    ax.locator_params(axis="y", nbins=5)
+    ax.locator_params(axis="x", nbins=5 if aspect < 2 else 1)
     return figure, ax
 
 

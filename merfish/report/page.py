@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = "report"  # beside the page: pictures as PNG, numbers as CSV
-PNG_DPI, SVG_DPI = 150, 150  # the second of the images within a picture
+DPI = 150  # of pictures, and of images within them
 # Colours that the page names, so that it can change them in the dark
 _NAMED = {"#000000": "currentColor", plots.GENE: "var(--gene)", plots.BLANK: "var(--blank)"}
 
@@ -79,14 +79,22 @@ def picture(
 ) -> Picture:
     """Render a figure."""
     from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    figure.draw_without_rendering()
-    figure.draw_without_rendering()  # places with a fixed aspect settle the second time
-    figure.set_layout_engine("none")  # the layout stands; doing it again for each format takes most of the time
+    # one layout for both formats; `savefig` draws everything three times for each
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
     png, svg = io.BytesIO(), io.StringIO()
-    figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    figure.set_dpi(DPI)
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(svg, format="svg", dpi=SVG_DPI, transparent=True, metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
     return Picture(name, _for_page(svg.getvalue(), name, caption), png.getvalue(), caption, numbers, width)
 
 

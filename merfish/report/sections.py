@@ -397,7 +397,7 @@ def cell_section(run: Run) -> Section | None:
         return None
     columns = ["cell_id", "center_x", "center_y", "volume", "n_transcripts"]
     cells = pd.read_parquet(run.stage / results.CELLS, columns=columns)
-    cells["n_genes"] = genes_of_cells(run.stage / results.CELL_BY_GENE, run.is_blank)
+    cells["n_genes"] = genes_of_cells(run.stage / results.CELL_BY_GENE)
     shares = run.fields["in cells"].to_numpy(float)
     text = [
         f"{made['n_cells']:,} cells, {made['transcripts_per_cell']:,.0f} molecules a cell in the median; "
@@ -409,10 +409,11 @@ def cell_section(run: Run) -> Section | None:
         geometry = _outlines(run.stage / results.CELLS)
     counts = cells["n_transcripts"].to_numpy(float)
     centres = cells[["center_x", "center_y"]].to_numpy()
-    shown = [
-        picture("cells", figures.cell_map(centres, geometry, counts, "molecules"), "Cells by their molecules", cells),
-        *_stain_picture(run),
-    ]
+    shown = []
+    if len(cells) >= FEWEST_CELLS_DRAWN:
+        figure = figures.cell_map(centres, geometry, counts, "molecules")
+        shown = [picture("cells", figure, "Cells by their molecules", cells)]
+    shown += _stain_picture(run)
     for name, values, label, counted in (
         ("cell_molecules", counts, "molecules a cell", "cells"),
         ("cell_genes", cells["n_genes"].to_numpy(float), "genes a cell", "cells"),
@@ -481,6 +482,11 @@ def agreement_section(run: Run, others: dict[str, pd.Series]) -> Section | None:
                     f"correlation_{name}", figure, f"{labels[1][0].upper()}{labels[1][1:]} against {labels[0]}", numbers
                 )
             )
+    each = run.fields["r"].to_numpy(float)
+    if np.isfinite(each).sum() > 2:
+        label = "r of log10 counts, a field against all others"
+        numbers = run.fields[["field", "r"]]
+        shown.append(picture("r_of_fields", figures.histogram(each, label, "fields"), f"Histogram: {label}", numbers))
     return Section("Agreement of counts", figures=shown) if shown else None
 
 

@@ -62,12 +62,12 @@ def add_squares(counts: np.ndarray, step: int) -> np.ndarray:
     return np.add.reduceat(np.add.reduceat(counts, rows, axis=0), columns, axis=1)
 
 
-def genes_of_cells(path: Path, is_blank: np.ndarray) -> np.ndarray:
+def genes_of_cells(path: Path) -> np.ndarray:
     """Number of genes (cell,) that each cell of a table of counts shows, blanks left out."""
     import h5py
 
     with h5py.File(path, "r") as file:
-        starts = file["X/indptr"][:]
+        starts, is_blank = file["X/indptr"][:], file["var/is_blank"][:].astype(bool)
         genes = np.zeros(len(starts) - 1, np.int64)
         entries = file["X/indices"]
         for first in range(0, len(entries), 1 << 20):
