@@ -140,6 +140,9 @@ def run(
     positions: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/positions.csv.")] = None,
     microscope: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/microscope.json.")] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out fields with faulty files.")] = False,
+    save_images: Annotated[
+        bool, typer.Option("--save-images", help="Keep registered, filtered images as OME-Zarr in OUT/images.")
+    ] = False,
 ) -> None:
     """Decode a whole raw experiment into molecules, cells and counts; writes OUT/report.html."""
     from merfish.pipeline import process
@@ -162,6 +165,7 @@ def run(
             "microscope": microscope,
         },
         keep_going=keep_going,
+        save_images=save_images,
         progress=True,
     )
     summary = run_summary(out)

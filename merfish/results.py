@@ -16,6 +16,7 @@ RUN = "run.json"
 REPORT = "report.html"
 LOG = "merfish.log"
 FIELDS = "fovs"
+IMAGES = "images"
 
 
 def field_folder(out: Path, fov: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from merfish.imaging.experiment import Experiment
 from merfish.imaging.field import chosen_stains, register_field, register_stains
 from merfish.imaging.normalize import Normalization
 from merfish.pipeline.folder import new_record
+from merfish.pipeline.images import new_images, write_images
 from merfish.report import OVERVIEW, STAINS
 
 OVERVIEW_WHITE = 1.5  # height, in molecules, that the overview picture shows as white
@@ -37,25 +39,41 @@ CALL_COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class FieldWork:
-    """Decodes and segments one field into its record; parts: of each field, what the record depends on."""
+    """Decodes and segments one field into its record; parts: of each field, what the record depends on.
+
+    images: whether its registered images are saved too.
+    """
 
     experiment: Experiment
     config: RunConfig
     calibration: Calibration
     out: Path
     parts: Mapping[int, Mapping[str, str]]
+    images: bool = False
 
     def __call__(self, fov: int) -> int:
         """The number of molecules found."""
-        with new_record(results.field_folder(self.out, fov), self.parts[fov]) as (folder, says):
-            says |= process_field(self.experiment, fov, self.config, self.calibration, folder)
+        parts = self.parts[fov]
+        with (
+            new_record(results.field_folder(self.out, fov), parts) as (folder, says),
+            new_images(self.out, fov, parts) if self.images else nullcontext() as images,
+        ):
+            says |= process_field(self.experiment, fov, self.config, self.calibration, folder, images)
         return int(says["n_found"])
 
 
 def process_field(
-    experiment: Experiment, fov: int, config: RunConfig, calibration: Calibration, folder: Path
+    experiment: Experiment,
+    fov: int,
+    config: RunConfig,
+    calibration: Calibration,
+    folder: Path,
+    images: Path | None = None,
 ) -> dict[str, Any]:
-    """Decode and segment one field into files of ``folder``; returns what the record says of it."""
+    """Decode and segment one field into files of ``folder``; returns what the record says of it.
+
+    images: a folder for its registered images, None if they are not wanted.
+    """
     clock = _Clock()
     field = register_field(experiment, fov, config, calibration)
     clock.lap("register")
@@ -71,6 +89,9 @@ def process_field(
     write_small_stains(stains, folder / STAINS)
     write_tally(calls, folder / TALLY)
     clock.lap("write")
+    if images is not None:
+        write_images(experiment, fov, field.bits, calibration, images)
+        clock.lap("save images")
     return {
         "drift": field.drift.to_dict("records"),
         "shape": field.valid.shape,

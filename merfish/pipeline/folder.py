@@ -55,7 +55,7 @@ def owned(out: Path) -> Iterator[None]:
         holder.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
         finish_publication(out)
         remove_work(out)
-        for folder in (out, out / results.FIELDS):
+        for folder in (out, out / results.FIELDS, out / results.IMAGES):
             sweep(folder)
         yield
     finally:
@@ -93,7 +93,7 @@ def new_record(folder: Path, parts: Mapping[str, str]) -> Iterator[tuple[Path, d
         part.mkdir()
         says: dict[str, Any] = {}
         yield part, says
-        files = {path.name: file_record(path)["sha256"] for path in sorted(part.iterdir())}
+        files = {path.name: file_record(path)["sha256"] for path in sorted(part.iterdir()) if path.is_file()}
         content = plain({"parts": dict(parts), "files": files, **says})
         (part / RECORD).write_text(json.dumps({"sha256": digest(content), "content": content}), encoding="utf-8")
 
