@@ -196,6 +196,20 @@ def report(
 
 
 @app.command()
+def mosaic(
+    out: RunFolder,
+    path: Annotated[Path, typer.Option("--out", help="File to write: .zarr (OME-Zarr) or .tif (OME-TIFF).")],
+    channel: Annotated[
+        str, typer.Option(help="A stain or bit of a run with --save-images, or overview: the brightest bit.")
+    ] = "overview",
+) -> None:
+    """Stitch one channel of all fields of a run at their corrected positions."""
+    from merfish.mosaic import write_mosaic
+
+    print(write_mosaic(out, path, channel))
+
+
+@app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder for the experiment; must not exist or be empty.")],
     fields: Annotated[str, typer.Option(help="Rows x columns of overlapping fields.")] = "4x4",

@@ -8,12 +8,14 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from test_command_line import call
 
 import merfish
-from merfish import results
+from merfish import mosaic, results
 from merfish.config import RunConfig
 from merfish.imaging import ngff
 from merfish.imaging.field import register_field, register_stains
@@ -126,3 +128,54 @@ def test_fill_levels__by_tiles_is_as_halving_the_whole(tmp_path, monkeypatch):
         np.testing.assert_allclose(level[:], whole, atol=1e-6)
         whole = ngff.halve(whole)
     assert levels[-1].shape == (2, 1, 51, 33)
+
+
+# --- mosaics ------------------------------------------------------------------------------------------------------
+
+
+def test_blend__by_tiles_is_the_weighted_mean_of_all_fields():
+    rng = np.random.default_rng(0)
+    fields = [mosaic.Tile(rng.normal(size=(40, 30)), row, column) for row, column in ((0, 0), (3, 22), (35, 5))]
+    total, weights = np.zeros((75, 60)), np.zeros((75, 60))
+    for field in fields:
+        for y, x in np.ndindex(40, 30):
+            weight = min(y, 39 - y, x, 29 - x) + 1
+            total[field.row + y, field.column + x] += weight * field.image[y, x]
+            weights[field.row + y, field.column + x] += weight
+    expected = np.divide(total, weights, out=np.zeros_like(total), where=weights > 0)
+    for y in (slice(0, 32), slice(32, 75)):
+        for x in (slice(0, 50), slice(50, 60)):
+            found = mosaic.blend(fields, y, x, np.dtype("float32"))
+            np.testing.assert_allclose(found, expected[y, x], atol=1e-5)
+
+
+@pytest.mark.parametrize("channel", ["DAPI", "bit3", "overview"])
+def test_mosaic__shows_each_field_at_its_place(done, tmp_path, monkeypatch, channel):
+    monkeypatch.setattr(ngff, "TILE", 64)
+    monkeypatch.setattr(ngff, "CHUNK", 32)
+    assert call(monkeypatch, "mosaic", done, "--channel", channel, "--out", tmp_path / "m.zarr") == 0
+    assert call(monkeypatch, "mosaic", done, "--channel", channel, "--out", tmp_path / "m.ome.tif") == 0
+    levels, names = ngff.open_image(tmp_path / "m.zarr")
+    assert names == [channel]
+    whole = levels[0][0, 0]
+    run = results.read_run(done)
+    places, scale = np.array(run["stage"]["positions"]), run["microns_per_pixel"]
+    shift = np.rint((places[1] - places[0]) / scale).astype(int)
+    assert whole.shape == (160, 160 + shift[0])
+    image = mosaic.field_image(done, 1, channel)
+    alone = slice(20, 160)  # right of the overlap
+    np.testing.assert_array_equal(whole[:, shift[0] + 20 :], image[..., :, alone].reshape(160, 140))
+    with tifffile.TiffFile(tmp_path / "m.ome.tif") as file:
+        series = file.series[0]
+        assert (series.axes, len(series.levels)) == ("YX", len(levels))
+        for k, level in enumerate(levels):
+            np.testing.assert_array_equal(series.levels[k].asarray(), level[0, 0])
+        assert f'PhysicalSizeX="{scale}"' in file.ome_metadata
+
+
+def test_mosaic__says_what_there_is(done, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "mosaic", done, "--channel", "bit99", "--out", tmp_path / "m.zarr") == 2
+    assert "no saved image 'bit99'; it has DAPI, polyT, bit1" in capsys.readouterr().err
+    assert call(monkeypatch, "mosaic", done, "--out", tmp_path / "m.png") == 2
+    assert "expected a name that ends in .zarr" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ together and `page` writes; `notices` says what is wrong in single lines, also f
 from __future__ import annotations
 
 from merfish.report.page import Picture, Section, Table, picture, write_report
-from merfish.report.sections import OVERVIEW, STAINS, run_sections, write_run_report
+from merfish.report.sections import OVERVIEW, STAINS, read_overview, read_record, run_sections, write_run_report
 
 __all__ = [
     "OVERVIEW",
@@ -16,6 +16,8 @@ __all__ = [
     "Section",
     "Table",
     "picture",
+    "read_overview",
+    "read_record",
     "run_sections",
     "write_report",
     "write_run_report",

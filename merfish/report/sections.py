@@ -248,9 +248,9 @@ def _within(name: str, low: np.ndarray, high: np.ndarray) -> list[tuple[str, str
 
 
 def read_overview(path: Path) -> np.ndarray:
-    """The overview picture of a field, uint8 (y, x). Raises InputError if it is damaged."""
+    """The overview picture of a field, uint8 (y, x), read where it is used. Raises InputError if it is damaged."""
     try:
-        image: np.ndarray = np.load(path, allow_pickle=False)
+        image: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: damaged ({error}); run again into the same folder") from error
     return image
