@@ -210,6 +210,17 @@ def mosaic(
 
 
 @app.command()
+def view(
+    out: RunFolder,
+    fov: Annotated[int | None, typer.Option(min=0, help="One field; the whole section when not given.")] = None,
+) -> None:
+    """Open napari with the images, outlines and molecules of a run."""
+    from merfish.viewer import view as open_viewer
+
+    open_viewer(out, fov)
+
+
+@app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder for the experiment; must not exist or be empty.")],
     fields: Annotated[str, typer.Option(help="Rows x columns of overlapping fields.")] = "4x4",

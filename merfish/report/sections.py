@@ -229,7 +229,7 @@ def _overview_picture(run: Run) -> list[Picture]:
     if not path.is_file():
         return []
     low, high = run.places[row], run.places[row] + run.size
-    box = _within("global", low, high)
+    box = results.places_between("global", low, high)
     columns = ["gene", "is_blank", "global_x", "global_y"]
     calls = pd.read_parquet(run.stage / results.TRANSCRIPTS, filters=box, columns=columns)
     calls = calls.assign(x=(calls["global_x"] - low[0]) / scale, y=(calls["global_y"] - low[1]) / scale)
@@ -240,11 +240,6 @@ def _overview_picture(run: Run) -> list[Picture]:
         picture("field", figures.field_image(image, calls, square), caption, numbers, "small"),
         picture("detail", figures.field_detail(image, calls, square), "The yellow square of that field", None, "small"),
     ]
-
-
-def _within(name: str, low: np.ndarray, high: np.ndarray) -> list[tuple[str, str, float]]:
-    """A filter for Parquet: places between two corners."""
-    return [(f"{name}_{a}", op, end[k]) for k, a in enumerate("xy") for op, end in ((">=", low), ("<", high))]
 
 
 def read_overview(path: Path) -> np.ndarray:
@@ -446,7 +441,7 @@ def _stain_picture(run: Run) -> list[Picture]:
         stains, names, step = saved["stains"], saved["names"].tolist(), float(saved["step"])
     low, high = run.places[row], run.places[row] + run.size
     around = np.array(run.size) / 4  # cells whose centres lie outside reach in
-    box = _within("center", low - around, high + around)
+    box = results.places_between("center", low - around, high + around)
     near = pd.read_parquet(run.stage / results.CELLS, columns=["cell_id", "geometry"], filters=box)
     parts, cell = shapely.get_parts(shapely.from_wkb(near["geometry"].to_numpy()), return_index=True)
     # the middle of pixel k of the small picture is that of its square of pixels
