@@ -55,8 +55,7 @@ def view(out: Path, fov: int | None = None) -> None:
 def show(viewer: Any, layers: list[Layer]) -> None:
     """Add layers to a viewer of napari."""
     for layer in layers:
-        getattr(viewer, f"add_{layer.kind}")(layer.data, **layer.options)
-    viewer.scale_bar.visible = True
+        getattr(viewer, f"add_{layer.kind}")(layer.data, units="um", **layer.options)
 
 
 def layers_of_field(out: Path, fov: int) -> list[Layer]:

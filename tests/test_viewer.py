@@ -92,7 +92,7 @@ def test_view__adds_every_layer_and_says_what_is_missing(done, monkeypatch, caps
 
     class Viewer:
         def __init__(self, title):
-            self.scale_bar = type("Bar", (), {"visible": False})()
+            pass
 
         def __getattr__(self, name):
             return lambda data, **options: added.append((name, options["name"]))
