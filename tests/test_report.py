@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 
 import h5py
@@ -17,6 +18,7 @@ from test_command_line import call
 
 import merfish
 from merfish import InputError, plots, results
+from merfish.pipeline import folder
 from merfish.report import Section, Table, figures, findings, picture, summary, write_report
 from merfish.report.sections import write_run_report
 from merfish.simulate import simulate_experiment
@@ -24,10 +26,10 @@ from merfish.simulate import simulate_experiment
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
-    raw = simulate_experiment(folder / "tissue", fields=(1, 2), shape=(160, 160), drift=2.0, seed=5)
-    merfish.run(raw, out=folder / "out")
-    return folder / "out"
+    home = tmp_path_factory.mktemp("report")
+    raw = simulate_experiment(home / "tissue", fields=(1, 2), shape=(160, 160), drift=2.0, seed=5)
+    merfish.run(raw, out=home / "out")
+    return home / "out"
 
 
 def test_report__loads_nothing_and_stands_alone(done):
@@ -42,16 +44,16 @@ def test_report__loads_nothing_and_stands_alone(done):
 
 
 def test_report__writes_every_picture_as_png_and_its_numbers(done):
-    folder = done / "report"
-    names = {path.stem for path in folder.glob("*.png")}
-    numbers = {path.stem for path in folder.glob("*.csv")}
+    place = done / "report"
+    names = {path.stem for path in place.glob("*.png")}
+    numbers = {path.stem for path in place.glob("*.csv")}
     assert {"words", "density", "drift", "error_rates", "cells", "seconds", "stains", "map_kept"} <= names
     assert names - numbers == {"detail"}  # its molecules are among those of the field
     kept = pd.read_parquet(done / results.TRANSCRIPTS)
-    table = pd.read_csv(folder / "fields.csv").set_index("field")
+    table = pd.read_csv(place / "fields.csv").set_index("field")
     assert table["kept"].to_dict() == kept["fov"].value_counts().to_dict()
-    assert pd.read_csv(folder / "density.csv")["molecules"].sum() == (~kept["is_blank"]).sum()
-    cells = pd.read_csv(folder / "cell_genes.csv")["genes a cell"]
+    assert pd.read_csv(place / "density.csv")["molecules"].sum() == (~kept["is_blank"]).sum()
+    cells = pd.read_csv(place / "cell_genes.csv")["genes a cell"]
     inside = kept[(kept["cell_id"] >= 0) & ~kept["is_blank"]]
     assert cells.sum() == inside.groupby("cell_id")["gene"].nunique().sum()
 
@@ -167,3 +169,25 @@ def test_matching_colours__gives_found_labels_the_colours_of_their_partners():
     assert {label: matched[label] for label in "120"} == {"1": colours["a"], "2": colours["b"], "0": colours["c"]}
     assert matched["10"] not in colours.values()
     assert list(plots.colours_of(["10", "2", "1"])) == ["1", "2", "10"]
+
+
+def test_publication__replaces_the_folder_of_pictures_even_after_a_kill(tmp_path, monkeypatch):
+    for place, name in ((tmp_path, "old.png"), (folder.new_stage(tmp_path), "new.png")):
+        (place / "report").mkdir()
+        (place / "report" / name).write_text(name)
+        (place / results.RUN).write_text(name)
+
+    def killed(path):
+        rmtree(path)
+        raise KeyboardInterrupt
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.publish(tmp_path)
+    monkeypatch.undo()
+    assert not (tmp_path / results.RUN).exists()
+    with folder.owned(tmp_path):
+        pass
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["new.png"]
+    assert (tmp_path / results.RUN).read_text() == "new.png"

@@ -152,8 +152,13 @@ def histogram(values: np.ndarray, label: str, counted: str = "cells") -> Figure:
     figure, (ax,) = new_figure(SMALL, 2.8)
     values = values[np.isfinite(values)]
     if len(values):
-        top = float(np.percentile(values, 99.5))
-        ax.hist(np.minimum(values, top), bins=min(40, max(int(np.sqrt(len(values))), 5)), color=GENE)
+        low, top = float(values.min()), float(np.percentile(values, 99.5))
+        n_bars = min(40, max(int(np.sqrt(len(values))), 5))
+        bins: int | list[float] = n_bars
+        if not np.any(values % 1):  # counts: as many of them in each bar
+            width = max(int(np.ceil((top - low) / n_bars)), 1)
+            bins = np.arange(low - 0.5, top + width, width).tolist()
+        ax.hist(values[values <= top], bins=bins, color=GENE)
         middle = float(np.median(values))
         ax.axvline(middle, color="black", linewidth=1.2)
         ax.set_title(f"median {middle:,.3g}", fontsize=9, loc="left")

@@ -86,6 +86,8 @@ def picture(
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
+        if any(axes.get_aspect() != "auto" for axes in figure.axes):
+            engine.execute(figure)  # axes of a fixed aspect have found their size only now
         figure.set_layout_engine("none")
     png, svg = io.BytesIO(), io.StringIO()
     figure.set_dpi(DPI)

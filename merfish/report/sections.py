@@ -31,7 +31,7 @@ from merfish.report.summary import (
 OVERVIEW, STAINS = "overview.npy", "stains.npz"  # of each field
 MOST_ROWS = 1000  # of a table on the page; the CSV file has all
 FEWEST_CELLS_DRAWN = 10  # fewer lie too far apart to be seen on one picture
-MOST_CELLS_DRAWN = 50_000  # by their outlines; more are smaller than the pixels of a picture
+MOST_CELLS_DRAWN = 10_000  # by their outlines; more are as small as the pixels of a picture
 VERDICTS = {
     "pass": "Every figure that has a threshold passes.",
     "warn": "Some figures need a look.",
@@ -358,7 +358,7 @@ def field_section(run: Run) -> Section | None:
         values = table[name].to_numpy(float)
         known = values[np.isfinite(values)]
         if len(known) and not np.ptp(known):
-            alike.append(f"{caption}: {known[0]:.3g} in every field.")
+            alike.append(f"{caption}: {known[0]:,.4g} in every field.")
         elif len(known):
             figure = figures.field_map(places, run.size, values, failed, label)
             numbers = pd.DataFrame({"field": run.fovs, "x": places[:, 0], "y": places[:, 1], name: values})
