@@ -177,9 +177,10 @@ def test_publication__replaces_the_folder_of_pictures_even_after_a_kill(tmp_path
         (place / "report" / name).write_text(name)
         (place / results.RUN).write_text(name)
 
-    def killed(path):
-        rmtree(path)
-        raise KeyboardInterrupt
+    def killed(path, **options):
+        rmtree(path, **options)
+        if path == tmp_path / "report":
+            raise KeyboardInterrupt
 
     rmtree = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", killed)
