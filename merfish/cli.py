@@ -143,13 +143,24 @@ def run(
     save_images: Annotated[
         bool, typer.Option("--save-images", help="Keep registered, filtered images as OME-Zarr in OUT/images.")
     ] = False,
+    embed: Annotated[
+        bool, typer.Option("--embed", help="Train SpatialVAE on the cells; embedding and domains go into the table.")
+    ] = False,
+    domains: Annotated[
+        int | None, typer.Option(min=1, help="Spatial domains that --embed finds; as many as fit best when not given.")
+    ] = None,
 ) -> None:
     """Decode a whole raw experiment into molecules, cells and counts; writes OUT/report.html."""
+    from merfish.embedding import embed_run, need_embedding
     from merfish.pipeline import process
     from merfish.pipeline.record import run_summary
 
     if sum(choice is not None for choice in (workers, scheduler, slurm)) > 1:
         raise InputError("--workers, --scheduler and --slurm exclude each other")
+    if embed:
+        need_embedding("--embed")  # said before any work
+    elif domains is not None:
+        raise InputError("--domains: domains are found by --embed, which is not given")
     process(
         experiment,
         out=out,
@@ -171,6 +182,8 @@ def run(
     summary = run_summary(out)
     for line in summary["lines"]:
         print(line)
+    if embed:
+        print(*embed_run(out, domains, progress=True), sep="\n")
     if summary["failed"] or summary["notice"]:
         sys.exit(FAILED_FIELDS)
 

@@ -28,6 +28,8 @@ DEFAULT_METHOD = "spots"
 # a spot or a cell tells nothing from anything; of two of nearly the same width the difference is rounding.
 LEAST_SIGMA, MOST_SMOOTHING, MOST_BACKGROUND = 0.2, 10.0, 100.0
 LEAST_RATIO = 1.1
+# what labs call stains, whatever the case
+OTHER_STAINS = ("DAPI", "Hoechst", "polyT", "WGA", "Cellbound1", "Cellbound2", "Cellbound3")
 _MAX_BYTES = 1 << 16  # of a configuration file; every parameter given is some 500
 
 
@@ -45,6 +47,11 @@ class RunConfig(BaseModel):
     # names of the stains, as channelName in the data organization; cells are not segmented without the first
     nuclei_stain: str = "DAPI"
     cytoplasm_stain: str = "polyT"
+    # names of further stains; other rows of the data organization without a bit number are genes imaged one by one
+    stains: list[str] = Field(default_factory=lambda: list(OTHER_STAINS))
+    # package.module:function that outlines cells instead of ours: nuclei (y, x), cytoplasm (y, x) or None, micrometre
+    # a pixel -> labels (y, x)
+    segmenter: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     # image files of the light on each pixel, by colour as in the data organization; measured where not given
     flat_fields: dict[str, str] = Field(default_factory=dict)
     # camera counts without light; measured where not given

@@ -18,7 +18,7 @@ import merfish
 from merfish import mosaic, results
 from merfish.config import RunConfig
 from merfish.imaging import ngff
-from merfish.imaging.field import register_field, register_stains
+from merfish.imaging.field import aligned_stain, register_field, stain_shifts
 from merfish.imaging.images import read_stack
 from merfish.imaging.opening import open_experiment
 from merfish.pipeline import images
@@ -54,7 +54,8 @@ def test_saved_images__are_the_registered_ones(raw, done):
     assert names == [bit.name for bit in experiment.bits]
     height = calibration.normalization.scale[:, None, None, None]
     np.testing.assert_array_less(np.abs(levels[0][:] - field.bits) / height, 1 / 1000)
-    stains, _ = register_stains(experiment, 1, ["DAPI", "polyT"])
+    shifts, _ = stain_shifts(experiment, 1, ["DAPI", "polyT"])
+    stains = {name: aligned_stain(experiment, 1, name, shift)[0] for name, shift in shifts.items()}
     kept, names = ngff.open_image(images.image_folder(done, 1) / images.STAINS)
     assert names == list(stains)
     np.testing.assert_allclose(kept[0][:, 0], np.stack(list(stains.values())), atol=0.5001)

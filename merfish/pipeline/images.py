@@ -15,7 +15,7 @@ from merfish.config import RunConfig
 from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration
 from merfish.imaging.experiment import Experiment
-from merfish.imaging.field import register_field, register_stains
+from merfish.imaging.field import aligned_stain, register_field, stain_shifts
 from merfish.imaging.ngff import create_image, fill_levels, open_image, tiles
 from merfish.pipeline.folder import new_record, read_record
 
@@ -83,7 +83,8 @@ def write_images(experiment: Experiment, fov: int, bits: np.ndarray, calibration
     for k, (image, step) in enumerate(zip(bits, steps, strict=True)):
         _write_channel(levels[0], k, np.rint(image / step) * step if step else image)
     fill_levels(levels)
-    stains, _ = register_stains(experiment, fov, [channel.name for channel in experiment.stains])
+    shifts, _ = stain_shifts(experiment, fov, [channel.name for channel in experiment.stains])
+    stains = {name: aligned_stain(experiment, fov, name, shift).max(axis=0) for name, shift in shifts.items()}
     if stains:
         shape = (len(stains), 1, *next(iter(stains.values())).shape)
         levels = create_image(folder / STAINS, shape, "uint16", list(stains), microns)
