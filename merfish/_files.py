@@ -32,19 +32,20 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     part = work / path.name
     try:
         yield part
-        _flush(part)
+        flush(part)
         if path.is_dir() and part.is_dir():
             path.rename(work / "replaced")
         part.replace(path)
-        _flush(path.parent, recurse=False)
+        flush(path.parent, recurse=False)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _flush(path: Path, recurse: bool = True) -> None:
+def flush(path: Path, recurse: bool = True) -> None:
+    """Have a file, or a folder with all that is in it, on disk."""
     if recurse and path.is_dir():
         for child in path.iterdir():
-            _flush(child)
+            flush(child)
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -145,6 +145,9 @@ def run(
     microscope: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/microscope.json.")] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out fields with faulty files.")] = False,
     segmentation: Annotated[Path | None, typer.Option(help="Cells to use instead; see merfish assign.")] = None,
+    save_images: Annotated[
+        bool, typer.Option("--save-images", help="Keep registered, filtered images as OME-Zarr in OUT/images.")
+    ] = False,
     embed: Annotated[
         bool, typer.Option("--embed", help="Train SpatialVAE on the cells; embedding and domains go into the table.")
     ] = False,
@@ -179,6 +182,7 @@ def run(
         },
         keep_going=keep_going,
         segmentation=segmentation,
+        save_images=save_images,
         progress=True,
     )
     summary = run_summary(out)
@@ -199,11 +203,40 @@ def status(out: RunFolder) -> None:
 
 
 @app.command()
-def report(out: RunFolder) -> None:
-    """Write DIR/report.html again from the results of a run."""
+def report(
+    out: RunFolder,
+    bulk: Annotated[Path | None, typer.Option(help="CSV file of bulk RNA-seq: gene, value.")] = None,
+    replicate: Annotated[Path | None, typer.Option(help="Folder of another run of the same genes.")] = None,
+) -> None:
+    """Write DIR/report.html again from the results of a run; pictures and numbers in DIR/report."""
     from merfish.report import write_run_report
 
-    print(write_run_report(out))
+    print(write_run_report(out, bulk=bulk, replicate=replicate))
+
+
+@app.command()
+def mosaic(
+    out: RunFolder,
+    path: Annotated[Path, typer.Option("--out", help="File to write: .zarr (OME-Zarr) or .tif (OME-TIFF).")],
+    channel: Annotated[
+        str, typer.Option(help="A stain or bit of a run with --save-images, or overview: the brightest bit.")
+    ] = "overview",
+) -> None:
+    """Stitch one channel of all fields of a run at their corrected positions."""
+    from merfish.mosaic import write_mosaic
+
+    print(write_mosaic(out, path, channel))
+
+
+@app.command()
+def view(
+    out: RunFolder,
+    fov: Annotated[int | None, typer.Option(min=0, help="One field; the whole section when not given.")] = None,
+) -> None:
+    """Open napari with the images, outlines and molecules of a run."""
+    from merfish.viewer import view as open_viewer
+
+    open_viewer(out, fov)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,9 @@ def real_fields(out: Path) -> list[Section]:
             )
         )
         figure = plots.permuted_control(real.ratio, permuted.ratio.tolist(), "gene calls / blank calls", f"field {fov}")
-        pictures.append(picture(figure, f"Field {fov}: the real codebook against {len(permuted)} permuted ones"))
+        pictures.append(
+            picture(f"permuted_{fov}", figure, f"Field {fov}: the real codebook against {len(permuted)} permuted ones")
+        )
     columns = ("field", "genes / blanks called", "ratio", "genes, permuted", "ratio, permuted", "stands clear")
     _print_table(columns, rows)
     text = [
@@ -146,11 +149,16 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
     truth = read_cells(raw / "truth" / "cells.parquet")
     figures = [
         picture(
+            "counts_against_truth",
             plots.scatter_counts(score["measured"], score["true"], f"r = {score['count_r']:.3f}"),
             "Counts against truth",
+            pd.DataFrame({"true": score["true"].ravel(), "measured": score["measured"].ravel()}),
         ),
         picture(
-            plots.cells(truth["geometry"].to_numpy(), truth["domain"].to_list(), "true domains"), "The tissue as it is"
+            "true_domains",
+            plots.cells(truth["geometry"].to_numpy(), truth["domain"].to_list(), "true domains"),
+            "The tissue as it is",
+            truth.drop(columns="geometry"),
         ),
     ]
     text = [
@@ -253,11 +261,9 @@ def embed_tissue(out: Path) -> list[Section]:
     rows = np.flatnonzero(np.isin(table.obs["cell_id"], cells.index))
     by_row = {cell_id: domain_of.get(row, "") for row, cell_id in enumerate(cells.index)}
     truth = np.array([by_row[cell_id] for cell_id in table.obs["cell_id"]])[rows]
-    section = embed("Embedding of the simulated tissue", table, TISSUE_DOMAINS, truth, "true domain")
+    section = embed("Embedding of the simulated tissue", table, TISSUE_DOMAINS, truth, "true domain", "tissue")
     table.write_h5ad(out / "tissue_embedded.h5ad")
-    outlines = cells.loc[table.obs["cell_id"], "geometry"].to_numpy()
-    found = plots.cells(outlines, table.obs["spatial_domain"].astype(str).tolist(), "domains found")
-    return [Section(section.title, section.text, section.tables, [picture(found, "Cells by domain"), *section.figures])]
+    return [section]
 
 
 def embed_cortex(out: Path) -> list[Section]:
@@ -266,13 +272,18 @@ def embed_cortex(out: Path) -> list[Section]:
 
     table = datasets.osmfish()
     regions = table.obs["Region"].astype(str).to_numpy()
-    section = embed("Embedding of a real cortex (osmFISH)", table, OSMFISH_REGIONS, regions, "annotated region")
+    section = embed(
+        "Embedding of a real cortex (osmFISH)", table, OSMFISH_REGIONS, regions, "annotated region", "cortex"
+    )
     table.write_h5ad(out / "osmfish_embedded.h5ad")
     return [section]
 
 
-def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_name: str) -> Section:
-    """Train a model on a table of counts, find domains, compare them with ``truth`` ("" = unknown), draw."""
+def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_name: str, name: str) -> Section:
+    """Train a model on a table of counts, find domains, compare them with ``truth`` ("" = unknown), draw.
+
+    name: of the pictures' files.
+    """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     from spatialvae import plots as embedding_plots
@@ -294,10 +305,21 @@ def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_n
     ]
     _print_table((title, ""), rows)
     x, y = np.asarray(table.obsm["spatial"])[:, :2].T
+    true_colours = plots.colours_of(truth[known])
+    colours = plots.matching_colours(labels, truth, true_colours)
+    latent = np.asarray(table.obsm["X_spatialvae"], float)
+    latent = latent - latent.mean(axis=0)
+    first, second = (latent @ np.linalg.eigh(latent.T @ latent)[1][:, -2:]).T
+    numbers = pd.DataFrame({"x": x, "y": y, truth_name: truth, "domain": labels, "pc1": second, "pc2": first})
+    truth_map = plots.labels_by_place(x, y, truth, truth_name, true_colours)
+    found_map = plots.labels_by_place(x, y, labels, "domains found", colours)
+    latent_map = plots.labels_by_place(second, first, labels, "principal components of the latent space", colours)
+    training = embedding_plots.training_curve(model.history)
     figures = [
-        picture(plots.labels_by_place(x, y, {truth_name: truth, "domains found": labels}), "Cells at their places"),
-        picture(embedding_plots.training_curve(model.history), "Training"),
-        picture(embedding_plots.latent_map(table.obsm["X_spatialvae"], labels), "Latent space in two dimensions"),
+        picture(f"{name}_truth", truth_map, f"Cells by their {truth_name}", numbers),
+        picture(f"{name}_domains", found_map, f"Cells by the domain found, in the colour of the {truth_name} it fits"),
+        picture(f"{name}_latent", latent_map, "Cells in the latent space, by the domain found"),
+        picture(f"{name}_training", training, "Training", model.history, "wide"),
     ]
     text = [
         f"SpatialVAE was trained on the counts and places alone; {n_domains} domains were then cut from its latent "
@@ -310,7 +332,16 @@ def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_n
 
 
 def _titled(prefix: str, sections: list[Section]) -> list[Section]:
-    return [Section(f"{prefix}: {s.title.lower()}", s.text, s.tables, s.figures) for s in sections]
+    start = prefix.lower().replace(" ", "_")
+    return [
+        replace(
+            section,
+            title=f"{prefix}: {section.title[0].lower()}{section.title[1:]}",
+            tables=[replace(table, name=table.name and f"{start}_{table.name}") for table in section.tables],
+            figures=[replace(figure, name=f"{start}_{figure.name}") for figure in section.figures],
+        )
+        for section in sections
+    ]
 
 
 def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

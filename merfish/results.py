@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from merfish._files import read_json
 from merfish.errors import InputError
 
@@ -17,11 +19,17 @@ RUN = "run.json"
 REPORT = "report.html"
 LOG = "merfish.log"
 FIELDS = "fovs"
+IMAGES = "images"
 
 
 def field_folder(out: Path, fov: int) -> Path:
     """Where the intermediate results of a field stand, whole or absent."""
     return out / FIELDS / f"fov_{fov:04d}"
+
+
+def places_between(name: str, low: np.ndarray, high: np.ndarray) -> list[tuple[str, str, float]]:
+    """A filter for Parquet tables: columns name_x and name_y between two corners (x, y), the second left out."""
+    return [(f"{name}_{a}", op, float(end[k])) for k, a in enumerate("xy") for op, end in ((">=", low), ("<", high))]
 
 
 def read_run(out: Path) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def latent_programs(model: SpatialVAE, seed: int = 0) -> pd.DataFrame:
 
     z = model.get_latent_representation(which="cell")
     rows = np.sort(np.random.default_rng(seed).permutation(len(z))[:CELLS_DECODED])
-    batch = model._read(None).batch[torch.from_numpy(rows)].to(model._device)
-    latent = torch.from_numpy(z[rows]).to(model._device)
+    batch = model._read(None).batch[torch.from_numpy(rows)].to(model.device)
+    latent = torch.from_numpy(z[rows]).to(model.device)
     total = np.zeros((len(model.genes), z.shape[1]))
     with torch.no_grad():
         for first in range(0, len(rows), 100):

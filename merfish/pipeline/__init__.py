@@ -29,9 +29,10 @@ from merfish.pipeline.assemble import assemble
 from merfish.pipeline.assign import own_key, replace_cells, segmented_key
 from merfish.pipeline.cluster import Failure, RunMap, cores, run_map_on
 from merfish.pipeline.fields import FieldWork
+from merfish.pipeline.images import ImageWork, has_images
 from merfish.pipeline.manifest import Manifest, changed_parts
 from merfish.pipeline.progress import Display, display, log
-from merfish.pipeline.reconcile import Fields, kept_spikes, reconcile
+from merfish.pipeline.reconcile import Fields, kept_spikes, map_all, reconcile
 from merfish.pipeline.record import judge_codebook, run_record
 from merfish.pipeline.segmentations import find_segmentation
 from merfish.pipeline.survey import Calibrated, shared_calibration
@@ -54,6 +55,7 @@ def run(
     tables: Mapping[str, Path | None] | None = None,
     keep_going: bool = False,
     segmentation: str | os.PathLike[str] | None = None,
+    save_images: bool = False,
     progress: bool = False,
 ) -> AnnData:
     """Decode a whole raw experiment into ``out`` and return its table of counts.
@@ -62,7 +64,8 @@ def run(
     by other paths. config: a `RunConfig` or a YAML file. fovs: some of the fields; results that cover more fields
     already are kept. workers, scheduler, slurm_jobs: see `merfish.pipeline.cluster.run_map_on`. keep_going: leave out
     fields whose files are faulty instead of refusing. segmentation: others' cells to use instead of those found here
-    (see `merfish.pipeline.assign.assign`).
+    (see `merfish.pipeline.assign.assign`). save_images: keep the registered, filtered bits and the stains of each field
+    as OME-Zarr under ``out/images``.
 
     What is there already is used if all that it depends on is as it was; else it is made again. A field that fails is
     listed in ``run.json`` and on the report, and the rest goes on. Raises InputError for faulty tables or files, before
@@ -81,6 +84,7 @@ def run(
         tables=tables,
         keep_going=keep_going,
         segmentation=segmentation,
+        save_images=save_images,
         progress=progress,
     )
     return anndata.read_h5ad(Path(out) / results.CELL_BY_GENE)
@@ -98,6 +102,7 @@ def process(
     tables: Mapping[str, Path | None] | None,
     keep_going: bool,
     segmentation: str | os.PathLike[str] | None,
+    save_images: bool,
     progress: bool,
 ) -> None:
     """As `run`, with results on disk only."""
@@ -122,8 +127,12 @@ def process(
         target = covered(out, chosen, manifest, calibrated)
         good = [fov for fov in target if fov not in failed]
         parts = {fov: manifest.of_field(fov, calibrated.digest, fov in calibrated.spiked) for fov in good}
-        work = FieldWork(source, settings, calibrated.calibration, out, parts, calibrated.spiked)
+        work = FieldWork(source, settings, calibrated.calibration, out, parts, calibrated.spiked, save_images)
         says = decode_fields(work, run_map, failed, shown)
+        if save_images:
+            lacking = [fov for fov in says if not has_images(out, fov, parts[fov])]
+            images = ImageWork(source, settings, calibrated.calibration, out, parts)
+            map_all("save images", images, lacking, run_map, shown)
         if settings.misidentification_rate < 1:
             refuse_misfit(judge_codebook(source.codebook, says, calibrated))
         key = manifest.of_results({fov: parts[fov] for fov in says}, failed)

@@ -25,6 +25,7 @@ from merfish.errors import InputError
 
 MOST_DEATHS = 3  # of its worker, after which a field is given up
 CONNECT_SECONDS = 30.0  # for which a scheduler is waited for
+PART_SECONDS = 5.0  # for which a process that has nothing to do may take to end
 
 Work = Callable[[int], Any]
 RunMap = Callable[[Work, Sequence[int]], Iterator[tuple[int, Any]]]
@@ -169,6 +170,10 @@ class _Processes:
 
     def close(self) -> None:
         """End all processes, also those that are still at work."""
+        for worker in self.idle:
+            worker.connection.close()
+        for worker in self.idle:
+            worker.process.join(PART_SECONDS)  # by itself, so that what its libraries hold is given back
         for worker in [*self.idle, *self.busy]:
             self._end(worker)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,12 @@ from merfish.imaging.field import (
 )
 from merfish.imaging.normalize import Normalization
 from merfish.pipeline.folder import new_record
-from merfish.report import OVERVIEW
+from merfish.pipeline.images import new_images, write_images
+from merfish.report import OVERVIEW, STAINS
 from merfish.simulate.spikes import spike_in
 
 OVERVIEW_WHITE = 1.5  # height, in molecules, that the overview picture shows as white
+STAIN_SIDE = 512  # pixels, at most, of the small pictures of stains
 CALLS, OUTLINES, SPOTS, TALLY = "calls.parquet", "outlines.parquet", "sequential.npy", "tally.npz"
 SPIKES, SPIKE_SEED = "spikes.npz", 0
 # What a field knows of its calls; nuclear: whether one lies in a nucleus. The rest of `merfish.transcripts.COLUMNS`
@@ -59,6 +62,7 @@ class FieldWork:
     """Decodes and segments one field into its record.
 
     parts: of each field, what the record depends on. spiked: fields that are decoded again with molecules added.
+    images: whether the registered images are saved too.
     """
 
     experiment: Experiment
@@ -67,20 +71,32 @@ class FieldWork:
     out: Path
     parts: Mapping[int, Mapping[str, str]]
     spiked: frozenset[int]
+    images: bool = False
 
     def __call__(self, fov: int) -> int:
         """The number of molecules found."""
-        with new_record(results.field_folder(self.out, fov), self.parts[fov]) as (folder, says):
-            says |= process_field(self.experiment, fov, self.config, self.calibration, folder, fov in self.spiked)
+        parts, spiked = self.parts[fov], fov in self.spiked
+        with (
+            new_record(results.field_folder(self.out, fov), parts) as (folder, says),
+            new_images(self.out, fov, parts) if self.images else nullcontext() as images,
+        ):
+            says |= process_field(self.experiment, fov, self.config, self.calibration, folder, spiked, images)
         return int(says["n_found"])
 
 
 def process_field(
-    experiment: Experiment, fov: int, config: RunConfig, calibration: Calibration, folder: Path, spiked: bool
+    experiment: Experiment,
+    fov: int,
+    config: RunConfig,
+    calibration: Calibration,
+    folder: Path,
+    spiked: bool,
+    images: Path | None = None,
 ) -> dict[str, Any]:
     """Decode and segment one field into files of ``folder``; returns what the record says of it.
 
-    spiked: decode it again with molecules added, which tell the detection efficiency.
+    spiked: decode it again with molecules added, which tell the detection efficiency. images: a folder for its
+    registered images, None if they are not wanted.
     """
     clock = _Clock()
     field = register_field(experiment, fov, config, calibration)
@@ -94,7 +110,8 @@ def process_field(
         clock.lap("spike in")
     stains, genes = other_stains(experiment, config)
     shifts, faults = stain_shifts(experiment, fov, [*stains, *genes])
-    cells = segment_field(experiment, fov, config, {name: shifts[name] for name in stains}, field.valid.shape)
+    aligned = aligned_stains(experiment, fov, {name: shifts[name] for name in stains}, field.valid.shape)
+    cells = segment_field(experiment, config, aligned, field.valid.shape)
     calls["nuclear"] = cells.in_nucleus(calls["x"].to_numpy(), calls["y"].to_numpy())
     clock.lap("segment")
     spots = [find_spots_of(experiment, fov, gene, shifts[gene], config, calibration, field.valid) for gene in genes]
@@ -103,8 +120,12 @@ def process_field(
     write_outlines(list(cells.outlines), folder / OUTLINES, cells.measured)
     write_spots(spots, folder / SPOTS)
     np.save(folder / OVERVIEW, overview(field.bits, calibration.normalization))
+    write_small_stains({name: image.max(axis=0) for name, image in aligned.items()}, folder / STAINS)
     write_tally(calls, folder / TALLY)
     clock.lap("write")
+    if images is not None:
+        write_images(experiment, fov, field.bits, calibration, images)
+        clock.lap("save images")
     return {
         "drift": field.drift.to_dict("records"),
         "shape": field.valid.shape,
@@ -141,18 +162,14 @@ def overview(bits: np.ndarray, normalization: Normalization) -> np.ndarray:
 
 
 def segment_field(
-    experiment: Experiment, fov: int, config: RunConfig, shifts: Mapping[str, np.ndarray], shape: tuple[int, ...]
+    experiment: Experiment, config: RunConfig, images: Mapping[str, np.ndarray], shape: tuple[int, ...]
 ) -> FieldCells:
     """The cells of a field of shape (y, x), in pixels of round 0, none without a stain of the nuclei.
 
-    shifts: drift (2,) of each stain; ``measured`` has the mean of each over each cell besides, camera counts. A stain
+    images: aligned stains (z, y, x); ``measured`` has the mean of each over each cell besides, camera counts. A stain
     that cannot be aligned is used as it is: outlines bear a drift of some pixels, a field without cells helps nobody.
     """
     nuclei, body = chosen_stains(experiment, config)
-    images = {
-        name: _same_shape(aligned_stain(experiment, fov, name, shift), shape, fov, name)
-        for name, shift in shifts.items()
-    }
     if nuclei is None:
         cells = no_cells(shape, experiment.microns_per_pixel)
     else:
@@ -162,6 +179,16 @@ def segment_field(
         cells = find_cells(images[nuclei], cytoplasm, heights, experiment.microns_per_pixel, segmenter)
     means = {f"{column_name(name)}_mean": cells.mean(image) for name, image in images.items()}
     return replace(cells, measured=cells.measured.assign(**means))
+
+
+def aligned_stains(
+    experiment: Experiment, fov: int, shifts: Mapping[str, np.ndarray], shape: tuple[int, ...]
+) -> dict[str, np.ndarray]:
+    """Stains (z, y, x) of a field of shape (y, x) without their drift, ``shifts`` (2,) by name."""
+    return {
+        name: _same_shape(aligned_stain(experiment, fov, name, shift), shape, fov, name)
+        for name, shift in shifts.items()
+    }
 
 
 def find_spots_of(
@@ -225,6 +252,27 @@ def read_outlines(out: Path, fov: int) -> np.ndarray:
     """Outlines of a field (outline,), pixels."""
     table = pq.read_table(results.field_folder(out, fov) / OUTLINES, columns=["geometry"])
     return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), dtype=object)
+
+
+def write_small_stains(stains: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write small pictures of the stains (y, x) of a field: uint8 (stain, y, x), names, pixels of the field in one."""
+    if stains:
+        step = -(-max(next(iter(stains.values())).shape) // STAIN_SIDE)
+        small = [stretch(block_mean(image, step)) for image in stains.values()]
+        np.savez(path, stains=np.stack(small), names=np.array(list(stains)), step=step)
+
+
+def block_mean(image: np.ndarray, step: int) -> np.ndarray:
+    """Mean of squares of ``step`` pixels, float32; rows and columns left over at the end are dropped."""
+    height, width = (side // step for side in image.shape)
+    squares = image[: height * step, : width * step].reshape(height, step, width, step)
+    return squares.mean(axis=(1, 3), dtype=np.float32)
+
+
+def stretch(image: np.ndarray) -> np.ndarray:
+    """An image as uint8, black at its first percentile, white at the 99.8th."""
+    low, high = np.percentile(image, [1, 99.8])
+    return (np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
 
 
 def read_measured(out: Path, fov: int) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from merfish import results
-from merfish._files import file_record, plain, read_json, sweep, whole_file, write_json
+from merfish._files import file_record, flush, plain, read_json, sweep, whole_file, write_json
 from merfish.errors import InputError
 
 CALIBRATION = "calibration.json"
@@ -55,7 +55,7 @@ def owned(out: Path) -> Iterator[None]:
         holder.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
         finish_publication(out)
         remove_work(out)
-        for folder in (out, out / results.FIELDS):
+        for folder in (out, out / results.FIELDS, out / results.IMAGES):
             sweep(folder)
         yield
     finally:
@@ -93,7 +93,7 @@ def new_record(folder: Path, parts: Mapping[str, str]) -> Iterator[tuple[Path, d
         part.mkdir()
         says: dict[str, Any] = {}
         yield part, says
-        files = {path.name: file_record(path)["sha256"] for path in sorted(part.iterdir())}
+        files = {path.name: file_record(path)["sha256"] for path in sorted(part.iterdir()) if path.is_file()}
         content = plain({"parts": dict(parts), "files": files, **says})
         (part / RECORD).write_text(json.dumps({"sha256": digest(content), "content": content}), encoding="utf-8")
 
@@ -157,8 +157,7 @@ def publish(out: Path) -> None:
     stage = out / _STAGED
     names = sorted(path.name for path in stage.iterdir())
     for name in names:
-        with open(stage / name, "rb") as file:
-            os.fsync(file.fileno())
+        flush(stage / name)
     write_json(stage / _COMPLETE, names)
     finish_publication(out)
 
@@ -172,6 +171,8 @@ def finish_publication(out: Path) -> None:
             (out / results.RUN).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name == results.RUN):
             if (stage / name).exists():
+                if (out / name).is_dir():  # a folder is not replaced by another
+                    shutil.rmtree(out / name)
                 (stage / name).replace(out / name)
     shutil.rmtree(stage, ignore_errors=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,7 +26,7 @@ from merfish.pipeline.manifest import versions
 from merfish.pipeline.reconcile import Fields, Reconciled
 from merfish.pipeline.survey import Calibrated
 from merfish.pipeline.tables import Written
-from merfish.report import bit_warnings, quality_lines, stain_lines, untied_text
+from merfish.report.notices import bit_warnings, quality_lines, stain_lines, untied_text
 
 
 def run_record(
@@ -48,10 +50,11 @@ def run_record(
             for fov, said in says.items()}  # fmt: skip
     return {
         "versions": versions(),
+        "command": shlex.join(sys.argv),
         "parameters": config.model_dump(),
         "inputs": describe_inputs(experiment, fields.fovs),
         "microns_per_pixel": experiment.microns_per_pixel,
-        "z": experiment.z,
+        "z": list(experiment.z),
         "codebook": {
             "names": book.names,
             "is_blank": book.is_blank.tolist(),

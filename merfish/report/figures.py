@@ -1,0 +1,311 @@
+"""Pictures of a run for its page; each function returns a Matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from merfish.plots import BLANK, CATEGORIES, GENE, MUTED, draw_detail, draw_field, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+MANY = 500  # fields or points, above which a picture is drawn in pixels rather than one shape each
+LEAST_OFF = 1e-3  # micrometre; less is no arrow
+ENLARGED = (1, 2, 5, 10, 20, 50, 100)  # of arrows
+MOST_COMPARED = 2000  # fields among which the nearest are looked for
+SMALL, NORMAL, LEAST_HEIGHT = 4.0, 6.4, 2.0  # inches
+
+
+def map_figure(width: float, extent: np.ndarray) -> tuple[Figure, Axes]:
+    """Axes for places in micrometre; height as the section, extent (x, y), wants it."""
+    aspect = extent[1] / max(extent[0], 1e-9)
+    figure, (ax,) = new_figure(width, float(np.clip(0.68 * width * aspect + 0.6, LEAST_HEIGHT, 1.2 * width)))
+    ax.set_aspect("equal")
+    ax.set(xlabel="x [µm]", ylabel="y [µm]")
+    ax.ticklabel_format(useOffset=False)
+    ax.locator_params(axis="y", nbins=5)
+    ax.locator_params(axis="x", nbins=5 if aspect < 2 else 1)
+    return figure, ax
+
+
+def _colours_beside(ax: Axes, drawn: ScalarMappable, label: str) -> None:
+    """What the colours of a map mean, as high as the map."""
+    ax.figure.colorbar(drawn, cax=ax.inset_axes((1.04, 0, 0.045, 1)), label=label)
+
+
+def field_map(
+    positions: np.ndarray, size: tuple[float, float], values: np.ndarray, failed: np.ndarray, label: str
+) -> Figure:
+    """A value of each field (field,) where the field lies; positions (field, 2) of corners, size (x, y), micrometre.
+
+    failed: positions of fields without values, drawn as crosses.
+    """
+    from matplotlib.collections import PolyCollection
+
+    everything = np.concatenate([positions, failed])
+    figure, ax = map_figure(SMALL, np.ptp(everything, axis=0) + size)
+    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * size
+    known = np.isfinite(values)
+    tiles = PolyCollection(
+        list(positions[known][:, None] + square),
+        array=values[known],
+        cmap="viridis",
+        edgecolors="white" if len(positions) <= MANY else "none",
+        linewidths=0.5,
+        rasterized=len(positions) > MANY,
+    )
+    ax.add_collection(tiles)
+    ax.plot(*(failed + np.array(size) / 2).T, "x", color=BLANK, markersize=7, markeredgewidth=2)
+    ax.update_datalim(np.concatenate([everything, everything + size]))
+    ax.autoscale_view()
+    ax.invert_yaxis()
+    if known.any():
+        _colours_beside(ax, tiles, label)
+    return figure
+
+
+def density_map(density: np.ndarray, corner: np.ndarray, bin_: float) -> Figure:
+    """Molecules a square micrometre; density: (y, x) of counts in squares of ``bin_`` micrometre."""
+    high = corner + bin_ * np.array(density.shape[::-1])
+    figure, ax = map_figure(SMALL, high - corner)
+    values = density / bin_**2
+    top = float(np.percentile(values[values > 0], 99)) if values.any() else 1.0
+    image = ax.imshow(
+        values, cmap="magma", vmin=0, vmax=top, extent=(corner[0], high[0], high[1], corner[1]), interpolation="nearest"
+    )
+    _colours_beside(ax, image, "molecules of genes / µm²")
+    return figure
+
+
+def field_image(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> Figure:
+    """A field (y, x) and its molecules; see `merfish.plots.draw_field`."""
+    figure, (ax,) = new_figure(SMALL, SMALL * image.shape[0] / image.shape[1] + 0.3)
+    draw_field(ax, image, calls, square)
+    return figure
+
+
+def field_detail(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> Figure:
+    """A square of a field and its molecules; see `merfish.plots.draw_detail`."""
+    figure, (ax,) = new_figure(SMALL, SMALL + 0.3)
+    draw_detail(ax, image, calls, square)
+    return figure
+
+
+def cell_map(centres: np.ndarray, geometry: np.ndarray | None, values: np.ndarray, label: str) -> Figure:
+    """Cells coloured by a value (cell,): outlines (shapely, micrometre), or their centres where there are too many."""
+    import shapely
+    from matplotlib.collections import PolyCollection
+
+    figure, ax = map_figure(NORMAL, np.ptp(centres, axis=0) + 1)
+    top = float(np.percentile(values, 99)) if len(values) else 1.0
+    if geometry is None:
+        size = float(np.clip(40_000 / len(centres), 0.1, 4))
+        drawn = ax.scatter(
+            centres[:, 0],
+            centres[:, 1],
+            c=values,
+            s=size,
+            linewidths=0,
+            cmap="viridis",
+            vmin=0,
+            vmax=top,
+            rasterized=True,
+        )
+    else:
+        parts, cell = shapely.get_parts(geometry, return_index=True)
+        rings = [shapely.get_coordinates(ring) for ring in shapely.get_exterior_ring(parts)]
+        collection = PolyCollection(
+            rings, array=values[cell], cmap="viridis", clim=(0, top), edgecolors="#64748b", linewidths=0.3,
+            rasterized=len(rings) > MANY,
+        )  # fmt: skip
+        drawn = ax.add_collection(collection)  # type: ignore[assignment]
+        ax.autoscale_view()
+    ax.invert_yaxis()
+    _colours_beside(ax, drawn, label)
+    return figure
+
+
+def stains_under_outlines(stains: np.ndarray, names: Sequence[str], rings: Sequence[np.ndarray]) -> Figure:
+    """Stains of a field, uint8 (stain, y, x), in blue and green, under outlines (point, 2) x, y in their pixels."""
+    figure, (ax,) = new_figure(6.4, 6.4 * stains.shape[1] / stains.shape[2] + 0.3)
+    picture = np.zeros((*stains.shape[1:], 3))
+    for stain, colour in zip(stains, ((0.25, 0.45, 1.0), (0.1, 0.75, 0.3)), strict=False):
+        picture += stain[..., None] / 255 * np.array(colour)
+    ax.imshow(np.clip(picture, 0, 1), interpolation="nearest")
+    for ring in rings:
+        ax.plot(*ring.T, color="#fde047", linewidth=0.8)
+    ax.spines[:].set_visible(False)
+    ax.set(xticks=[], yticks=[], xlim=(-0.5, stains.shape[2] - 0.5), ylim=(stains.shape[1] - 0.5, -0.5))
+    colours = " and ".join(f"{name} {colour}" for name, colour in zip(names, ("blue", "green"), strict=False))
+    ax.set_title(f"{colours}, outlines yellow", fontsize=9, loc="left", parse_math=False)
+    return figure
+
+
+def histogram(values: np.ndarray, label: str, counted: str = "cells") -> Figure:
+    """How often values occur, up to their 99.5th percentile, with the median."""
+    figure, (ax,) = new_figure(SMALL, 2.8)
+    values = values[np.isfinite(values)]
+    if len(values):
+        low, top = float(values.min()), float(np.percentile(values, 99.5))
+        n_bars = min(40, max(int(np.sqrt(len(values))), 5))
+        bins: int | list[float] = n_bars
+        if not np.any(values % 1):  # counts: as many of them in each bar
+            width = max(int(np.ceil((top - low) / n_bars)), 1)
+            bins = np.arange(low - 0.5, top + width, width).tolist()
+        ax.hist(values[values <= top], bins=bins, color=GENE)
+        middle = float(np.median(values))
+        ax.axvline(middle, color="black", linewidth=1.2)
+        ax.set_title(f"median {middle:,.3g}", fontsize=9, loc="left")
+    ax.set(xlabel=label, ylabel=counted)
+    return figure
+
+
+def correlation(x: np.ndarray, y: np.ndarray, names: Sequence[str], labels: tuple[str, str], r: float) -> Figure:
+    """Values of genes (gene,) against others, both logarithmic; the farthest from the common ratio are named."""
+    figure, (ax,) = new_figure(NORMAL, 4.6)
+    both = np.flatnonzero((x > 0) & (y > 0))
+    ax.loglog(x[both], y[both], ".", color=GENE, markersize=6, alpha=0.7, rasterized=len(both) > MANY)
+    if len(both):
+        ratio = np.log10(y[both] / x[both])
+        middle = np.median(ratio)
+        ends = np.array([x[both].min(), x[both].max()])
+        ax.loglog(ends, ends * 10**middle, color=MUTED, linewidth=1)
+        for k in both[np.argsort(-np.abs(ratio - middle))[:5]]:
+            ax.annotate(names[k], (x[k], y[k]), fontsize=7, xytext=(3, 3), textcoords="offset points", parse_math=False)
+    ax.set(xlabel=labels[0], ylabel=labels[1])
+    ax.set_title(f"r = {r:.3f} of log10, {len(both)} genes", fontsize=9, loc="left")
+    return figure
+
+
+def seconds_of_steps(seconds: Mapping[str, float]) -> Figure:
+    """Time of each step."""
+    figure, (ax,) = new_figure(11, 0.26 * len(seconds) + 0.7)
+    places = np.arange(len(seconds))
+    ax.barh(places, list(seconds.values()), color=GENE, height=0.7)
+    for place, value in zip(places, seconds.values(), strict=True):
+        ax.annotate(f"{value:,.1f}", (value, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+    ax.set_yticks(places, list(seconds), fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set(xlabel="seconds")
+    return figure
+
+
+def drift(shifts: pd.DataFrame) -> Figure:
+    """Drift of each round: the median of all fields, and each field; table with fov, round, dy, dx (pixel) and ok."""
+    figure, (ax,) = new_figure(6.4, 3.4)
+    length = np.hypot(shifts["dy"].to_numpy(float), shifts["dx"].to_numpy(float))
+    failed = ~shifts["ok"].to_numpy(bool)
+    ax.plot(
+        shifts["round"], length, "o", color=GENE, markersize=4, alpha=0.35, markeredgewidth=0,
+        rasterized=len(shifts) > MANY, label="a field",
+    )  # fmt: skip
+    middle = pd.Series(length).groupby(shifts["round"].to_numpy()).median()
+    ax.plot(middle.index, middle, "_", color="black", markersize=14, markeredgewidth=2, label="median")
+    if failed.any():
+        ax.plot(shifts["round"][failed], np.nan_to_num(length[failed]), "x", color=BLANK, markersize=8, label="failed")
+    ax.set(xlabel="imaging round", ylabel="drift against round 0 [px]", ylim=(0, None))
+    ax.locator_params(axis="x", integer=True)
+    ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    return figure
+
+
+def bit_brightness(scale: np.ndarray, background: np.ndarray, names: Sequence[str], colours: Sequence[str]) -> Figure:
+    """Height of a molecule's spot in each bit and the level it stands on (bit,), in camera counts after filtering."""
+    figure, (ax,) = new_figure(6.4, 3.4)
+    kinds = list(dict.fromkeys(colours))
+    for kind in kinds:
+        chosen = [k for k, colour in enumerate(colours) if colour == kind]
+        label = f"{kind} nm" if kind.isdigit() else kind or "molecule"
+        ax.bar(chosen, np.asarray(scale)[chosen], color=CATEGORIES[kinds.index(kind) % len(CATEGORIES)], label=label)
+    ax.plot(range(len(names)), background, "_", color="black", markersize=9, label="level without spots")
+    _bits_below(ax, names)
+    ax.set(ylabel="height of one molecule [counts]")
+    _legend_above(ax)
+    return figure
+
+
+def error_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
+    """1->0 and 0->1 rates of each bit with their intervals (see `merfish.calls.error_model.bit_error_rates`)."""
+    figure, (ax,) = new_figure(6.4, 3.4)
+    places = np.arange(len(rates["bit"]))
+    for kind, label, colour, shift in (("lost", "1→0", GENE, -0.12), ("gained", "0→1", BLANK, 0.12)):
+        rate, low, high = (np.array(rates[kind + end], dtype=float) for end in ("", "_low", "_high"))
+        bars = np.maximum([rate - low, high - rate], 0)
+        ax.errorbar(places + shift, rate, bars, fmt="o", markersize=4, color=colour, label=label)
+    _bits_below(ax, [str(name) for name in rates["bit"]])
+    ax.set(ylabel="error rate, 95% interval", ylim=(0, None))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _legend_above(ax)
+    return figure
+
+
+def _bits_below(ax: Axes, names: Sequence[str]) -> None:
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
+    ax.set_xlim(-0.8, len(names) - 0.2)
+
+
+def _legend_above(ax: Axes) -> None:
+    """Where it hides nothing."""
+    ax.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+
+
+def stage(said: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figure:
+    """Where the stage said the fields are and how far off it was, (fov, 2) micrometre, and the overlaps that tell.
+
+    links: columns a, b (rows of positions) and used. Arrows are enlarged to be seen, none is drawn where nothing was
+    off.
+    """
+    from matplotlib.collections import LineCollection
+
+    figure, ax = map_figure(NORMAL, np.ptp(said, axis=0) + 1)
+    ends, used = links[["a", "b"]].to_numpy(int), links["used"].to_numpy(bool)
+    for which, colour, style in ((used, MUTED, "-"), (~used, BLANK, ":")):
+        lines = LineCollection(list(said[ends[which]]), colors=colour, linestyles=style, linewidths=1)
+        lines.set_rasterized(len(ends) > MANY)
+        ax.add_collection(lines)
+    ax.plot(*said.T, "o", color="black", markersize=3, rasterized=len(said) > MANY)
+    change = positions - said
+    longest = float(np.hypot(*change.T).max(initial=0))
+    title = f"no field was off by more than {LEAST_OFF * 1000:g} nm"
+    if longest > LEAST_OFF:
+        # the longest arrow spans up to half the way to the next field
+        enlarged = max([times for times in ENLARGED if times * longest <= _step(said) / 2], default=1)
+        off = np.hypot(*change.T) > LEAST_OFF
+        ax.quiver(*said[off].T, *change[off].T, color=GENE, angles="xy", scale_units="xy", scale=1 / enlarged, zorder=3)
+        ax.plot(*(said + change * enlarged).T, " ")  # makes room for the arrows
+        title = f"arrows {enlarged} times enlarged; the longest stands for {longest:.2g} µm"
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.margins(0.1)
+    ax.invert_yaxis()
+    return figure
+
+
+def _step(places: np.ndarray) -> float:
+    """Distance of the nearest two of the first fields, micrometre."""
+    some = places[:MOST_COMPARED]
+    near = np.hypot(*(some[:, None] - some[None]).T)
+    return float(np.min(near[near > 0], initial=np.inf)) if (near > 0).any() else 1.0
+
+
+def words_called(before: np.ndarray, counts: np.ndarray, names: Sequence[str], is_blank: np.ndarray) -> Figure:
+    """Molecules of each word (word,), most abundant first, blanks in red; pale: found (before), but not kept."""
+    figure, (ax,) = new_figure(11, 3.4)
+    order = np.lexsort((-before, -counts))
+    places, blank = np.arange(len(order)), is_blank[order]
+    for which, colour, label in ((~blank, GENE, "genes"), (blank, BLANK, "blanks")):
+        ax.bar(places[which], before[order][which], color=colour, width=0.85, alpha=0.25)
+        ax.bar(places[which], counts[order][which], color=colour, width=0.85, label=label)
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set(xlabel="words, most abundant first; pale: found, but not kept", ylabel="molecules", xticks=[])
+    ax.set_xlim(-1, len(names))
+    if len(names) <= 80:
+        ax.set_xticks(places, [names[k] for k in order], rotation=90, fontsize=7, parse_math=False)
+    _legend_above(ax)
+    return figure

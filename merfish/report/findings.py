@@ -1,0 +1,205 @@
+"""Figures that decide whether a run is good, each with the threshold it is held against and where that comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from merfish.calls.fit import FEW_EXACT, MOST_WRONG
+from merfish.imaging.field import MOST_SATURATED
+
+Status = Literal["pass", "warn", "fail", "info"]
+
+CHEN = "Chen et al. 2015"
+PUBLISHED_LOST = (0.087, 0.177)  # 1->0 errors of a bit: mean of all bits, worst bit; Chen et al. 2015
+PUBLISHED_GAINED = (0.032, 0.070)  # and 0->1
+PUBLISHED_REPLICATES, PUBLISHED_BULK = 0.94, 0.83  # Pearson's r of log10 counts; Chen et al. 2015
+# Of molecules with errors of 10 % 1->0 and 4 % 0->1 in words of weight 4 of 16 bits: those that show their word, and
+# those that show it with one error or none (binomial law)
+EXACT, CORRECTABLE = 0.40, 0.78
+FEW_FIELDS_LOST = 0.05
+FEWEST_GENES = 20  # with fewer a correlation decides nothing
+Z95 = 1.96
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure of a run; status "info" where nothing is known that it should be held against."""
+
+    name: str
+    value: str
+    status: Status
+    threshold: str = "none: for information"
+    source: str = ""
+
+
+def overall(findings: list[Finding]) -> Status:
+    """The worst of all."""
+    found = {finding.status for finding in findings}
+    return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
+
+
+def findings(run: Mapping[str, Any], halves: tuple[float, int], bulk: tuple[float, int] | None = None) -> list[Finding]:
+    """All that can be said of a run.
+
+    run: its record. halves: Pearson's r of log10 counts between two halves of the fields and the number of genes that
+    it rests on; bulk: the same with bulk RNA-seq.
+    """
+    figures = run["figures"]
+    return [
+        fields_done(figures["n_fields"], len(run["failed"])),
+        codebook_fit(run["codebook_fit"], figures["blanks_in_book"]),
+        misidentified(figures, run["parameters"]["misidentification_rate"]),
+        *error_rates(run["bit_error_rates"]),
+        exact_words(run["words"]),
+        efficiency(run["words"], run["codebook"]["is_blank"]),
+        correlation("Counts of genes, half of the fields against the other half", *halves, PUBLISHED_REPLICATES),
+        *([correlation("Counts of genes against bulk RNA-seq", *bulk, PUBLISHED_BULK)] if bulk else []),
+        unusual(run["quality"], run["bits"], figures["n_fields"]),
+        saturated(run["fields"], len(run["z"])),
+        *stage(run["stage"]),
+        Finding("Molecules kept", f"{figures['n_kept']:,}", "info"),
+        Finding("Cells", f"{figures['n_cells']:,}", "info"),
+        Finding("Molecules a cell, median", f"{figures['transcripts_per_cell']:,.0f}", "info"),
+        Finding("Molecules in cells", f"{figures['share_in_cells']:.0%}", "info"),
+    ]
+
+
+def fields_done(n_done: int, n_failed: int) -> Finding:
+    """Fields decoded of those asked for."""
+    share = n_failed / max(n_done + n_failed, 1)
+    status: Status = "pass" if not n_failed else "warn" if share <= FEW_FIELDS_LOST else "fail"
+    threshold = f"all; fail above {FEW_FIELDS_LOST:.0%} failed"
+    return Finding("Fields decoded", f"{n_done} of {n_done + n_failed}", status, threshold, "this run")
+
+
+def codebook_fit(fit: Mapping[str, Any], blanks: bool) -> Finding:
+    """Whether the images are those of the codebook."""
+    value = f"{fit['wrong']:.1%} wrong" if blanks and fit["wrong"] is not None else "no blanks to tell"
+    return Finding(
+        "Likely calls before filtering, wrong by the blanks",
+        value,
+        "pass" if fit["fits"] else "fail",
+        f"at most {MOST_WRONG:.0%}",
+        "simulated and real fields with right and wrong codebooks",
+    )
+
+
+def misidentified(figures: Mapping[str, Any], target: float) -> Finding:
+    """Kept molecules that are wrong, against what was asked for."""
+    rate, held_out = figures["misidentification_rate"], figures["held_out"]
+    if rate is None:
+        return Finding("Kept molecules that are wrong", "unknown", "warn", f"at most {target:.0%}", "parameter")
+    value = f"{rate:.1%}"
+    status: Status = "pass"
+    if held_out is not None:
+        value += f" (held out {held_out['low']:.1%} to {held_out['high']:.1%})"
+        status = "fail" if held_out["low"] > target else "warn" if held_out["rate"] > 1.2 * target else "pass"
+    elif not figures["blanks_in_book"]:
+        status = "warn"
+    return Finding(
+        "Kept molecules that are wrong",
+        value,
+        status,
+        f"at most {target:.0%}; fail where the interval lies above",
+        f"parameter misidentification_rate; {CHEN} aim at 5%",
+    )
+
+
+def error_rates(rates: Mapping[str, Any]) -> list[Finding]:
+    """1->0 and 0->1 errors of the bits against published ones."""
+    found = []
+    for name, kind, (mean, worst) in (
+        ("Bits lost, 1→0", "lost", PUBLISHED_LOST),
+        ("Bits gained, 0→1", "gained", PUBLISHED_GAINED),
+    ):
+        values, low = np.array(rates[kind], float), np.array(rates[f"{kind}_low"], float)
+        known = np.flatnonzero(np.isfinite(values))
+        threshold = f"no bit's 95% interval above {worst:.1%}; fail where they are in the mean"
+        source = f"{CHEN}: mean {mean:.1%}, worst bit {worst:.1%}"
+        if not len(known):
+            found.append(Finding(name, "unknown", "warn", threshold, source))
+            continue
+        top = known[np.argmax(low[known])]
+        status: Status = "pass" if low[top] <= worst else "warn" if low[known].mean() <= worst else "fail"
+        value = f"mean {values[known].mean():.1%}, {rates['bit'][top]} {values[top]:.1%}"
+        found.append(Finding(name, value, status, threshold, source))
+    return found
+
+
+def exact_words(words: Mapping[str, Any]) -> Finding:
+    """Kept molecules that show their word without an error."""
+    name, kept = "Kept molecules that show their word exactly", sum(words["n_kept"])
+    expected = EXACT / CORRECTABLE
+    threshold, source = (
+        f"at least {EXACT:.0%}; fail below {FEW_EXACT:.0%}",
+        (f"{expected:.0%} at errors of 10% and 4%; {FEW_EXACT:.0%}: simulated and real fields with wrong codebooks"),
+    )
+    if not kept:
+        return Finding(name, "no molecules", "fail", threshold, source)
+    share = sum(words["n_exact"]) / kept
+    status: Status = "pass" if share >= EXACT else "warn" if share >= FEW_EXACT else "fail"
+    return Finding(name, f"{share:.0%}", status, threshold, source)
+
+
+def efficiency(words: Mapping[str, Any], is_blank: list[bool]) -> Finding:
+    """Share of the molecules of a gene that survive errors and filtering, from the calls."""
+    values = np.array(words["detection_efficiency"], float)[~np.array(is_blank, bool)]
+    values = values[np.isfinite(values)]
+    threshold = f"at least {CORRECTABLE:.0%}; fail below {EXACT:.0%}"
+    source = "words with at most one error, and without any, at errors of 10% and 4%"
+    if not len(values):
+        return Finding("Molecules detected, median gene", "unknown", "warn", threshold, source)
+    middle = float(np.median(values))
+    status: Status = "pass" if middle >= CORRECTABLE else "warn" if middle >= EXACT else "fail"
+    return Finding("Molecules detected, median gene", f"{middle:.0%}", status, threshold, source)
+
+
+def correlation(name: str, r: float, n_genes: int, published: float) -> Finding:
+    """A correlation over genes against a published one, with the 95% interval of Fisher's transformation."""
+    threshold = f"at least {published}; fail where the interval holds 0"
+    source = f"{CHEN}; interval of this run"
+    if not np.isfinite(r) or n_genes < FEWEST_GENES:
+        return Finding(name, f"too few genes, {n_genes}", "info", threshold, source)
+    low, high = np.tanh(np.arctanh(np.clip(r, -0.999999, 0.999999)) + np.array([-Z95, Z95]) / np.sqrt(n_genes - 3))
+    status: Status = "pass" if r >= published else "warn" if low > 0 else "fail"
+    return Finding(name, f"r = {r:.3f} ({low:.2f} to {high:.2f}), {n_genes} genes", status, threshold, source)
+
+
+def unusual(quality: Mapping[str, Any], bits: Mapping[str, Any], n_fields: int) -> Finding:
+    """Images unlike those of the same bit in other fields, and bits that show nothing."""
+    n, dead = len(quality.get("fov", [])), sum(scale == 0 for scale in bits["scale"])
+    value = f"{n} of {n_fields * len(bits['names']):,}" + (f", {dead} dead bits" if dead else "")
+    status: Status = "fail" if dead else "warn" if n else "pass"
+    source = "this run: six robust sigmas of all fields"
+    return Finding("Images unlike the others of their bit", value, status, "none; fail with a dead bit", source)
+
+
+def saturated(fields: Mapping[str, Any], n_planes: int) -> Finding:
+    """Pixels at the end of the camera's range, in the worst bit of the worst field."""
+    shares = [max(f["saturated"], default=0) / (np.prod(f["shape"]) * n_planes) for f in fields.values()]
+    worst = max(shares, default=0.0)
+    status: Status = "pass" if worst <= MOST_SATURATED / 10 else "warn" if worst <= MOST_SATURATED else "fail"
+    threshold = f"at most {MOST_SATURATED / 10:.1%}; fail above {MOST_SATURATED:.0%}"
+    source = f"a field whose median bit has {MOST_SATURATED:.0%} is left out"
+    return Finding("Saturated pixels, worst bit of a field", f"{worst:.2%}", status, threshold, source)
+
+
+def stage(found: Mapping[str, Any]) -> list[Finding]:
+    """Overlaps of fields in which both see the same molecules."""
+    used, n_links, untied = sum(found["links"]["used"]), len(found["links"]["used"]), found["untied"]
+    if not n_links + untied:
+        return []
+    status: Status = "fail" if untied >= max(used, 1) else "warn" if untied or used < n_links else "pass"
+    return [
+        Finding(
+            "Overlaps of fields that show the same molecules",
+            f"{used} of {n_links + untied}",
+            status,
+            "all; fail where half do not",
+            "this run",
+        )
+    ]

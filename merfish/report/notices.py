@@ -1,0 +1,56 @@
+"""What is wrong with a run, in lines for a console and for the page; each takes the run's record or a part of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+MOST_LINES = 5  # of unusual images, on a console
+
+
+def bit_warnings(run: dict[str, Any]) -> list[str]:
+    """What is wrong with single bits of a run: those that show nothing, those whose pixels saturate."""
+    names, said = run["bits"]["names"], []
+    dead = [name for name, scale in zip(names, run["bits"]["scale"], strict=True) if scale == 0]
+    if dead and len(dead) < len(names):
+        said.append(f"No molecule shows in {', '.join(dead)}: dead, and left out of decoding.")
+    counts = [np.array(found["saturated"]) for found in run["fields"].values()]
+    total = np.sum(counts, axis=0) if counts else np.zeros(len(names), int)
+    if total.any():
+        worst = max(run["fields"], key=lambda fov: sum(run["fields"][fov]["saturated"]))
+        each = ", ".join(f"{name} {count:,}" for name, count in zip(names, total.tolist(), strict=True) if count)
+        said.append(f"Saturated pixels, most of them in field {worst}: {each}.")
+    return said
+
+
+def quality_lines(quality: dict[str, list[Any]]) -> list[str]:
+    """Fields whose images are unlike those of others, a line each, the first of them."""
+    rows: dict[int, list[str]] = {}
+    for fov, bit, reasons in zip(*(quality.get(name, []) for name in ("fov", "bit", "reasons")), strict=True):
+        rows.setdefault(fov, []).append(f"{bit} {reasons}")
+    lines = [f"field {fov}: {'; '.join(found)}" for fov, found in rows.items()]
+    more = len(lines) - MOST_LINES
+    return lines[:MOST_LINES] + ([f"{more} more fields have unusual images, see the report"] if more > 0 else [])
+
+
+def stain_lines(fields: dict[str, dict[str, Any]]) -> list[str]:
+    """Stains that could not be aligned with the bits: why, and in which fields."""
+    found: dict[str, list[str]] = {}
+    for fov, said in fields.items():
+        for name, reason in said.get("stains_not_aligned", {}).items():
+            found.setdefault(f"stain {name} is not aligned with the bits: {reason}", []).append(fov)
+    more = {text: ", ..." if len(fovs) > MOST_LINES else "" for text, fovs in found.items()}
+    return [f"{text} (fields {', '.join(fovs[:MOST_LINES])}{more[text]})" for text, fovs in found.items()]
+
+
+def untied_text(stage: dict[str, Any]) -> str:
+    """What to say of a run in which half of the fields that should share molecules do not; empty if more do."""
+    used, untied = sum(stage["links"]["used"]), stage["untied"]
+    if untied < max(used, 1):
+        return ""
+    # an image mirrored along x still fits its neighbours along y
+    return (
+        f"In {untied} of {used + untied} overlaps of neighbouring fields the two share no molecule: look at the "
+        "positions, and at transpose, flip_horizontal and flip_vertical of the microscope file."
+    )

@@ -1,0 +1,156 @@
+"""A page of sections with tables and pictures: one file, nothing loaded from elsewhere, and its numbers beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+
+from merfish import plots
+from merfish._files import whole_file
+from merfish.report.findings import Finding
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FOLDER = "report"  # beside the page: pictures as PNG, numbers as CSV
+DPI = 150  # of pictures, and of images within them
+# Colours that the page names, so that it can change them in the dark
+_NAMED = {"#000000": "currentColor", plots.GENE: "var(--gene)", plots.BLANK: "var(--blank)"}
+
+Width = Literal["small", "normal", "wide"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as SVG for the page and as PNG beside it, with the numbers it shows; name: of its files."""
+
+    name: str
+    svg: Markup
+    png: bytes
+    caption: str
+    numbers: pd.DataFrame | None
+    width: Width
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column names and rows of values.
+
+    formats: of columns, for `str.format`; without one a value is printed as it is. name: of its CSV file, empty for
+    none. sortable: by a click on the head of a column.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    formats: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+    sortable: bool = False
+
+    @property
+    def cells(self) -> list[list[tuple[str, float | None]]]:
+        """Rows of (text, number to sort by or None for text)."""
+        return [
+            [_cell(v, self.formats.get(c, "")) for c, v in zip(self.columns, row, strict=True)] for row in self.rows
+        ]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with verdicts, paragraphs, tables and pictures below it."""
+
+    title: str
+    text: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Picture] = ()
+    findings: Sequence[Finding] = ()
+
+
+def picture(
+    name: str, figure: Figure, caption: str, numbers: pd.DataFrame | None = None, width: Width = "normal"
+) -> Picture:
+    """Render a figure."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    # one layout for both formats; `savefig` draws everything three times for each
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        if any(axes.get_aspect() != "auto" for axes in figure.axes):
+            engine.execute(figure)  # axes of a fixed aspect have found their size only now
+        figure.set_layout_engine("none")
+    png, svg = io.BytesIO(), io.StringIO()
+    figure.set_dpi(DPI)
+    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
+    return Picture(name, _for_page(svg.getvalue(), name, caption), png.getvalue(), caption, numbers, width)
+
+
+def write_report(path: Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
+    """Write the page and the folder of its pictures and numbers, each whole or not at all."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("merfish"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(title=title, lead=lead, sections=sections)
+    with whole_file(path.parent / FOLDER) as part:
+        part.mkdir()
+        for section in sections:
+            _write_numbers(section, part)
+    with whole_file(path) as part:
+        part.write_text(page, encoding="utf-8")
+    return path
+
+
+def _write_numbers(section: Section, folder: Path) -> None:
+    for shown in section.figures:
+        (folder / f"{shown.name}.png").write_bytes(shown.png)
+        if shown.numbers is not None:
+            shown.numbers.to_csv(folder / f"{shown.name}.csv", index=False)
+    for table in section.tables:
+        if table.name:
+            with open(folder / f"{table.name}.csv", "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([table.columns, *table.rows])
+
+
+def _for_page(svg: str, name: str, caption: str) -> Markup:
+    """Matplotlib's SVG to stand within a page: it scales, takes the page's colours, its ids clash with no others."""
+    svg = svg[svg.index("<svg") :]
+    used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    for colour, named in _NAMED.items():
+        svg = re.sub(rf"(?<=[ :]){colour}(?=[;\"])", named, svg)
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert size is not None
+    head = f'<svg viewBox="0 0 {size[1]} {size[2]}" role="img" aria-label="{Markup.escape(caption)}"'
+    head += ' xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg">'
+    return Markup(head + svg[svg.index(">") + 1 :])
+
+
+def _cell(value: Any, form: str) -> tuple[str, float | None]:
+    """Text of a value, and the number to sort by; a number that is not known has none and stands as a dash."""
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if value is None or (number is not None and np.isnan(number)):
+        return "–", None
+    return (form.format(value) if form else str(value)), number

@@ -1,0 +1,252 @@
+"""What napari shows of a run: layers as plain data, and the call that opens them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from merfish import results
+from merfish.errors import InputError
+from merfish.imaging.ngff import open_image
+from merfish.mosaic import BRIGHTEST, Channel, Tile, blend
+from merfish.pipeline.images import BITS, STAINS, image_folder, saved_channels
+from merfish.plots import CATEGORIES
+from merfish.report import OVERVIEW, read_overview, read_record
+from merfish.results import places_between
+
+MOST_POINTS, MOST_OUTLINES = 1_000_000, 50_000  # molecules and cells that a viewer still moves fluently
+BLOCK = 1024  # pixels along y and x of what is read of a section at a time
+COARSEST = 8  # pixels of a field in one of the coarsest picture of a section
+STAIN_COLOURS = ("blue", "green", "magenta", "cyan")
+POINT_SIZE, LINE_WIDTH = 0.4, 0.2  # micrometre
+Box = tuple[np.ndarray, np.ndarray] | None  # corners (x, y), micrometre; None: everything
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Data of a layer and the options with which napari adds it; kind: "image", "points" or "vectors"."""
+
+    kind: str
+    data: Any
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def view(out: Path, fov: int | None = None) -> None:
+    """Open napari with a field of a run, or the whole section, and wait until it is closed.
+
+    Raises InputError if napari is not installed, or as `layers_of_field` does.
+    """
+    try:
+        import napari
+    except ImportError as error:
+        raise InputError(f"napari cannot be imported ({error}): pip install 'merfish[viewer]'") from error
+    layers = layers_of_section(out) if fov is None else layers_of_field(out, fov)
+    viewer = napari.Viewer(title=f"{out}" if fov is None else f"{out}, field {fov}")
+    show(viewer, layers)
+    napari.run()
+
+
+def show(viewer: Any, layers: list[Layer]) -> None:
+    """Add layers to a viewer of napari."""
+    for layer in layers:
+        getattr(viewer, f"add_{layer.kind}")(layer.data, units="um", **layer.options)
+
+
+def layers_of_field(out: Path, fov: int) -> list[Layer]:
+    """Images, outlines and molecules of one field, in micrometre of the stage, axes (z,) y, x.
+
+    Bits and stains as saved by ``--save-images``, else the overview picture. Raises InputError if the run has no such
+    field.
+    """
+    run = read_record(out)
+    if str(fov) not in run["fields"]:
+        raise InputError(f"{out}: no results of field {fov}; there are {_ends(run)}")
+    scale, place = run["microns_per_pixel"], np.array(run["stage"]["positions"][fov], float)
+    height, width = run["fields"][str(fov)]["shape"]
+    box = place, place + scale * np.array([width, height])
+    return [
+        *_field_images(out, fov, scale, place[::-1].tolist(), run["z"]),
+        *_outlines(out, box),
+        *_molecules(out, box, len(run["z"]) > 1),
+    ]
+
+
+def layers_of_section(out: Path) -> list[Layer]:
+    """As `layers_of_field`, of all fields: stains that were saved and overview pictures, read where one looks."""
+    run = read_record(out)
+    fovs = sorted(map(int, run["fields"]))
+    if not fovs:
+        raise InputError(f"{out}: no field of the run has results")
+    places = np.array(run["stage"]["positions"], float)[fovs]
+    return [
+        *_section_images(out, fovs, places, run["microns_per_pixel"]),
+        *_outlines(out, None),
+        *_molecules(out, None, len(run["z"]) > 1),
+    ]
+
+
+def _ends(run: dict[str, Any]) -> str:
+    fovs = sorted(map(int, run["fields"]))
+    return f"fields from {fovs[0]} to {fovs[-1]}" if fovs else "none"
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def _field_images(out: Path, fov: int, scale: float, corner: list[float], planes: list[float]) -> list[Layer]:
+    import dask.array as da
+
+    layers = []
+    if image_folder(out, fov).is_dir():
+        saved_channels(out, fov)  # refuses images of another run
+        z_step = float(np.median(np.diff(planes))) if len(planes) > 1 else 1.0
+        for store in (STAINS, BITS):
+            path = image_folder(out, fov) / store
+            levels, names = open_image(path) if path.is_dir() else ([], [])
+            flat = bool(levels) and levels[0].shape[1] == 1
+            place = {"scale": [scale, scale], "translate": corner}
+            if not flat:
+                place = {"scale": [z_step, scale, scale], "translate": [planes[0], *corner]}
+            for k, name in enumerate(names):
+                stack = [da.from_array(level, chunks=level.chunks)[k] for level in levels]
+                data = [level[0] for level in stack] if flat else stack
+                limits = _limits(np.asarray(data[-1]))
+                layers.append(_image(data, name, limits, _colour(k, store == STAINS), store == STAINS, **place))
+    if not layers:
+        picture = read_overview(results.field_folder(out, fov) / OVERVIEW)
+        layers.append(_image([picture], BRIGHTEST, (0, 255), "gray", True, scale=[scale, scale], translate=corner))
+    return layers
+
+
+def _section_images(out: Path, fovs: list[int], places: np.ndarray, scale: float) -> list[Layer]:
+    origin = places.min(axis=0)
+    corners = (places - origin) / scale
+    place = {"scale": [scale, scale], "translate": origin[::-1].tolist()}
+    pictures = [read_overview(results.field_folder(out, fov) / OVERVIEW) for fov in fovs]
+    steps = [step for step in (1, 2, 4, COARSEST) if step <= min(pictures[0].shape)]
+    levels = [lazy_mosaic([picture[::step, ::step] for picture in pictures], corners / step) for step in steps]
+    layers = [_image(levels, BRIGHTEST, (0, 255), "gray", True, **place)]
+    if all((image_folder(out, fov) / STAINS).is_dir() for fov in fovs):
+        for fov in fovs:
+            saved_channels(out, fov)
+        stores = [open_image(image_folder(out, fov) / STAINS) for fov in fovs]
+        for k, name in enumerate(stores[0][1]):
+            levels = [
+                lazy_mosaic([Channel(found[level], k) for found, _ in stores], corners / 2**level)
+                for level in range(len(stores[0][0]))
+            ]
+            limits = _limits(np.concatenate([np.asarray(found[-1][k]).ravel() for found, _ in stores[:50]]))
+            layers.append(_image(levels, name, limits, _colour(k, True), False, **place))
+    return layers
+
+
+def lazy_mosaic(images: list[Any], corners: np.ndarray) -> Any:
+    """A mosaic (y, x) that is made where it is looked at; corners (field, 2) x, y of the images, pixels."""
+    import dask
+    import dask.array as da
+
+    fields = [
+        Tile(image, row, column)
+        for image, (column, row) in zip(images, np.rint(corners).astype(int).tolist(), strict=True)
+    ]
+    height, width = np.max([(f.row + f.image.shape[-2], f.column + f.image.shape[-1]) for f in fields], axis=0).tolist()
+    dtype = np.dtype(images[0].dtype)
+    rows = [slice(y, min(y + BLOCK, height)) for y in range(0, height, BLOCK)]
+    columns = [slice(x, min(x + BLOCK, width)) for x in range(0, width, BLOCK)]
+    blocks = [
+        [
+            da.from_delayed(
+                dask.delayed(partial(blend, [f for f in fields if _meet(f, y, x)], y, x, dtype), pure=False)(),
+                (y.stop - y.start, x.stop - x.start),
+                dtype,
+            )
+            for x in columns
+        ]
+        for y in rows
+    ]
+    return da.block(blocks)
+
+
+def _meet(tile: Tile, y: slice, x: slice) -> bool:
+    height, width = tile.image.shape[-2:]
+    return tile.row < y.stop and tile.row + height > y.start and tile.column < x.stop and tile.column + width > x.start
+
+
+def _image(
+    data: list[Any], name: str, limits: tuple[float, float], colour: str, visible: bool, **place: list[float]
+) -> Layer:
+    options: dict[str, Any] = {"name": name, "contrast_limits": limits, "colormap": colour, "visible": visible, **place}
+    return Layer("image", data, {**options, "multiscale": True, "blending": "additive"})
+
+
+def _colour(k: int, stain: bool) -> str:
+    return STAIN_COLOURS[k % len(STAIN_COLOURS)] if stain else "gray"
+
+
+def _limits(sample: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(sample, [1, 99.8]).tolist()
+    return low, max(high, low + 1e-6)
+
+
+# --- outlines and molecules ---------------------------------------------------------------------------------------
+
+
+def _outlines(out: Path, box: Box) -> list[Layer]:
+    """Borders of the cells whose centres lie in a box, or of all, as lines; centres where there are too many."""
+    import shapely
+
+    columns, filters = ["center_x", "center_y"], places_between("center", *box) if box else None
+    centres = pd.read_parquet(out / results.CELLS, columns=columns, filters=filters)
+    if not len(centres):
+        return []
+    if len(centres) > MOST_OUTLINES:
+        options = {"name": "centres of cells", "size": 5.0, "face_color": "yellow", "border_width": 0}
+        return [Layer("points", centres[columns[::-1]].to_numpy(), options)]
+    table = pd.read_parquet(out / results.CELLS, columns=["geometry"], filters=filters)
+    lines = edges(shapely.from_wkb(table["geometry"].to_numpy()))
+    options = {"name": "cells", "edge_width": LINE_WIDTH, "edge_color": "yellow", "vector_style": "line"}
+    return [Layer("vectors", lines, options)]
+
+
+def edges(geometry: np.ndarray) -> np.ndarray:
+    """Edges of polygons, (edge, 2, 2): start (y, x) and the way to the end."""
+    import shapely
+
+    rings = shapely.get_rings(geometry)
+    places, ring = shapely.get_coordinates(rings, return_index=True)
+    same = ring[1:] == ring[:-1]
+    start, way = places[:-1][same], np.diff(places, axis=0)[same]
+    return np.stack([start[:, ::-1], way[:, ::-1]], axis=1)
+
+
+def _molecules(out: Path, box: Box, deep: bool) -> list[Layer]:
+    """Molecules of genes and blanks in a box or all; every n-th where there are too many, as their names say."""
+    axes = ["global_z", "global_y", "global_x"] if deep else ["global_y", "global_x"]
+    calls, step = _sample(out / results.TRANSCRIPTS, [*axes, "gene", "is_blank", "probability"], box)
+    layers = []
+    for blank, name in ((False, "molecules"), (True, "blanks")):
+        chosen = calls[calls["is_blank"].to_numpy(bool) == blank]
+        options: dict[str, Any] = {"name": name + (f", one of {step}" if step > 1 else ""), "size": POINT_SIZE}
+        options |= {"features": chosen[["gene", "probability"]].reset_index(drop=True), "border_width": 0}
+        options |= {"face_color": "red"} if blank else {"face_color": "gene", "face_color_cycle": list(CATEGORIES)}
+        if len(chosen):
+            layers.append(Layer("points", chosen[axes].to_numpy(float), {**options, "visible": not blank}))
+    return layers
+
+
+def _sample(path: Path, columns: list[str], box: Box) -> tuple[pd.DataFrame, int]:
+    """Molecules in a box, all of them, or of the whole section at most `MOST_POINTS`; of how many each is one."""
+    file = pq.ParquetFile(path)
+    step = 1 if box else max(-(-file.metadata.num_rows // MOST_POINTS), 1)
+    if step == 1:
+        filters = places_between("global", *box) if box else None
+        return pd.read_parquet(path, columns=columns, filters=filters), step
+    batches = file.iter_batches(columns=columns)
+    parts = [batch.take(np.arange(0, batch.num_rows, step)).to_pandas() for batch in batches]
+    return pd.concat(parts, ignore_index=True), step

@@ -1,0 +1,194 @@
+"""The page of a run: what it decides, what it sums up, what it writes."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import xml.etree.ElementTree as ElementTree
+
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_command_line import call
+
+import merfish
+from merfish import InputError, plots, results
+from merfish.pipeline import folder
+from merfish.report import Section, Table, figures, findings, picture, summary, write_report
+from merfish.report.sections import write_run_report
+from merfish.simulate import simulate_experiment
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    home = tmp_path_factory.mktemp("report")
+    raw = simulate_experiment(home / "tissue", fields=(1, 2), shape=(160, 160), drift=2.0, seed=5)
+    merfish.run(raw, out=home / "out")
+    return home / "out"
+
+
+def test_report__loads_nothing_and_stands_alone(done):
+    page = (done / results.REPORT).read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    targets = set(re.findall(r'href="#([^"]+)"', page)) | set(re.findall(r"url\(#([^)]+)\)", page))
+    assert targets <= set(re.findall(r' id="([^"]+)"', page))
+    assert page.count("<svg") == page.count('role="img" aria-label="')
+    assert "<th>" not in page
+    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
+        ElementTree.fromstring(svg)
+
+
+def test_report__writes_every_picture_as_png_and_its_numbers(done):
+    place = done / "report"
+    names = {path.stem for path in place.glob("*.png")}
+    numbers = {path.stem for path in place.glob("*.csv")}
+    assert {"words", "density", "drift", "error_rates", "cells", "seconds", "stains", "map_kept"} <= names
+    assert names - numbers == {"detail"}  # its molecules are among those of the field
+    kept = pd.read_parquet(done / results.TRANSCRIPTS)
+    table = pd.read_csv(place / "fields.csv").set_index("field")
+    assert table["kept"].to_dict() == kept["fov"].value_counts().to_dict()
+    assert pd.read_csv(place / "density.csv")["molecules"].sum() == (~kept["is_blank"]).sum()
+    cells = pd.read_csv(place / "cell_genes.csv")["genes a cell"]
+    inside = kept[(kept["cell_id"] >= 0) & ~kept["is_blank"]]
+    assert cells.sum() == inside.groupby("cell_id")["gene"].nunique().sum()
+
+
+def test_report__compares_with_bulk_and_replicates(done, tmp_path, monkeypatch, capsys):
+    words = pd.DataFrame(results.read_run(done)["words"])
+    bulk = tmp_path / "bulk.csv"
+    words[["gene", "n_kept"]].to_csv(bulk, index=False)
+    assert call(monkeypatch, "report", done, "--bulk", bulk, "--replicate", done) == 0
+    page = (done / results.REPORT).read_text()
+    assert "Counts of genes against bulk RNA-seq" in page
+    assert "r = 1.000 of log10" in page
+    bulk.write_text("gene,value\nGene001,many\n")
+    assert call(monkeypatch, "report", done, "--bulk", bulk) == 2
+    assert "line 2: expected a gene and a number from 0, got 'Gene001,many'" in capsys.readouterr().err
+    bulk.write_text("Other,1\n")
+    with pytest.raises(InputError, match="no gene of the run"):
+        write_run_report(done, bulk=bulk)
+
+
+def test_page__shows_names_as_they_are(tmp_path):
+    name = r'<b>$\frac"&'
+    figure = figures.words_called(np.array([3, 2]), np.array([2, 1]), [name, "blank"], np.array([False, True]))
+    section = Section(name, [name], [Table((name,), [(name,), (float("nan"),)])], [picture("words", figure, name)])
+    page = write_report(tmp_path / "report.html", name, name, [section]).read_text()
+    assert "<b>" not in page
+    assert "&lt;b&gt;$\\frac" in page
+    assert "<td>–</td>" in page
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        (findings.fields_done(100, 0), "pass"),
+        (findings.fields_done(99, 1), "warn"),
+        (findings.fields_done(1, 1), "fail"),
+        (findings.correlation("", 0.95, 100, 0.94), "pass"),
+        (findings.correlation("", 0.5, 100, 0.94), "warn"),
+        (findings.correlation("", 0.1, 100, 0.94), "fail"),
+        (findings.correlation("", 0.1, 5, 0.94), "info"),
+        (findings.efficiency({"detection_efficiency": [0.9, 0.8, None, 0.1]}, [False, False, False, True]), "pass"),
+        (findings.efficiency({"detection_efficiency": [0.3]}, [False]), "fail"),
+        (findings.exact_words({"n_kept": [10, 10], "n_exact": [5, 1]}), "warn"),
+        (findings.saturated({"0": {"saturated": [0, 200], "shape": [100, 100]}}, 2), "warn"),
+        (findings.saturated({"0": {"saturated": [0, 201], "shape": [100, 100]}}, 1), "fail"),
+        (findings.stage({"links": {"used": [True, True]}, "untied": 0})[0], "pass"),
+        (findings.stage({"links": {"used": [True, True]}, "untied": 2})[0], "fail"),
+    ],
+)
+def test_findings__hold_figures_against_their_thresholds(found, status):
+    assert found.status == status
+
+
+def test_error_rates__are_judged_by_their_intervals():
+    rates = {"bit": ["a", "b"]}
+    for kind in ("lost", "gained"):
+        rates |= {kind: [0.05, 0.3], f"{kind}_low": [0.04, 0.1], f"{kind}_high": [0.06, 0.9]}
+    assert [found.status for found in findings.error_rates(rates)] == ["pass", "warn"]
+    assert findings.error_rates(rates)[0].value == "mean 17.5%, b 30.0%"
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 300))
+def test_sum_molecules__as_one_counts_by_hand(seed, n):
+    rng = np.random.default_rng(seed)
+    fovs, is_blank = np.array([2, 5, 7]), np.array([False, True, False, False])
+    table = pd.DataFrame(
+        {
+            "fov": rng.choice(fovs, n).astype(np.int32),
+            "barcode_id": rng.integers(0, 4, n, dtype=np.int32),
+            "cell_id": rng.integers(-1, 3, n),
+            "global_x": rng.uniform(10, 20, n),
+            "global_y": rng.uniform(-5, 0, n),
+        }
+    )
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pandas(table, preserve_index=False), file, row_group_size=50)
+    source = pa.BufferReader(file.getvalue())
+    found = summary.sum_molecules(source, fovs, is_blank, np.array([10.0, -5.0]), np.array([20.0, 0.0]))
+    by_hand = pd.crosstab(table["fov"], table["barcode_id"]).reindex(index=fovs, columns=range(4), fill_value=0)
+    np.testing.assert_array_equal(found.counts, by_hand)
+    np.testing.assert_array_equal(found.in_cells, [((table["fov"] == f) & (table["cell_id"] >= 0)).sum() for f in fovs])
+    assert found.density.sum() == (table["barcode_id"] != 1).sum()
+    assert np.all(found.bin * np.array(found.density.shape[::-1]) >= [10 - 1e-9, 5 - 1e-9])
+
+
+def test_genes_of_cells__leaves_blanks_out(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["X/indptr"] = np.array([0, 2, 2, 5])
+        file["X/indices"] = np.array([0, 1, 0, 2, 1])
+        file["var/is_blank"] = np.array([False, True, False])
+    assert summary.genes_of_cells(tmp_path / "a.h5").tolist() == [1, 0, 2]
+
+
+def test_stage__draws_no_arrows_where_nothing_was_off():
+    said = np.array([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0]])
+    links = pd.DataFrame({"a": [0, 0], "b": [1, 2], "used": [True, False]})
+
+    def arrows(change):
+        axes = figures.stage(said, said + change, links).axes[0]
+        return [child for child in axes.get_children() if type(child).__name__ == "Quiver"], axes.get_title(loc="left")
+
+    assert arrows(0.0) == ([], "no field was off by more than 1 nm")
+    (drawn,), title = arrows(np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 0.0]]))
+    assert drawn.N == 1
+    assert title == "arrows 20 times enlarged; the longest stands for 2 µm"
+
+
+def test_matching_colours__gives_found_labels_the_colours_of_their_partners():
+    true = np.array(["a", "a", "a", "b", "b", "c", "c", ""])
+    found = np.array(["1", "1", "0", "2", "2", "0", "0", "10"])
+    colours = plots.colours_of(true[true != ""])
+    matched = plots.matching_colours(found, true, colours)
+    assert {label: matched[label] for label in "120"} == {"1": colours["a"], "2": colours["b"], "0": colours["c"]}
+    assert matched["10"] not in colours.values()
+    assert list(plots.colours_of(["10", "2", "1"])) == ["1", "2", "10"]
+
+
+def test_publication__replaces_the_folder_of_pictures_even_after_a_kill(tmp_path, monkeypatch):
+    for place, name in ((tmp_path, "old.png"), (folder.new_stage(tmp_path), "new.png")):
+        (place / "report").mkdir()
+        (place / "report" / name).write_text(name)
+        (place / results.RUN).write_text(name)
+
+    def killed(path, **options):
+        rmtree(path, **options)
+        if path == tmp_path / "report":
+            raise KeyboardInterrupt
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.publish(tmp_path)
+    monkeypatch.undo()
+    assert not (tmp_path / results.RUN).exists()
+    with folder.owned(tmp_path):
+        pass
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["new.png"]
+    assert (tmp_path / results.RUN).read_text() == "new.png"
