@@ -128,7 +128,7 @@ def chosen_stains(experiment: Experiment, config: RunConfig) -> tuple[str | None
     for field in ("nuclei_stain", "cytoplasm_stain"):
         asked = getattr(config, field)
         found = known.get(asked.lower())
-        if found is None and field in config.model_fields_set:
+        if found is None and asked != RunConfig.model_fields[field].default:
             raise InputError(
                 f"{field}: the experiment has no stain {shown(asked)}; it has {', '.join(known.values()) or 'none'}"
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merfish import results
+from merfish._jit import compilation_said
 from merfish.calls.error_model import word_statistics
 from merfish.calls.fit import refuse_misfit
 from merfish.config import RunConfig, read_config
@@ -92,6 +93,7 @@ def process(
     tables: Mapping[str, Path | None] | None,
     keep_going: bool,
     progress: bool,
+    verbose: bool = False,
 ) -> None:
     """As `run`, with results on disk only."""
     out = Path(out)
@@ -101,9 +103,14 @@ def process(
     chosen = choose_fovs(source, fovs)
     failed = check_files(source, chosen, keep_going)
     refuse_other_results(out)
-    with folder.owned(out), display(out, progress) as shown, run_map_on(workers, scheduler, slurm_jobs, out) as run_map:
+    with (
+        folder.owned(out),
+        display(out, progress, verbose) as shown,
+        compilation_said(shown.say),
+        run_map_on(workers, scheduler, slurm_jobs, out) as run_map,
+    ):
         if workers is not None and workers > cores():
-            shown.say(f"{workers} workers are asked for; this machine has {cores()} cores, so many are used")
+            shown.say(f"{workers} workers were asked for; using {cores()}, one for each core of this machine")
         manifest = Manifest(source, settings)
         calibrated = shared_calibration(source, settings, manifest, out, run_map, shown)
         target = covered(out, chosen, manifest, calibrated)
@@ -115,7 +122,7 @@ def process(
             refuse_misfit(judge_codebook(source.codebook, says, calibrated))
         key = manifest.of_results({fov: parts[fov] for fov in says}, failed)
         if published_key(out) == key:
-            shown.say(f"{out}: nothing has changed, the results stand")
+            shown.say(f"{out}: this run is complete, and its inputs and parameters have not changed; nothing to do")
             return
         combine(source, settings, out, says, failed, calibrated, key, run_map, shown)
 
@@ -207,7 +214,7 @@ def decode_fields(
         shown.say(f"{fields_text(fovs)}: made again ({reason})")
     todo = [fov for fov in work.parts if fov not in says]
     if says and todo:
-        shown.say(f"{fields_text(says)}: done before")
+        shown.say(f"{len(says)} of {len(work.parts)} fields are done already; decoding the other {len(todo)}")
     with shown.step("fields"):
         n_molecules, started = 0, time.time()
         for done, (fov, outcome) in enumerate(shown.track(run_map(work, todo), len(todo), "decode"), 1):
