@@ -1,0 +1,85 @@
+"""Guides and README: every code block runs, in order, on one small experiment."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import spatialvae.cli
+from merfish import cli
+from merfish.errors import InputError
+from merfish.guides import GUIDES, guide_titles, read_guide
+from merfish.pipeline import cluster
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+APPS = {"merfish": cli.app, "spatialvae": spatialvae.cli.app}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which guides run one after the other."""
+    return tmp_path_factory.mktemp("guides")
+
+
+def run_line(line):
+    """One line of a shell block, through the command lines in this process."""
+    if wrote := re.fullmatch(r'echo "(.*)" > (\S+)', line):
+        Path(wrote[2]).write_text(wrote[1] + "\n")
+        return
+    name, *arguments = shlex.split(line, comments=True)
+    done = CliRunner().invoke(APPS[name], arguments)
+    assert done.exit_code == 0, (line, done.output, done.exception)
+
+
+def run_blocks(text, variables):
+    for kind, block in BLOCK.findall(text):
+        if kind == "bash":
+            for line in filter(None, block.splitlines()):
+                run_line(line)
+        elif kind == "python":
+            exec(compile(block, "guide", "exec"), variables)
+        elif kind == "yaml":
+            assert yaml.safe_load(block)
+        else:
+            assert kind == "text", kind
+
+
+@contextmanager
+def local_jobs(jobs, shared):
+    """What `_slurm_cluster` gives, with threads of this process for jobs."""
+    from distributed import LocalCluster
+
+    with LocalCluster(1, processes=False, dashboard_address=None) as local:
+        yield local
+
+
+@pytest.mark.filterwarnings("ignore:the table lacks")
+@pytest.mark.parametrize("name", GUIDES)
+def test_guide_runs(name, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(cluster, "_slurm_cluster", local_jobs)
+    run_blocks(read_guide(name), {})
+    plt.close("all")
+
+
+def test_every_guide_is_listed_and_shown():
+    files = {path.stem for path in Path(sys.modules["merfish.guides"].__file__).parent.glob("*.md")}
+    assert files == set(GUIDES)
+    listed = CliRunner().invoke(cli.app, ["guide"]).output
+    for name, title in guide_titles().items():
+        assert f"{name} " in listed
+        assert title in listed
+    assert "Ctrl-C" in CliRunner().invoke(cli.app, ["guide", "getting-started"]).output
+
+
+def test_an_unknown_guide_names_those_there_are():
+    with pytest.raises(InputError, match=r"'magic': expected one of getting-started"):
+        read_guide("magic")
