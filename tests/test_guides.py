@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 import spatialvae.cli
-from merfish import cli
+from merfish import cli, datasets
 from merfish.errors import InputError
 from merfish.guides import GUIDES, guide_titles, read_guide
 from merfish.pipeline import cluster
@@ -83,3 +84,29 @@ def test_every_guide_is_listed_and_shown():
 def test_an_unknown_guide_names_those_there_are():
     with pytest.raises(InputError, match=r"'magic': expected one of getting-started"):
         read_guide("magic")
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:1 cells have no counts", "ignore:Number of distinct clusters")
+def test_readme_runs_on_real_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(datasets.merfish_raw(), "experiment")  # a cell without counts is among the few
+    run_blocks(re.sub(r"^```sh\n.*?^```", "", README, flags=re.M | re.S), {})
+    plt.close("all")
+
+
+def test_readme_has_the_figures_of_its_pages():
+    sections = README.split("## Against other tools")[1].split("\n## ")[0].split("\n### ")[1:]
+    assert len(sections) == 3
+    for section in sections:
+        page = (Path(__file__).parents[1] / re.search(r"\((benchmarks/results/\w+\.md)\)", section)[1]).read_text()
+        rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+        for figure in re.findall(r"(?<![\w.])-?\d+\.\d+", "\n".join(rows)):
+            assert re.search(rf"(?<![\d.]){figure}(?!\d)", page), (figure, section[:20])
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (Path(__file__).parents[1] / target.split("#")[0]).is_file(), target

@@ -21,8 +21,8 @@ from merfish.pipeline.status import decoded_fields
 _AREA, _BITS = 2048 * 2048, 16
 _REGISTER, _DECODE, _SEGMENT, _AFTER, _CALIBRATE = 2 * 2.4, 2 * 3.1, 2 * 6.5, 2 * (0.13 + 0.3), 2 * 2.6
 # Bytes: of a process before its first field, of a field's pixel and bit in memory, and of a field's pixel on disk with
-# the 0.01 molecules a pixel of the benchmark; from "memory" of benchmarks/results/pipeline_speed.md.
-_PROCESS, _PIXEL_BIT, _PIXEL_ON_DISK = 540e6, 17.5, 3.0
+# the 0.01 molecules a pixel of the benchmark; from "tiny" and "memory" of benchmarks/results/pipeline_speed.md.
+_PROCESS, _PIXEL_BIT, _PIXEL_ON_DISK = 400e6, 19.5, 3.0
 
 
 @dataclass(frozen=True)
