@@ -38,10 +38,16 @@ def _per_method(k: int) -> str:
     return ", ".join(f"{sigmas[k]:g} for {name}" for name, sigmas in FILTER_SIGMAS.items())
 
 
+def parameter(
+    default: Any, text: str, *, unit: str = "", source: str = "", must_exist: bool = False, **limits: Any
+) -> Any:
+    """A pydantic field that `config_yaml` can explain.
 
-def parameter(default: Any, text: str, *, unit: str = "", source: str = "", **limits: Any) -> Any:
-    """A pydantic field that `config_yaml` can explain. source: where the default comes from."""
-    return Field(default=default, description=text, json_schema_extra={"unit": unit, "source": source}, **limits)
+    source: where the default comes from. must_exist: a value that is set, even to the default, is refused if the
+    experiment does not have it.
+    """
+    about = {"unit": unit, "source": source, "must_exist": must_exist}
+    return Field(default=default, description=text, json_schema_extra=about, **limits)
 
 
 class RunConfig(BaseModel):
@@ -65,8 +71,7 @@ class RunConfig(BaseModel):
     )
     smoothing: float | None = parameter(
         None,
-        "Sigma of the Gaussian that smooths the images before decoding. null: the method's own, "
-        f"{_per_method(0)}.",
+        f"Sigma of the Gaussian that smooths the images before decoding. null: the method's own, {_per_method(0)}.",
         unit="px",
         source="chosen on simulated and bundled real images for a PSF of 1.35 px",
         ge=LEAST_SIGMA,
@@ -83,13 +88,17 @@ class RunConfig(BaseModel):
     )
     nuclei_stain: str = parameter(
         "DAPI",
-        "channelName of the nuclear stain in the data organization. Without it, cells are not segmented.",
+        "channelName of the nuclear stain in the data organization. Without it, cells are not segmented, "
+        "unless it is named here: then the run is refused.",
         source="MERlin's WatershedSegment",
+        must_exist=True,
     )
     cytoplasm_stain: str = parameter(
         "polyT",
-        "channelName of the stain that fills the cells. Without it, cells are grown from their nuclei.",
+        "channelName of the stain that fills the cells. Without it, cells are grown from their "
+        "nuclei, unless it is named here: then the run is refused.",
         source="MERlin's WatershedSegment",
+        must_exist=True,
     )
     flat_fields: dict[str, str] = parameter(
         {},
@@ -188,7 +197,7 @@ def config_yaml() -> str:
         text += [f"Source: {about['source']}."] if about.get("source") else []
         comment = textwrap.fill(" ".join(text), 100, initial_indent="# ", subsequent_indent="# ")
         default = yaml.safe_dump({name: field.get_default(call_default_factory=True)}, sort_keys=False)
-        parts.append(f"{comment}\n{default}")
+        parts.append(f"{comment}\n{'# ' if about.get('must_exist') else ''}{default}")
     return "\n".join(parts)
 
 

@@ -76,7 +76,7 @@ def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
         _kernels.tally(rows, values, length, depth)
         highest = max(highest, int(values.max(initial=0)))
     if highest == 0:
-        raise InputError(f"{where} holds no counts: all {n} cells are zero in the {len(columns)} genes of the model")
+        raise InputError(f"{where} has no counts: all {n} cells are zero in the {len(columns)} genes of the model")
     indptr = np.append(0, np.cumsum(length))
     indices = _array(int(indptr[-1]), np.min_scalar_type(len(columns) - 1), in_file)
     data = _array(int(indptr[-1]), np.min_scalar_type(highest), in_file)

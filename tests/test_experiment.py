@@ -205,7 +205,7 @@ def test_numbers__every_spelling_of_a_list(values, spelling):
     [
         ("imageRegExp", "regexp", "no column imageRegExp"),
         (",3,1,750", ",4,1,750", "no row for bit 3"),
-        ("bit4,R4", "bit1,R4", "names stand in several rows: bit1"),
+        ("bit4,R4", "bit1,R4", "names appear in several rows: bit1"),
         ("polyT,polyT,hal-stain", "polyT,polyT,", r"line 7 \('polyT'\): imageType is empty"),
         ("0;1;2;", "0;1;", r"line 4 \('bit3'\): 2 values in frame but 3 in zPos"),
         ("0;1;2;", "0;1;x;", r"line 4 \('bit3'\): frame: expected integers such as .*, got '0;1;x;'"),
@@ -232,7 +232,7 @@ def test_open_experiment__names_row_and_field(before, after, message, folder):
 
 def test_open_experiment__bit_given_twice(tmp_path):
     folder = write_experiment(tmp_path / "raw", [*ROWS, ROWS[2].replace("bit3,R3", "bit5,R5")])
-    with pytest.raises(InputError, match=r"bitNumber 3 stands in several rows: line 4 \('bit3'\), line 8 \('bit5'\)"):
+    with pytest.raises(InputError, match=r"bitNumber 3 appears in several rows: line 4 \('bit3'\), line 8 \('bit5'\)"):
         open_experiment(folder)
 
 
@@ -257,7 +257,7 @@ def test_open_experiment__readouts_in_another_order(folder):
         ("zPos,fid", "frame,fid", "several columns are called 'frame'"),
         ("0;1;2;", "0;1;1e300;", r"line 4 \('bit3'\): frame: 3 numbers up to 1e\+300"),
         (",3,1,750", ",3," + "9" * 30 + ",750", r"line 4 \('bit3'\): imagingRound: 1 numbers up to 1e\+30"),
-        ("polyT,polyT", "poly\x1b[31mT,polyT", r"line 7: holds the control character '\\x1b'"),
+        ("polyT,polyT", "poly\x1b[31mT,polyT", r"line 7: found the control character '\\x1b'"),
         ("polyT,polyT", '"poly\nT",polyT', "expected one line of plain text"),
     ],
 )
@@ -357,7 +357,7 @@ def test_read_data_organization__rejects_empty(text, tmp_path):
         ("1,2\n\n3,nan\n", "line 3: expected finite"),
         ("1,2\n-inf,2\n", "line 2: expected finite"),
         ("1,1e300\n", "line 1: expected finite x,y in micrometre, at most 1e.07, got '1,1e300'"),
-        ("1,2\n1,\x002\n", r"line 2: holds the control character '\\x00'"),
+        ("1,2\n1,\x002\n", r"line 2: found the control character '\\x00'"),
         ("1,2,3\n", "line 1: expected x,y"),
     ],
 )

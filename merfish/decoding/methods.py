@@ -121,4 +121,4 @@ def check_stack(stack: np.ndarray, codebook: Codebook) -> None:
     if np.issubdtype(stack.dtype, np.floating):
         for bit, name in enumerate(codebook.bit_names):
             if not np.isfinite(stack[bit].sum(dtype=np.float64)):
-                raise InputError(f"bit {bit + 1} ({name}) of the stack holds NaN or infinity")
+                raise InputError(f"bit {bit + 1} ({name}) of the stack has NaN or infinite values")

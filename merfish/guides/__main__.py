@@ -65,7 +65,7 @@ def public_names(package: str) -> list[str]:
     module, lines = import_module(package), []
     for name in module.__all__:
         kind = "class" if isinstance(getattr(module, name), type) else "function"
-        lines += [f".. auto{kind}:: {package}.{name}", "   :no-index:", *(["   :members:"] if kind == "class" else []), ""]
+        lines += [f".. auto{kind}:: {package}.{name}", "   :no-index:", ""]
     return lines
 
 
