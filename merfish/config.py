@@ -46,7 +46,7 @@ def parameter(
     source: where the default comes from. must_exist: a value that is set, even to the default, is refused if the
     experiment does not have it.
     """
-    about = {"unit": unit, "source": source, "must_exist": must_exist}
+    about: dict[str, Any] = {"unit": unit, "source": source, "must_exist": must_exist}
     return Field(default=default, description=text, json_schema_extra=about, **limits)
 
 

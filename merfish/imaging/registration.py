@@ -38,8 +38,8 @@ def measure_drift(images: np.ndarray, reference: int = 0, max_drift: float = MAX
     matches most of them is refined: the round is realigned, the remaining displacement of each blob is measured by
     least squares, and their robust mean is added, until it vanishes.
 
-    Returns one row for each round: round; dy, dx (pixel: what is at (y, x) in the reference is at (y + dy, x + dx) in this
-    round; NaN if not ok); quality (share of the reference's blobs that agree on it, 0 to 1); beads (their number);
+    Returns one row for each round: round; dy, dx (pixel: what is at (y, x) in the reference is at (y + dy, x + dx) in
+    this round; NaN if not ok); quality (share of the reference's blobs that agree on it, 0 to 1); beads (their number);
     error (pixel, standard error of the drift); ok (the agreement is not by chance, and close).
 
     Raises InputError if ``images`` is not (round, y, x), not finite, or has no round ``reference``.
