@@ -22,15 +22,15 @@ from spatialvae.module import LEAST_DEPTH, UNSEEN, Section, Sites, SpatialModule
 
 ROWS_AT_ONCE = 256  # cells whose slopes (gene, dim) are held
 NEWTON_STEPS = 3
-HALVINGS = 3  # of a step that does not raise the posterior density
-VARIANCE_DRAWS = 20  # of the niche: what is not known exactly of its variance is a small part of it
+HALVINGS = 3  # factor for a step that does not raise the posterior density
+VARIANCE_DRAWS = 20  # of the niche: only a small part of its variance is not known exactly
 
 
 @torch.no_grad()
 def posterior(
     module: SpatialModule, section: Section, sites: Sites, seed: int = 0
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Mean and variance of z_niche (cell, D) and of z_cell (cell, dim), around the mode that ``sites`` lead to."""
+    """Mean and variance of z_niche (cell, D) and of z_cell (cell, dim), around the mode given by ``sites``."""
     niche, own = module.solve(section.space, sites), module.log_residual.exp()
     mode, (n, d) = module.cells_given(sites, niche)[0].to(own.device), niche.mean.shape
     weight, target = np.zeros((n, d, d)), np.zeros((n, d))
