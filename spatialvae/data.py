@@ -28,8 +28,8 @@ class Cells:
     """The part of a table that the model uses.
 
     ``coordinates`` float64 (cell, axis) or None; ``samples`` and ``batches`` int64 (cell,); ``batch_names`` in the
-    order of their codes; ``depth`` float32 (cell,), the total counts; ``missing`` bool (gene,), genes of the model that the
-    table lacks, whose columns of ``counts`` are empty.
+    order of their codes; ``depth`` float32 (cell,), the total counts; ``missing`` bool (gene,), genes of the model that
+    the table lacks, whose columns of ``counts`` are empty.
     """
 
     counts: Counts
