@@ -18,6 +18,7 @@ import spatialvae.cli
 from merfish import cli, datasets
 from merfish.errors import InputError
 from merfish.guides import GUIDES, guide_titles, read_guide
+from merfish.guides import __main__ as guides_site
 from merfish.pipeline import cluster
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
@@ -110,3 +111,22 @@ def test_readme_has_the_figures_of_its_pages():
 def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (Path(__file__).parents[1] / target.split("#")[0]).is_file(), target
+
+
+def test_site_has_a_page_for_every_guide_and_module(tmp_path):
+    guides_site.write_sources(tmp_path)
+    pages = {path.name for path in tmp_path.iterdir()}
+    assert {f"{name}.md" for name in GUIDES} <= pages
+    assert {"index.md", "merfish.rst", "merfish.calls.filtering.rst", "spatialvae.model.rst"} <= pages
+    assert not [name for name in pages if "._" in name]
+    assert "autofunction:: merfish.run\n" in (tmp_path / "merfish.rst").read_text()
+
+
+def test_site_never_replaces_a_folder_that_is_not_a_site(tmp_path, monkeypatch):
+    monkeypatch.setattr(guides_site, "find_spec", lambda name: name)
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(InputError, match="not a site that Sphinx made"):
+        guides_site.build_site(tmp_path)
+    monkeypatch.setattr(guides_site, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'merfish\[docs\]'"):
+        guides_site.build_site(tmp_path / "site")
