@@ -220,6 +220,8 @@ def run(
     if quiet:
         for fov_number, reason in summary["failed"].items():
             print(f"field {fov_number} failed: {printable(reason)}", file=sys.stderr)
+        if summary["notice"]:
+            print(f"warning: {printable(summary['notice'])}", file=sys.stderr)
     else:
         print(*summary["lines"], sep="\n")
     if summary["failed"] or summary["notice"]:

@@ -60,7 +60,7 @@ def plan_lines(
     free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
     planes = f"{len(source.z)} plane{'s' if len(source.z) > 1 else ''}"
     kind = "registered stacks" if source.registered else "raw images"
-    size = sum(path.stat().st_size for path in files)
+    size = sum(part.stat().st_size for path in files for part in (path.rglob("*") if path.is_dir() else [path]))
     there = decoded_fields(out)
     return [
         f"{source.folder}: {kind}, {source.codebook.n_bits} bits, {planes}, {shape[1]} x {shape[0]} px",
@@ -71,7 +71,7 @@ def plan_lines(
         *([f"resumes     {out} holds {len(there)} fields; those that are unchanged are used again"] if there else []),
         f"method      {config.method}" + ("" if config.method == "spots" else "; the time is estimated for spots"),
         f"time        about {_duration(cost.seconds)} on {processes} process{'es' if processes > 1 else ''}, "
-        f"{cores()} cores, if no field is done yet",
+        f"{cores()} cores of this machine, if no field is done yet",
         f"memory      about {_bytes(cost.memory)}",
         f"disk        about {_bytes(cost.disk)} of {_bytes(free)} free"
         + ("; NOT ENOUGH: choose another folder or free some space" if cost.disk > free else ""),
@@ -89,10 +89,10 @@ def run_cost(
     """
     area, planes = shape[0] * shape[1], len(experiment.z)
     fraction = area / _AREA
-    images = fraction * planes * experiment.codebook.n_bits / _BITS
+    stack = fraction * planes * experiment.codebook.n_bits / _BITS
     surveyed = min(config.normalization_fields, len(experiment.fovs))
-    a_field = images * (_REGISTER + _DECODE) + segmented * fraction * _SEGMENT + fraction * planes * _AFTER
-    seconds = (n * a_field + surveyed * images * _CALIBRATE) / cores()
+    a_field = stack * (_REGISTER + _DECODE) + segmented * fraction * _SEGMENT + fraction * planes * _AFTER
+    seconds = (n * a_field + surveyed * stack * _CALIBRATE) / cores()
     memory = processes * (_PROCESS + _PIXEL_BIT * area * planes * experiment.codebook.n_bits)
     return Cost(seconds, memory, n * area * planes * _PIXEL_ON_DISK)
 
@@ -103,7 +103,7 @@ def _duration(seconds: float) -> str:
 
 def _bytes(n: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
+        if n < 999.5:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
