@@ -253,7 +253,7 @@ def test_open_experiment__readouts_in_another_order(folder):
     [
         ("0;1;2;", "0;3;2;", r"line 4 \('bit3'\): frame 3 .*'hal', round 1, is also that of line 5|line 5 .* line 4"),
         ("0;1;2;", "0;1;6;", r"line 4 \('bit3'\): frame 6 .*'hal', round 1, shows the beads of line 4 \('bit3'\)"),
-        ("DAPI,DAPI", "bit5,DAPI", r"has 4 bits, but there are more bits here: line 6 \('bit5'\)"),
+        ("DAPI,DAPI", "bit5,DAPI", r"has 4 bits, but the table has more: line 6 \('bit5'\)"),
         ("zPos,fid", "frame,fid", "several columns are called 'frame'"),
         ("0;1;2;", "0;1;1e300;", r"line 4 \('bit3'\): frame: 3 numbers up to 1e\+300"),
         (",3,1,750", ",3," + "9" * 30 + ",750", r"line 4 \('bit3'\): imagingRound: 1 numbers up to 1e\+30"),
@@ -272,7 +272,7 @@ def test_open_experiment__codebook_of_fewer_bits(folder):
     (folder / "codebook.csv").write_text(
         "\n".join(line.rsplit(",", 1)[0] for line in text).replace("B,b,0,0,1", "B,b,0,1,1")
     )
-    with pytest.raises(InputError, match=r"3 bits, but there are more bits here: line 5 \('bit4'\)"):
+    with pytest.raises(InputError, match=r"3 bits, but the table has more: line 5 \('bit4'\)"):
         open_experiment(folder)
     # a number that follows the bits', in their images and a colour of theirs, is one whatever its name
     edit(folder / "data_organization.csv", "bit4,R4", "last,R4")

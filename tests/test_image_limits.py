@@ -188,7 +188,7 @@ def edit_metadata(path: Path, **values: object) -> None:
         ({"shape": [200_000, 16, 16]}, "799988 of its 800000 chunks are missing"),
         ({"shape": [10**300, 16, 16]}, r"shape: expected integers from 0, at most 8, got \[1000"),
         ({"shape": [3, 16, 16.5]}, "shape: expected integers"),
-        ({"shape": [3, 16]}, "do not fit each other"),
+        ({"shape": [3, 16]}, "do not match"),
         ({"shape": [1] * 50, "chunks": [1] * 50}, "shape: expected integers from 0, at most 8"),
         ({"chunks": [1, 0, 8]}, "chunks: expected integers from 1"),
         ({"chunks": [1, 1 << 20, 1 << 20]}, "unpack to"),

@@ -64,7 +64,7 @@ def open_store(path: Path) -> Store:
     sides = metadata.get("chunks") if version == 2 else _place(metadata, "chunk_grid", "configuration", "chunk_shape")
     chunk = _sizes(folder, "chunks", sides, 1)
     if len(shape) != len(chunk) or len(shape) > _MOST_AXES:
-        raise InputError(f"{folder}: shape {shape} and chunks {chunk} do not fit each other")
+        raise InputError(f"{folder}: shape {shape} and chunks {chunk} do not match")
     dtype = _dtype(folder, metadata.get("dtype" if version == 2 else "data_type"))
     codecs = _codecs(folder, version, metadata)
     files, stored = _chunk_files(path, folder, version, len(shape))

@@ -113,7 +113,7 @@ def given_flat(image: np.ndarray, name: str) -> np.ndarray:
     """Divide a flat field (y, x) of any unit by its largest value, float32. Raises InputError if it is not valid."""
     flat = np.asarray(image, np.float64)
     if flat.ndim != 2 or not np.isfinite(flat).all() or flat.min() <= 0:
-        raise InputError(f"{name}: expected one image (y, x) of positive numbers, the light on each pixel")
+        raise InputError(f"{name}: expected one image (y, x) of positive numbers, the illumination of each pixel")
     return (flat / flat.max()).astype(np.float32)
 
 

@@ -40,7 +40,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         header: Header = _FORMATS[_suffix(path)][0](path)
         size = f"{header.shape[1]} x {header.shape[0]} px"
         if header.frame_bytes > MOST_FRAME:
-            raise InputError(f"{path}: its header asks for frames of {size}, {header.frame_bytes} bytes each")
+            raise InputError(f"{path}: its header claims frames of {size}, {header.frame_bytes} bytes each")
         if not header.problem and (header.frame_bytes == 0 or header.frames == 0):
             return replace(header, problem=f"{header.frames} frames of {size}: no pixels")
         return header
@@ -56,7 +56,9 @@ def read_frames(path: str | os.PathLike[str], frames: Sequence[int]) -> np.ndarr
         found = read_header(path)
         beyond = [frame for frame in frames if not 0 <= frame < found.frames]
         if found.problem or beyond:
-            raise InputError(f"{path}: " + (found.problem or f"frame {beyond[0]} asked of {found.frames} frames"))
+            raise InputError(
+                f"{path}: " + (found.problem or f"frame {beyond[0]} was requested, but it has {found.frames} frames")
+            )
         if path.is_file():  # in Zarr each chunk is checked
             refuse_bomb(path, len(set(frames)) * found.frame_bytes, path.stat().st_size)
         images = np.asarray(_FORMATS[_suffix(path)][1](path, frames, found))
@@ -174,7 +176,7 @@ def _refuse(path: Path, problem: str) -> None:
 def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
-        raise InputError(f"{path}: not an image format known here; expected one of {', '.join(_FORMATS)}")
+        raise InputError(f"{path}: unsupported image format; expected one of {', '.join(_FORMATS)}")
     return suffix
 
 
@@ -211,7 +213,7 @@ def _dax_header(path: Path) -> Header:
     if not expected:
         problem = f"its .inf file says {frames} frames of {shape[1]} x {shape[0]}"
     elif found != expected:
-        verb = "cut short" if found < expected else "too long"
+        verb = "truncated" if found < expected else "too long"
         problem = (
             f"{verb}: {found} bytes, its .inf file says {frames} frames of {shape[1]} x {shape[0]}: {expected} bytes"
         )
@@ -257,7 +259,7 @@ def _nd2_header(path: Path) -> Header:
     with _open_nd2(path) as file:
         sizes = dict(file.sizes)
         images = math.prod(int(size) for axis, size in sizes.items() if axis not in "CYXS")
-        problem = "colour images (RGB), expected one value a pixel" if "S" in sizes else ""
+        problem = "colour images (RGB), expected one value per pixel" if "S" in sizes else ""
         if sizes.get("P", 1) > 1:
             problem = f"has {sizes['P']} stage positions, expected one file for each field"
         shape = (file.attributes.heightPx, file.attributes.widthPx)

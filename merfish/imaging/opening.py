@@ -143,8 +143,8 @@ def _refuse_more_bits(channels: Sequence[Channel], bits: Sequence[Channel], path
     if more:
         rows = listed([f"line {c.line} ({c.name!r})" for c in more], ", ")
         raise InputError(
-            f"{path}: the codebook has {len(bits)} bits, but there are more bits here: {rows}; use the codebook of "
-            "this experiment, or if they are stains leave their bitNumber empty"
+            f"{path}: the codebook has {len(bits)} bits, but the table has more: {rows}. Use the codebook of "
+            "this experiment; for stains, leave bitNumber empty"
         )
 
 
@@ -173,7 +173,9 @@ def _refuse_shared_frames(bits: Sequence[Channel], files: Mapping[tuple[Movie, i
                 raise InputError(f"{where} shows the beads of line {beads[place].line} ({beads[place].name!r})")
             other = shown.setdefault(place, channel)
             if other is not channel:
-                raise InputError(f"{where} is also that of line {other.line} ({other.name!r}); each bit has its own")
+                raise InputError(
+                    f"{where} is also that of line {other.line} ({other.name!r}); each bit needs its own frame"
+                )
 
 
 def _find_files(root: Path, movies: Iterable[Movie], n_fovs: int, table: Path) -> dict[tuple[Movie, int], Path]:

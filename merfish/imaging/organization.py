@@ -114,7 +114,7 @@ def read_positions(path: str | os.PathLike[str]) -> np.ndarray:
             )
         rows.append((x, y))
     if not rows:
-        raise InputError(f"{path}: no positions; expected one line x,y a field")
+        raise InputError(f"{path}: no positions; expected one line x,y for each field")
     return np.array(rows)
 
 
@@ -158,7 +158,7 @@ def _read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, str]]]
                     raise InputError(f"{path}: several columns are called {', '.join(map(shown, doubled))}")
                 continue
             if len(rows) == _MAX_ROWS:
-                raise InputError(f"{path}: more than {_MAX_ROWS} rows; expected one a channel")
+                raise InputError(f"{path}: more than {_MAX_ROWS} rows; expected one for each channel")
             if len(fields) > len(header) and any(fields[len(header) :]):
                 raise InputError(
                     f"{path}: line {reader.line_num} has {len(fields)} fields, the header {len(header)}; "
@@ -168,7 +168,9 @@ def _read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, str]]]
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num}: {error}") from error
     if not rows:
-        raise InputError(f"{path}: no rows; expected a header with imageType, imageRegExp, frame and one row a channel")
+        raise InputError(
+            f"{path}: no rows; expected a header with imageType, imageRegExp, frame, and a row for each channel"
+        )
     return rows
 
 

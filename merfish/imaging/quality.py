@@ -164,7 +164,7 @@ def flag_quality(table: pd.DataFrame) -> pd.DataFrame:
     reasons: list[list[list[str]]] = [[[] for _ in bits] for _ in fovs]
     dark = ~(grid["noise"] > 0)
     for f, b in np.argwhere(dark):
-        reasons[f][b].append("no image: its pixels are all alike")
+        reasons[f][b].append("no image: all pixels have the same value")
     enough = len(fovs) >= MIN_FIELDS
     _flag_spots(grid["spots"], dark, enough, reasons)
     clear = grid["spots"] >= ENOUGH_SPOTS
@@ -209,7 +209,7 @@ def _flag_spots(spots: np.ndarray, dark: np.ndarray, enough: bool, reasons: list
     many = (spots > expected * factor) & (special.pdtrc(np.maximum(spots - 1, 0), expected * margin) < CHANCE)
     for f, b in np.argwhere((few | many) & ~dark):
         what = "few spots" if few[f, b] else "many spots"
-        reasons[f][b].append(f"{what}: {spots[f, b]:.0f} where {expected[f, b]:.0f} are usual")
+        reasons[f][b].append(f"{what}: {spots[f, b]:.0f}, usually {expected[f, b]:.0f}")
 
 
 _WORDS = {
@@ -229,7 +229,7 @@ def _flag_value(name: str, values: np.ndarray, enough: bool, reasons: list[list[
     low, high, unit = _WORDS[name]
     for f, b in np.argwhere(np.abs(off) > limit):
         what = low if off[f, b] < 0 else high
-        reasons[f][b].append(f"{what}: {values[f, b]:.3g} {unit} where {np.exp(expected[f, b]):.3g} are usual")
+        reasons[f][b].append(f"{what}: {values[f, b]:.3g} {unit}, usually {np.exp(expected[f, b]):.3g}")
 
 
 def _flag_likeness(likeness: np.ndarray, reasons: list[list[list[str]]]) -> None:
@@ -237,8 +237,8 @@ def _flag_likeness(likeness: np.ndarray, reasons: list[list[list[str]]]) -> None
     limit = max(LOST_LIKENESS, SIGMAS * _sigma(likeness - usual))
     for f, b in np.argwhere((likeness < usual - limit) & (usual >= COMMON_LIKENESS)):
         reasons[f][b].append(
-            f"shows another place: its light follows that of other bits by {likeness[f, b]:.2f}, "
-            f"the others by {usual[f, 0]:.2f}"
+            f"shows another place: its correlation with other bits is {likeness[f, b]:.2f}, "
+            f"that of the others {usual[f, 0]:.2f}"
         )
 
 
