@@ -307,7 +307,7 @@ def test_match_bits__labs_number_stains_and_genes_beyond_the_bits(tmp_path, bits
     found, stains = module._match_bits(read_data_organization(path), book, path)
     assert ([c.name for c in found], [c.name for c in stains]) == (list(bits), [name for name, *_ in extra])
     shorter = Codebook(("A",), ("",), np.array([[1]], np.uint8), ("a",))
-    with pytest.raises(InputError, match="has 1 bits, but there are more"):
+    with pytest.raises(InputError, match="has 1 bits, but the table has more"):
         module._match_bits(read_data_organization(path), shorter, path)
 
 
