@@ -65,7 +65,8 @@ def public_names(package: str) -> list[str]:
     module, lines = import_module(package), []
     for name in module.__all__:
         kind = "class" if isinstance(getattr(module, name), type) else "function"
-        lines += [f".. auto{kind}:: {package}.{name}", "   :no-index:", ""]
+        options = ["   :no-index:", "   :members:"] if kind == "class" else ["   :no-index:"]
+        lines += [f".. auto{kind}:: {package}.{name}", *options, ""]
     return lines
 
 
