@@ -34,7 +34,7 @@ from merfish.imaging.experiment import Experiment
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.organization import Channel, Movie
 from merfish.pipeline.cluster import run_map_on
-from merfish.pipeline.fields import CALL_COLUMNS, CALLS, OUTLINES, write_outlines, write_tally
+from merfish.pipeline.fields import CALL_COLUMNS, CALLS, OUTLINES, SPOTS, write_outlines, write_spots, write_tally
 from merfish.pipeline.folder import new_record, owned, read_record
 from merfish.pipeline.progress import display
 from merfish.pipeline.survey import Calibrated
@@ -86,9 +86,12 @@ def write_field(out: Path, fov: int, columns: int, n_molecules: int) -> None:
     pixels = shapely.transform(cells, lambda xy: (xy - corner) / SCALE)
     seen = shapely.intersection(pixels, shapely.box(-0.5, -0.5, SIDE - 0.5, SIDE - 0.5))
     seen = seen[shapely.area(seen) > 200]
+    calls["nuclear"] = False
+    measured = pd.DataFrame({"nucleus": np.full(len(seen), 0.3), "depth": 1.0})
     with new_record(results.field_folder(out, fov), {"made": "benchmark"}) as (folder, says):
         calls[list(CALL_COLUMNS)].to_parquet(folder / CALLS, index=False)
-        write_outlines(list(seen), folder / OUTLINES)
+        write_outlines(list(seen), folder / OUTLINES, measured)
+        write_spots([], folder / SPOTS)
         np.save(folder / OVERVIEW, np.zeros((SIDE, SIDE), np.uint8))
         write_tally(calls, folder / "tally.npz")
         says |= {"drift": [], "shape": (SIDE, SIDE), "saturated": [0] * 16, "n_found": len(calls)}

@@ -174,18 +174,29 @@ def run(
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print what OUT/merfish.log keeps.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and failed fields.")] = False,
+    embed: Annotated[
+        bool, typer.Option("--embed", help="Train SpatialVAE on the cells; embedding and domains go into the table.")
+    ] = False,
+    domains: Annotated[
+        int | None, typer.Option(min=1, help="Spatial domains that --embed finds; as many as fit best when not given.")
+    ] = None,
 ) -> None:
     """Decode a whole raw experiment into molecules, cells and counts; writes OUT/report.html.
 
     The same command again resumes an interrupted run.
     """
     from merfish.config import read_config
+    from merfish.embedding import embed_run, need_embedding
     from merfish.pipeline import process
     from merfish.pipeline.record import run_summary
     from merfish.pipeline.status import decoded_fields
 
     if sum(choice is not None for choice in (workers, scheduler, slurm)) > 1:
         raise InputError("--workers, --scheduler and --slurm exclude each other")
+    if embed:
+        need_embedding("--embed")  # before any work
+    elif domains is not None:
+        raise InputError("--domains: domains are found by --embed, which is not given")
     settings = read_config(config, **({} if method is None else {"method": method.value}))
     fovs = None if fov is None else parse_fovs(fov)
     tables = {
@@ -224,6 +235,10 @@ def run(
             print(f"warning: {printable(summary['notice'])}", file=sys.stderr)
     else:
         print(*summary["lines"], sep="\n")
+    if embed:
+        lines = embed_run(out, domains, progress=not quiet)
+        if not quiet:
+            print(*lines, sep="\n")
     if summary["failed"] or summary["notice"]:
         sys.exit(FAILED_FIELDS)
 

@@ -31,6 +31,8 @@ DEFAULT_METHOD = "spots"
 # spots and cells alike, and the difference of two of nearly the same width is rounding error.
 LEAST_SIGMA, MOST_SMOOTHING, MOST_BACKGROUND = 0.2, 10.0, 100.0
 LEAST_RATIO = 1.1
+# what labs call stains, whatever the case
+OTHER_STAINS = ("DAPI", "Hoechst", "polyT", "WGA", "Cellbound1", "Cellbound2", "Cellbound3")
 _MAX_BYTES = 1 << 16  # of a configuration file; one that explains every parameter has some 3,000
 
 
@@ -99,6 +101,19 @@ class RunConfig(BaseModel):
         "nuclei, unless it is named here: then the run is refused.",
         source="MERlin's WatershedSegment",
         must_exist=True,
+    )
+    stains: list[str] = parameter(
+        list(OTHER_STAINS),
+        "channelNames of all stains, in any case. Other rows of the data organization without a bit number are genes "
+        "imaged one by one. If the list is set, the run is refused if one of them is missing.",
+        source="names in common use, and those of MERSCOPE",
+        must_exist=True,
+    )
+    segmenter: str | None = parameter(
+        None,
+        "package.module:function that segments cells instead of merfish: nuclei (y, x), cytoplasm (y, x) or None, "
+        "micrometre per pixel -> labels (y, x). null: merfish's own.",
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
     )
     flat_fields: dict[str, str] = parameter(
         {},
@@ -196,7 +211,9 @@ def config_yaml() -> str:
         text += [f"Range: {' and '.join(limits)}."] if limits else []
         text += [f"Source: {about['source']}."] if about.get("source") else []
         comment = textwrap.fill(" ".join(text), 100, initial_indent="# ", subsequent_indent="# ")
-        default = yaml.safe_dump({name: field.get_default(call_default_factory=True)}, sort_keys=False)
+        value = field.get_default(call_default_factory=True)
+        in_line = None if isinstance(value, list) else False  # a list stays in one line, which can be commented out
+        default = yaml.safe_dump({name: value}, default_flow_style=in_line, width=1000)
         parts.append(f"{comment}\n{'# ' if about.get('must_exist') else ''}{default}")
     return "\n".join(parts)
 

@@ -17,14 +17,13 @@ import shapely
 from merfish import plots, results
 from merfish.codebook import Codebook
 from merfish.config import RunConfig
-from merfish.errors import InputError
+from merfish.embedding import SEED, fit_embedding, need_embedding
 from merfish.report import Section, Table, picture, run_sections, write_report
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 N_PERMUTED = 20  # codebooks with permuted bits
-SEED = 0
 TISSUE_DOMAINS = 3
 OSMFISH_REGIONS = 11
 MATCH_MICRONS = 0.25  # a call is right if a true molecule of its gene lies within this distance
@@ -34,7 +33,7 @@ CELL_OVERLAP = 0.5  # intersection over union above which a segmented cell is a 
 def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, int] = (512, 512)) -> Path:
     """Run everything into ``out`` and return the page. fields, shape: of the simulated tissue."""
     started = time.perf_counter()
-    _need_embedding()
+    need_embedding("the demo")
     out.mkdir(parents=True, exist_ok=True)
     sections = [
         *_stage("1/4 real MERFISH fields", lambda: real_fields(out)),
@@ -54,14 +53,6 @@ def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, i
 def _stage(title: str, work: Callable[[], list[Section]]) -> list[Section]:
     print(f"\n{title}")
     return work()
-
-
-def _need_embedding() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("torch", "torch_geometric", "safetensors", "sklearn") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"the demo embeds cells and needs {', '.join(missing)}: pip install 'merfish[vae]'")
 
 
 # --- real fields ------------------------------------------------------------------------------------------------
@@ -283,15 +274,10 @@ def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_n
     """Train a model on a table of counts, find domains, compare them with ``truth`` ("" = unknown), draw."""
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-    from spatialvae import SpatialVAE
     from spatialvae import plots as embedding_plots
 
     started = time.perf_counter()
-    SpatialVAE.setup_anndata(table)
-    model = SpatialVAE(table, seed=SEED)
-    model.train()
-    table.obsm["X_spatialvae"] = model.get_latent_representation()
-    model.domains(n_domains)
+    model = fit_embedding(table, n_domains)
     seconds = time.perf_counter() - started
     labels = table.obs["spatial_domain"].astype(str).to_numpy()
     known = truth != ""

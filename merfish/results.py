@@ -10,6 +10,7 @@ from merfish.errors import InputError
 
 TRANSCRIPTS = "transcripts.parquet"
 ALL_TRANSCRIPTS = "transcripts_all.parquet"
+SEQUENTIAL = "sequential.parquet"  # molecules of genes imaged one by one, where there are any
 CELLS = "cells.parquet"
 CELL_BY_GENE = "cell_by_gene.h5ad"
 RUN = "run.json"

@@ -285,7 +285,8 @@ def merge_fields(outlines_by_fov, positions, shape, scale):
     numbers = number_cells({fov: len(shapes[fov]) for fov in fovs}, np.array(links, int).reshape(-1, 4))
     members = numbers.members(np.arange(len(numbers.home)))
     geometry = [shapes[row.fov][row.outline] for row in members.itertuples()]
-    cells = merging.unite(members, np.array([*geometry, None], dtype=object)[:-1])
+    measured = pd.DataFrame({"depth": [float(row.fov) for row in members.itertuples()]})
+    cells = merging.unite(members, np.array([*geometry, None], dtype=object)[:-1], measured)
     return merging.part(cells, cells)
 
 
@@ -299,7 +300,7 @@ def test_merge_fields__counts_a_cell_in_an_overlap_once():
     assert list(cells["fov"]) == [0, 0, 1]
     assert cells["center_x"][0] == pytest.approx(80, abs=0.6)
     assert cells["center_x"][2] == pytest.approx(130)
-    np.testing.assert_allclose(cells["volume"], merging.DEPTH * cells["area"])
+    assert cells["depth"].tolist() == [0.0, 0.0, 1.0]
     assert cells["area"][0] == pytest.approx(np.pi * 144, rel=0.02)
 
 
@@ -311,6 +312,8 @@ def test_merge_fields__joins_a_cell_that_each_field_cuts():
     assert len(cells) == 1
     assert cells["area"][0] == pytest.approx(whole.area, rel=1e-6)
     assert cells["center_x"][0] == pytest.approx(95, abs=0.01)
+    right_share = right.area / (left.area + right.area)
+    assert cells["depth"][0] == pytest.approx(4 + 5 * right_share)
 
 
 def test_merge_fields__a_sliver_belongs_to_the_cell_that_the_neighbour_sees():
@@ -333,7 +336,7 @@ def test_merge_fields__accepts_fields_without_cells():
     for entries in ({}, {0: {}, 1: {}}):
         cells = merge_fields(entries, [(0, 0), (60, 0)], (100, 100), 1.0)
         assert len(cells) == 0
-        assert list(cells.columns) == ["cell_id", "fov", "center_x", "center_y", "area", "volume", "geometry"]
+        assert list(cells.columns) == ["cell_id", "fov", "center_x", "center_y", "area", "geometry", "depth"]
 
 
 def test_segmentation__finds_the_cells_of_a_simulated_tissue(tmp_path):

@@ -19,7 +19,7 @@ from merfish.config import RunConfig
 from merfish.errors import InputError
 from merfish.imaging import opening as module
 from merfish.imaging.field import chosen_stains
-from merfish.imaging.frames import read_bits, read_fiducials, read_stain
+from merfish.imaging.frames import read_bits, read_fiducials, read_stain, read_stain_beads
 from merfish.imaging.opening import match_names, open_experiment
 from merfish.imaging.organization import read_data_organization, read_microscope, read_positions
 from merfish.imaging.preflight import preflight
@@ -115,10 +115,9 @@ def test_read_fiducials__experiment_without_beads(tmp_path):
 
 def test_read_stain__planes_and_beads(folder):
     opened = open_experiment(folder)
-    planes, beads = read_stain(opened, 0, "dapi")
-    np.testing.assert_array_equal(planes, movie(0, -1, 3)[[1]])
-    np.testing.assert_array_equal(beads, movie(0, -1, 3)[0])
-    assert read_stain(opened, 0, "polyT")[1] is None
+    np.testing.assert_array_equal(read_stain(opened, 0, "dapi"), movie(0, -1, 3)[[1]])
+    np.testing.assert_array_equal(read_stain_beads(opened, 0, "dapi"), movie(0, -1, 3)[0])
+    assert read_stain_beads(opened, 0, "polyT") is None
     with pytest.raises(InputError, match=r"no stain 'GFP'.*DAPI, polyT"):
         read_stain(opened, 0, "GFP")
 

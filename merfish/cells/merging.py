@@ -22,7 +22,8 @@ from merfish.cells.segmentation import CELL_AREA, largest_polygon
 SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
 MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
 NEARLY_WHOLE = 0.8  # share of a cell that one field must have seen for its outline to stand
-DEPTH = 1.0  # micrometre, of the imaged slice: volume is area times this
+DEPTH = 1.0  # micrometre, that a cell counts as deep where a single plane was imaged
+_UNITED = ["cell", "fov", "geometry"]
 NO_LINKS = np.empty((0, 4), np.int64)
 
 
@@ -119,34 +120,41 @@ def number_cells(n_outlines: Mapping[int, int], links: np.ndarray) -> CellNumber
     return CellNumbers(fovs, first, cell, home, order, start)
 
 
-def unite(members: pd.DataFrame, geometry: np.ndarray) -> pd.DataFrame:
+def unite(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -> pd.DataFrame:
     """One geometry a cell from its outlines, micrometre, in the order of cells.
 
-    members: cell, fov, outline, sorted by cell; geometry: (outline,) of each row. A cell is its largest outline if
-    that is nearly all of it, so that a cell seen whole keeps its shape; a cell that every field cuts is the union of
-    its parts. Returns columns cell, fov (of its largest outline) and geometry.
+    members: cell, fov, outline, sorted by cell; geometry: (outline,) of each row; measured: means over its area. A cell
+    is its largest outline if that is nearly all of it, so that a cell seen whole keeps its shape and its means; a cell
+    that every field cuts is the union of its parts, with their means weighted by their areas. Returns columns cell, fov
+    (of its largest outline), geometry, and those of ``measured``.
     """
     area = shapely.area(geometry)
     cell, fov = members["cell"].to_numpy(), members["fov"].to_numpy()
     bounds = np.append(np.flatnonzero(np.diff(cell, prepend=-1)), len(cell))
+    weight = np.zeros(len(area))
     rows = []
     for start, stop in pairwise(bounds):
         largest = start + int(np.argmax(area[start:stop]))
         shape = geometry[largest]
+        weight[largest] = 1.0
         if stop - start > 1:
             union = largest_polygon(shapely.union_all(geometry[start:stop]))
-            shape = shape if area[largest] >= NEARLY_WHOLE * union.area else union
+            if area[largest] < NEARLY_WHOLE * union.area:
+                shape = union
+                weight[start:stop] = area[start:stop] / area[start:stop].sum()
         rows.append((cell[start], fov[largest], shape))
     table = pd.DataFrame(rows, columns=["cell", "fov", "geometry"])
-    return table.astype({"cell": "int64", "fov": "int32", "geometry": object})
+    weighted = np.add.reduceat(measured.to_numpy(float) * weight[:, None], bounds[:-1]) if len(rows) else measured
+    means = pd.DataFrame(weighted, columns=measured.columns, dtype=float)
+    return pd.concat([table.astype({"cell": "int64", "fov": "int32", "geometry": object}), means], axis=1)
 
 
 def part(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     """The cells (as `unite` gives them) without the ground that larger ones take; those too small then are dropped.
 
     others: all cells that may touch them, themselves too. What two cells share belongs to the larger one, at equal
-    areas to the one of the lower number. Returns the table of cells that users read: cell_id int64 (number + 1), fov,
-    center_x, center_y (micrometre), area (square), volume (cubic), geometry.
+    areas to the one of the lower number. Returns cell_id int64 (number + 1), fov, center_x, center_y (micrometre), area
+    (square), geometry, and the other columns of ``cells``.
     """
     geometry, rival = cells["geometry"].to_numpy(object).copy(), others["geometry"].to_numpy(object)
     number, rival_number = cells["cell"].to_numpy(), others["cell"].to_numpy()
@@ -169,7 +177,7 @@ def part(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
             "center_x": center[:, 0],
             "center_y": center[:, 1],
             "area": final[kept],
-            "volume": final[kept] * DEPTH,
             "geometry": geometry[kept],
+            **{name: cells[name].to_numpy()[kept] for name in cells.columns.difference(_UNITED, sort=False)},
         }
     )

@@ -7,12 +7,14 @@ import shapely
 from scipy import ndimage
 from shapely import Polygon
 
+from merfish.cells._kernels import flood, uniform
 from merfish.errors import InputError
 
 # Lengths in micrometre, areas in square micrometre.
+BLOCK = 0.25  # cells need no finer images
 SMOOTHING = 0.25  # sigma: well below a nucleus, well above camera noise
 NEIGHBOURHOOD = 12.0  # over which illumination may change, and in which a cell's like is found
-NUCLEUS_AREA = (8.0, 400.0)  # smaller is debris, larger is not one nucleus
+NUCLEUS_AREA = (5.0, 400.0)  # smaller is debris, larger is not one nucleus
 CELL_AREA = (15.0, 4000.0)
 NUCLEUS_RADIUS = 1.8  # the middles of two nuclei are at least this far apart
 REACH = 8.0  # that a cell may extend beyond its nucleus
@@ -22,23 +24,50 @@ NECK = 0.35  # half the width below which a bridge is none
 MIN_CONTRAST = 10.0  # of anything stained over its surround, in sigma of the smoothed noise
 MIN_BRIGHTNESS = 0.15  # of anything stained, as a share of the 95th percentile of its neighbourhood
 EDGE_LEVEL = 0.5  # an edge lies at this share of a cell's own brightness
+LEVELS = 1024  # steps of the watershed
 
 
 def segment(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> np.ndarray:
     """Segment cells: nuclei from their stain, then outwards to where the cytoplasm's stain ends.
 
     nuclei, cytoplasm: images (y, x) of any real dtype, in register; without ``cytoplasm`` each nucleus is
-    widened by 2.5 micrometre. Brightness may be in any unit and change slowly over the field.
+    widened by 2.5 micrometre. Brightness may be in any unit and change slowly over the field. Cells are found
+    in blocks of pixels of about 0.25 micrometre (see `block_size`), so that outlines are as fine as that.
 
     Returns labels int32 (y, x), 0 = background, 1... in the order of first pixels; each cell is one piece
     without holes. A field without nuclei gives zeros.
 
     Raises InputError for images that are not two-dimensional, differ in shape or hold NaN, or a scale <= 0.
     """
-    from skimage.segmentation import expand_labels, watershed
+    check_images(nuclei, cytoplasm, microns_per_pixel)
+    size = block_size(microns_per_pixel)
+    seeds = segment_nuclei(shrink(nuclei, size), size * microns_per_pixel)
+    body = None if cytoplasm is None else shrink(cytoplasm, size)
+    labels = grow_cells(seeds, body, size * microns_per_pixel)
+    return labels.repeat(size, axis=0).repeat(size, axis=1)[: nuclei.shape[0], : nuclei.shape[1]]
 
-    _check_images(nuclei, cytoplasm, microns_per_pixel)
-    seeds = segment_nuclei(nuclei, microns_per_pixel)
+
+def block_size(microns_per_pixel: float) -> int:
+    """Side of the blocks of pixels in which cells are found: about 0.25 micrometre, at least a pixel."""
+    return max(int(BLOCK / microns_per_pixel + 0.5), 1)
+
+
+def shrink(image: np.ndarray, size: int) -> np.ndarray:
+    """Means (..., y, x) float32 over square blocks of pixels of an image; those of the last row and column repeat."""
+    if size == 1:
+        return np.asarray(image, np.float32)
+    beyond = [(0, 0)] * (image.ndim - 2) + [(0, -side % size) for side in image.shape[-2:]]
+    padded = np.pad(image, beyond, mode="edge")
+    total = np.zeros((*image.shape[:-2], *(side // size for side in padded.shape[-2:])), np.float32)
+    for row, column in np.ndindex(size, size):
+        total += padded[..., row::size, column::size]
+    return total / np.float32(size**2)
+
+
+def grow_cells(seeds: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> np.ndarray:
+    """Label cells, int32 (y, x): nuclei, labelled alike, grown to where the cytoplasm's stain (y, x) ends."""
+    from skimage.segmentation import expand_labels
+
     if cytoplasm is None:
         return expand_labels(seeds, REACH_UNSTAINED / microns_per_pixel).astype(np.int32)
     signal, stained = _stained(cytoplasm, microns_per_pixel)
@@ -47,8 +76,8 @@ def segment(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel:
     # none, half-way between their nuclei.
     filled = ndimage.grey_closing(signal, size=2 * round(GAP / microns_per_pixel) + 1)
     valley = 1.0 - signal / np.maximum(filled, 1e-6)
-    labels = watershed(valley + 0.5 * reach, seeds, mask=(stained & (reach <= 1.0)) | (seeds > 0))
-    edge = EDGE_LEVEL * _level(signal, labels, 50)
+    labels = watershed(valley + 0.5 * reach, seeds, (stained & (reach <= 1.0)) | (seeds > 0))
+    edge = EDGE_LEVEL * levels(signal, labels, 50)[labels]
     labels[(signal < edge) & (seeds == 0)] = 0
     return _tidy(labels, CELL_AREA, microns_per_pixel)
 
@@ -56,7 +85,6 @@ def segment(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel:
 def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
     """Label nuclei, int32 (y, x): what is bright against its surround, touching nuclei parted at the waist."""
     from skimage.feature import peak_local_max
-    from skimage.segmentation import watershed
 
     signal, mask = _stained(image, microns_per_pixel)
     depth = ndimage.distance_transform_edt(ndimage.binary_fill_holes(mask))
@@ -65,12 +93,24 @@ def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
     middles = peak_local_max(depth, min_distance=spacing, threshold_abs=1e-3, exclude_border=False)
     seeds = np.zeros(image.shape, np.int32)
     seeds[tuple(middles.T)] = np.arange(1, len(middles) + 1)
-    labels = watershed(-depth, seeds, mask=mask)
-    labels[signal < EDGE_LEVEL * _level(signal, labels, 75)] = 0
+    labels = watershed(-depth, seeds, mask)
+    labels[signal < EDGE_LEVEL * levels(signal, labels, 75)[labels]] = 0
     return _tidy(labels, NUCLEUS_AREA, microns_per_pixel)
 
 
-def _check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> None:
+def watershed(height: np.ndarray, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Grow seeds, int32 (y, x), over the mask from low to high, 4-connected, in 1,024 steps of equal height."""
+    labels = seeds.copy()
+    inside = height[mask]
+    if len(inside):
+        low, high = inside.min(), inside.max()
+        steps = (np.clip(height, low, high) - low) * ((LEVELS - 1) / max(high - low, 1e-9))
+        flood(steps.astype(np.int32), mask, LEVELS, labels)
+    return labels
+
+
+def check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> None:
+    """Raise InputError for what is no image (y, x), differs in shape or holds NaN, or a scale <= 0."""
     if not microns_per_pixel > 0:
         raise InputError(f"microns_per_pixel must be positive, got {microns_per_pixel}")
     for name, image in (("nuclei", nuclei), ("cytoplasm", cytoplasm)):
@@ -82,15 +122,18 @@ def _check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_
             raise InputError(f"{name}: the image holds NaN or infinite values")
 
 
+def brightness(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
+    """An image (y, x) float32, smoothed by 0.25 micrometre, over its local background."""
+    smooth = ndimage.gaussian_filter(image, SMOOTHING / microns_per_pixel)
+    return smooth - _neighbourhood(smooth, 0, microns_per_pixel)
+
+
 def _stained(image: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, np.ndarray]:
     """Brightness over the local background, float32 (y, x), and a mask of what is stained at all."""
-    sigma = SMOOTHING / microns_per_pixel
-    raw = np.asarray(image, np.float32)
-    smooth = ndimage.gaussian_filter(raw, sigma)
-    steps = np.abs(np.diff(raw, axis=1))
+    steps = np.abs(np.diff(image, axis=1))
     noise = np.median(steps) / 0.954 if steps.size else 0.0  # median |a - b| of two normals is 0.954 sigma
-    noise /= max(2.0 * np.sqrt(np.pi) * sigma, 1.0)
-    signal = smooth - _neighbourhood(smooth, 0, microns_per_pixel)
+    noise /= max(2.0 * np.sqrt(np.pi) * SMOOTHING / microns_per_pixel, 1.0)
+    signal = brightness(image, microns_per_pixel)
     brightest = _neighbourhood(signal, 95, microns_per_pixel)
     return signal, signal > np.maximum(MIN_BRIGHTNESS * brightest, MIN_CONTRAST * noise)
 
@@ -108,17 +151,22 @@ def _neighbourhood(image: np.ndarray, percentile: float, microns_per_pixel: floa
     radius = NEIGHBOURHOOD / (step * microns_per_pixel)
     coarse = ndimage.percentile_filter(coarse, percentile, size=2 * round(radius) + 1)
     coarse = ndimage.gaussian_filter(coarse, radius / 2.0)
-    rows, columns = ((np.arange(size) + 0.5) / step - 0.5 for size in image.shape)
-    return ndimage.map_coordinates(coarse, np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
+    for axis, size in enumerate(image.shape):  # linear between the middles of blocks
+        place = np.clip((np.arange(size) + 0.5) / step - 0.5, 0, coarse.shape[axis] - 1)
+        below = np.minimum(place.astype(int), max(coarse.shape[axis] - 2, 0))
+        share = np.expand_dims((place - below).astype(np.float32), 1 - axis)
+        above = np.minimum(below + 1, coarse.shape[axis] - 1)
+        coarse = coarse.take(below, axis) * (1 - share) + coarse.take(above, axis) * share
+    return coarse
 
 
-def _level(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndarray:
-    """A percentile of ``signal`` (y, x) over each label, at the label's pixels; zero in the background."""
+def levels(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndarray:
+    """A percentile of ``signal`` (y, x) over each label, float32 (label + 1,); zero for the background."""
     level = np.zeros(labels.max() + 1, np.float32)
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
             level[label] = np.percentile(signal[box][labels[box] == label], percentile)
-    return level[labels]
+    return level
 
 
 def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: float) -> np.ndarray:
@@ -130,10 +178,8 @@ def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: floa
     smallest, largest = (limit / microns_per_pixel**2 for limit in area)
     height, width = labels.shape
     neck = max(round(NECK / microns_per_pixel), 1)
-    lowest, highest = (
-        extreme(labels, size=2 * neck + 1) for extreme in (ndimage.minimum_filter, ndimage.maximum_filter)
-    )
-    inner = lowest == highest
+    inner = np.empty(labels.shape, bool)
+    uniform(labels, neck, inner)
     pieces = []
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:
@@ -160,31 +206,35 @@ def _largest_part(mask: np.ndarray) -> np.ndarray:
     return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if number > 1 else mask
 
 
-def outlines(labels: np.ndarray) -> dict[int, Polygon]:
+def outlines(labels: np.ndarray, size: int = 1, shape: tuple[int, ...] | None = None) -> dict[int, Polygon]:
     """Outline each label of a label image (y, x) as one valid polygon, by label.
 
     Coordinates are pixels (x, y), the centre of the first pixel at 0; the outline runs half-way between the
     centres of pixels inside and outside, so that its area is that of the pixels less half a pixel, and
     neighbours share their border. Of a label in several pieces the largest stands; holes stay holes.
+
+    size: pixels along the side of the blocks that ``labels`` is an image of (see `block_size`); then the outline
+    runs half-way between the centres of blocks, and ends at the border of the pixels' image, ``shape`` (y, x).
     """
     from skimage.measure import find_contours
 
     found = {}
+    border = None if shape is None else np.array(shape[::-1]) - 0.5
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None:
             continue
         mask = np.pad(labels[box] == label, 1).astype(np.float32)
-        rings = [Polygon(contour[:, ::-1]) for contour in find_contours(mask, 0.5)]
+        corner = np.array([box[1].start - 1, box[0].start - 1])
+        rings = [
+            Polygon(np.minimum(xy, border) if border is not None else xy)
+            for contour in find_contours(mask, 0.5)
+            for xy in [(contour[:, ::-1] + corner + 0.5) * size - 0.5]
+        ]
         shell = max(rings, key=lambda ring: ring.area)
         holes = [ring.exterior for ring in rings if ring is not shell and shell.contains(ring)]
-        corner = np.array([box[1].start - 1, box[0].start - 1])
-        outline = _moved(Polygon(shell.exterior, holes), corner)
+        outline = Polygon(shell.exterior, holes)
         found[label] = outline if outline.is_valid else largest_polygon(shapely.make_valid(outline))
     return found
-
-
-def _moved(polygon: Polygon, by: np.ndarray) -> Polygon:
-    return shapely.transform(polygon, lambda xy: xy + by)
 
 
 def largest_polygon(geometry: shapely.Geometry) -> Polygon:

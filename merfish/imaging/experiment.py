@@ -62,6 +62,14 @@ class Experiment:
                 needed[movie][frame].append("beads")
         return {movie: dict(frames) for movie, frames in needed.items()}
 
+    def stain(self, name: str) -> Channel:
+        """The channel of a stain, whatever the case of its name. Raises InputError if there is none."""
+        for channel in self.stains:
+            if channel.name.lower() == name.lower():
+                return channel
+        known = ", ".join(channel.name for channel in self.stains) or "none"
+        raise InputError(f"no stain {name!r} in the data organization; it has {known}")
+
     def file(self, movie: Movie, fov: int) -> Path:
         """The file of ``movie`` for a field. Raises InputError if there is none."""
         if fov not in self.fovs:

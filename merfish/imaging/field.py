@@ -14,7 +14,7 @@ from merfish.config import RunConfig
 from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration, Survey
 from merfish.imaging.experiment import Experiment
-from merfish.imaging.frames import read_bits, read_fiducials, read_reference, read_stain
+from merfish.imaging.frames import read_bits, read_fiducials, read_reference, read_stain, read_stain_beads
 from merfish.imaging.illumination import Glow, KnownLight, Light, given_flat, measure_glow
 from merfish.imaging.images import read_frames
 from merfish.imaging.normalize import Normalization, find_spots
@@ -134,34 +134,65 @@ def chosen_stains(experiment: Experiment, config: RunConfig) -> tuple[str | None
     return chosen[0], chosen[1]
 
 
-def register_stains(
+def other_stains(experiment: Experiment, config: RunConfig) -> tuple[list[str], list[str]]:
+    """Names of all stains of cells, and of the genes imaged one by one, as the experiment has them.
+
+    Both are rows without a bit; those that the configuration does not name as stains are genes. In a folder of
+    registered stacks they are other images. Raises InputError for a stain that the configuration names and the
+    experiment has not.
+    """
+    named = {name.lower() for name in (*config.stains, config.nuclei_stain, config.cytoplasm_stain)}
+    known = [channel.name for channel in experiment.stains]
+    missing = [name for name in config.stains if name.lower() not in {name.lower() for name in known}]
+    if missing and "stains" in config.model_fields_set:
+        raise InputError(
+            f"stains: the experiment has no stain {shown(missing[0])}; it has {', '.join(known) or 'none'}"
+        )
+    stains = [name for name in known if name.lower() in named]
+    return stains, [] if experiment.registered else [name for name in known if name not in stains]
+
+
+def stain_shifts(
     experiment: Experiment, fov: int, names: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read stains (y, x) by name, maximum over planes, aligned with round 0; and why others cannot be aligned.
+    """Measure the drift of stains from round 0, (2,) dy, dx in pixel, and why some are unknown, by name.
 
-    The beads of round 0 are read once, and all drifts are measured together. Raises InputError for an unknown stain.
+    The beads of round 0 are read once, and all drifts are measured together. A stain whose drift is not known counts
+    as still. Raises InputError for an unknown stain.
     """
-    images: dict[str, np.ndarray] = {}
-    beads: dict[str, np.ndarray] = {}
-    for name in names:
-        planes, own = read_stain(experiment, fov, name)
-        images[name] = planes.max(axis=0)
-        if own is not None:
-            beads[name] = own
+    shifts: dict[str, np.ndarray] = {name: np.zeros(2) for name in names}
+    beads = {name: read_stain_beads(experiment, fov, name) for name in names}
     if experiment.registered or not names:
-        return images, {}
+        return shifts, {}
     reference = read_reference(experiment, fov)
     if reference is None:
-        return images, dict.fromkeys(names, "the bits have no beads to align it with")
-    faults = {name: "it has no beads" for name in names if name not in beads}
+        return shifts, dict.fromkeys(names, "the bits have no beads to align it with")
+    faults = {name: "it has no beads" for name in names if beads[name] is None}
+    seen = {name: own for name, own in beads.items() if own is not None}
     # stains of one round share its beads
-    of = {name: next(other for other in beads if np.array_equal(beads[other], own)) for name, own in beads.items()}
+    of = {name: next(other for other in seen if np.array_equal(seen[other], own)) for name, own in seen.items()}
     distinct = list(dict.fromkeys(of.values()))
-    drift = measure_drift(np.stack([reference, *(beads[name] for name in distinct)])).iloc[1:].set_axis(distinct)
-    for name in beads:
-        row = drift.loc[of[name]]
-        if row["ok"]:
-            images[name] = align(images[name][None], np.array([[row["dy"], row["dx"]]], float))[0][0]
+    drift = measure_drift(np.stack([reference, *(seen[name] for name in distinct)])).iloc[1:].set_axis(distinct)
+    for name, source in of.items():
+        if drift.at[source, "ok"]:
+            shifts[name] = drift.loc[source, ["dy", "dx"]].to_numpy(float)
         else:
             faults[name] = "its beads do not match those of round 0 at any drift"
-    return images, faults
+    return shifts, faults
+
+
+def aligned_stain(experiment: Experiment, fov: int, name: str, shift: np.ndarray) -> np.ndarray:
+    """A stain (z, y, x) without the drift that `stain_shifts` found."""
+    planes = read_stain(experiment, fov, name)
+    return align(planes[None], shift[None])[0][0] if shift.any() else planes
+
+
+def aligned_gene(
+    experiment: Experiment, fov: int, name: str, shift: np.ndarray, config: RunConfig, calibration: Calibration
+) -> np.ndarray:
+    """A gene imaged by itself, (z, y, x) float32, as `register_field` makes the bits: aligned, even, filtered."""
+    channel = experiment.stain(name)
+    smoothing, background = config.filter_sigmas
+    planes = calibration.even_light(read_stain(experiment, fov, name)[None], [channel])
+    aligned = align(planes, shift[None], calibration.maps_of_bits([channel]))[0][0]
+    return bandpass(aligned, smoothing=smoothing, background=background)

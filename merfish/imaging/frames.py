@@ -59,20 +59,18 @@ def read_reference(experiment: Experiment, fov: int) -> np.ndarray | None:
     return _oriented(experiment, _read_sources(experiment, fov, [source])[0])
 
 
-def read_stain(experiment: Experiment, fov: int, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read a stain, uint16 (z, y, x) with the planes of its channel, and the bead image of its round (y, x) or None.
+def read_stain(experiment: Experiment, fov: int, name: str) -> np.ndarray:
+    """Read a stain, uint16 (z, y, x) with the planes of its channel, oriented.
 
     Raises InputError if the experiment has no stain of that name (case does not matter).
     """
-    channel = next((c for c in experiment.stains if c.name.lower() == name.lower()), None)
-    if channel is None:
-        known = ", ".join(c.name for c in experiment.stains) or "none"
-        raise InputError(f"no stain {name!r} in the data organization; it has {known}")
-    (planes,) = _read_channels(experiment, fov, [channel])
-    if channel.fiducial is None:
-        return planes, None
-    (beads,) = _read_sources(experiment, fov, [channel.fiducial])
-    return planes, _oriented(experiment, beads)
+    return _read_channels(experiment, fov, [experiment.stain(name)])[0]
+
+
+def read_stain_beads(experiment: Experiment, fov: int, name: str) -> np.ndarray | None:
+    """Read the beads (y, x) of a stain's round, oriented; None without beads. Raises InputError as `read_stain`."""
+    beads = experiment.stain(name).fiducial
+    return None if beads is None else _oriented(experiment, _read_sources(experiment, fov, [beads])[0])
 
 
 def _read_channels(experiment: Experiment, fov: int, channels: Sequence[Channel]) -> list[np.ndarray]:

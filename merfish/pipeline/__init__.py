@@ -18,10 +18,11 @@ from merfish import results
 from merfish._jit import compilation_said
 from merfish.calls.error_model import word_statistics
 from merfish.calls.fit import refuse_misfit
+from merfish.cells.measure import load_segmenter
 from merfish.config import RunConfig, read_config
 from merfish.errors import InputError
 from merfish.imaging.experiment import Experiment
-from merfish.imaging.field import chosen_stains
+from merfish.imaging.field import chosen_stains, other_stains
 from merfish.imaging.opening import open_experiment
 from merfish.imaging.preflight import preflight
 from merfish.pipeline import folder
@@ -99,7 +100,11 @@ def process(
     out = Path(out)
     settings = config if isinstance(config, RunConfig) else read_config(config)
     source = open_experiment(experiment, **dict(tables or {}))
-    chosen_stains(source, settings)  # one that is asked for and not there is said before any work
+    # what is asked for and not there is said before any work
+    chosen_stains(source, settings)
+    other_stains(source, settings)
+    if settings.segmenter is not None:
+        load_segmenter(settings.segmenter)
     chosen = choose_fovs(source, fovs)
     failed = check_files(source, chosen, keep_going)
     refuse_other_results(out)
@@ -271,10 +276,13 @@ def combine(
     words = word_statistics(found.words, experiment.codebook)
     assemble(fields, found, run_map, shown)
     stage = folder.new_stage(out)
-    written = write_tables(fields, found, words, stage, shown)
+    genes = other_stains(experiment, config)[1]
+    written = write_tables(fields, found, words, genes, stage, shown)
     record = run_record(fields, says, failed, config, calibrated, found, words, written)
     sizes = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
     folder.write_json(stage / results.RUN, {**record, "key": key, "results": sizes, "seconds": shown.timings()})
     write_run_report(out, stage)
+    if not genes:
+        (out / results.SEQUENTIAL).unlink(missing_ok=True)
     folder.publish(out)
     folder.remove_work(out)

@@ -15,12 +15,16 @@ import shapely
 
 from merfish.calls.overlap import FIELD_RADIUS, Sightings, seen_better_elsewhere
 from merfish.cells.counts import assign_cells
+from merfish.cells.measure import column_name
 from merfish.cells.merging import CellNumbers, part, unite
+from merfish.imaging.experiment import Experiment
 from merfish.pipeline.cluster import RunMap
+from merfish.pipeline.fields import read_measured, read_spots
 from merfish.pipeline.progress import Display
 from merfish.pipeline.reconcile import Fields, Reconciled, map_all, stage_outlines
 
-COUNT_DTYPE = np.dtype([("cell", "i8"), ("word", "i4"), ("count", "i4")])
+# count: molecules; expected: sum of their probabilities to be right; nuclear: those in a nucleus
+COUNT_DTYPE = np.dtype([("cell", "i8"), ("word", "i4"), ("count", "i4"), ("expected", "f4"), ("nuclear", "i4")])
 PLACED_DTYPE = np.dtype([("row", "i8"), ("cell", "i8")])
 
 
@@ -47,11 +51,17 @@ class UniteWork:
         """The number of cells; they go to the file ``united``."""
         members = self.cells.members(self.cells.at_home(fov))
         geometry = np.empty(len(members), dtype=object)
+        measured = [read_measured(self.fields.out, fov).iloc[:0]]
+        place = [np.empty(0, np.int64)]
         for other in members["fov"].unique().tolist():
             rows = members["fov"].to_numpy() == other
             outlines = stage_outlines(self.fields, self.positions, other)
-            geometry[rows] = outlines[members["outline"].to_numpy()[rows]]
-        write_cell_part(self.fields, "united", fov, unite(members, geometry))
+            chosen = members["outline"].to_numpy()[rows]
+            geometry[rows] = outlines[chosen]
+            measured.append(read_measured(self.fields.out, other).iloc[chosen])
+            place.append(np.flatnonzero(rows))
+        means = pd.concat(measured).iloc[np.argsort(np.concatenate(place))]
+        write_cell_part(self.fields, "united", fov, unite(members, geometry, means))
         return len(members)
 
 
@@ -72,7 +82,7 @@ class PartWork:
         homes = {fov, *self.cells.homes(sorted(seen))}
         others = [read_cell_part(self.fields, "united", home) for home in sorted(homes)]
         cells = part(own, pd.concat(others, ignore_index=True))
-        write_cell_part(self.fields, "cells", fov, cells)
+        write_cell_part(self.fields, "cells", fov, described(cells, self.fields.experiment))
         return len(cells)
 
 
@@ -86,37 +96,73 @@ class PlaceWork:
     near: dict[int, list[int]]
 
     def __call__(self, fov: int) -> tuple[int, int]:
-        """Numbers of molecules and of those in cells; they go to the files ``placed`` and ``counts``."""
+        """Numbers of molecules and of those in cells; they go to the files ``placed``, ``single`` and ``counts``."""
         kept = np.load(self.fields.file("kept", fov))
         own = self._sightings(fov, kept)
-        worse = seen_better_elsewhere(own, (self._sightings(other) for other in self.near[fov]))
+        worse, n = seen_better_elsewhere(own, (self._sightings(other) for other in self.near[fov])), len(kept)
         homes = {fov, *self.cells.homes([fov, *self.near[fov]])}
         known = pd.concat([read_cell_part(self.fields, "cells", home) for home in sorted(homes)], ignore_index=True)
-        placed = np.empty(int((~worse).sum()), PLACED_DTYPE)
-        placed["row"] = kept["row"][~worse]
-        placed["cell"] = assign_cells(
-            own.x[~worse], own.y[~worse], known["geometry"].to_numpy(), known["cell_id"].to_numpy()
-        )
+        cell = assign_cells(own.x[~worse], own.y[~worse], known["geometry"].to_numpy(), known["cell_id"].to_numpy())
+        row = kept["row"][~worse[:n]]
+        placed = np.empty(len(row), PLACED_DTYPE)
+        placed["row"], placed["cell"] = row, cell[: len(row)]
         np.save(self.fields.file("placed", fov), placed)
-        np.save(self.fields.file("counts", fov), count_pairs(placed["cell"], kept["word"][~worse]))
+        single = np.empty(len(cell) - len(row), PLACED_DTYPE)
+        single["row"], single["cell"] = np.flatnonzero(~worse[n:]), cell[len(row) :]
+        np.save(self.fields.file("single", fov), single)
+        # a spot of a gene imaged by itself is what it is
+        probability = np.append(kept["probability"], np.ones(len(worse) - n, np.float32))[~worse]
+        nuclear = np.append(kept["nuclear"], np.zeros(len(worse) - n, bool))[~worse]
+        np.save(self.fields.file("counts", fov), count_pairs(cell, own.word[~worse], probability, nuclear))
         return len(placed), int((placed["cell"] >= 0).sum())
 
     def _sightings(self, fov: int, kept: np.ndarray | None = None) -> Sightings:
+        """Kept molecules, then those of genes imaged one by one, whose words follow the codebook's."""
         kept = np.load(self.fields.file("kept", fov)) if kept is None else kept
+        spots = read_spots(self.fields.out, fov)
+        word = np.append(kept["word"], spots["gene"] + self.fields.experiment.codebook.n_words)
         height, width = self.fields.shape
-        x, y = kept["x"].astype(float), kept["y"].astype(float)
+        x, y = (np.append(kept[name], spots[name]).astype(float) for name in ("x", "y"))
         edge = np.minimum.reduce([x, y, width - 1 - x, height - 1 - y])
         scale = self.fields.experiment.microns_per_pixel
         left, top = self.positions[fov]
-        return Sightings(fov, kept["word"], left + x * scale, top + y * scale, edge)
+        return Sightings(fov, word, left + x * scale, top + y * scale, edge)
 
 
-def count_pairs(cell: np.ndarray, word: np.ndarray) -> np.ndarray:
-    """How many molecules of each word each cell has, sorted: `COUNT_DTYPE`; cell -1 is none."""
+def described(cells: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+    """Cells as users read them: volume (cubic micrometre), area of the nucleus (square), stains in all planes.
+
+    From columns depth and, where they were measured, nucleus (share of the area) and ``<stain>_mean`` (camera counts of
+    a pixel); adds ``<stain>_total``, the sum over the cell's pixels in all planes of the stain.
+    """
+    area = cells["area"].to_numpy()
+    columns = {"volume": area * cells["depth"].to_numpy()}
+    if "nucleus" in cells:
+        columns["nucleus_area"] = area * cells["nucleus"].to_numpy()
+    for channel in experiment.stains:
+        stain = column_name(channel.name)
+        if f"{stain}_mean" in cells:
+            mean, pixels = cells[f"{stain}_mean"].to_numpy(), area / experiment.microns_per_pixel**2 * len(channel.z)
+            columns |= {f"{stain}_mean": mean, f"{stain}_total": mean * pixels}
+    placed = cells[["cell_id", "fov", "center_x", "center_y", "area"]]
+    return placed.assign(**columns, geometry=cells["geometry"])
+
+
+def count_pairs(
+    cell: np.ndarray, word: np.ndarray, probability: np.ndarray, nuclear: np.ndarray | None = None
+) -> np.ndarray:
+    """What each cell has of each word, sorted: `COUNT_DTYPE`; cell -1 is none.
+
+    cell, word (molecule,) int, probability (molecule,) to be right, nuclear (molecule,) bool: in a nucleus,
+    none if not given.
+    """
     inside = cell >= 0
-    pairs, count = np.unique(np.column_stack([cell[inside], word[inside]]), axis=0, return_counts=True)
+    nuclear = np.zeros(len(cell), bool) if nuclear is None else nuclear
+    pairs, row = np.unique(np.column_stack([cell[inside], word[inside]]), axis=0, return_inverse=True)
     found = np.empty(len(pairs), COUNT_DTYPE)
-    found["cell"], found["word"], found["count"] = pairs[:, 0], pairs[:, 1], count
+    found["cell"], found["word"] = pairs[:, 0], pairs[:, 1]
+    for name, weight in (("count", None), ("expected", probability[inside]), ("nuclear", nuclear[inside])):
+        found[name] = np.bincount(row.ravel(), weight, minlength=len(pairs))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,37 @@ import shapely
 from merfish import results
 from merfish.calls.filtering import Tally, call_features, tally_calls
 from merfish.calls.fit import count_fit
+from merfish.cells.measure import FieldCells, column_name, find_cells, load_segmenter, no_cells
+from merfish.cells.merging import DEPTH
 from merfish.config import RunConfig
 from merfish.decoding.methods import decode_filtered
+from merfish.decoding.sequential import SPOT_DTYPE, find_molecules
+from merfish.errors import InputError
 from merfish.imaging.calibration import Calibration
 from merfish.imaging.experiment import Experiment
-from merfish.imaging.field import chosen_stains, register_field, register_stains
+from merfish.imaging.field import (
+    aligned_gene,
+    aligned_stain,
+    chosen_stains,
+    other_stains,
+    register_field,
+    stain_shifts,
+)
 from merfish.imaging.normalize import Normalization
 from merfish.pipeline.folder import new_record
 from merfish.report import OVERVIEW
 
 OVERVIEW_WHITE = 1.5  # height, in molecules, that the overview picture shows as white
-CALLS, OUTLINES, TALLY = "calls.parquet", "outlines.parquet", "tally.npz"
-# What a field knows of its calls; the rest of `merfish.transcripts.COLUMNS` follows from the run.
+CALLS, OUTLINES, SPOTS, TALLY = "calls.parquet", "outlines.parquet", "sequential.npy", "tally.npz"
+# What a field knows of its calls; nuclear: whether one lies in a nucleus. The rest of `merfish.transcripts.COLUMNS`
+# follows from the run.
 CALL_COLUMNS = (
     "barcode_id", "x", "y", "z", "hamming_distance", "probability", "intensity", "area", "distance", "shown",
+    "nuclear",
 )  # fmt: skip
+
+
+SPOTS_DTYPE = np.dtype([("gene", "i4"), *SPOT_DTYPE.descr])
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +78,16 @@ def process_field(
     # where some round has no image nothing can be told
     calls = calls[field.valid[np.rint(calls["y"]).astype(int), np.rint(calls["x"]).astype(int)]]
     clock.lap("decode")
-    outlines, faults = segment_field(experiment, fov, config)
+    stains, genes = other_stains(experiment, config)
+    shifts, faults = stain_shifts(experiment, fov, [*stains, *genes])
+    cells = segment_field(experiment, fov, config, {name: shifts[name] for name in stains}, field.valid.shape)
+    calls["nuclear"] = cells.in_nucleus(calls["x"].to_numpy(), calls["y"].to_numpy())
     clock.lap("segment")
+    spots = [find_spots_of(experiment, fov, gene, shifts[gene], config, calibration, field.valid) for gene in genes]
+    clock.lap("sequential")
     pq.write_table(pa.Table.from_pandas(calls[list(CALL_COLUMNS)], preserve_index=False), folder / CALLS)
-    write_outlines(outlines, folder / OUTLINES)
+    write_outlines(list(cells.outlines), folder / OUTLINES, cells.measured)
+    write_spots(spots, folder / SPOTS)
     np.save(folder / OVERVIEW, overview(field.bits, calibration.normalization))
     write_tally(calls, folder / TALLY)
     clock.lap("write")
@@ -76,7 +98,8 @@ def process_field(
         "quality": field.quality.to_dict("list"),
         "n_found": len(calls),
         "fit": asdict(count_fit(calls)),
-        "n_outlines": len(outlines),
+        "n_outlines": len(cells.outlines),
+        "n_sequential": dict(zip(genes, map(len, spots), strict=True)),
         "stains_not_aligned": faults,
         "seconds": clock.laps,
     }
@@ -103,20 +126,50 @@ def overview(bits: np.ndarray, normalization: Normalization) -> np.ndarray:
     return (np.minimum(brightest / OVERVIEW_WHITE, 1) * 255).astype(np.uint8)
 
 
-def segment_field(experiment: Experiment, fov: int, config: RunConfig) -> tuple[list[shapely.Polygon], dict[str, str]]:
-    """Outlines of the cells of a field, pixels of round 0, none without a stain of the nuclei; faults of the stains.
+def segment_field(
+    experiment: Experiment, fov: int, config: RunConfig, shifts: Mapping[str, np.ndarray], shape: tuple[int, ...]
+) -> FieldCells:
+    """The cells of a field of shape (y, x), in pixels of round 0, none without a stain of the nuclei.
 
-    A stain that cannot be aligned is used as it is: outlines bear a drift of some pixels, a field without cells helps
-    nobody.
+    shifts: drift (2,) of each stain; ``measured`` has the mean of each over each cell besides, camera counts. A stain
+    that cannot be aligned is used as it is: outlines bear a drift of some pixels, a field without cells helps nobody.
     """
-    from merfish.cells.segmentation import outlines, segment
-
     nuclei, body = chosen_stains(experiment, config)
+    images = {
+        name: _same_shape(aligned_stain(experiment, fov, name, shift), shape, fov, name)
+        for name, shift in shifts.items()
+    }
     if nuclei is None:
-        return [], {}
-    images, faults = register_stains(experiment, fov, [name for name in (nuclei, body) if name is not None])
-    labels = segment(images[nuclei], None if body is None else images[body], experiment.microns_per_pixel)
-    return list(outlines(labels).values()), faults
+        cells = no_cells(shape, experiment.microns_per_pixel)
+    else:
+        heights = np.array(experiment.stain(body or nuclei).z)
+        segmenter = None if config.segmenter is None else load_segmenter(config.segmenter)
+        cytoplasm = None if body is None else images[body]
+        cells = find_cells(images[nuclei], cytoplasm, heights, experiment.microns_per_pixel, segmenter)
+    means = {f"{column_name(name)}_mean": cells.mean(image) for name, image in images.items()}
+    return replace(cells, measured=cells.measured.assign(**means))
+
+
+def find_spots_of(
+    experiment: Experiment,
+    fov: int,
+    gene: str,
+    shift: np.ndarray,
+    config: RunConfig,
+    calibration: Calibration,
+    valid: np.ndarray,
+) -> np.ndarray:
+    """Molecules of a gene that was imaged by itself, `SPOT_DTYPE`, where all rounds (``valid``) have an image."""
+    planes = aligned_gene(experiment, fov, gene, shift, config, calibration)
+    spots = find_molecules(_same_shape(planes, valid.shape, fov, gene))
+    row, column = (np.clip(np.rint(spots[k]).astype(int), 0, n - 1) for k, n in zip("yx", valid.shape, strict=True))
+    return spots[valid[row, column]]
+
+
+def _same_shape(image: np.ndarray, shape: tuple[int, ...], fov: int, name: str) -> np.ndarray:
+    if image.shape[-2:] != shape:
+        raise InputError(f"field {fov}: images of {name} are of shape {image.shape[-2:]} (y, x), those of bits {shape}")
+    return image
 
 
 # --- the files of a record ----------------------------------------------------------------------------------------
@@ -127,16 +180,39 @@ def read_calls(out: Path, fov: int) -> pd.DataFrame:
     return pq.read_table(results.field_folder(out, fov) / CALLS).to_pandas()
 
 
-def write_outlines(outlines: list[shapely.Polygon], path: Path) -> None:
-    """Write outlines (pixel)."""
+def write_outlines(outlines: list[shapely.Polygon], path: Path, measured: pd.DataFrame | None = None) -> None:
+    """Write outlines (pixel), and a row of means of each, as `merfish.cells.measure.FieldCells` has them.
+
+    Of outlines that nothing was measured of, `DEPTH` is all that is known.
+    """
+    measured = pd.DataFrame({"depth": np.full(len(outlines), DEPTH)}) if measured is None else measured
     column = pa.array(shapely.to_wkb(np.array(outlines, dtype=object)), pa.binary())
-    pq.write_table(pa.table({"geometry": column}), path)
+    pq.write_table(pa.Table.from_pandas(measured, preserve_index=False).append_column("geometry", column), path)
 
 
 def read_outlines(out: Path, fov: int) -> np.ndarray:
     """Outlines of a field (outline,), pixels."""
-    table = pq.read_table(results.field_folder(out, fov) / OUTLINES)
+    table = pq.read_table(results.field_folder(out, fov) / OUTLINES, columns=["geometry"])
     return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), dtype=object)
+
+
+def read_measured(out: Path, fov: int) -> pd.DataFrame:
+    """A row of means of each outline of a field."""
+    return pq.read_table(results.field_folder(out, fov) / OUTLINES).drop_columns("geometry").to_pandas()
+
+
+def write_spots(spots: list[np.ndarray], path: Path) -> None:
+    """Write the molecules of genes imaged one by one: `SPOTS_DTYPE`."""
+    every = np.empty(sum(map(len, spots)), SPOTS_DTYPE)
+    every["gene"] = np.repeat(np.arange(len(spots)), [len(found) for found in spots])
+    for name in SPOT_DTYPE.names or ():
+        every[name] = np.concatenate([np.empty(0, np.float32), *(found[name] for found in spots)])
+    np.save(path, every)
+
+
+def read_spots(out: Path, fov: int) -> np.ndarray:
+    """What `write_spots` wrote; gene: index in the list of genes imaged one by one."""
+    return np.asarray(np.load(results.field_folder(out, fov) / SPOTS))
 
 
 def write_tally(calls: pd.DataFrame, path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import merfish
+from merfish.cells.measure import load_segmenter
 from merfish.config import RunConfig
 from merfish.imaging.experiment import Experiment
 from merfish.imaging.images import fingerprint
@@ -46,7 +48,11 @@ class Manifest:
         }
         self.config = config
         flats = {color: fingerprint(path, whole=True)[1].hex() for color, path in config.flat_fields.items()}
-        self._parameters = {**config.model_dump(exclude={"misidentification_rate"}), "flat_fields": flats}
+        self._parameters = {
+            **config.model_dump(exclude={"misidentification_rate"}),
+            "flat_fields": flats,
+            "segmenter": config.segmenter and [config.segmenter, _source_of(load_segmenter(config.segmenter))],
+        }
         self._images: dict[int, str] = {}
 
     def images(self, fov: int) -> str:
@@ -96,6 +102,15 @@ def _image(path: Path) -> list[Any]:
     size, sample = fingerprint(path, whole=False)
     times = max(p.stat().st_mtime_ns for p in (path.rglob("*") if path.is_dir() else [path]))
     return [path.name, size, times, sample.hex()]
+
+
+def _source_of(function: Callable[..., Any]) -> str:
+    """Digest of the file that a function was written in; empty where there is none."""
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        path = None
+    return "" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _source() -> str:

@@ -33,7 +33,9 @@ from merfish.pipeline.cluster import Failure, RunMap, StepError, Work
 from merfish.pipeline.fields import read_calls, read_outlines, read_tally
 from merfish.pipeline.progress import Display
 
-KEPT_DTYPE = np.dtype([("row", "i8"), ("word", "i4"), ("x", "f4"), ("y", "f4")])
+KEPT_DTYPE = np.dtype(
+    [("row", "i8"), ("word", "i4"), ("x", "f4"), ("y", "f4"), ("probability", "f4"), ("nuclear", "?")]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +152,9 @@ class RateWork:
         word, shown = calls["barcode_id"].to_numpy(), calls["shown"].to_numpy()
         kept = np.empty(int(keep.sum()), KEPT_DTYPE)
         kept["row"], kept["word"] = np.flatnonzero(keep), word[keep]
-        kept["x"], kept["y"] = calls["x"].to_numpy()[keep], calls["y"].to_numpy()[keep]
+        kept["probability"] = probability[keep]
+        for name in ("x", "y", "nuclear"):
+            kept[name] = calls[name].to_numpy()[keep]
         np.save(self.fields.file("kept", fov), kept)
         return tally_words(word, shown, probability, keep, self.fields.experiment.codebook)
 

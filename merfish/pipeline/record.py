@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -140,6 +141,15 @@ def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
     return [f"{line}, {rate:.1%} expected wrong", *([few] if few else []), *warnings]
 
 
+def sequential_lines(fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many spots of genes imaged one by one were found in all fields, if there are such genes."""
+    spots: Counter[str] = Counter()
+    for said in fields.values():
+        spots.update(said.get("n_sequential", {}))
+    text = ", ".join(f"{gene} {n:,}" for gene, n in spots.items())
+    return [f"spots of genes imaged one by one: {text}"] if spots else []
+
+
 def run_summary(out: Path) -> dict[str, Any]:
     """A finished run in a few lines, and the fields that failed."""
     record = results.read_run(out)
@@ -153,6 +163,7 @@ def run_summary(out: Path) -> dict[str, Any]:
         *stain_lines(record["fields"]),
         *filter(None, [untied_text(record["stage"])]),
         f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules a cell in the median",
+        *sequential_lines(record["fields"]),
         *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),
         f"results in {out}, report in {out / results.REPORT}",
     ]

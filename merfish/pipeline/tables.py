@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -21,7 +22,7 @@ from merfish.calls.overlap import FIELD_RADIUS
 from merfish.cells.counts import cell_obs, word_var
 from merfish.codebook import Codebook
 from merfish.pipeline.assemble import COUNT_DTYPE, read_cell_part
-from merfish.pipeline.fields import read_calls
+from merfish.pipeline.fields import read_calls, read_spots
 from merfish.pipeline.progress import Display
 from merfish.pipeline.reconcile import Fields, Reconciled, rate_field
 from merfish.transcripts import transcript_table
@@ -36,9 +37,24 @@ CELL_SCHEMA = pa.schema(
         ("volume", pa.float64()),
         ("geometry", pa.binary()),
         ("n_transcripts", pa.int64()),
+        ("is_empty", pa.bool_()),
     ]
 )
-_NO_OBS = CELL_SCHEMA.empty_table().drop_columns("geometry").to_pandas()
+
+# pixels and planes in the field, micrometre in the frame of the stage, intensity in units of a typical spot
+SEQUENTIAL_SCHEMA = pa.schema(
+    [
+        ("gene", pa.string()),
+        ("fov", pa.int32()),
+        ("x", pa.float32()),
+        ("y", pa.float32()),
+        ("z", pa.float32()),
+        ("global_x", pa.float64()),
+        ("global_y", pa.float64()),
+        ("intensity", pa.float32()),
+        ("cell_id", pa.int64()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -51,34 +67,49 @@ class Written:
     transcripts_per_cell: float
 
 
-def write_tables(fields: Fields, found: Reconciled, words: pd.DataFrame, stage: Path, display: Display) -> Written:
+def write_tables(
+    fields: Fields, found: Reconciled, words: pd.DataFrame, genes: Sequence[str], stage: Path, display: Display
+) -> Written:
     """Write transcripts, cells and counts into ``stage``.
 
-    words: statistics of each word, as `merfish.calls.error_model.word_statistics` gives them. Raises OSError if the
-    disk is full.
+    words: statistics of each word, as `merfish.calls.error_model.word_statistics` gives them; genes: those imaged one
+    by one. Raises OSError if the disk is full.
     """
     with display.step("write tables"):
-        per_cell = write_counts(fields, found, words, stage, display)
+        var = count_var(fields.experiment.codebook, words, genes)
+        per_cell = write_counts(fields, _contributors(fields, found), var, stage, display, cell_schema(fields))
         n_molecules, n_in_cells = write_transcripts(fields, found, stage, display)
+        if genes:
+            write_sequential(fields, found, genes, stage)
     return Written(n_molecules, n_in_cells, len(per_cell), float(np.median(per_cell)) if len(per_cell) else 0.0)
 
 
-def write_counts(fields: Fields, found: Reconciled, words: pd.DataFrame, stage: Path, display: Display) -> np.ndarray:
-    """Write ``cell_by_gene.h5ad`` and ``cells.parquet``; returns the number of molecules of each cell."""
-    book = fields.experiment.codebook
-    contributors = _contributors(fields, found)
-    reserve(stage, _most_bytes(fields, found))
-    obs = [_NO_OBS]
+def write_counts(
+    fields: Fields,
+    contributors: Mapping[int, Iterable[int]],
+    var: pd.DataFrame,
+    stage: Path,
+    display: Display,
+    schema: pa.Schema = CELL_SCHEMA,
+) -> np.ndarray:
+    """Write ``cell_by_gene.h5ad`` and ``cells.parquet``; returns the number of molecules of each cell.
+
+    contributors: for each field those whose molecules may lie in the cells whose home it is; var: describes the words,
+    then the genes imaged one by one.
+    """
+    reserve(stage, _most_bytes(fields))
+    n_words = int((~var["sequential"]).sum())
+    obs = [schema.empty_table().drop_columns("geometry").to_pandas()]
     with (
-        pq.ParquetWriter(stage / results.CELLS, CELL_SCHEMA) as cell_file,
-        CountFile(stage / results.CELL_BY_GENE, book, words) as counts,
+        pq.ParquetWriter(stage / results.CELLS, schema) as cell_file,
+        CountFile(stage / results.CELL_BY_GENE, var) as counts,
     ):
         for fov in display.track(fields.fovs, len(fields.fovs), "write counts"):
             cells = read_cell_part(fields, "cells", fov)
-            block = count_block(fields, contributors[fov], cells["cell_id"].to_numpy(), book.n_words)
-            cells = cells.assign(n_transcripts=np.asarray(block.sum(axis=1), np.int64).ravel())
-            counts.append(block)
-            cell_file.write_table(cells_table(cells))
+            pairs = pairs_of_cells(fields, contributors[fov], cells["cell_id"].to_numpy())
+            cells = with_counts(cells, pairs[pairs["word"] < n_words])[schema.names]
+            counts.append(pairs, len(cells))
+            cell_file.write_table(cells_table(cells, schema))
             obs.append(cells.drop(columns="geometry"))
         table = pd.concat(obs, ignore_index=True)
         counts.finish(table)
@@ -111,12 +142,12 @@ def reserve(folder: Path, n_bytes: int) -> None:
         os.posix_fallocate(file.fileno(), 0, n_bytes)
 
 
-def _most_bytes(fields: Fields, found: Reconciled) -> int:
+def _most_bytes(fields: Fields) -> int:
     """More than counts and cells take: their parts on disk, a line of ``obs`` a cell, and what an empty file takes."""
     names = (fields.file("counts", fov) for fov in fields.fovs)
-    cells = (fields.file("cells", fov).with_suffix(".parquet") for fov in fields.fovs)
+    cells = [fields.file("cells", fov).with_suffix(".parquet") for fov in fields.fovs]
     parts = sum(path.stat().st_size for path in (*names, *cells))
-    return parts + 300 * len(found.cells.home) + (1 << 17)
+    return parts + 500 * sum(pq.read_metadata(path).num_rows for path in cells) + (1 << 17)
 
 
 def transcript_schema(book: Codebook) -> pa.Schema:
@@ -129,7 +160,7 @@ def transcript_schema(book: Codebook) -> pa.Schema:
 def field_transcripts(fields: Fields, found: Reconciled, fov: int, first_id: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Transcript tables of a field: every call, rated, and those that are kept, each once, with their cells."""
     experiment = fields.experiment
-    calls = read_calls(fields.out, fov)
+    calls = read_calls(fields.out, fov).drop(columns="nuclear")
     x, y = found.stitching.positions[fov]
     columns = {name: calls[name].to_numpy() for name in calls.columns}
     columns["probability"] = rate_field(calls, found.filter)[0]
@@ -140,6 +171,22 @@ def field_transcripts(fields: Fields, found: Reconciled, fov: int, first_id: int
     table = transcript_table(experiment.codebook, columns.pop("barcode_id"), fov=fov, **columns)
     placed = np.load(fields.file("placed", fov))
     return table, table.iloc[placed["row"]].assign(cell_id=placed["cell"]).reset_index(drop=True)
+
+
+def write_sequential(fields: Fields, found: Reconciled, genes: Sequence[str], stage: Path) -> None:
+    """Write the molecules of genes imaged one by one, each once, with their cells."""
+    experiment = fields.experiment
+    with pq.ParquetWriter(stage / results.SEQUENTIAL, SEQUENTIAL_SCHEMA) as file:
+        for fov in fields.fovs:
+            placed = np.load(fields.file("single", fov))
+            spots = read_spots(fields.out, fov)[placed["row"]]
+            left, top = found.stitching.positions[fov]
+            columns: dict[str, Any] = {name: spots[name] for name in ("x", "y", "z")}
+            columns |= {"gene": np.array(genes, dtype=object)[spots["gene"]], "fov": np.full(len(spots), fov, np.int32)}
+            columns["global_x"] = left + spots["x"].astype(float) * experiment.microns_per_pixel
+            columns["global_y"] = top + spots["y"].astype(float) * experiment.microns_per_pixel
+            columns |= {"intensity": spots["height"], "cell_id": placed["cell"]}
+            file.write_table(pa.table({name: columns[name] for name in SEQUENTIAL_SCHEMA.names}, SEQUENTIAL_SCHEMA))
 
 
 # --- cells and counts ---------------------------------------------------------------------------------------------
@@ -155,30 +202,50 @@ def _contributors(fields: Fields, found: Reconciled) -> dict[int, list[int]]:
     return inverse
 
 
-def count_block(fields: Fields, contributors: Iterable[int], cell_ids: np.ndarray, n_words: int) -> csr_matrix:
-    """Counts (cell, word) int32 of the cells of a field."""
+def pairs_of_cells(fields: Fields, contributors: Iterable[int], cell_ids: np.ndarray) -> np.ndarray:
+    """What the cells of a field have of each word, `COUNT_DTYPE` with ``cell`` the row in ``cell_ids`` (sorted)."""
     parts = [np.load(fields.file("counts", fov)) for fov in contributors]
     pairs = np.concatenate(parts) if parts else np.empty(0, COUNT_DTYPE)
     row = np.searchsorted(cell_ids, pairs["cell"])
     here = row < len(cell_ids)
     here[here] = cell_ids[row[here]] == pairs["cell"][here]
-    entries = (pairs["count"][here], (row[here], pairs["word"][here]))
-    return csr_matrix(coo_array(entries, shape=(len(cell_ids), n_words), dtype=np.int32))
+    pairs = pairs[here]
+    pairs["cell"] = row[here]
+    return pairs
+
+
+def with_counts(cells: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
+    """Cells with n_transcripts, is_empty and the share of their molecules in the nucleus, NaN where there are none."""
+    n, nuclear = (np.bincount(pairs["cell"], pairs[name], minlength=len(cells)) for name in ("count", "nuclear"))
+    with np.errstate(invalid="ignore"):
+        return cells.assign(n_transcripts=n.astype(np.int64), is_empty=n == 0, nuclear_fraction=nuclear / n)
+
+
+def count_var(book: Codebook, words: pd.DataFrame, genes: Sequence[str]) -> pd.DataFrame:
+    """``var`` of the counts: the words, then the genes imaged one by one (``genes``), marked ``sequential``.
+
+    A gene that the codebook has as well is called ``<gene>_sequential``.
+    """
+    var = word_var(book)
+    stated = ["detection_efficiency", "confidence_ratio", "misidentification_rate"]
+    var[stated] = words.set_index("gene")[stated]
+    names = [f"{gene}_sequential" if gene in book.names else gene for gene in genes]
+    single = pd.DataFrame({"is_blank": False, **dict.fromkeys(stated, np.nan)}, pd.Index(names, name="gene"))
+    both = pd.concat([var, single]) if names else var
+    return both.assign(is_blank=both["is_blank"].astype(bool), sequential=np.arange(len(both)) >= len(var))
 
 
 class CountFile:
     """``cell_by_gene.h5ad`` as it grows: counts are appended cell by cell, what describes the cells comes last."""
 
-    def __init__(self, path: Path, book: Codebook, words: pd.DataFrame) -> None:
+    def __init__(self, path: Path, var: pd.DataFrame) -> None:
         from anndata import AnnData
         from anndata.io import write_elem
 
-        var = word_var(book)
-        stated = ["detection_efficiency", "confidence_ratio", "misidentification_rate"]
-        var[stated] = words.set_index("gene")[stated]
+        none = {name: csr_matrix((0, len(var)), dtype=COUNT_DTYPE[name]) for name in ("count", "expected")}
         self.file = h5py.File(path, "w")
-        write_elem(self.file, "/", AnnData(X=csr_matrix((0, book.n_words), dtype=np.int32), var=var))
-        self.counts = self.file["X"]
+        write_elem(self.file, "/", AnnData(none["count"], var=var, layers={"expected": none["expected"]}))
+        self.counts = {"count": self.file["X"], "expected": self.file["layers/expected"]}
 
     def __enter__(self) -> CountFile:
         return self
@@ -186,22 +253,13 @@ class CountFile:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def append(self, block: csr_matrix) -> None:
-        """Counts (cell, word) of the next cells.
+    def append(self, pairs: np.ndarray, n_cells: int) -> None:
+        """Counts of the next cells, `COUNT_DTYPE` with ``cell`` counted from the first of these.
 
         AnnData's own ``append`` reads what is there each time, so that it takes longer and longer.
         """
-        block.sort_indices()
-        begin = len(self.counts["data"])
-        for name, values in (
-            ("data", block.data),
-            ("indices", block.indices),
-            ("indptr", block.indptr[1:].astype(np.int64) + begin),
-        ):
-            old = len(self.counts[name])
-            self.counts[name].resize(old + len(values), axis=0)
-            self.counts[name][old:] = values
-        self.counts.attrs["shape"] = [self.counts.attrs["shape"][0] + block.shape[0], block.shape[1]]
+        for kind, matrix in self.counts.items():
+            _append_rows(matrix, pairs[kind], pairs["cell"], pairs["word"], n_cells)
 
     def finish(self, cells: pd.DataFrame) -> None:
         """What describes the cells, as in ``cells.parquet``, in the order of their counts."""
@@ -212,7 +270,31 @@ class CountFile:
         write_elem(self.file, "obsm", {"spatial": cells[["center_x", "center_y"]].to_numpy(np.float64)})
 
 
-def cells_table(cells: pd.DataFrame) -> pa.Table:
+def _append_rows(matrix: h5py.Group, values: np.ndarray, row: np.ndarray, column: np.ndarray, n_rows: int) -> None:
+    """Append rows to a CSR matrix on disk; entries of one place are added."""
+    width = matrix.attrs["shape"][1]
+    block = csr_matrix(coo_array((values, (row, column)), shape=(n_rows, width), dtype=values.dtype))
+    block.sort_indices()
+    begin = len(matrix["data"])
+    for name, entries in (
+        ("data", block.data),
+        ("indices", block.indices),
+        ("indptr", block.indptr[1:].astype(np.int64) + begin),
+    ):
+        old = len(matrix[name])
+        matrix[name].resize(old + len(entries), axis=0)
+        matrix[name][old:] = entries
+    matrix.attrs["shape"] = [matrix.attrs["shape"][0] + n_rows, width]
+
+
+def cell_schema(fields: Fields) -> pa.Schema:
+    """Columns of ``cells.parquet``: those that every run has, the share of molecules in nuclei, those of stains."""
+    known = list(read_cell_part(fields, "cells", fields.fovs[0]).columns) if fields.fovs else []
+    measured = ["nuclear_fraction", *(name for name in known if name not in CELL_SCHEMA.names)]
+    return pa.schema([*CELL_SCHEMA, *(pa.field(name, pa.float64()) for name in measured)])
+
+
+def cells_table(cells: pd.DataFrame, schema: pa.Schema) -> pa.Table:
     """Cells as they stand in ``cells.parquet``."""
     wkb = shapely.to_wkb(cells["geometry"].to_numpy(object))
-    return pa.Table.from_pandas(cells.assign(geometry=wkb), CELL_SCHEMA, preserve_index=False)
+    return pa.Table.from_pandas(cells.assign(geometry=wkb), schema, preserve_index=False)

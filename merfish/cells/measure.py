@@ -1,0 +1,172 @@
+"""The cells of one field: their outlines, and what stains say of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import cast
+
+import numpy as np
+import pandas as pd
+
+from merfish.cells.merging import DEPTH
+from merfish.cells.segmentation import (
+    EDGE_LEVEL,
+    block_size,
+    brightness,
+    check_images,
+    grow_cells,
+    levels,
+    outlines,
+    segment_nuclei,
+    shrink,
+)
+from merfish.errors import InputError
+
+# nuclei (y, x), cytoplasm (y, x) or None, micrometre a pixel -> labels (y, x)
+Segmenter = Callable[[np.ndarray, np.ndarray | None, float], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class FieldCells:
+    """Cells of a field.
+
+    outlines: (cell,) polygons, pixels, the centre of the first pixel at 0. measured: a row a cell: ``nucleus``, the
+    share of its area in which there is a nucleus, and ``depth``, micrometre. labels: int32 (y, x) of blocks of pixels,
+    row k of the others is label k + 1. nuclei: (y, x) bool, the blocks in nuclei. block: their side, pixel.
+    """
+
+    outlines: np.ndarray
+    measured: pd.DataFrame
+    labels: np.ndarray
+    nuclei: np.ndarray
+    block: int
+
+    def mean(self, image: np.ndarray) -> np.ndarray:
+        """Mean over each cell, float64 (cell,), of an image (y, x) or of the planes (z, y, x) of one."""
+        planes = image.reshape(-1, *image.shape[-2:])
+        return mean_of_labels(shrink(planes, self.block).mean(axis=0), self.labels, len(self.outlines))
+
+    def in_nucleus(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Whether places x, y (pixel) lie in a nucleus, bool."""
+        row, column = (
+            np.clip(((place + 0.5) // self.block).astype(int), 0, side - 1)
+            for place, side in zip((y, x), self.nuclei.shape, strict=True)
+        )
+        return self.nuclei[row, column]
+
+
+def column_name(stain: str) -> str:
+    """The name of a stain as part of a column's name, in which AnnData allows no slash."""
+    return stain.replace("/", "_")
+
+
+def find_cells(
+    nuclei: np.ndarray,
+    cytoplasm: np.ndarray | None,
+    heights: np.ndarray,
+    microns_per_pixel: float,
+    segmenter: Segmenter | None = None,
+) -> FieldCells:
+    """Find the cells of a field, and how deep they reach.
+
+    nuclei, cytoplasm: planes (z, y, x) of stains in register, any real dtype. Outlines are those of the brightest
+    plane of each pixel: a cell is one outline, and none lies above another. heights: (z,) micrometre, ascending, of
+    the planes of ``cytoplasm``, or of ``nuclei`` where there is none. segmenter: outlines cells instead of
+    `merfish.cells.segmentation.segment`, called alike.
+
+    Raises InputError for images that hold NaN, and if ``segmenter`` returns anything but labels of their shape.
+    """
+    flat = nuclei.max(axis=0), None if cytoplasm is None else cytoplasm.max(axis=0)
+    check_images(*flat, microns_per_pixel)
+    block, shape = block_size(microns_per_pixel), nuclei.shape[-2:]
+    scale = block * microns_per_pixel
+    dna = shrink(nuclei, block)
+    body = None if cytoplasm is None else shrink(cytoplasm, block)
+    seeds = segment_nuclei(dna.max(axis=0), scale)
+    if segmenter is None:
+        labels = grow_cells(seeds, None if body is None else body.max(axis=0), scale)
+        shapes = outlines(labels, block, shape)
+    else:
+        given = check_labels(segmenter(*flat, microns_per_pixel), shape)
+        labels, kept = in_blocks(given, block)
+        every = outlines(given)
+        shapes = {new: every[old] for new, old in enumerate(kept, start=1)}
+    n = len(shapes)
+    stained = labels if body is not None else np.where(seeds > 0, labels, 0)
+    measured = pd.DataFrame(
+        {
+            "nucleus": mean_of_labels((seeds > 0).astype(np.float32), labels, n),
+            "depth": depths(dna if body is None else body, stained, heights, scale, n),
+        }
+    )
+    polygons = np.array([*shapes.values(), None], dtype=object)[:-1]
+    return FieldCells(polygons, measured, labels, seeds > 0, block)
+
+
+def in_blocks(labels: np.ndarray, block: int) -> tuple[np.ndarray, list[int]]:
+    """Labels at the middles of blocks of pixels, int32, numbered anew from 1, and the labels that these were.
+
+    A label that no block shows is too small for a cell.
+    """
+    beyond = [(0, -side % block) for side in labels.shape]
+    sampled = np.pad(labels, beyond, mode="edge")[block // 2 :: block, block // 2 :: block]
+    shown, dense = np.unique(np.append(sampled, 0), return_inverse=True)
+    return dense[:-1].reshape(sampled.shape).astype(np.int32), shown[1:].tolist()
+
+
+def no_cells(shape: tuple[int, ...], microns_per_pixel: float) -> FieldCells:
+    """A field of shape (y, x) in which cells cannot be found."""
+    block = block_size(microns_per_pixel)
+    blocks = tuple(-(-side // block) for side in shape)
+    measured = pd.DataFrame({"nucleus": np.empty(0), "depth": np.empty(0)})
+    return FieldCells(np.empty(0, object), measured, np.zeros(blocks, np.int32), np.zeros(blocks, bool), block)
+
+
+def depths(planes: np.ndarray, labels: np.ndarray, heights: np.ndarray, microns_per_pixel: float, n: int) -> np.ndarray:
+    """Mean depth of each cell over its area, micrometre, float64 (cell,): of the planes in which it shines.
+
+    planes: stain (z, y, x); labels (y, x) up to ``n``. A pixel shines in a plane if it has half of what the cell's
+    pixels have in the median at their brightest. A plane stands for the half of the way to each of its neighbours, and
+    the first and last for as much beyond. With a single plane every cell is `DEPTH` deep.
+    """
+    if len(planes) == 1:
+        return np.full(n, DEPTH)
+    edge = EDGE_LEVEL * levels(brightness(planes.max(axis=0), microns_per_pixel), labels, 50)[labels]
+    thickness = np.gradient(np.asarray(heights, float))
+    within = np.zeros(labels.shape, np.float32)
+    for plane, step in zip(planes, thickness, strict=True):
+        within += np.float32(step) * (brightness(plane, microns_per_pixel) > edge)
+    return mean_of_labels(within, labels, n)
+
+
+def mean_of_labels(image: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
+    """Mean of an image (y, x) over each label from 1 to ``n``, float64 (label,), NaN where there is no pixel."""
+    total = np.bincount(labels.ravel(), image.ravel(), minlength=n + 1)
+    count = np.bincount(labels.ravel(), minlength=n + 1)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(total / count)[1:]
+
+
+def check_labels(labels: object, shape: tuple[int, ...]) -> np.ndarray:
+    """Labels that a segmenter returned, numbered from 1 without gaps. Raises InputError for anything else."""
+    if not isinstance(labels, np.ndarray) or labels.shape != shape or labels.dtype.kind not in "iub":
+        got = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else type(labels).__name__
+        raise InputError(f"segmenter: expected labels, an array of integers of shape {shape} (y, x), got {got}")
+    if labels.size and labels.min() < 0:
+        raise InputError(f"segmenter: expected labels from 0 (background), got {labels.min()}")
+    _, dense = np.unique(np.append(labels, 0), return_inverse=True)
+    return np.asarray(dense[:-1].reshape(shape).astype(np.int32))
+
+
+def load_segmenter(name: str) -> Segmenter:
+    """The function that ``package.module:function`` names. Raises InputError if it cannot be imported or called."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function)
+    except Exception as error:  # a module may raise anything when it is imported
+        raise InputError(f"segmenter: {name} cannot be imported: {error or type(error).__name__}") from error
+    if not callable(found):
+        raise InputError(f"segmenter: {name} is no function, got {type(found).__name__}")
+    return cast(Segmenter, found)

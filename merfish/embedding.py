@@ -1,0 +1,82 @@
+"""Cells of a table embedded by SpatialVAE, through its public functions, imported when they run."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merfish import results
+from merfish.errors import InputError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from spatialvae import SpatialVAE
+
+SEED = 0
+MODEL = "model"  # folder beside the table of a run
+DOMAIN = "spatial_domain"  # obs
+
+
+def need_embedding(what: str) -> None:
+    """Raise InputError if packages are missing without which ``what`` cannot be done."""
+    missing = [name for name in ("torch", "torch_geometric", "safetensors", "sklearn") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"{what} embeds cells and needs {', '.join(missing)}: pip install 'merfish[vae]'")
+
+
+def fit_embedding(table: AnnData, n_domains: int | None, *, progress: bool = True) -> SpatialVAE:
+    """Train a model on a table of counts; writes its embedding and ``n_domains`` spatial domains into the table.
+
+    Without ``n_domains`` the number with the best Bayesian information criterion is taken. Adds
+    ``obsm["X_spatialvae"]``, ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``. Raises InputError
+    for a table that cannot be embedded.
+    """
+    from spatialvae import InputError as NotEmbeddable
+    from spatialvae import SpatialVAE
+
+    try:
+        SpatialVAE.setup_anndata(table)
+        model = SpatialVAE(table, seed=SEED)
+        model.train(progress=progress)
+        table.obsm["X_spatialvae"] = model.get_latent_representation()
+        model.domains(n_domains)
+    except NotEmbeddable as error:
+        raise InputError(f"the {table.n_obs} cells cannot be embedded: {error}") from error
+    return model
+
+
+def embed_run(out: Path, n_domains: int | None = None, *, progress: bool = False) -> list[str]:
+    """Embed the cells of a finished run: its table gets embedding and domains, the model goes beside it.
+
+    Table and record are replaced together; what an earlier call with the same ``n_domains`` wrote for the same results
+    stands. Returns lines for a terminal. Raises InputError if the run cannot be embedded.
+    """
+    import anndata
+
+    from merfish.pipeline import folder
+    from merfish.report import write_run_report
+
+    need_embedding("--embed")
+    with folder.owned(out):
+        record = results.read_run(out)
+        asked: dict[str, Any] = {"n_domains": n_domains, "seed": SEED}
+        if record.get("embedding", {}).get("asked") == asked and (out / MODEL).is_dir():
+            return [f"{record['embedding']['found']} domains were found before, they stand"]
+        table = anndata.read_h5ad(out / results.CELL_BY_GENE)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model = fit_embedding(table, n_domains, progress=progress)
+        found = int(table.obs[DOMAIN].nunique())
+        model.save(out / MODEL, overwrite=True)
+        stage = folder.new_stage(out)
+        table.write_h5ad(stage / results.CELL_BY_GENE)
+        size = (stage / results.CELL_BY_GENE).stat().st_size
+        record["results"] = {**record["results"], results.CELL_BY_GENE: size}
+        folder.write_json(stage / results.RUN, {**record, "embedding": {"asked": asked, "found": found}})
+        folder.publish(out)
+        write_run_report(out)
+    said = [f"warning: {warning.message}" for warning in caught if issubclass(warning.category, UserWarning)]
+    return [*said, f"{table.n_obs:,} cells embedded, {found} domains, model in {out / MODEL}"]
