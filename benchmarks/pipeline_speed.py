@@ -1,6 +1,6 @@
 """Where a run's time goes: one large field, 3,000 tiny ones, and one worker against two.
 
-    python benchmarks/pipeline_speed.py [--only field tiny scaling] [--tiny 3000]
+    python benchmarks/pipeline_speed.py [--only field tiny scaling memory] [--tiny 3000]
 
 Writes benchmarks/results/pipeline_speed.md.
 """
@@ -8,6 +8,8 @@ Writes benchmarks/results/pipeline_speed.md.
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -76,8 +78,25 @@ def scaling(folder: Path, _: int) -> list[str]:
     return rows
 
 
+def memory(folder: Path, _: int) -> list[str]:
+    """Peak memory of a process that runs two fields of 16 bits, all cores, and what their results take on disk."""
+    rows = ["| field, px | peak memory, MB | molecules found | disk, MB a field |", "|---|---|---|---|"]
+    code = "import merfish, resource, sys; merfish.run(sys.argv[1], out=sys.argv[2]); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    for side in (1024, 2048):
+        raw, out = folder / f"raw{side}", folder / f"out{side}"
+        simulate_experiment(raw, fields=(1, 2), shape=(side, side), seed=1)
+        done = subprocess.run([sys.executable, "-c", code, raw, out], stdout=subprocess.PIPE, text=True, check=True)
+        disk = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2
+        n_found = results.read_run(out)["figures"]["n_found"]
+        rows.append(f"| {side} x {side} | {int(done.stdout) / 1e6:.0f} | {n_found:,} | {disk / 1e6:.1f} |")
+    return rows
+
+
 def main() -> None:
-    parts: dict[str, Callable[[Path, int], list[str]]] = {"field": field, "tiny": tiny, "scaling": scaling}
+    parts: dict[str, Callable[[Path, int], list[str]]] = {
+        "field": field, "tiny": tiny, "scaling": scaling, "memory": memory,
+    }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--tiny", type=int, default=3000)

@@ -6,17 +6,41 @@ the same on every run. On-disk caching is safe here because no kernel is compile
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numba
+from numba.core import event
 
 kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
 parallel_kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 # sums of products, of images: fused multiply-add is faster and rounds less
 fused_kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 prange = numba.prange
+
+
+class _Once(event.Listener):
+    """Says that Numba compiles, the first time that it does."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say: Callable[[str], None] | None = say
+
+    def on_start(self, event: Any) -> None:
+        if self.say is not None:
+            say, self.say = self.say, None
+            say("compiling for this machine: only the first time, about a minute")
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+@contextmanager
+def compilation_said(say: Callable[[str], None]) -> Iterator[None]:
+    """Call ``say`` when this process first compiles a kernel that Numba's cache does not hold."""
+    with event.install_listener("numba:compile", _Once(say)):
+        yield
 
 
 def map_bits(work: Callable[[Any], Any], stack: Any) -> list[Any]:

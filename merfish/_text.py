@@ -1,4 +1,4 @@
-"""Text from others' files: read within bounds, and never sent to a terminal as it stands."""
+"""Text from untrusted files: read within limits, and escaped before it is printed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 
 from merfish.errors import InputError
 
-MAX_TABLE = 1 << 24  # bytes; the largest tables of labs have some 100 kB
+MAX_TABLE = 1 << 24  # bytes; the largest tables in use have about 100 kB
 _MOST_LISTED = 5
 _SHOWN = 80  # characters of a value that a message shows
-# What a terminal obeys rather than shows: C0 and C1 controls, and marks that turn the direction of writing; and halves
-# of characters, which come from file names that are not UTF-8 and cannot be written.
+# Characters that a terminal interprets instead of printing: C0 and C1 controls and marks of writing direction; and
+# lone surrogates, which come from file names that are not UTF-8 and cannot be encoded.
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _LINE_ENDS = "\t\n\r"
 
 
 def read_text(path: str | os.PathLike[str], what: str, limit: int = MAX_TABLE) -> str:
-    """The text of a table; ``what`` names it in messages.
+    """Read the text of a table; ``what`` names it in messages.
 
-    Raises InputError for what is no regular file, is larger than ``limit`` bytes, no UTF-8 or holds control characters.
+    Raises InputError if it is not a regular file, exceeds ``limit`` bytes, is not UTF-8 or has control characters.
     """
     try:
         status = os.stat(path)
@@ -40,12 +40,12 @@ def read_text(path: str | os.PathLike[str], what: str, limit: int = MAX_TABLE) -
     for found in _UNSHOWN.finditer(text):
         if found[0] not in _LINE_ENDS:
             line = text.count("\n", 0, found.start()) + 1
-            raise InputError(f"{path}: line {line}: holds the control character {found[0]!r}, expected plain text")
+            raise InputError(f"{path}: line {line}: found the control character {found[0]!r}, expected plain text")
     return text
 
 
 def kind_of(status: os.stat_result) -> str:
-    """What a path is, for messages."""
+    """Name the type of a file, for messages."""
     kinds = {
         "a folder": stat.S_ISDIR,
         "a pipe": stat.S_ISFIFO,
@@ -57,12 +57,12 @@ def kind_of(status: os.stat_result) -> str:
 
 
 def has_control(text: str) -> bool:
-    """Whether a name holds characters that a terminal would obey, or that no file can hold."""
+    """Whether a name has control characters, or characters that cannot be encoded."""
     return _UNSHOWN.search(text) is not None
 
 
 def printable(text: str) -> str:
-    """Text with its control characters, except line ends, written as escapes.
+    """Escape the control characters of a text, except line ends.
 
     >>> printable("a" + chr(27) + "[31m")
     'a\\\\x1b[31m'
@@ -71,15 +71,15 @@ def printable(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value for a message: its repr, of bounded length."""
+    """Format a value for a message: its repr, truncated."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # numbers of more digits than Python writes
+    except (ValueError, RecursionError):  # integers with more digits than Python converts
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def listed(items: Sequence[str], separator: str = "; ") -> str:
-    """Items in one line, as many as a person reads."""
+    """Join the first few items in one line and count the others."""
     more = len(items) - _MOST_LISTED
     return separator.join(items[:_MOST_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")

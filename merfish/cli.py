@@ -1,4 +1,4 @@
-"""The ``merfish`` command: reads options, calls the library, tells what happened.
+"""The ``merfish`` command: reads options, calls the library, prints what happened.
 
 Everything heavy is imported where it is used, so that ``--help`` answers at once.
 """
@@ -20,16 +20,16 @@ from merfish.exchange import cli as exchange
 
 # Exit codes
 BAD_INPUT = 2
-FAILED_FIELDS = 3  # of a run in which some fields could not be decoded, or whose images do not fit the codebook
-INTERRUPTED = 130  # as shells have it
-MOST_FIELDS = 1_000_000  # field numbers beyond are typing errors
-MOST_PIXELS = 100_000  # and numbers of rows or columns beyond these
+FAILED_FIELDS = 3  # some fields could not be decoded, or the images do not fit the codebook
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+MOST_FIELDS = 1_000_000  # larger field numbers are typing errors
+MOST_PIXELS = 100_000  # as are larger numbers of rows or columns
 
 app = typer.Typer(
     help="Decode MERFISH image stacks into molecules, cells and counts.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # "rich" takes units such as [px] for styles and drops them
 )
 codebook_app = typer.Typer(help="Build, check and show codebooks.", no_args_is_help=True)
 app.add_typer(codebook_app, name="codebook")
@@ -49,8 +49,34 @@ class Method(StrEnum):
     hamming = "hamming"
 
 
+def show_versions(asked: bool) -> None:
+    """Print the versions that results depend on, without importing anything heavy, and exit."""
+    if not asked:
+        return
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    print(f"merfish {version('merfish')}")
+    print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in ("numpy", "numba", "torch"):
+        try:
+            print(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name} is not installed")
+    raise typer.Exit
+
+
+@app.callback()
+def merfish(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_versions, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Decode MERFISH image stacks into molecules, cells and counts."""
+
+
 def main() -> None:
-    """Run the command line; mistakes in the input end with one message and exit code 2."""
+    """Run the command line; bad input ends with one message and exit code 2."""
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
@@ -61,11 +87,11 @@ def main() -> None:
     except OSError as error:
         stop(system_error(error), BAD_INPUT)
     except Interrupted:
-        stop("stopped; what was finished is kept, and the same command goes on from there", INTERRUPTED)
+        stop("interrupted", INTERRUPTED)
 
 
 class Interrupted(BaseException):
-    """Ctrl-C; Click turns a KeyboardInterrupt into "Aborted", which says nothing of what is kept."""
+    """Ctrl-C; Click turns a KeyboardInterrupt into "Aborted", which does not say how to resume."""
 
 
 def _interrupt(*_: object) -> None:
@@ -79,12 +105,12 @@ def stop(message: str, code: int) -> None:
 
 
 def system_error(error: OSError) -> str:
-    """What the system refused, in words."""
+    """The message for a system call that failed."""
     from merfish.pipeline.cluster import is_disk_full
 
     where = f"{error.filename}: " if error.filename else ""
     if is_disk_full(error):
-        return f"{where}the disk is full ({error.strerror or error}). Make room; the same command goes on from there"
+        return f"{where}the disk is full ({error.strerror or error}). Free some space and run the same command again"
     return f"{where}{error.strerror or error}"
 
 
@@ -92,7 +118,7 @@ def system_error(error: OSError) -> str:
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder for the results.")] = Path("demo_output"),
 ) -> None:
-    """Everything on small data: real fields, a simulated tissue, its embedding; writes OUT/report.html."""
+    """Run everything on small data: real fields, a simulated tissue, its embedding; writes OUT/report.html."""
     from merfish.demo import run_demo
 
     run_demo(out)
@@ -101,7 +127,7 @@ def demo(
 @app.command()
 def decode(
     stack: Annotated[
-        Path, typer.Argument(help="Registered stack: .npy, .tif, OME-TIFF or .zarr; bit,y,x or bit,z,y,x.")
+        Path, typer.Argument(help="Registered stack: .npy, .tif, OME-TIFF or .zarr; axes bit,y,x or bit,z,y,x.")
     ],
     codebook: Annotated[Path, typer.Option(help="Codebook file.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
@@ -132,9 +158,12 @@ def decode(
 def run(
     experiment: Annotated[Path, typer.Argument(help="Folder with the images and their tables.")],
     out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run goes on there.")],
-    config: Annotated[Path | None, typer.Option(help="YAML file with parameters.")] = None,
-    fov: Annotated[str | None, typer.Option(help="Fields to run, as 0,3-5; all when not given.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one with all cores when not given.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with parameters, see 'merfish config'.")] = None,
+    method: Annotated[Method | None, typer.Option(help="Decoder; overrides the configuration.")] = None,
+    fov: Annotated[str | None, typer.Option(help="Fields to run, e.g. 0,3-5. [default: all]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes, at most one a core. [default: one that uses every core]")
+    ] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
     slurm: Annotated[
         int | None, typer.Option(min=1, help="Most SLURM jobs at a time, as dask-jobqueue is configured.")
@@ -148,6 +177,11 @@ def run(
     save_images: Annotated[
         bool, typer.Option("--save-images", help="Keep registered, filtered images as OME-Zarr in OUT/images.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every file and estimate time, memory and disk; run nothing.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print what OUT/merfish.log keeps.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and failed fields.")] = False,
     embed: Annotated[
         bool, typer.Option("--embed", help="Train SpatialVAE on the cells; embedding and domains go into the table.")
     ] = False,
@@ -155,48 +189,106 @@ def run(
         int | None, typer.Option(min=1, help="Spatial domains that --embed finds; as many as fit best when not given.")
     ] = None,
 ) -> None:
-    """Decode a whole raw experiment into molecules, cells and counts; writes OUT/report.html."""
+    """Decode a whole raw experiment into molecules, cells and counts; writes OUT/report.html.
+
+    The same command again resumes an interrupted run.
+    """
+    from merfish.config import read_config
     from merfish.embedding import embed_run, need_embedding
     from merfish.pipeline import process
     from merfish.pipeline.record import run_summary
+    from merfish.pipeline.status import decoded_fields
 
     if sum(choice is not None for choice in (workers, scheduler, slurm)) > 1:
         raise InputError("--workers, --scheduler and --slurm exclude each other")
     if embed:
-        need_embedding("--embed")  # said before any work
+        need_embedding("--embed")  # before any work
     elif domains is not None:
         raise InputError("--domains: domains are found by --embed, which is not given")
-    process(
-        experiment,
-        out=out,
-        config=config,
-        fovs=None if fov is None else parse_fovs(fov),
-        workers=workers,
-        scheduler=scheduler,
-        slurm_jobs=slurm,
-        tables={
-            "data_organization": data_organization,
-            "codebook": codebook,
-            "positions": positions,
-            "microscope": microscope,
-        },
-        keep_going=keep_going,
-        segmentation=segmentation,
-        save_images=save_images,
-        progress=True,
-    )
+    settings = read_config(config, **({} if method is None else {"method": method.value}))
+    fovs = None if fov is None else parse_fovs(fov)
+    tables = {
+        "data_organization": data_organization,
+        "codebook": codebook,
+        "positions": positions,
+        "microscope": microscope,
+    }
+    if dry_run:
+        from merfish.pipeline.plan import plan_lines
+
+        print(*plan_lines(experiment, out, settings, fovs, workers, tables, keep_going), sep="\n")
+        return
+    try:
+        process(
+            experiment,
+            out=out,
+            config=settings,
+            fovs=fovs,
+            workers=workers,
+            scheduler=scheduler,
+            slurm_jobs=slurm,
+            tables=tables,
+            keep_going=keep_going,
+            segmentation=segmentation,
+            save_images=save_images,
+            progress=not quiet,
+            verbose=verbose,
+        )
+    except Interrupted:
+        n = len(decoded_fields(out))
+        stop(f"interrupted; {n} decoded fields are kept in {out}; run the same command again to continue", INTERRUPTED)
     summary = run_summary(out)
-    for line in summary["lines"]:
-        print(line)
+    if quiet:
+        for fov_number, reason in summary["failed"].items():
+            print(f"field {fov_number} failed: {printable(reason)}", file=sys.stderr)
+        if summary["notice"]:
+            print(f"warning: {printable(summary['notice'])}", file=sys.stderr)
+    else:
+        print(*summary["lines"], sep="\n")
     if embed:
-        print(*embed_run(out, domains, progress=True), sep="\n")
+        lines = embed_run(out, domains, progress=not quiet)
+        if not quiet:
+            print(*lines, sep="\n")
     if summary["failed"] or summary["notice"]:
         sys.exit(FAILED_FIELDS)
 
 
+@app.command("config")
+def config_command(
+    out: Annotated[Path | None, typer.Option(help="File to write; printed when not given.", metavar="YAML")] = None,
+) -> None:
+    """Write every parameter of a run with its default, unit and source, as YAML for 'merfish run --config'."""
+    from merfish.config import config_yaml, write_config
+
+    if out is None:
+        print(config_yaml(), end="")
+    else:
+        write_config(out)
+        print(f"parameters in {out}")
+
+
+@app.command()
+def guide(
+    name: Annotated[str | None, typer.Argument(help="Guide to show; lists the guides when not given.")] = None,
+) -> None:
+    """Show a guide, or list them."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from merfish.guides import guide_titles, read_guide
+
+    if name is not None:
+        Console().print(Markdown(read_guide(name)))
+        return
+    titles = guide_titles()
+    width = max(map(len, titles))
+    print(*(f"{known:<{width}}  {title}" for known, title in titles.items()), sep="\n")
+    print("\nmerfish guide NAME shows one")
+
+
 @app.command()
 def status(out: RunFolder) -> None:
-    """Fields done, running and failed, why, and the time left."""
+    """Show the fields that are done and those that failed, why, and the time left."""
     from merfish.pipeline.status import status_lines
 
     print(*status_lines(out), sep="\n")
@@ -245,7 +337,7 @@ def simulate(
     fields: Annotated[str, typer.Option(help="Rows x columns of overlapping fields.")] = "4x4",
     shape: Annotated[str, typer.Option(help="Rows x columns of pixels in a field.")] = "512x512",
     planes: Annotated[int, typer.Option(min=1, help="Planes of each bit.")] = 1,
-    density: Annotated[float, typer.Option(min=0.0, help="Molecules a pixel of cell and plane.")] = 0.012,
+    density: Annotated[float, typer.Option(min=0.0, help="Molecules a pixel of cell and plane [1/px].")] = 0.012,
     drift: Annotated[float, typer.Option(min=0.0, help="Largest drift of a round [px].")] = 5.0,
     genes: Annotated[int, typer.Option(min=1, help="Genes of the MHD4 codebook that is made.")] = 60,
     codebook: Annotated[Path | None, typer.Option(help="Codebook to use instead.")] = None,

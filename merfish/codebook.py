@@ -19,18 +19,18 @@ from merfish._text import has_control, listed, read_text, shown
 from merfish.errors import InputError
 
 MAX_BITS = 64
-MAX_WORDS = 50_000  # every pair is compared; the largest books have some 10,000
+MAX_WORDS = 50_000  # all pairs are compared; the largest codebooks have about 10,000 words
 _BIT_COLUMN = re.compile(r"bit[ _]?0*(\d+)", re.IGNORECASE)
 _BLANK = re.compile(r"blank|notarget", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """The words of an experiment, one row a species.
+    """The words of an experiment, one row for each RNA species.
 
-    names, ids: one string a word; blanks have "blank" or "notarget" in their name (any case).
+    names, ids: one string for each word; blanks have "blank" or "notarget" in their name (any case).
     words: (word, bit) uint8 of 0 and 1, read-only.
-    bit_names: one string a bit (readout or ``bit1``...).
+    bit_names: one string for each bit (readout or ``bit1``...).
     """
 
     names: tuple[str, ...]
@@ -41,19 +41,19 @@ class Codebook:
     def __post_init__(self) -> None:
         words = np.array(self.words, dtype=np.uint8)
         if words.ndim != 2 or not len(words):
-            raise InputError(f"a codebook needs words as (word, bit), got an array of shape {words.shape}")
+            raise InputError(f"words: expected an array (word, bit), got shape {words.shape}")
         if words.shape[1] > MAX_BITS:
-            raise InputError(f"a codebook has at most {MAX_BITS} bits, got {words.shape[1]}")
+            raise InputError(f"words: expected at most {MAX_BITS} bits, got {words.shape[1]}")
         if words.max() > 1:
-            raise InputError(f"words are of 0 and 1, got {words.max()}")
+            raise InputError(f"words: expected 0 and 1 only, got {words.max()}")
         if not len(self.names) == len(self.ids) == len(words) or len(self.bit_names) != words.shape[1]:
             raise InputError(
                 f"{len(self.names)} names, {len(self.ids)} ids and {len(self.bit_names)} bit names "
-                f"do not fit words of shape {words.shape}"
+                f"do not match words of shape {words.shape}"
             )
         for name in (*self.names, *self.ids, *self.bit_names):
             if has_control(name):
-                raise InputError(f"a name in a codebook holds control characters: {shown(name)}")
+                raise InputError(f"a name in the codebook has control characters: {shown(name)}")
         words.setflags(write=False)
         object.__setattr__(self, "words", words)
 
@@ -81,14 +81,14 @@ class Codebook:
         return self.words.sum(axis=1, dtype=np.int64)
 
     def permuted(self, order: Sequence[int] | np.ndarray) -> Codebook:
-        """The same names with bit ``order[k]`` of each word at place k: a control that no molecule obeys."""
+        """Return a control: the same names, each word with its bits reordered so that bit ``order[k]`` is at k."""
         order = np.asarray(order)
         return Codebook(self.names, self.ids, self.words[:, order], tuple(self.bit_names[k] for k in order))
 
 
 @dataclass(frozen=True)
 class CodebookReport:
-    """What `check_codebook` finds. ``problems`` are reasons to refuse the book, ``warnings`` to think twice."""
+    """What `check_codebook` finds. With ``problems`` a codebook is refused; ``warnings`` are only reported."""
 
     n_words: int
     n_blanks: int
@@ -103,12 +103,12 @@ class CodebookReport:
 
 
 def read_codebook(path: str | os.PathLike[str]) -> Codebook:
-    """Read a codebook in any of the forms that labs have, and refuse one that cannot be decoded.
+    """Read a codebook in any of the usual formats, and refuse one that cannot be decoded.
 
-    Understood: ``name,id,bit1,...,bitN``; three header lines ``version``, ``codebook_name``, ``bit_names`` and then
+    Formats: ``name,id,bit1,...,bitN``; three header lines ``version``, ``codebook_name``, ``bit_names`` and then
     ``name,id,barcode`` with the word spaced or not; merfishtools' tab-separated ``feat codeword expressed``.
 
-    Raises InputError for a file that is none of these, or with duplicate names or words or a word without bits.
+    Raises InputError for other formats, for duplicate names or words, and for a word without bits.
     """
     codebook = parse_codebook(path)
     problems = check_codebook(codebook).problems
@@ -118,7 +118,7 @@ def read_codebook(path: str | os.PathLike[str]) -> Codebook:
 
 
 def parse_codebook(path: str | os.PathLike[str]) -> Codebook:
-    """As `read_codebook`, but duplicates are kept, for `check_codebook` to name."""
+    """Read a codebook as `read_codebook` does, but keep duplicates, so that `check_codebook` can list them."""
     text = read_text(path, "codebook")
     bit_names: list[str] = []
     header: list[str] | None = None
@@ -144,7 +144,7 @@ def parse_codebook(path: str | os.PathLike[str]) -> Codebook:
         elif fields[0].lower() not in ("version", "codebook_name"):
             header = [field.lower() for field in fields]
     if header is None or not rows:
-        raise InputError(f"{path}: no words found; expected a header such as name,id,bit1,... and one row a word")
+        raise InputError(f"{path}: no words found; expected a header such as name,id,bit1,... and a row for each word")
     return _assemble(path, header, rows, bit_names)
 
 
@@ -204,17 +204,17 @@ def write_codebook(codebook: Codebook, path: str | os.PathLike[str]) -> None:
 
 
 def check_codebook(codebook: Codebook) -> CodebookReport:
-    """Count words, weights, distances and bit usage, and name what is wrong.
+    """Count words, weights, distances and bit usage, and list problems.
 
     A minimum Hamming distance d corrects (d - 1) // 2 errors and detects d // 2 while correcting that many.
     """
     codes = codebook.codes
     problems = [
-        f"name {name!r} stands {len(rows)} times: words {', '.join(str(row + 1) for row in rows)}"
+        f"name {name!r} appears {len(rows)} times: words {', '.join(str(row + 1) for row in rows)}"
         for name, rows in _repeated(codebook.names)
     ]
     problems += [
-        f"word {''.join(map(str, codebook.words[rows[0]]))} stands for {', '.join(codebook.names[r] for r in rows)}"
+        f"word {''.join(map(str, codebook.words[rows[0]]))} is given to {', '.join(codebook.names[r] for r in rows)}"
         for _, rows in _repeated(codes.tolist())
     ]
     problems += [f"word {codebook.names[row]!r} has no bit on" for row in np.flatnonzero(codes == 0)]
@@ -225,12 +225,12 @@ def check_codebook(codebook: Codebook) -> CodebookReport:
     if distance == 2:
         warnings.append("minimum distance 2: one error is detected but cannot be corrected")
     elif distance == 1:
-        warnings.append("minimum distance 1: an error turns one word into another unseen")
+        warnings.append("minimum distance 1: an error turns one word into another without being detected")
     if len(weights) > 1:
         warnings.append("words differ in weight: heavy words lose more molecules to 1->0 errors")
     if not codebook.is_blank.any():
         warnings.append("no blanks: the misidentification rate cannot be estimated")
-    warnings += [f"bit {k + 1} ({codebook.bit_names[k]}) is used by no word" for k in np.flatnonzero(usage == 0)]
+    warnings += [f"no word uses bit {k + 1} ({codebook.bit_names[k]})" for k in np.flatnonzero(usage == 0)]
     return CodebookReport(
         n_words=codebook.n_words,
         n_blanks=int(codebook.is_blank.sum()),
@@ -246,7 +246,7 @@ def check_codebook(codebook: Codebook) -> CodebookReport:
 
 
 def _repeated(values: Sequence[Any]) -> list[tuple[Any, list[int]]]:
-    """Values that stand more than once, each with its rows."""
+    """Find values that appear more than once, each with its rows."""
     rows: dict[Any, list[int]] = defaultdict(list)
     for row, value in enumerate(values):
         rows[value].append(row)
@@ -254,7 +254,7 @@ def _repeated(values: Sequence[Any]) -> list[tuple[Any, list[int]]]:
 
 
 def min_distance(codes: np.ndarray) -> int:
-    """Smallest Hamming distance between two of the words (word,) uint64; the number of bits if there is one word."""
+    """Smallest Hamming distance between any two words (word,) uint64; the number of bits if there is only one."""
     if len(codes) < 2:
         return MAX_BITS
     return int(min(np.bitwise_count(codes[i + 1 :] ^ codes[i]).min() for i in range(len(codes) - 1)))
@@ -267,8 +267,8 @@ def mhd4_codebook(
 
     The words are the 4-subsets of bits {0..n_bits-1} whose numbers XOR to zero: two such words that share three
     bits share the fourth. For 16 bits they are the 140 words of weight 4 of the extended Hamming code [16, 11, 4],
-    which is optimal, A(16,4,4) = 140. Words are given out from the most abundant gene to the least, each to the word
-    whose bits carry least so far, so that no imaging round is crowded by the abundant genes.
+    which is optimal, A(16,4,4) = 140. Genes are assigned from the most abundant to the least, each to the word whose
+    bits have the lowest total so far, so that abundant genes do not crowd one imaging round.
 
     expression: abundance of each gene, by name or in the order of ``genes``; equal when not given.
 
@@ -308,7 +308,7 @@ def _abundances(genes: Sequence[str], expression: Mapping[str, float] | Sequence
     if isinstance(expression, Mapping):
         missing = [gene for gene in genes if gene not in expression]
         if missing:
-            raise InputError(f"expression names no value for {', '.join(missing[:5])} ({len(missing)} genes)")
+            raise InputError(f"expression has no value for {', '.join(missing[:5])} ({len(missing)} genes)")
         expression = [expression[gene] for gene in genes]
     values = np.asarray(expression, dtype=float)
     if values.shape != (len(genes),):
@@ -319,7 +319,7 @@ def _abundances(genes: Sequence[str], expression: Mapping[str, float] | Sequence
 
 
 def read_gene_list(path: str | os.PathLike[str]) -> tuple[list[str], list[float] | None]:
-    """Read genes, one a line, with their expression after a comma or tab if there is one; a header is skipped.
+    """Read genes, one on each line, optionally with expression after a comma or tab; a header is skipped.
 
     Returns names and expression (None if no line has one). Raises InputError naming the line.
     """

@@ -1,63 +1,140 @@
-"""What a run may be told, with every default in one place."""
+"""Parameters of a run: defaults, limits, units and sources, and the YAML file that sets them."""
 
 from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from merfish._files import whole_file
 from merfish._text import read_text, shown
 from merfish.errors import InputError
 
 MISIDENTIFICATION_RATE = 0.05  # share of kept calls that may be wrong; Chen et al. 2015 and MERlin aim at the same
 # Decoders, each with the sigmas of the band-pass filter before it: smoothing, background; pixel, for a PSF of 1.35 px
 FILTER_SIGMAS = {
-    # spots gain from sharp images, in which neighbours stay apart; in crowds from a narrower background still, which
-    # costs real images and tissue with light out of focus more than it gains
+    # sharp images keep neighbouring spots apart; a narrower background would help in crowds, but costs more than that
+    # on real images and on tissue with out-of-focus light
     "spots": (0.7, 2.0),
-    # pixels gain from smooth ones; the background is wider than any spot and narrower than cells' glow
+    # pixel vectors are less noisy in smooth images; the background is wider than a spot and narrower than cells' glow
     "pixels": (1.0, 3.0),
     "hamming": (1.0, 3.0),
 }
 DEFAULT_METHOD = "spots"
-# Sigmas, pixel, with which the filter works: a narrower Gaussian has no weight on neighbouring pixels, a wider one than
-# a spot or a cell tells nothing from anything; of two of nearly the same width the difference is rounding.
+# Limits of the filter's sigmas, pixel: a narrower Gaussian has no weight on neighbouring pixels, a wider one removes
+# spots and cells alike, and the difference of two of nearly the same width is rounding error.
 LEAST_SIGMA, MOST_SMOOTHING, MOST_BACKGROUND = 0.2, 10.0, 100.0
 LEAST_RATIO = 1.1
 # what labs call stains, whatever the case
 OTHER_STAINS = ("DAPI", "Hoechst", "polyT", "WGA", "Cellbound1", "Cellbound2", "Cellbound3")
-_MAX_BYTES = 1 << 16  # of a configuration file; every parameter given is some 500
+_MAX_BYTES = 1 << 16  # of a configuration file; one that explains every parameter has some 3,000
+
+
+def _per_method(k: int) -> str:
+    return ", ".join(f"{sigmas[k]:g} for {name}" for name, sigmas in FILTER_SIGMAS.items())
+
+
+def parameter(
+    default: Any, text: str, *, unit: str = "", source: str = "", must_exist: bool = False, **limits: Any
+) -> Any:
+    """A pydantic field that `config_yaml` can explain.
+
+    source: where the default comes from. must_exist: a value that is set, even to the default, is refused if the
+    experiment does not have it.
+    """
+    about: dict[str, Any] = {"unit": unit, "source": source, "must_exist": must_exist}
+    return Field(default=default, description=text, json_schema_extra=about, **limits)
 
 
 class RunConfig(BaseModel):
-    """Parameters of `merfish.run`; a YAML file names any of them."""
+    """Parameters of `merfish.run`; a YAML file sets any of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    method: str = DEFAULT_METHOD
-    # share of kept calls that may be wrong
-    misidentification_rate: float = Field(default=MISIDENTIFICATION_RATE, gt=0, le=1)
-    # pixel, sigmas of the band-pass filter; what the method wants when not given
-    smoothing: float | None = Field(default=None, ge=LEAST_SIGMA, le=MOST_SMOOTHING)
-    background: float | None = Field(default=None, ge=LEAST_SIGMA, le=MOST_BACKGROUND)
-    # names of the stains, as channelName in the data organization; cells are not segmented without the first
-    nuclei_stain: str = "DAPI"
-    cytoplasm_stain: str = "polyT"
-    # names of further stains; other rows of the data organization without a bit number are genes imaged one by one
-    stains: list[str] = Field(default_factory=lambda: list(OTHER_STAINS))
-    # package.module:function that outlines cells instead of ours: nuclei (y, x), cytoplasm (y, x) or None, micrometre
-    # a pixel -> labels (y, x)
-    segmenter: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-    # image files of the light on each pixel, by colour as in the data organization; measured where not given
-    flat_fields: dict[str, str] = Field(default_factory=dict)
-    # camera counts without light; measured where not given
-    dark_level: float | None = Field(default=None, ge=0, le=65535)
-    # fields from which the light, chromatic shifts, background and scale of the bits are estimated
-    normalization_fields: int = Field(default=6, ge=1, le=10_000)
+    method: str = parameter(
+        DEFAULT_METHOD,
+        f"Decoder: {', '.join(FILTER_SIGMAS)}. spots weighs the evidence of every bit, pixels takes the nearest word "
+        "of each pixel, hamming looks up binarised bits.",
+        source="spots finds most molecules at equal precision on the simulated stacks of benchmarks/results/decode.md",
+    )
+    misidentification_rate: float = parameter(
+        MISIDENTIFICATION_RATE,
+        "Share of the kept molecules that may be wrong; 1 keeps every molecule found.",
+        unit="share of molecules",
+        source="Chen et al. 2015 and MERlin aim at the same",
+        gt=0,
+        le=1,
+    )
+    smoothing: float | None = parameter(
+        None,
+        f"Sigma of the Gaussian that smooths the images before decoding. null: the method's own, {_per_method(0)}.",
+        unit="px",
+        source="chosen on simulated and bundled real images for a PSF of 1.35 px",
+        ge=LEAST_SIGMA,
+        le=MOST_SMOOTHING,
+    )
+    background: float | None = parameter(
+        None,
+        "Sigma of the Gaussian that estimates the background, which is subtracted before decoding. null: the method's "
+        f"own, {_per_method(1)}.",
+        unit="px",
+        source="chosen on simulated and bundled real images: wider than a spot, narrower than the glow of cells",
+        ge=LEAST_SIGMA,
+        le=MOST_BACKGROUND,
+    )
+    nuclei_stain: str = parameter(
+        "DAPI",
+        "channelName of the nuclear stain in the data organization. Without it, cells are not segmented, "
+        "unless it is named here: then the run is refused.",
+        source="MERlin's WatershedSegment",
+        must_exist=True,
+    )
+    cytoplasm_stain: str = parameter(
+        "polyT",
+        "channelName of the stain that fills the cells. Without it, cells are grown from their "
+        "nuclei, unless it is named here: then the run is refused.",
+        source="MERlin's WatershedSegment",
+        must_exist=True,
+    )
+    stains: list[str] = parameter(
+        list(OTHER_STAINS),
+        "channelNames of all stains, in any case. Other rows of the data organization without a bit number are genes "
+        "imaged one by one. If the list is set, the run is refused if one of them is missing.",
+        source="names in common use, and those of MERSCOPE",
+        must_exist=True,
+    )
+    segmenter: str | None = parameter(
+        None,
+        "package.module:function that segments cells instead of merfish: nuclei (y, x), cytoplasm (y, x) or None, "
+        "micrometre per pixel -> labels (y, x). null: merfish's own.",
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+    )
+    flat_fields: dict[str, str] = parameter(
+        {},
+        "Image files of the illumination, by colour as in the data organization, e.g. {'650': flat_650.tif}. Colours "
+        "that are not listed are measured on the images.",
+    )
+    dark_level: float | None = parameter(
+        None,
+        "Counts that the camera reports without light. null: measured on the images.",
+        unit="camera counts",
+        ge=0,
+        le=65535,
+    )
+    normalization_fields: int = parameter(
+        6,
+        "Fields on which illumination, chromatic shifts, background and brightness of the bits are measured.",
+        unit="fields",
+        source="each takes about as long as registering one field, 2.6 s at 2048 x 2048 px on 2 cores",
+        ge=1,
+        le=10_000,
+    )
 
     @field_validator("method")
     @classmethod
@@ -87,10 +164,13 @@ class RunConfig(BaseModel):
         )
 
 
-def read_config(path: str | os.PathLike[str] | None) -> RunConfig:
-    """The defaults, changed as a YAML file says. Raises InputError naming the file and the field."""
+def read_config(path: str | os.PathLike[str] | None, **given: Any) -> RunConfig:
+    """Read a YAML file; parameters that it does not name keep their defaults. given: values that override the file.
+
+    Raises InputError naming the file and the parameter.
+    """
     if path is None:
-        return RunConfig()
+        return RunConfig(**given)
     text = read_text(path, "configuration", _MAX_BYTES)
     try:
         values = _parse(text)
@@ -103,17 +183,52 @@ def read_config(path: str | os.PathLike[str] | None) -> RunConfig:
         raise InputError(f"{path}: expected 'name: value' lines, got {type(values).__name__}. Known: {known}")
     if "analysis_tasks" in values:
         raise InputError(
-            f"{path}: is a parameter file of MERlin (it has analysis_tasks), which does other steps than merfish; "
-            f"expected a YAML file with lines 'name: value'. Known: {known}"
+            f"{path}: this is a MERlin parameter file (it has analysis_tasks); merfish runs other steps and cannot use "
+            f"it. Expected a YAML file with lines 'name: value', as 'merfish config' writes it. Known: {known}"
+        )
+    if "microns_per_pixel" in values:
+        raise InputError(
+            f"{path}: this is a microscope file (it has microns_per_pixel); give it as --microscope, not as --config"
         )
     others = [key for key in values if not isinstance(key, str)]
     if others:
         raise InputError(f"{path}: {shown(others[0])}: expected the name of a parameter. Known: {known}")
     try:
-        return RunConfig(**values)
+        return RunConfig(**{**values, **given})
     except ValidationError as error:
         faults = "; ".join(_fault(fault) for fault in error.errors()[:5])
         raise InputError(f"{path}: {faults}. Known: {known}") from error
+
+
+def config_yaml() -> str:
+    """Every parameter with its default as YAML, each explained by a comment; `read_config` reads it as the defaults."""
+    parts = ["# Parameters of 'merfish run EXPERIMENT --out DIR --config THIS_FILE', with their defaults.\n"]
+    for name, field in RunConfig.model_fields.items():
+        about = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        text = [field.description or ""]
+        text += [f"Unit: {about['unit']}."] if about.get("unit") else []
+        limits = [f"{sign} {limit:g}" for sign, limit in _limits(field.metadata)]
+        text += [f"Range: {' and '.join(limits)}."] if limits else []
+        text += [f"Source: {about['source']}."] if about.get("source") else []
+        comment = textwrap.fill(" ".join(text), 100, initial_indent="# ", subsequent_indent="# ")
+        value = field.get_default(call_default_factory=True)
+        in_line = None if isinstance(value, list) else False  # a list stays in one line, which can be commented out
+        default = yaml.safe_dump({name: value}, default_flow_style=in_line, width=1000)
+        parts.append(f"{comment}\n{'# ' if about.get('must_exist') else ''}{default}")
+    return "\n".join(parts)
+
+
+def write_config(path: str | os.PathLike[str]) -> None:
+    """Write `config_yaml` to a file. Raises InputError if it exists: it may hold someone's choices."""
+    if Path(path).exists():
+        raise InputError(f"{path} exists already; give another name")
+    with whole_file(path) as part:
+        part.write_text(config_yaml(), encoding="utf-8")
+
+
+def _limits(metadata: list[Any]) -> list[tuple[str, float]]:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    return [(sign, getattr(m, name)) for m in metadata for name, sign in signs.items() if hasattr(m, name)]
 
 
 def _fault(fault: Any) -> str:
@@ -123,7 +238,7 @@ def _fault(fault: Any) -> str:
 
 
 def _parse(text: str) -> Any:
-    """YAML, or JSON, which YAML is nearly but not quite."""
+    """Parse YAML, or JSON: YAML refuses the tabs that JSON allows."""
     if text.lstrip().startswith("{"):
         try:
             return json.loads(text)
@@ -133,7 +248,7 @@ def _parse(text: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, of which a few lines can stand for any amount of memory, and without repeated keys."""
+    """YAML without aliases, a few lines of which can expand to any amount of memory, and without repeated keys."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -145,5 +260,5 @@ class _PlainLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         doubled = next((key for key, count in Counter(keys).items() if count > 1), None)
         if doubled is not None:
-            raise yaml.MarkedYAMLError(None, None, f"{doubled!r} stands twice", node.start_mark)
+            raise yaml.MarkedYAMLError(None, None, f"{doubled!r} appears twice", node.start_mark)
         return super().construct_mapping(node, deep)

@@ -87,9 +87,9 @@ def real_fields(out: Path) -> list[Section]:
     _print_table(columns, rows)
     text = [
         "Two fields of view from a real experiment, 128 x 128 px, 8 rounds, 16 bits, 70 genes and 70 blanks. Blanks "
-        "are words that no RNA carries: what they collect is error, and half of all words are blanks here.",
-        "Control: the same images decoded with codebooks whose bits were permuted. Their gene words are as empty as "
-        "their blanks, so genes and blanks should collect alike; only the real codebook should favour its genes.",
+        "are words that no RNA carries, so every call of a blank is an error; here, half of all words are blanks.",
+        "Control: the same images decoded with codebooks whose bits were permuted. No RNA carries their gene words "
+        "either, so genes and blanks should be called equally often; only the real codebook should favour its genes.",
     ]
     first = Section("Real fields: genes against blanks", text, [Table(columns, rows)], pictures)
     return [first, *_titled("Real fields", run_sections(folder))]
@@ -163,9 +163,8 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
     ]
     text = [
         f"{fields[0]} x {fields[1]} overlapping fields of {shape[0]} x {shape[1]} px with drift, beads, stains and the "
-        "bit errors of real experiments (1->0 10 %, 0->1 4 %), run as any raw experiment, then compared with what was "
-        "put in. "
-        f"{table.n_obs} cells were segmented."
+        "bit errors of real experiments (1->0 10 %, 0->1 4 %), run as any raw experiment, then compared with the "
+        f"simulated truth. {table.n_obs} cells were segmented."
     ]
     return [
         Section("Simulated tissue against its truth", text, [Table(("measure", "value"), rows)], figures),
@@ -184,7 +183,7 @@ def score_run(folder: Path, raw: Path) -> dict[str, Any]:
     calls = read_transcripts(folder / results.TRANSCRIPTS)
     truth = pd.read_parquet(raw / "truth" / "molecules.parquet")
     paired, real = match_calls(_in_microns(calls), _in_microns(truth), radius=MATCH_MICRONS)
-    # partners may lie beyond the margin, so that neither side loses at the cut
+    # partners may lie beyond the margin, so that neither side is penalised at the border
     inner_calls, inner_truth = in_fields(calls, raw), in_fields(truth, raw)
     error = np.hypot(*(calls[k].to_numpy()[paired] - truth[k].to_numpy()[real] for k in ("global_x", "global_y")))
     score: dict[str, Any] = {
@@ -214,7 +213,7 @@ def score_run(folder: Path, raw: Path) -> dict[str, Any]:
 
 
 def in_fields(molecules: pd.DataFrame, raw: Path, margin: int = 10) -> np.ndarray:
-    """Which molecules lie in some field, ``margin`` px from the outer border; (molecule,) bool."""
+    """Whether molecules lie in any field, at least ``margin`` px inside the outer border; (molecule,) bool."""
     from merfish.imaging.opening import open_experiment
 
     source = open_experiment(raw)
@@ -232,7 +231,7 @@ def _in_microns(molecules: pd.DataFrame) -> pd.DataFrame:
 def match_cells(found: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Row of the found cell that overlaps each true one best, by intersection over union above 0.5, else -1.
 
-    found, true: shapely polygons. Above one half a cell can overlap only one other so well.
+    found, true: shapely polygons. A cell can overlap only one other by more than one half.
     """
     match = np.full(len(true), -1)
     if not len(found):

@@ -1,4 +1,4 @@
-"""The exceptions for what users can mend."""
+"""Exceptions for errors in the input, which users can correct."""
 
 
 class InputError(ValueError):
@@ -10,4 +10,4 @@ class InputError(ValueError):
 
 
 class CodebookMisfit(InputError):
-    """The images do not show the words of the codebook; command lines exit with 3."""
+    """The images do not fit the words of the codebook; command lines exit with 3."""

@@ -22,9 +22,39 @@ if TYPE_CHECKING:
 
     from spatialvae.model import SpatialVAE
 
-app = typer.Typer(help="Embeddings of cells and of their neighbourhoods.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Embeddings of cells and of their neighbourhoods.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",  # "rich" takes units such as [px] for styles and drops them
+)
 
 Table = Annotated[Path, typer.Argument(help="AnnData file with counts", metavar="TABLE.h5ad")]
+
+
+def show_versions(asked: bool) -> None:
+    """Print the versions that results depend on, without importing anything heavy, and exit."""
+    if not asked:
+        return
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    typer.echo(f"spatialvae {version('merfish')} (of the package merfish)")
+    typer.echo(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in ("numpy", "numba", "torch", "torch-geometric"):
+        try:
+            typer.echo(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} is not installed")
+    raise typer.Exit
+
+
+@app.callback()
+def spatialvae(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=show_versions, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    """Embeddings of cells and of their neighbourhoods."""
 
 
 @app.command()

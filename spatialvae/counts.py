@@ -1,4 +1,4 @@
-"""Counts of a table, read in blocks and kept small: a table larger than memory can be read from a backed AnnData."""
+"""Counts of a table, read in blocks and stored compactly: a backed AnnData may be larger than memory."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Counts:
         return len(self.depth), self.n_genes
 
     def spread_over(self, places: np.ndarray, n_genes: int) -> Counts:
-        """The same counts in a table of ``n_genes``, each column at its place of ``places``, the rest empty."""
+        """The same counts in a table of ``n_genes``, with columns moved to ``places`` and the others empty."""
         indices = places.astype(np.min_scalar_type(n_genes - 1))[self.indices]
         return Counts(self.indptr, indices, self.data, self.depth, n_genes)
 
     def blocks(self) -> Iterator[tuple[slice, sp.csr_array]]:
-        """Consecutive rows and their counts, float32: never the whole table at once."""
+        """Iterate over consecutive rows and their counts, float32, never the whole table at once."""
         n, step = len(self.depth), max(ENTRIES // self.n_genes, 1)
         for first in range(0, n, step):
             rows = slice(first, min(first + step, n))
@@ -49,7 +49,7 @@ class Counts:
             yield rows, sp.csr_array((data, indices, indptr), shape=(rows.stop - first, self.n_genes))
 
     def dense(self, rows: np.ndarray) -> np.ndarray:
-        """Of ``rows`` (row,): float32 (row, gene)."""
+        """Dense counts of ``rows`` (row,): float32 (row, gene)."""
         from spatialvae import _kernels
 
         out = np.empty((len(rows), self.n_genes), np.float32)
@@ -60,9 +60,9 @@ class Counts:
 def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
     """Check and keep ``columns`` of ``matrix`` (cell, gene): an array, a scipy matrix, or either left in a file.
 
-    It is gone through twice, block by block: to check and measure it, and to take it. What comes from a file goes into
-    a temporary one without a name (in ``TMPDIR``; 2 to 4 bytes a non-zero count), mapped into memory, which the system
-    may page out and which goes with the last reference to it.
+    It is read twice, block by block: to check and measure it, and to copy it. Counts from a file are copied to an
+    unnamed temporary file (in ``TMPDIR``; 2 to 4 bytes a non-zero count), mapped into memory, which the
+    system may page out; it is removed with the last reference to it.
 
     Cells may have no counts. Raises InputError, naming ``where``, for values that are not non-negative integers, for
     a table without any count and for a damaged one.
@@ -76,7 +76,7 @@ def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
         _kernels.tally(rows, values, length, depth)
         highest = max(highest, int(values.max(initial=0)))
     if highest == 0:
-        raise InputError(f"{where} holds no counts: all {n} cells are zero in the {len(columns)} genes of the model")
+        raise InputError(f"{where} has no counts: all {n} cells are zero in the {len(columns)} genes of the model")
     indptr = np.append(0, np.cumsum(length))
     indices = _array(int(indptr[-1]), np.min_scalar_type(len(columns) - 1), in_file)
     data = _array(int(indptr[-1]), np.min_scalar_type(highest), in_file)
@@ -87,14 +87,14 @@ def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
 
 
 def _entries(matrix: Any, columns: np.ndarray, where: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows, places among ``columns`` and values of what is not zero, in blocks of rows (of columns, if it is CSC)."""
+    """Rows, indices among ``columns`` and values of non-zero entries, in blocks of rows (of columns, for CSC)."""
     place = np.full(matrix.shape[1], -1, np.int64)
     place[columns] = np.arange(len(columns))
     by_column = getattr(matrix, "format", "") == "csc"
     length, width = reversed(matrix.shape) if by_column else matrix.shape
     step = max(ENTRIES // width, 1)
     chunk = (getattr(matrix, "chunks", None) or (1,))[0]
-    step = -(-step // chunk) * chunk if isinstance(chunk, int) else step  # a chunk of a file is unpacked once
+    step = -(-step // chunk) * chunk if isinstance(chunk, int) else step  # each chunk of the file is unpacked once
     for first in range(0, length, step):
         part = slice(first, first + step)
         entries = _block(matrix, (slice(None), part) if by_column else part, where).tocoo()
@@ -105,8 +105,8 @@ def _entries(matrix: Any, columns: np.ndarray, where: str) -> Iterator[tuple[np.
 
 
 def _block(matrix: Any, part: Any, where: str) -> Any:
-    """``matrix[part]`` as a sparse matrix with each entry once; the caller's matrix, with which it may share memory,
-    stays as it is. Indices are checked before any compiled code follows them."""
+    """``matrix[part]`` as a sparse matrix with each entry once; the caller's matrix, with which it may share memory, is
+    not changed. Indices are checked before compiled code uses them."""
     try:
         if sp.issparse(matrix) and matrix.format in ("csr", "csc"):
             matrix.check_format(full_check=False)  # lengths of its arrays, before it is sliced
@@ -115,7 +115,7 @@ def _block(matrix: Any, part: Any, where: str) -> Any:
         if block.format in ("csr", "csc"):
             block.check_format(full_check=True)
     except (ValueError, IndexError) as error:
-        raise InputError(f"{where} is damaged, its row pointers or indices do not fit its data: {error}") from error
+        raise InputError(f"{where} is damaged, its row pointers or indices do not match its data: {error}") from error
     if not block.has_canonical_format:
         block = block.copy()
         block.sum_duplicates()
@@ -127,14 +127,16 @@ def _check(rows: np.ndarray, genes: np.ndarray, values: np.ndarray, where: str) 
     if len(wrong):
         at = wrong[0]
         raise InputError(
-            f"{where} must hold counts (non-negative integers); row {rows[at]}, column {genes[at]} is {values[at]:g}"
+            f"{where}: expected counts (non-negative integers); row {rows[at]}, column {genes[at]} is {values[at]:g}"
         )
 
 
 def _array(size: int, dtype: np.dtype, in_file: bool) -> np.ndarray:
     if not in_file:
         return np.empty(size, dtype)
-    with tempfile.TemporaryFile() as file:  # the mapping outlives the name and the handle
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and would be a crash when written to
+    with tempfile.TemporaryFile() as file:  # the mapping remains valid without the name and the handle
+        if hasattr(
+            os, "posix_fallocate"
+        ):  # a full disk raises an error here; it would crash the process when the mapping is written
             os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         return np.asarray(np.memmap(file, dtype, "w+", shape=size))

@@ -1,4 +1,4 @@
-"""AnnData in, checked arrays and minibatches out."""
+"""From AnnData to checked arrays and minibatches."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from spatialvae.measurement import Measurement
 
 WIDE_NEIGHBOURS = 15
-FIELD_NEIGHBOURS = 6  # in the plane, about the cells that touch
+FIELD_NEIGHBOURS = 6  # in the plane, about the number of cells that touch a cell
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """What the model reads of a table. ``coordinates`` float64 (cell, axis) or None; ``samples`` and ``batches`` int64
-    (cell,); ``batch_names`` in the order of their codes; ``depth`` float32 (cell,), the total counts; ``missing`` bool
-    (gene,), genes of the model that the table has not, whose columns of ``counts`` are empty; ``measurement`` if
-    ``Setup.measurement`` asks for it."""
+    """The part of a table that the model uses.
+
+    ``coordinates`` float64 (cell, axis) or None; ``samples`` and ``batches`` int64 (cell,); ``batch_names`` in the
+    order of their codes; ``depth`` float32 (cell,), the total counts; ``missing`` bool (gene,), genes of the model that
+    the table lacks, whose columns of ``counts`` are empty; ``measurement`` if ``Setup.measurement`` asks for it.
+    """
 
     counts: Counts
     genes: tuple[str, ...]
@@ -59,7 +61,7 @@ class Graphs:
 
 
 def check_table(adata: AnnData, setup: Setup) -> None:
-    """Check all of ``adata`` that the model reads, but the counts: those are read once, by ``read_cells``.
+    """Check the part of ``adata`` that the model uses, except the counts, which ``read_cells`` checks.
 
     Raises InputError for missing keys, duplicated names, coordinates that are not finite, missing samples or batches.
     """
@@ -76,9 +78,9 @@ def read_cells(
     genes: tuple[str, ...] | None = None,
     batch_names: tuple[str, ...] | None = None,
 ) -> Cells:
-    """Check ``adata`` against ``setup`` and take out what the model reads.
+    """Check ``adata`` against ``setup`` and extract what the model uses.
 
-    ``genes`` and ``batch_names`` are those of a trained model, when there is one: genes are then matched by name, and
+    ``genes`` and ``batch_names`` are those of a trained model, if there is one: genes are then matched by name, and
     a warning says how many the table lacks. Another says how many cells have no counts. Genes that ``var["is_blank"]``
     marks are left out.
 
@@ -119,7 +121,7 @@ def read_cells(
 
 
 def fingerprint(adata: AnnData, setup: Setup) -> int:
-    """A checksum of all that ``read_cells`` reads of a table in memory; what stays in a file counts as its name."""
+    """A checksum of all that ``read_cells`` reads from a table in memory; data in a file count by the file's name."""
     matrix = _counts(adata, setup.layer)[0]
     parts = [getattr(matrix, name) for name in ("data", "indices", "indptr")] if hasattr(matrix, "indptr") else [matrix]
     if setup.spatial_key is not None:
@@ -148,7 +150,7 @@ def graphs_of(coordinates: np.ndarray, samples: np.ndarray) -> Graphs:
 
 
 def minibatches(rows: np.ndarray, size: int, rng: np.random.Generator | None = None) -> Iterator[np.ndarray]:
-    """``rows`` in minibatches of ``size``, shuffled by ``rng``, without it in their order. Every row comes once."""
+    """``rows`` in minibatches of ``size``, shuffled by ``rng``, or in order without it. Every row comes once."""
     if rng is not None:
         rows = rng.permutation(rows)
     for first in range(0, len(rows), size):

@@ -1,4 +1,4 @@
-"""The one exception for what users can mend."""
+"""The exception for errors in the input, which users can correct."""
 
 
 class InputError(ValueError):

@@ -21,7 +21,7 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.linalg import eigh, eigh_tridiagonal
 
-ROUGH_RANGE = 0.3  # a: hardly beyond the nearest neighbours
+ROUGH_RANGE = 0.3  # a: little beyond the nearest neighbours
 RANGES = np.geomspace(1, 2000, 25)  # of r, in squared graph steps
 EXACT = 1500  # cells up to which eigenvalues are computed: half a second
 LANCZOS_STEPS = 40
@@ -61,11 +61,11 @@ def laplacian_of(adjacency: sp.csr_array) -> sp.csr_array:
 
 
 def spatial_directions(scores: np.ndarray, neighbours: sp.csr_array | None) -> np.ndarray:
-    """Directions (score, direction) in which ``scores`` (cell, score; centred) have unit variance and no correlation.
+    """Directions (score, direction) in which ``scores`` (cell, score; centred) have unit variance and are uncorrelated.
 
-    With ``neighbours`` (cell, cell), each cell's neighbourhood without itself, they are ordered by how much a cell is
-    like the mean of its neighbours, most first (maximum autocorrelation factors, Switzer & Green 1984; Wartenberg
-    1985); without, by variance.
+    With ``neighbours`` (cell, cell), each cell's neighbourhood without itself, they are ordered by the correlation of a
+    cell with the mean of its neighbours, highest first (maximum autocorrelation factors, Switzer & Green 1984;
+    Wartenberg 1985); without, by variance.
     """
     total = scores.T @ scores / len(scores)
     ridge = 1e-6 * np.trace(total) / len(total) * np.eye(len(total))
@@ -79,16 +79,16 @@ def spatial_directions(scores: np.ndarray, neighbours: sp.csr_array | None) -> n
 
 
 def fit_field(y: np.ndarray, laplacian: sp.csr_array, max_directions: int) -> Field:
-    """Fit a field to ``y`` (cell, direction; centred), in which directions are not correlated.
+    """Fit a field to ``y`` (cell, direction; centred), whose directions are uncorrelated.
 
-    A direction is kept if its smooth part gains more log likelihood than its parameter costs (Akaike 1974).
+    A direction is kept if its smooth part improves the log likelihood by more than one parameter costs (Akaike 1974).
     """
     n = len(y)
     power = (y**2).mean(0)
     measure = _spectral_measure(laplacian, y)
     trace = trace_measure(laplacian)
     chosen = np.arange(y.shape[1])
-    for _ in range(2):  # the shared range is learnt from the directions that turn out to be spatial
+    for _ in range(2):  # the shared range is estimated from the directions found to be spatial
         r, variances, gain = _maximum_likelihood(power[chosen], (measure[0][chosen], measure[1][chosen]), trace, n)
         keep = np.flatnonzero(gain > 1)
         keep = keep if len(keep) else np.array([int(np.argmax(gain))])
@@ -125,7 +125,7 @@ def solve(
 
     def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         each = np.einsum("id,id->d", a, b)
-        return each.sum(keepdims=True) if joined else each  # one system, or one a dimension
+        return each.sum(keepdims=True) if joined else each  # one system, or one for each dimension
 
     rest = target - times(m)
     along = step = rest / diagonal
@@ -147,7 +147,7 @@ def solve(
 def draws(laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One draw of N(0, (1 + r L + W)^-1), float64 (cell, dim), W as in ``solve``.
 
-    The precision matrix is B'B for a B with a row an edge and some a cell, and B' times noise has it as covariance
+    The precision matrix is B'B for a matrix B with rows for edges and cells, and B' times noise has it as covariance
     (Papandreou & Yuille 2010).
     """
     shape, upper = weight.shape[:2], sp.triu(-laplacian, 1, format="coo")
@@ -171,8 +171,8 @@ def posterior_variance(
 ) -> np.ndarray:
     """Diagonal of (1 + r L + W)^-1, float64 (cell, dim), W as in ``solve``, from ``samples`` draws.
 
-    Given its neighbours a cell's variance is known; only what the neighbours add is estimated (Siden, Lindgren, Bolin &
-    Villani 2018).
+    The variance of a cell given its neighbours is exact; only the contribution of the neighbours is estimated (Siden,
+    Lindgren, Bolin & Villani 2018).
     """
     own = r * laplacian.diagonal()
     if weight.ndim == 2:
@@ -220,13 +220,13 @@ def _lanczos(laplacian: sp.csr_array, vectors: np.ndarray) -> Measure:
 def trace_measure(laplacian: sp.csr_array) -> Measure:
     """Nodes and weights (node,): the sum of weight * f(node) is the trace of f(L) divided by the number of cells.
 
-    The random vectors are always the same, so that a table has one field whatever the seed of the training.
+    The random vectors are always the same, so that the field of a table does not depend on the seed of the training.
     """
     n = laplacian.shape[0]
     if n <= EXACT:
         values = np.maximum(np.linalg.eigvalsh(laplacian.toarray().astype(float)), 0)
         return _merged(values, np.full(n, 1 / n))
-    count = int(np.clip(400_000 // n, PROBES, 200))  # the error falls with cells and with probes
+    count = int(np.clip(400_000 // n, PROBES, 200))  # the error decreases with cells and with probes
     nodes, weights = _spectral_measure(laplacian, np.random.default_rng(0).choice([-1.0, 1.0], (n, count)))
     return _merged(nodes.ravel(), weights.ravel() / count)
 

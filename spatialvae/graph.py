@@ -1,5 +1,5 @@
-"""Neighbour graphs of cells: coordinates in, lists of bounded degree out, never across samples; and PyTorch Geometric's
-``Data`` to take them to other layers and back."""
+"""Neighbour graphs of cells from coordinates, within samples and of bounded degree; conversion to and from PyTorch
+Geometric's ``Data``."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None
         if degree == 0:
             continue
         tree = cKDTree(coordinates[rows])
-        order = tree.indices  # of its leaves: queries that follow each other meet the same nodes
+        order = tree.indices  # of its leaves: consecutive queries visit the same nodes
         far, near = tree.query(tree.data[order], degree + 1, workers=-1)
         far, near = _without_self(far, near, order)
         index[rows[order], :degree] = rows[near]
@@ -93,19 +93,21 @@ def to_data(adata: AnnData, k: int = 15) -> Data:
 
     ``pos`` float32 (cell, axis); ``edge_index`` int64 (2, edge), from each of a cell's ``k`` nearest of its sample to
     the cell, targets in order, nearest first; ``edge_attr`` float32 (edge, 1), distances in the unit of the
-    coordinates; ``x`` float32 (cell, dim), ``obsm["X_spatialvae"]`` where it is there.
+    coordinates; ``x`` float32 (cell, dim), ``obsm["X_spatialvae"]`` if it exists.
 
     Raises InputError for a table without ``setup_anndata`` or without coordinates.
     """
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # on import, of torch.jit.script, not of the user's doing
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # on import, about torch.jit.script; the user cannot change it
         from torch_geometric.data import Data
 
     setup = Setup.read(adata)
     if setup.spatial_key is None:
-        raise InputError("the table was set up without spatial_key: it has no places to make a graph of")
+        raise InputError("the table was set up without spatial_key: it has no coordinates to make a graph of")
     coordinates, samples = read_places(adata, setup)
     graph = knn_graph(coordinates, k, samples)
     target, slot = np.nonzero(graph.index >= 0)
@@ -125,12 +127,12 @@ def from_data(data: Data) -> NeighbourGraph:
     """The neighbours that ``data.edge_index`` lists, (2, edge) from neighbour to cell, with ``data.edge_attr``, (edge,)
     or (edge, 1), as distances, or else distances between ``data.pos``.
 
-    Raises InputError if an edge names a cell that is not there, or if there is nothing to tell distances from.
+    Raises InputError if an edge refers to a cell that does not exist, or if there are neither distances nor positions.
     """
     edges = np.asarray(data.edge_index.cpu())
     n = int(data.num_nodes)
     if edges.size and not 0 <= edges.min() <= edges.max() < n:
-        raise InputError(f"edge_index names cell {edges.max()} (or a negative one); there are {n} cells")
+        raise InputError(f"edge_index refers to cell {edges.max()} (or to a negative one); there are {n} cells")
     if data.edge_attr is not None:
         far = np.asarray(data.edge_attr.cpu(), np.float32).reshape(-1)
         if len(far) != edges.shape[1]:
@@ -162,7 +164,7 @@ def _rows_of_samples(n: int, samples: np.ndarray | None) -> list[np.ndarray]:
 
 
 def _without_self(far: np.ndarray, near: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop each row's own ``number``; where cells coincide it need not come first, or come at all."""
+    """Drop each row's own ``number``; if cells coincide, it need not come first, or be listed at all."""
     own = near == number[:, None]
     own[~own.any(1), -1] = True
     keep = ~own

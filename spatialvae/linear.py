@@ -1,4 +1,4 @@
-"""The linear start of the model: directions of log counts, batches' shifts in them and the spatial field of them."""
+"""The linear start of the model: directions of log counts, shifts of batches along them, and their spatial field."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from spatialvae.data import Cells, Graphs
 from spatialvae.errors import InputError
 from spatialvae.field import Field, fit_field, laplacian_of, spatial_directions
 
-DENSE_GENES = 3000  # up to here the gene covariance is made in full
-LEAST_VARIANCE = 1e-6  # of a component, relative to the first: less is rounding
+DENSE_GENES = 3000  # up to this number of genes the full covariance is computed
+LEAST_VARIANCE = 1e-6  # variance of a component relative to the first; smaller ones are rounding errors
 POWER_STEPS = 4  # of the randomised decomposition (Halko, Martinsson & Tropp 2011)
 OVERSAMPLED = 10
 PAIRED_CELLS = 6000  # of all batches together, that pairs are sought among
@@ -24,12 +24,12 @@ ROUNDS = 20
 
 @dataclass(frozen=True, eq=False)
 class LinearStart:
-    """What the network starts from.
+    """Initial values of the network.
 
     ``scale`` and ``mean`` (gene,): y = log(1 + scale x / depth) - mean. ``encode`` (gene, dim) maps it to latents of
-    unit variance, ``decode`` (gene, dim) back; ``shift`` (batch, dim) is where each batch lies. ``own`` (dim,) is the
-    variance of what a cell does not share with its niche, which is the first latents; ``left`` the variance of a gene
-    that latents do not explain, averaged; ``share`` (gene,) of all molecules.
+    unit variance, ``decode`` (gene, dim) back; ``shift`` (batch, dim) is the position of each batch. ``own`` (dim,) is
+    the variance that a cell does not share with its niche (the first latents); ``left`` the mean variance of genes that
+    latents do not explain; ``share`` (gene,) of all counts.
     """
 
     scale: float
@@ -52,9 +52,10 @@ def log_normalised(counts: Counts, scale: float) -> Iterator[tuple[slice, sp.csr
 
 
 def fit_components(cells: Cells, n_components: int, seed: int = 0) -> tuple[float, np.ndarray, np.ndarray, float]:
-    """PCA by the gene covariance, or by a randomised decomposition when genes are many; of cells that have counts.
+    """PCA of cells with counts, by the gene covariance, or by a randomised decomposition for many genes.
 
-    Returns scale, mean (gene,), loadings (gene, component) with orthonormal columns, and the variance left, per gene.
+    Returns scale, mean (gene,), loadings (gene, component) with orthonormal columns, and the remaining variance per
+    gene.
 
     Raises InputError if all cells have the same composition.
     """
@@ -102,11 +103,11 @@ def _leading(cells: Cells, scale: float, mean: np.ndarray, k: int, seed: int) ->
 
 
 def batch_shifts(scores: np.ndarray, batches: np.ndarray, n_batch: int, seed: int = 0) -> np.ndarray:
-    """Where each batch lies, (batch, score), whatever its composition, from ``scores`` (cell, score).
+    """Positions of batches (batch, score), independent of their composition, from ``scores`` (cell, score).
 
-    Cells of two batches that are each other's nearest are taken to be of one kind (Haghverdi, Lun, Morgan & Marioni
-    2018); shifts are the least-squares fit to the differences of such pairs, and are found again after they are taken
-    away, as in registration by closest points (Besl & McKay 1992). Their mean over all cells is zero.
+    Mutual nearest neighbours in two batches are taken to be of one kind (Haghverdi, Lun, Morgan & Marioni
+    2018); shifts are the least-squares fit to the differences of such pairs, and are found again after they are
+    subtracted, as in iterative closest points (Besl & McKay 1992). Their mean over all cells is zero.
     """
     shift = np.zeros((n_batch, scores.shape[1]))
     if n_batch == 1:
@@ -133,7 +134,7 @@ def batch_shifts(scores: np.ndarray, batches: np.ndarray, n_batch: int, seed: in
 
 
 def _mutual(here: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two sets of points that are each other's nearest."""
+    """Rows of two sets of points that are mutual nearest neighbours."""
     if not len(here) or not len(there):
         return np.empty(0, int), np.empty(0, int)
     forth, back = (cKDTree(b).query(a, workers=-1)[1] for a, b in ((here, there), (there, here)))

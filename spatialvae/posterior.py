@@ -28,8 +28,8 @@ from spatialvae.module import LEAST_DEPTH, Section, Sites, Space, SpatialModule
 
 ENTRIES = 2**21  # slopes (cell, gene, dim) that are held at a time
 NEWTON_STEPS = 3
-HALVINGS = 3  # of a step that does not raise the posterior density
-VARIANCE_DRAWS = 20  # of the niche: what is not known exactly of its variance is a small part of it
+HALVINGS = 3  # factor for a step that does not raise the posterior density
+VARIANCE_DRAWS = 20  # of the niche: only a small part of its variance is not known exactly
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ def expansion(module: SpatialModule, section: Section, sites: Sites) -> Expansio
 def posterior(
     module: SpatialModule, section: Section, sites: Sites, seed: int = 0
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Mean and variance of z_niche (cell, D) and of z_cell (cell, dim), around the mode that ``sites`` lead to."""
+    """Mean and variance of z_niche (cell, D) and of z_cell (cell, dim), around the mode given by ``sites``."""
     found, own = expansion(module, section, sites), module.log_residual.exp()
     n, d = found.target.shape
     mean, variance = _niche(module, section, found, seed)

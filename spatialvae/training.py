@@ -14,13 +14,13 @@ from spatialvae.distributed import Team, team_of_processes
 from spatialvae.module import Niche, Section, SpatialModule
 
 AVERAGED = 300  # steps whose parameters are averaged (Polyak & Juditsky 1992): noise of single steps cancels
-CHECK = 100  # steps between two looks at held-out cells
-SMOOTHED = 3  # looks whose mean is compared: one alone follows the noise of the last steps
-MOST_HELD = 2000  # held-out cells that are looked at: their mean is known to a tenth of a nat
-LEAST_BATCHES = 8  # in an epoch, so that a small table has its steps
+CHECK = 100  # steps between two evaluations of held-out cells
+SMOOTHED = 3  # evaluations whose mean is compared: a single one follows the noise of the last steps
+MOST_HELD = 2000  # held-out cells that are evaluated: enough to know their mean to a tenth of a nat
+LEAST_BATCHES = 8  # minibatches in an epoch, so that a small table has enough steps
 CLIP = 100.0  # largest norm of a gradient
 RESTARTS = 2  # of a run that diverged or collapsed, each with a third of the learning rate
-SHARE = 50_000  # counts in a minibatch that a thread should have to itself, so as not to wait for the others
+SHARE = 50_000  # counts in a minibatch for each thread; with fewer, threads mainly wait for each other
 
 Row = dict[str, float]
 Report = Callable[[Row], None]
@@ -33,7 +33,7 @@ class Plan:
     ``warm_up`` steps raise the weight of the KL term from 0 to 1; training stops after ``max_steps``, or ``patience``
     steps without better evidence on the ``held_out`` share of cells, and the best parameters are kept. Those that are
     evaluated and kept are running averages of the last steps'. ``weight_decay`` is the precision of a Gaussian prior of
-    all parameters, which counts once for the table and not for each cell: few cells can support but little.
+    all parameters, which counts once for the table and not for each cell, so that small tables are regularised most.
     """
 
     max_steps: int = 20_000
@@ -53,7 +53,7 @@ class Plan:
 def train(module: SpatialModule, section: Section, plan: Plan, report: Report) -> list[Row]:
     """Fit ``module`` in place; return one row for every ``CHECK`` steps, which ``report`` also sees as it comes.
 
-    A run whose bound is no longer finite, or that ends with no dimension of z_cell in use, is begun again.
+    A run whose bound is no longer finite, or that ends with no dimension of z_cell in use, is started again.
 
     Raises FloatingPointError if no run keeps a finite bound.
     """
@@ -75,9 +75,9 @@ def train(module: SpatialModule, section: Section, plan: Plan, report: Report) -
 
 @contextmanager
 def threads_for(work: int) -> Iterator[None]:
-    """As many of PyTorch's threads as minibatches of ``work`` counts keep busy.
+    """Use as many of PyTorch's threads as minibatches of ``work`` counts keep busy.
 
-    Whoever shares the machine sets fewer (``OMP_NUM_THREADS``): threads that wait for busy cores are slower than one.
+    On a shared machine, set fewer (``OMP_NUM_THREADS``): threads that wait for busy cores are slower than one thread.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, 1 + work // SHARE))
@@ -88,7 +88,7 @@ def threads_for(work: int) -> Iterator[None]:
 
 
 class _Run:
-    """What changes while a module is trained."""
+    """The state that changes while a module is trained."""
 
     def __init__(self, module: SpatialModule, section: Section, plan: Plan, team: Team) -> None:
         self.module, self.section, self.plan, self.team = module, section, plan, team
@@ -108,13 +108,13 @@ class _Run:
         self.niche = self.solved(None)
 
     def solved(self, before: Niche | None) -> Niche:
-        """The niche's posterior, to which held-out cells add nothing."""
+        """The posterior of the niche, without held-out cells."""
         sites = self.module.sites(self.section)
         return self.module.solve(self.section.space, sites, self.known, None if before is None else before.mean)
 
     def step(self, rows: np.ndarray) -> None:
         """One step of the optimiser on ``rows``."""
-        # every process draws the noise of all, so that how many there are changes nothing
+        # every process draws the noise of all, so that results do not depend on their number
         noise = self.module.noise(len(rows), self.generator)
         part = slice(self.team.rank, None, self.team.size)
         self.gradient.zero_()
@@ -131,7 +131,7 @@ class _Run:
         self.bound += bound.detach().sum() / len(rows)
 
     def look(self, steps: int) -> Row:
-        """The row of the last ``steps``, with what the averaged parameters make of held-out cells."""
+        """The row of the last ``steps``, with the averaged parameters evaluated on held-out cells."""
         self.team.add_up(self.bound)
         row = {
             "step": float(self.steps),
@@ -182,7 +182,7 @@ def _train(module: SpatialModule, section: Section, plan: Plan, report: Report, 
 
 
 def flattened(module: SpatialModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """All parameters as one tensor with one gradient, of which theirs are views: an optimiser has one step to do."""
+    """Join all parameters, as views, in one tensor with one gradient: the optimiser then has one step."""
     each = list(module.parameters())
     flat = torch.nn.utils.parameters_to_vector(each).detach().requires_grad_()
     gradient = flat.grad = torch.zeros_like(flat)
@@ -199,9 +199,10 @@ def flattened(module: SpatialModule) -> tuple[torch.Tensor, torch.Tensor]:
 def evaluate(module: SpatialModule, section: Section, rows: np.ndarray, niche: Niche, seed: int) -> Row:
     """Mean terms over ``rows`` in nats a cell, and how many latent dimensions are in use.
 
-    ``niche`` is what other cells say of the places of ``rows``, so that the evidence, log likelihood less divergence of
-    z_cell, is a bound on log p(x_i | others). A dimension is in use if its posterior mean varies between cells by more
-    than a hundredth of its prior's variance. The same noise is drawn each time, so that steps can be compared.
+    ``niche`` is the posterior at the positions of ``rows`` given other cells, so that the evidence, log likelihood less
+    divergence of z_cell, is a bound on log p(x_i | others). A dimension is in use if its posterior mean varies between
+    cells by more than a hundredth of its prior's variance. The same noise is drawn each time, so that steps can be
+    compared.
     """
     module.eval()
     generator = torch.Generator().manual_seed(seed)

@@ -98,20 +98,20 @@ def test_read_codebook_understands(tmp_path, text):
     [
         ([HEADER, WORD_LINES[0], "C,,1,1,1,1,0,0,0,2"], r"line 3 \('C'\): expected 0 or 1.*11110002"),
         ([HEADER, WORD_LINES[0], "C,,1,1,1,1,0,0,0"], "line 3"),
-        ([HEADER, WORD_LINES[0], "A,,0,0,0,0,1,1,1,1"], "name 'A' stands 2 times: words 1, 2"),
-        ([HEADER, WORD_LINES[0], "C,,1,1,1,1,0,0,0,0"], "word 11110000 stands for A, C"),
+        ([HEADER, WORD_LINES[0], "A,,0,0,0,0,1,1,1,1"], "name 'A' appears 2 times: words 1, 2"),
+        ([HEADER, WORD_LINES[0], "C,,1,1,1,1,0,0,0,0"], "word 11110000 is given to A, C"),
         ([HEADER, WORD_LINES[0], "C,,0,0,0,0,0,0,0,0"], "'C' has no bit on"),
         ([HEADER, WORD_LINES[0], ",,0,0,0,0,1,1,1,1"], "line 3: the word has no name"),
         ([HEADER.replace("bit3", "bit9"), WORD_LINES[0]], "bit columns are numbered"),
         (["gene,value", "A,1"], "neither bit1,... columns nor a barcode column"),
         (["name,id,barcode", "A,,1100", "B,,11"], "line 3 has 2 bits"),
         ([], "no words found"),
-        ([HEADER, WORD_LINES[0].replace("A,", "A\x00,")], r"line 2: holds the control character '\\x00'"),
-        ([HEADER, WORD_LINES[0].replace("A,", "\x1b[31mA,")], r"line 2: holds the control character '\\x1b'"),
+        ([HEADER, WORD_LINES[0].replace("A,", "A\x00,")], r"line 2: found the control character '\\x00'"),
+        ([HEADER, WORD_LINES[0].replace("A,", "\x1b[31mA,")], r"line 2: found the control character '\\x1b'"),
         ([HEADER, WORD_LINES[0].replace("A,", '"A\nB",')], r"control characters: 'A\\nB'"),
         ([HEADER, WORD_LINES[0].replace("A,", "A" * 200_000 + ",")], "line 2: field larger than"),
         ([HEADER, *[WORD_LINES[0]] * 60_000], "60001 lines, expected at most 50000 words"),
-        ([HEADER, *[WORD_LINES[0]] * 9_000], "name 'A' stands 9000 times"),
+        ([HEADER, *[WORD_LINES[0]] * 9_000], "name 'A' appears 9000 times"),
     ],
 )
 def test_read_codebook__rejects(tmp_path, lines, message):
@@ -135,7 +135,7 @@ def test_write_codebook_round_trips(tmp_path):
 def test_check_codebook_reports_without_refusing(tmp_path):
     book = parse_codebook(write(tmp_path, "\n".join([HEADER, *WORD_LINES, "A,,1,1,0,0,0,0,0,0"])))
     report = check_codebook(book)
-    assert report.problems == ("name 'A' stands 2 times: words 1, 4",)
+    assert report.problems == ("name 'A' appears 2 times: words 1, 4",)
     assert (report.n_words, report.n_blanks, report.min_distance, report.corrects) == (4, 1, 2, 0)
     assert any("cannot be corrected" in warning for warning in report.warnings)
     assert any("bit 8" in warning for warning in report.warnings)

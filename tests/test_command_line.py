@@ -5,12 +5,19 @@ import re
 import subprocess
 import sys
 
+import numba
 import numpy as np
 import pytest
 import tifffile
+import typer
+from typer.testing import CliRunner
 
+import merfish
+import spatialvae.cli
 from merfish import cli, mhd4_codebook, simulate_stack, write_codebook
 from merfish._files import whole_file
+from merfish._jit import compilation_said
+from merfish.config import RunConfig, read_config
 from merfish.errors import InputError
 from merfish.transcripts import read_transcripts
 
@@ -47,8 +54,8 @@ def test_codebook_check_of_a_faulty_book_names_its_rows(monkeypatch, tmp_path, c
     assert call(monkeypatch, "codebook", "check", tmp_path / "b.csv") == 2
     out, err = capsys.readouterr()
     assert "words             3" in out
-    assert "name 'A' stands 2 times: words 1, 3" in err
-    assert "110011 stands for A, B" in err
+    assert "name 'A' appears 2 times: words 1, 3" in err
+    assert "110011 is given to A, B" in err
 
 
 @pytest.mark.parametrize("command", ["check", "show"])
@@ -158,3 +165,54 @@ def test_whole_file_replaces_a_folder_whole(tmp_path):
         part.mkdir()
         (part / "new").write_text("")
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["new"]
+
+
+def commands(app):
+    """Name and click command of every command of a command line."""
+    group = typer.main.get_command(app)
+    stack = [((), group)]
+    while stack:
+        path, command = stack.pop()
+        yield list(path), command
+        stack += [((*path, name), child) for name, child in getattr(command, "commands", {}).items()]
+
+
+@pytest.mark.parametrize("app", [cli.app, spatialvae.cli.app], ids=["merfish", "spatialvae"])
+def test_help_shows_every_word_and_unit(app):
+    for path, command in commands(app):
+        shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "400", "TERM": "dumb"}).output
+        for text in (command.help or "", *(getattr(p, "help", None) or "" for p in command.params)):
+            for word in text.split():
+                assert word.strip("`*") in shown, (path, text)
+
+
+@pytest.mark.parametrize(("app", "name"), [(cli.app, "merfish"), (spatialvae.cli.app, "spatialvae")])
+def test_version_says_what_results_depend_on(app, name):
+    lines = CliRunner().invoke(app, ["--version"]).output.splitlines()
+    assert lines[0].startswith(f"{name} {merfish.__version__}")
+    assert lines[1].startswith("Python 3.")
+    assert f"numpy {np.__version__}" in lines
+
+
+def test_config__is_written_once_and_read_as_the_defaults(monkeypatch, tmp_path, capsys):
+    assert call(monkeypatch, "config", "--out", tmp_path / "run.yaml") == 0
+    assert read_config(tmp_path / "run.yaml") == RunConfig()
+    (tmp_path / "run.yaml").write_text("method: pixels\n")
+    assert call(monkeypatch, "config", "--out", tmp_path / "run.yaml") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert read_config(tmp_path / "run.yaml", method="hamming").method == "hamming"
+    assert call(monkeypatch, "config") == 0
+    text = capsys.readouterr().out
+    for name, field in RunConfig.model_fields.items():
+        assert field.description
+        assert re.search(rf"^(# )?{name}: ", text, re.M)
+
+
+def test_compilation_is_said_once():
+    said = []
+    with compilation_said(said.append):
+        for value in (1, 1.0):
+            numba.njit(lambda x: x + 1)(value)
+    assert len(said) == 1
+    numba.njit(lambda x: x + 2)(1)
+    assert len(said) == 1

@@ -35,7 +35,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("smoothing: 2\nbackground: 2", "background: 2 px must be at least 1.1 times smoothing, 2 px"),
         ("smoothing: 3", "background: 2 px must be .* smoothing 0.7 and background 2 where they are not given"),
         ("background: .5", "background: 0.5 px must be"),
-        ("method: spots\nmethod: pixels", "'method' stands twice"),
+        ("method: spots\nmethod: pixels", "'method' appears twice"),
         (BOMB, r"aliases \(\*a\) are not allowed"),
         ("a: &a [*a]", "aliases"),
         ("[" * 30_000, "cannot read the configuration"),
@@ -45,7 +45,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("segmenter: os:system('x')", "segmenter: .*pattern"),
         ("stains: WGA", "stains: .*list"),
         ("method: 2001-99-99", "cannot read the configuration"),
-        ('{"analysis_tasks": [{"task": "Decode",\t"module": "merlin.analysis.decode"}]}', "parameter file of MERlin"),
+        ('{"analysis_tasks": [{"task": "Decode",\t"module": "merlin.analysis.decode"}]}', "MERlin parameter file"),
+        ('{"microns_per_pixel": 0.1}', "microscope file .* --microscope"),
     ],
 )
 def test_read_config__refuses(text, message, tmp_path):

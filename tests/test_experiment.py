@@ -204,7 +204,7 @@ def test_numbers__every_spelling_of_a_list(values, spelling):
     [
         ("imageRegExp", "regexp", "no column imageRegExp"),
         (",3,1,750", ",4,1,750", "no row for bit 3"),
-        ("bit4,R4", "bit1,R4", "names stand in several rows: bit1"),
+        ("bit4,R4", "bit1,R4", "names appear in several rows: bit1"),
         ("polyT,polyT,hal-stain", "polyT,polyT,", r"line 7 \('polyT'\): imageType is empty"),
         ("0;1;2;", "0;1;", r"line 4 \('bit3'\): 2 values in frame but 3 in zPos"),
         ("0;1;2;", "0;1;x;", r"line 4 \('bit3'\): frame: expected integers such as .*, got '0;1;x;'"),
@@ -231,7 +231,7 @@ def test_open_experiment__names_row_and_field(before, after, message, folder):
 
 def test_open_experiment__bit_given_twice(tmp_path):
     folder = write_experiment(tmp_path / "raw", [*ROWS, ROWS[2].replace("bit3,R3", "bit5,R5")])
-    with pytest.raises(InputError, match=r"bitNumber 3 stands in several rows: line 4 \('bit3'\), line 8 \('bit5'\)"):
+    with pytest.raises(InputError, match=r"bitNumber 3 appears in several rows: line 4 \('bit3'\), line 8 \('bit5'\)"):
         open_experiment(folder)
 
 
@@ -252,11 +252,11 @@ def test_open_experiment__readouts_in_another_order(folder):
     [
         ("0;1;2;", "0;3;2;", r"line 4 \('bit3'\): frame 3 .*'hal', round 1, is also that of line 5|line 5 .* line 4"),
         ("0;1;2;", "0;1;6;", r"line 4 \('bit3'\): frame 6 .*'hal', round 1, shows the beads of line 4 \('bit3'\)"),
-        ("DAPI,DAPI", "bit5,DAPI", r"has 4 bits, but there are more bits here: line 6 \('bit5'\)"),
+        ("DAPI,DAPI", "bit5,DAPI", r"has 4 bits, but the table has more: line 6 \('bit5'\)"),
         ("zPos,fid", "frame,fid", "several columns are called 'frame'"),
         ("0;1;2;", "0;1;1e300;", r"line 4 \('bit3'\): frame: 3 numbers up to 1e\+300"),
         (",3,1,750", ",3," + "9" * 30 + ",750", r"line 4 \('bit3'\): imagingRound: 1 numbers up to 1e\+30"),
-        ("polyT,polyT", "poly\x1b[31mT,polyT", r"line 7: holds the control character '\\x1b'"),
+        ("polyT,polyT", "poly\x1b[31mT,polyT", r"line 7: found the control character '\\x1b'"),
         ("polyT,polyT", '"poly\nT",polyT', "expected one line of plain text"),
     ],
 )
@@ -271,7 +271,7 @@ def test_open_experiment__codebook_of_fewer_bits(folder):
     (folder / "codebook.csv").write_text(
         "\n".join(line.rsplit(",", 1)[0] for line in text).replace("B,b,0,0,1", "B,b,0,1,1")
     )
-    with pytest.raises(InputError, match=r"3 bits, but there are more bits here: line 5 \('bit4'\)"):
+    with pytest.raises(InputError, match=r"3 bits, but the table has more: line 5 \('bit4'\)"):
         open_experiment(folder)
     # a number that follows the bits', in their images and a colour of theirs, is one whatever its name
     edit(folder / "data_organization.csv", "bit4,R4", "last,R4")
@@ -306,7 +306,7 @@ def test_match_bits__labs_number_stains_and_genes_beyond_the_bits(tmp_path, bits
     found, stains = module._match_bits(read_data_organization(path), book, path)
     assert ([c.name for c in found], [c.name for c in stains]) == (list(bits), [name for name, *_ in extra])
     shorter = Codebook(("A",), ("",), np.array([[1]], np.uint8), ("a",))
-    with pytest.raises(InputError, match="has 1 bits, but there are more"):
+    with pytest.raises(InputError, match="has 1 bits, but the table has more"):
         module._match_bits(read_data_organization(path), shorter, path)
 
 
@@ -356,7 +356,7 @@ def test_read_data_organization__rejects_empty(text, tmp_path):
         ("1,2\n\n3,nan\n", "line 3: expected finite"),
         ("1,2\n-inf,2\n", "line 2: expected finite"),
         ("1,1e300\n", "line 1: expected finite x,y in micrometre, at most 1e.07, got '1,1e300'"),
-        ("1,2\n1,\x002\n", r"line 2: holds the control character '\\x00'"),
+        ("1,2\n1,\x002\n", r"line 2: found the control character '\\x00'"),
         ("1,2,3\n", "line 1: expected x,y"),
     ],
 )

@@ -87,4 +87,4 @@ def test_read_frames__refuses_damaged_nd2(tmp_path):
 
 def test_read_header__refuses_nd2_of_several_fields(tmp_path):
     header = read_header(write_nd2(tmp_path / "a.nd2", movie(3, 1), loop=POSITIONS))
-    assert header.problem == "holds 3 stage positions, expected a file a field"
+    assert header.problem == "has 3 stage positions, expected one file for each field"

@@ -8,13 +8,17 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 import merfish
-from merfish import InputError, results
+from merfish import InputError, cli, results
 from merfish.cells.counts import read_cells
 from merfish.config import RunConfig, read_config
 from merfish.demo import run_demo, score_run
+from merfish.imaging.opening import open_experiment
 from merfish.pipeline import fields, folder
+from merfish.pipeline.cluster import cores
+from merfish.pipeline.plan import run_cost
 from merfish.pipeline.record import run_summary
 from merfish.simulate import simulate_experiment
 from merfish.simulate.disturbances import Disturbances, illumination
@@ -50,6 +54,50 @@ def test_run_writes_what_it_promises(done):
     assert figures["by_blanks"]["low"] <= figures["misidentification_rate"] <= figures["by_blanks"]["high"]
     assert figures["held_out"]["low"] <= 0.05 <= figures["held_out"]["high"]
     assert not [path for path in done.glob("**/.*") if path.name != ".lock"]  # nothing half-written
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+def test_dry_run__finds_files_and_estimates_but_writes_nothing(raw, tmp_path):
+    text = call("run", raw, "--out", tmp_path / "new" / "out", "--dry-run", "--fov", "1-3", "--method", "pixels").output
+    assert not (tmp_path / "new").exists()
+    assert re.search(r"fields +3 of 4 \(fields 1-3\)", text)
+    n = sum(path.match("*_00[123]_*.tif") for path in raw.iterdir())
+    assert re.search(rf"files +{n}, ", text)
+    assert re.search(r"method +pixels", text)
+
+
+def test_dry_run__refuses_faulty_files_as_the_run_does(copy, tmp_path):
+    next(copy.glob("merfish_001_03.tif")).unlink()
+    refused = call("run", copy, "--out", tmp_path / "out", "--dry-run").exception
+    assert isinstance(refused, InputError)
+    assert "field 1: " in str(refused)
+    assert "left out    field 1" in call("run", copy, "--out", tmp_path / "out", "--dry-run", "--keep-going").output
+
+
+def test_run_cost__grows_as_the_work_does(raw):
+    source = open_experiment(raw)
+
+    def cost(side, n, **options):
+        given = {"segmented": True, "config": RunConfig(normalization_fields=1), "processes": 1, **options}
+        return run_cost(source, (side, side), n, **given)
+
+    # two fields of the benchmark: 24.2 s on two cores, and 2.6 s for the calibration on one of them
+    assert cost(2048, 2).seconds * cores() == pytest.approx(2 * (2 * (2.4 + 3.1 + 6.5 + 0.13 + 0.3) + 2.6))
+    assert cost(2048, 100).disk == pytest.approx(4 * cost(1024, 100).disk)
+    assert cost(2048, 2, segmented=False).seconds < cost(2048, 2).seconds
+    assert cost(2048, 2, processes=2).memory == 2 * cost(2048, 2).memory
+
+
+def test_run_from_the_command_line__says_what_it_does_with_earlier_work(raw, tmp_path):
+    out = tmp_path / "out"
+    assert call("run", raw, "--out", out, "--fov", "0", "--quiet").output == ""
+    text = call("run", raw, "--out", out, "--verbose").output
+    assert "1 of 4 fields are done already; decoding the other 3" in text
+    assert "field 3: " in text
+    assert "nothing to do" in call("run", raw, "--out", out).output
 
 
 def test_run_recovers_the_simulated_truth(done, raw):

@@ -70,7 +70,7 @@ def test_data__takes_the_graph_to_pytorch_geometric_and_back():
     for i in (0, 7):
         near = expected.index[i][expected.index[i] >= 0]
         np.testing.assert_allclose(means[i], xyz[near].mean(0) if len(near) else [0, 0], rtol=1e-5)
-    with pytest.raises(InputError, match="names cell 99"):
+    with pytest.raises(InputError, match="refers to cell 99"):
         graph.from_data(Data(edge_index=torch.tensor([[99], [0]]), pos=made.pos))
     with pytest.raises(InputError, match="neither edge_attr nor pos"):
         graph.from_data(Data(edge_index=made.edge_index, num_nodes=40))

@@ -411,7 +411,7 @@ def spoil_composition(table):
         (spoil_places, "not finite for 1 cells, the first 'c5'"),
         (spoil_cells, "cell names are not unique: 'twice'"),
         (spoil_genes, "gene names are not unique: 'twice'"),
-        (spoil_nothing, "X holds no counts: all 40 cells are zero"),
+        (spoil_nothing, "X has no counts: all 40 cells are zero"),
         (spoil_composition, "all 40 cells with counts have the same composition of 12 genes"),
     ],
 )

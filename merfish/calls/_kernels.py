@@ -7,9 +7,9 @@ from merfish._jit import kernel
 
 @kernel
 def settle_pairs(i, j, taken_a, taken_b, settled):
-    """Go through pairs i, j (pair,), best first, and settle each whose two ends are both still free.
+    """Greedy matching: go through pairs i, j (pair,), best first, and accept each whose two ends are both still free.
 
-    taken_a, taken_b: bool, one an end, False at first; settled (pair,) bool is filled.
+    taken_a, taken_b: bool, one for each end, False at first; settled (pair,) bool is filled.
     """
     for k in range(len(i)):
         settled[k] = not (taken_a[i[k]] or taken_b[j[k]])

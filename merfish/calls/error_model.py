@@ -1,4 +1,4 @@
-"""What an experiment says about its own errors: rates of each bit, confidence of each word, detection efficiency."""
+"""Error rates estimated from the calls: rates of each bit, confidence of each word, detection efficiency."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LEVEL = 1.96  # normal quantile of a 95 % interval
 
 @dataclass(frozen=True, eq=False)
 class WordTally:
-    """Calls of each word, (word,), and what each bit did to them, (bit,); tallies of fields add up.
+    """Numbers of calls of each word, (word,), and of errors of each bit, (bit,); tallies of fields add up.
 
-    found, kept, kept_exact: int64, calls before and after filtering, and those of the latter that show their word
-    exactly. right: float64, sum of the probabilities of the kept. exact: float64, sum of the probabilities of all that
-    show their word exactly; lost, gained: the same of those that differ from their word in nothing but this bit.
+    found, kept, kept_exact: int64, calls before and after filtering, and those of the latter without bit errors. right:
+    float64, sum of the probabilities of the kept. exact: float64, sum of the probabilities of all without bit errors;
+    lost, gained: the same for those that differ from their word in this bit only.
     """
 
     found: np.ndarray
@@ -64,14 +64,14 @@ def add_word_tallies(tallies: Sequence[WordTally], codebook: Codebook) -> WordTa
 def bit_error_rates(tally: WordTally, codebook: Codebook) -> pd.DataFrame:
     """Rates of 1->0 and 0->1 errors of each bit, with 95 % intervals.
 
-    Molecules that lost nothing but this bit are compared with those that show their word exactly: both are found
-    nearly always, so their ratio is p / (1 - p), whatever becomes of molecules with more errors (Moffitt et al.
-    2016). Likewise those that gained nothing but this bit. Peaks hidden by a neighbour count as lost, accidental
-    neighbours as gained: the rates are those of the images, in crowds a little above those of the chemistry.
+    Molecules that lost only this bit are compared with those without errors: nearly all of both are found, so their
+    ratio is p / (1 - p), independently of molecules with more errors (Moffitt et al. 2016). The same holds for those
+    that gained only this bit. Peaks hidden by a neighbour count as lost, chance neighbours as gained: the rates are
+    those of the images, which in crowds are slightly above those of the chemistry.
 
-    Every call found counts with its probability to be right, so that molecules with errors, which are less certain,
+    Every call found is weighted by its probability to be right, so that molecules with errors, which are less certain,
     are not left out.
-    Returns one row a bit: bit, lost, lost_low, lost_high, gained, gained_low, gained_high; NaN where nothing tells.
+    Returns one row for each bit: bit, lost, lost_low, lost_high, gained, gained_low, gained_high; NaN without data.
     """
     rows = []
     for bit, on in enumerate(codebook.words.T.astype(bool)):
@@ -82,7 +82,7 @@ def bit_error_rates(tally: WordTally, codebook: Codebook) -> pd.DataFrame:
 
 
 def wilson(hits: float, others: float) -> tuple[float, float, float]:
-    """Share of hits among hits and others, with Wilson's 95 % interval; NaN of nothing."""
+    """Share of hits among hits and others, with Wilson's 95 % interval; NaN if there are none."""
     n = hits + others
     if not n > 0:
         return np.nan, np.nan, np.nan
@@ -95,8 +95,8 @@ def wilson(hits: float, others: float) -> tuple[float, float, float]:
 def misidentification_rate(n_blank: float, n_calls: float, codebook: Codebook) -> tuple[float, float, float]:
     """Share of wrong calls, from the blanks among them alone, with its 95 % interval.
 
-    Wrong calls fall on any word alike, so there are as many as blanks called times words over blank words. NaN without
-    blanks in the codebook or without calls.
+    Wrong calls are equally likely for every word, so their number is that of blanks called, times words over blank
+    words. NaN without blanks in the codebook or without calls.
     """
     n_blank_words = int(codebook.is_blank.sum())
     if not n_blank_words:
@@ -109,7 +109,7 @@ def misidentification_rate(n_blank: float, n_calls: float, codebook: Codebook) -
 def held_out_rate(
     halves: tuple[Tally, Tally], evidence: Evidence, codebook: Codebook, rate: float
 ) -> tuple[float, float, float]:
-    """The misidentification rate, with its interval, that filtering for ``rate`` reaches where it was not fitted.
+    """The misidentification rate, with its interval, that filtering for ``rate`` reaches on held-out calls.
 
     Each half of the calls is rated by the blanks of the other half; NaN if a half has no calls.
     """
@@ -124,7 +124,7 @@ def held_out_rate(
     return misidentification_rate(n_blank, n_calls, codebook)
 
 
-FEWEST_SPIKES = 50  # they tell a share of 0.8 to 0.06
+FEWEST_SPIKES = 50  # the standard error of a share of 0.8 is then 0.06
 
 
 def word_statistics(
@@ -133,25 +133,25 @@ def word_statistics(
     spike_word: np.ndarray | None = None,
     spike_kept: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """One row a word: what was called, how exactly, and which share of its molecules is detected.
+    """Statistics of each word, one row each: calls, confidence, and the share of its molecules that is detected.
 
     spike_word int, spike_kept bool (spike,): words of molecules that were added to the images, and whether they were
     found and kept (see `merfish.simulate.spikes`).
 
-    confidence_ratio: exact calls over exact and corrected ones (Chen et al. 2015; blanks show what chance gives);
-    misidentification_rate: expected share of wrong ones among the kept; its interval is that of all words, as it comes
-    from the same blanks;
-    detection_efficiency: probability that a molecule of this word is found and kept. How words differ follows from the
-    rates of their bits: molecules are counted by their exact calls over the probability of being exact. That is too
-    high where spots overlap, since molecules whose bits hide in several neighbours count nowhere; so all words are
-    scaled alike to the share of the added molecules that are kept, where there are enough of them.
+    confidence_ratio: exact calls over exact and corrected ones (Chen et al. 2015; for blanks, the value expected by
+    chance); misidentification_rate: expected share of wrong ones among the kept; its interval is that of all words,
+    which share the blanks; detection_efficiency: probability that a molecule of this word is found and kept. The
+    differences between words follow from the rates of their bits: the number of molecules is that of exact calls over
+    the probability of no error. This is too high where spots overlap, because molecules hidden by several neighbours
+    are not counted; all words are therefore scaled to the share of the added molecules that is kept, if there are at
+    least `FEWEST_SPIKES`.
     """
     rates = bit_error_rates(tally, codebook)
     lost, gained = (np.nan_to_num(rates[name].to_numpy()) for name in ("lost", "gained"))
     probability_exact = np.where(codebook.words.astype(bool), 1 - lost, 1 - gained).prod(axis=1)
     n_exact, n_kept = tally.kept_exact.sum(), tally.kept.sum()
     unknown = np.full(codebook.n_words, np.nan)
-    # wrong calls are taken out of the numerator, as the blanks tell them
+    # wrong calls, estimated from the blanks, are subtracted from the numerator
     efficiency = probability_exact * tally.right.sum() / n_exact if n_exact else unknown
     if spike_word is not None and spike_kept is not None and len(spike_word) >= FEWEST_SPIKES and n_exact:
         efficiency = efficiency * spike_kept.sum() / np.minimum(efficiency[spike_word], 1.0).sum()

@@ -1,7 +1,8 @@
-"""Which calls to keep at a wanted misidentification rate, learnt from the blanks.
+"""Filter calls at a chosen misidentification rate, which is estimated from the blanks.
 
-Nothing here needs all calls of an experiment at once: `tally_calls` counts those of one field by what tells good calls
-from bad, tallies add up over fields, and `fit_log_odds` and `threshold_at_rate` work on the sum.
+Nothing here needs all calls of an experiment at once: `tally_calls` bins those of one field by the features that
+separate right calls from wrong ones, tallies add up over fields, and `fit_log_odds` and `threshold_at_rate` work on the
+sum.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ FEWEST_BLANKS = 10  # called; with fewer the 95 % interval of the rate spans mor
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Features of a call that tell good from bad, and what is expected of them.
+    """Features that separate right calls from wrong ones, and their prior.
 
-    steps: (feature,) width of a tally's bins, far below what changes the odds noticeably. prior: (1 + feature,)
-    expected log odds of being wrong where all features are 0, and their change for each unit of a feature; weight:
-    about the number of blanks that it takes to outweigh the slopes of the prior, its constant weighs one quarter.
-    unchecked: (1 + feature,) log odds where the codebook has no blanks to check them.
+    steps: (feature,) width of a tally's bins, too small to change the odds noticeably. prior: (1 + feature,)
+    expected log odds of being wrong if all features are 0, and their change for each unit of a feature; weight: about
+    the number of blanks needed to outweigh the slopes of the prior, its constant weighs one quarter. unchecked:
+    (1 + feature,) log odds used if the codebook has no blanks.
     """
 
     steps: tuple[float, ...]
@@ -49,7 +50,7 @@ PATCHES = Evidence(
 
 @dataclass(frozen=True, eq=False)
 class Tally:
-    """Calls counted by what tells good from bad: values (bin, feature) float64; calls, blanks (bin,) int64."""
+    """Calls binned by features: values (bin, feature) float64; calls, blanks (bin,) int64."""
 
     values: np.ndarray
     calls: np.ndarray
@@ -57,9 +58,9 @@ class Tally:
 
 
 def call_features(calls: pd.DataFrame) -> tuple[np.ndarray, Evidence]:
-    """Features (call, feature) float64 of a transcript table, and what they are.
+    """Features (call, feature) float64 of a transcript table, and their kind.
 
-    A probability that the decoder has given is taken as the one feature, as log odds of being wrong; else there are
+    If the decoder gives a probability, it is the only feature, as log odds of being wrong; otherwise the features are
     log area, distance, log intensity and corrected bits (2 = more).
     """
     stated = calls["probability"].to_numpy(float)
@@ -81,7 +82,7 @@ def tally_calls(features: np.ndarray, is_blank: np.ndarray, evidence: Evidence) 
 
 
 def add_tallies(tallies: Sequence[Tally], evidence: Evidence) -> Tally:
-    """The tally of the calls of all. Counts are integers, so that the order of fields does not matter."""
+    """Add tallies. Counts are integers, so the order of fields does not matter."""
     values = np.concatenate([np.empty((0, len(evidence.steps))), *(tally.values for tally in tallies)])
     calls, blanks = (np.concatenate([[], *(getattr(t, name) for t in tallies)]) for name in ("calls", "blanks"))
     return _counted(np.rint(values / evidence.steps).astype(np.int64), blanks, calls, evidence)
@@ -97,13 +98,13 @@ def _counted(bins: np.ndarray, blanks: np.ndarray, calls: np.ndarray, evidence: 
 
 
 def fit_log_odds(tally: Tally, blank_fraction: float, evidence: Evidence) -> np.ndarray:
-    """Log odds of a call to be wrong, (1 + feature,): a constant and the change for each unit of a feature.
+    """Fit the log odds of a call being wrong, (1 + feature,): a constant and the change for each unit of a feature.
 
-    A wrong call falls on any word alike, so a call that is wrong with probability p is a blank with probability
-    p times ``blank_fraction``, the share of words that are blanks (Moffitt et al. 2016 use it bin by bin). p is a
-    logistic function of the features, which needs a few parameters where bins need as many as there are bins.
+    Wrong calls are equally likely for every word, so a call that is wrong with probability p is a blank with
+    probability p times ``blank_fraction``, the share of words that are blanks (Moffitt et al. 2016 use it bin by bin).
+    p is a logistic function of the features, which needs far fewer parameters than bins.
 
-    Without blanks in the codebook the odds are those that the evidence gives unchecked.
+    Without blanks in the codebook, the unchecked odds of the evidence are returned.
     """
     if blank_fraction <= 0:
         return np.array(evidence.unchecked)
@@ -134,7 +135,7 @@ def _wrong_given_blanks(
     for _ in range(100):
         wrong = _logistic(design @ slope)
         blank = blank_fraction * wrong
-        # a book of blanks alone: every call is one, whatever the odds
+        # if the codebook has blanks only, every call is one, whatever the odds
         rest = np.maximum(1 - blank, 1e-12)
         gradient = design.T @ ((tally.blanks - tally.calls * blank) * (1 - wrong) / rest)
         gradient -= stiffness * (slope - prior)
@@ -148,12 +149,12 @@ def _wrong_given_blanks(
 
 
 def log_odds_wrong(features: np.ndarray, odds: np.ndarray) -> np.ndarray:
-    """Log odds (call,) of calls to be wrong, features (call, feature), by what `fit_log_odds` gave."""
+    """Log odds (call,) of calls being wrong, features (call, feature), from the result of `fit_log_odds`."""
     return np.asarray(odds[0] + features @ odds[1:])
 
 
 def probability_wrong(features: np.ndarray, odds: np.ndarray) -> np.ndarray:
-    """Probability (call,) float64 of calls to be wrong, features (call, feature), by what `fit_log_odds` gave."""
+    """Probability (call,) float64 of calls being wrong, features (call, feature), from the result of `fit_log_odds`."""
     return _logistic(log_odds_wrong(features, odds))
 
 
@@ -162,9 +163,9 @@ def _logistic(log_odds: np.ndarray) -> np.ndarray:
 
 
 def threshold_at_rate(tally: Tally, odds: np.ndarray, rate: float) -> float:
-    """The log odds of being wrong up to which calls are kept, so that their expected share of wrong ones is ``rate``.
+    """The log odds of being wrong up to which calls are kept, so that the expected share of wrong ones is ``rate``.
 
-    That is the largest set of most trusted calls with at most that share; -inf if there is none.
+    The result is the largest set of most probable calls with at most that share; -inf if there is none.
     """
     level = log_odds_wrong(tally.values, odds)
     order = np.argsort(level, kind="stable")
@@ -173,12 +174,12 @@ def threshold_at_rate(tally: Tally, odds: np.ndarray, rate: float) -> float:
     n = int(np.searchsorted(share, rate, side="right"))
     if n == len(level):
         return np.inf
-    # half-way to the first bin that is left out: calls of a bin lie on both sides of its middle
+    # half-way to the first bin that is left out: calls of a bin lie on both sides of its centre
     return float((level[n - 1] + level[n]) / 2) if n else -np.inf
 
 
 def keep_at_rate(probability_wrong: np.ndarray, rate: float = MISIDENTIFICATION_RATE) -> np.ndarray:
-    """The largest set of most trusted calls whose expected share of wrong ones is at most ``rate``; (call,) bool."""
+    """The largest set of most probable calls whose expected share of wrong ones is at most ``rate``; (call,) bool."""
     order = np.argsort(probability_wrong, kind="stable")
     share = np.cumsum(probability_wrong[order], dtype=float) / np.arange(1, len(order) + 1)
     keep = np.zeros(len(order), bool)
@@ -188,7 +189,7 @@ def keep_at_rate(probability_wrong: np.ndarray, rate: float = MISIDENTIFICATION_
 
 
 def rate_calls(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
-    """The same transcript table with ``probability``, that each call is right, as the blanks among them tell."""
+    """Set ``probability``, that each call is right, in a copy of a transcript table, corrected by its blanks."""
     features, evidence = call_features(calls)
     tally = tally_calls(features, calls["is_blank"].to_numpy(bool), evidence)
     odds = fit_log_odds(tally, float(codebook.is_blank.mean()), evidence)
@@ -201,12 +202,12 @@ def keep_calls(calls: pd.DataFrame, rate: float = MISIDENTIFICATION_RATE) -> pd.
 
 
 def few_blanks(n_called: int, blanks_in_book: bool = True) -> str | None:
-    """What to know of a misidentification rate that few blanks have checked; None if there are enough."""
+    """A message about a misidentification rate that rests on few blanks; None if there are enough."""
     if not blanks_in_book:
-        return "the codebook has no blanks: the rate is the decoder's own estimate, which nothing has checked"
+        return "the codebook has no blanks: the rate is the decoder's own estimate and has not been checked"
     if n_called >= FEWEST_BLANKS:
         return None
     return (
-        f"only {n_called} blanks were called, too few to know how many molecules are wrong: "
-        "the rate rests on simulated fields"
+        f"only {n_called} blanks were called, too few to measure how many molecules are wrong: "
+        "the rate is based on simulated fields"
     )

@@ -1,4 +1,4 @@
-"""Whether the images are those of the codebook, judged from the calls."""
+"""Whether the images fit the codebook, judged from the calls."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from merfish.codebook import Codebook
 from merfish.errors import CodebookMisfit
 
 LIKELY = 0.5  # posterior above which a call is counted
-FEWEST_CALLS = 100  # found; of fewer nothing is said
+FEWEST_CALLS = 100  # found; fewer are not judged
 # Simulated fields of ten kinds (densities, glow, shifts, rates, weak signal, distances 1 to 4) and two real ones,
-# decoded with their own book and with its bits in another order. By the blanks 0 to 17 % of the likely calls are wrong
-# with the right book and 30 to 150 % with a wrong one; 10 to 90 % of all calls are likely with the right book, 1 to
-# 61 % with a wrong one; 20 to 95 % of them show their word as it is with the right book, with a wrong one of distance 4
-# 1 to 30 %.
+# decoded with their own codebook and with its bits reordered. By the blanks, 0 to 17 % of the likely calls are wrong
+# with the right codebook and 30 to 150 % with a wrong one; 10 to 90 % of all calls are likely with the right codebook,
+# 1 to 61 % with a wrong one; 20 to 95 % of these have no bit error with the right codebook, and 1 to 30 % with a wrong
+# one of distance 4.
 MOST_WRONG = 0.25
 FEW_LIKELY, HARDLY_ANY = 0.45, 0.05
 FEW_EXACT = 0.18
@@ -25,7 +25,7 @@ FEW_EXACT = 0.18
 
 @dataclass(frozen=True)
 class FitCounts:
-    """Calls found, those likelier right than wrong, and of these the blanks and those that show their word exactly."""
+    """Calls found, calls more likely right than wrong, and of these the blanks and those without bit errors."""
 
     found: int = 0
     likely: int = 0
@@ -43,11 +43,11 @@ class FitCounts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """fits: False where the calls speak against the codebook, True where they speak for it or say too little.
+    """fits: False if the calls contradict the codebook, True if they support it or are too few.
 
     wrong, wrong_low, wrong_high: share of the likely calls that are wrong by the blanks, with its 95 % interval, NaN
-    without blanks. likely: share of likely calls among all found; exact: share of these that show their word as it is.
-    cause: what to look at first, empty where the book fits.
+    without blanks. likely: share of likely calls among all found; exact: share of these without bit errors.
+    cause: what to check first, empty if the codebook fits.
     """
 
     fits: bool
@@ -62,7 +62,7 @@ class Verdict:
 def count_fit(calls: pd.DataFrame) -> FitCounts:
     """The counts of some calls found by `spots`, with the decoder's own posterior: not yet rated by the blanks.
 
-    Calls without a posterior, of other decoders, do not count.
+    Calls without a posterior, from other decoders, are ignored.
     """
     calls = calls[calls["probability"].notna()]
     likely = calls[calls["probability"] > LIKELY]
@@ -72,10 +72,10 @@ def count_fit(calls: pd.DataFrame) -> FitCounts:
 
 
 def codebook_fits(counts: FitCounts, codebook: Codebook, dead_bits: tuple[str, ...] = ()) -> Verdict:
-    """Whether calls, summed over fields, are those of images that this codebook was made for.
+    """Judge from calls, summed over fields, whether the images fit the codebook.
 
-    A wrong book finds words by chance: blanks as often as genes, few of them likely, hardly any exact. dead_bits: names
-    of bits that show nothing, which are then the likeliest cause.
+    A wrong codebook finds words by chance: blanks as often as genes, few of them likely, almost none without errors.
+    dead_bits: names of bits without molecules, which are then the most likely cause.
     """
     blank_share = float(codebook.is_blank.mean())
     likely, exact = counts.likely / max(counts.found, 1), counts.exact / max(counts.likely, 1)
@@ -91,7 +91,7 @@ def codebook_fits(counts: FitCounts, codebook: Codebook, dead_bits: tuple[str, .
     cause = ""
     if against:
         cause = (
-            f"{', '.join(dead_bits)}, where no molecule shows"
+            f"{', '.join(dead_bits)}, which show no molecules"
             if dead_bits
             else "the codebook and the order of its bits"
         )
@@ -99,12 +99,12 @@ def codebook_fits(counts: FitCounts, codebook: Codebook, dead_bits: tuple[str, .
 
 
 def refuse_misfit(verdict: Verdict) -> None:
-    """Raise CodebookMisfit where the calls speak against the codebook."""
+    """Raise CodebookMisfit if the calls contradict the codebook."""
     if verdict.fits:
         return
     by_blanks = "" if np.isnan(verdict.wrong) else f"by the blanks {min(verdict.wrong, 1):.0%} of those are wrong, "
     raise CodebookMisfit(
-        f"the images do not fit the codebook: {verdict.likely:.0%} of the molecules found are likelier right than "
-        f"wrong, {by_blanks}{verdict.exact:.0%} show their word exactly. Look at {verdict.cause}. No table is written; "
-        "with a misidentification rate of 1 every call is written all the same"
+        f"the images do not fit the codebook: {verdict.likely:.0%} of the molecules found are more likely right than "
+        f"wrong, {by_blanks}{verdict.exact:.0%} have no bit error. Check {verdict.cause}. No table is written; "
+        "with a misidentification rate of 1, every call is written anyway"
     )

@@ -1,4 +1,4 @@
-"""One molecule seen in the overlap of neighbouring fields is counted once."""
+"""Duplicates: a molecule seen by two overlapping fields is counted once."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Sightings:
 
 
 def seen_better_elsewhere(own: Sightings, others: Iterable[Sightings]) -> np.ndarray:
-    """Which molecules of a field another field shows as well, and better; (molecule,) bool.
+    """Find molecules of a field that another field shows as well, and better; (molecule,) bool.
 
-    Molecules of equal word in two fields within 0.3 micrometre are one; the one farthest from the edge of its field
-    stays, at equal distance that of the lower field. Each two fields are compared by themselves, in the same way from
-    both sides, so that what is dropped here stays there.
+    Molecules with the same word in two fields within 0.3 micrometre are one; the one farther from the edge of its field
+    is kept, at equal distance that of the lower field. Each pair of fields is compared separately and symmetrically, so
+    that what is dropped in one is kept in the other.
     """
     worse = np.zeros(len(own.word), bool)
     for other in others:
@@ -44,14 +44,14 @@ def seen_better_elsewhere(own: Sightings, others: Iterable[Sightings]) -> np.nda
 
 
 def pair_up(a: Sightings, b: Sightings) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a and of b that are one molecule, (pair,) each.
+    """Match rows of a and b that are one molecule, (pair,) each.
 
-    Pairs are settled from the closest on, and each molecule takes part in one, so that two real neighbours are not
+    The closest pairs are matched first, and each molecule takes part in one, so that two real neighbours are not
     both dropped.
     """
     near_a, near_b = _common(a, b)
     trees = [
-        # a third axis on which different words lie farther apart than the radius
+        # a third axis on which different words are farther apart than the radius
         cKDTree(np.column_stack([part.x[rows], part.y[rows], part.word[rows] * (4 * FIELD_RADIUS)]))
         for part, rows in ((a, near_a), (b, near_b))
     ]
@@ -64,7 +64,7 @@ def pair_up(a: Sightings, b: Sightings) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _common(a: Sightings, b: Sightings) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a and b that lie where both fields have molecules."""
+    """Rows of a and b in the region where both fields have molecules."""
     if not (len(a.word) and len(b.word)):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     low = [max(getattr(a, axis).min(), getattr(b, axis).min()) - FIELD_RADIUS for axis in ("x", "y")]

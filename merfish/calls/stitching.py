@@ -1,8 +1,7 @@
 """True positions of fields, from the molecules that neighbouring fields share.
 
-A stage stops some micrometres from where it says. Each molecule in the overlap of two fields tells how far the two are
-off against each other; the positions that agree best with all overlaps, and no worse than that with the stage, follow
-by least squares.
+A stage stops some micrometres from the position that it reports. Molecules in the overlap of two fields give the offset
+between the two; the positions that agree best with all overlaps and with the stage follow by least squares.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from scipy.sparse.linalg import spsolve
 from scipy.spatial import KDTree
 from scipy.special import gammaln
 
-MOST_ERROR = 10.0  # micrometre and axis, of two fields against each other; stages err by a few
+MOST_ERROR = 10.0  # micrometre along each axis, between two fields; errors of stages are a few
 BIN = 0.25  # micrometre, of the search
-FEWEST_SHARED = 5  # molecules that tie two fields together
-LOG_CHANCE = np.log(1e-4)  # that chance would tie two fields together
-NEAR = 0.4  # micrometre; molecules that agree on an offset lie nearer to it
-FLOOR = 0.02  # micrometre; what bends images lets offsets agree no better
-FEWEST_STAGE_ERROR = 0.1  # micrometre; less is not assumed of any stage
-MANY = 30  # molecules that both fields show where they overlap by the stage: some should be the same
-CONTRADICTION = 0.5  # micrometre; overlaps that disagree more with all others are false
+FEWEST_SHARED = 5  # molecules shared by two linked fields
+LOG_CHANCE = np.log(1e-4)  # probability that chance links two fields
+NEAR = 0.4  # micrometre; molecules that agree on an offset are closer to it
+FLOOR = 0.02  # micrometre; distortion of images limits the agreement of offsets
+FEWEST_STAGE_ERROR = 0.1  # micrometre; lower limit of a stage's error
+MANY = 30  # molecules of both fields in their overlap by the stage: some should be the same
+CONTRADICTION = 0.5  # micrometre; links that disagree more with all others are wrong
 
 
 @dataclass(frozen=True, eq=False)
 class Stitching:
-    """Positions of all fields, (fov, 2) x, y in micrometre: as the stage said, and corrected; and how they were found.
+    """Positions of all fields, (fov, 2) x, y in micrometre: as reported by the stage, and corrected; and the links.
 
-    links: one row a pair of fields tied together: a, b (rows of positions), dx, dy (micrometre: how much farther b is
-    from a than the stage says), shared (molecules), error (micrometre, standard error), used (False: it contradicts the
-    others), residual (micrometre: what the corrected positions leave of it). untied: number of overlaps in which both
+    links: one row for each pair of linked fields: a, b (rows of positions), dx, dy (micrometre: how much farther b is
+    from a than by the stage), shared (molecules), error (micrometre, standard error), used (False: it contradicts the
+    others), residual (micrometre, after the correction). untied: number of overlaps in which both
     fields show many molecules, but not the same ones.
     """
 
@@ -47,7 +46,7 @@ class Stitching:
 
     @property
     def stage_error(self) -> float:
-        """Micrometre and axis, rms of one field's error, from the links; NaN without any."""
+        """Rms error of a field's position along one axis, micrometre, from the links; NaN without any."""
         steps = self.links.loc[self.links["used"], ["dx", "dy"]].to_numpy(float)
         return float(np.sqrt((steps**2).mean() / 2)) if len(steps) else float("nan")
 
@@ -69,10 +68,10 @@ class FieldPlaces:
 
 @dataclass(frozen=True)
 class Links:
-    """What the overlaps of a field with later ones tell.
+    """Links of a field with later ones.
 
-    rows: of each tied pair a, b, dx, dy, shared, error, as in `Stitching.links`. untied: overlaps in which both fields
-    show many molecules, but not the same ones.
+    rows: of each linked pair a, b, dx, dy, shared, error, as in `Stitching.links`. untied: overlaps in which both
+    fields show many molecules, but not the same ones.
     """
 
     rows: list[tuple[int, int, float, float, int, float]]
@@ -82,10 +81,10 @@ class Links:
 def overlapping_fields(
     fovs: Sequence[int], positions: np.ndarray, size: tuple[float, float], beyond: float = MOST_ERROR
 ) -> dict[int, list[int]]:
-    """For each field the other fields that may show the same places, sorted.
+    """For each field, the other fields that may overlap with it, sorted.
 
-    positions: (fov, 2) x, y, indexed by field; size: (x, y) of a field; beyond: how far two fields that lie apart may
-    be from each other; all in micrometre.
+    positions: (fov, 2) x, y, indexed by field; size: (x, y) of a field; beyond: largest gap
+    between two such fields; all in micrometre.
     """
     known = np.array(sorted(fovs), int)
     near: dict[int, list[int]] = {int(fov): [] for fov in known}
@@ -103,9 +102,9 @@ def link_field(
     positions: np.ndarray,
     size: tuple[float, float],
 ) -> Links:
-    """How far a field is off against each of the overlapping fields ``others``.
+    """Measure the offset of a field to each of the overlapping fields ``others``.
 
-    read: gives the calls of a field. positions: (fov, 2) x, y of the stage, micrometre; size: (x, y) of a field.
+    read: returns the calls of a field. positions: (fov, 2) x, y of the stage, micrometre; size: (x, y) of a field.
     """
     here = read(fov)
     rows, untied = [], 0
@@ -125,7 +124,7 @@ def link_field(
 def _seen_by(
     places: FieldPlaces, own: np.ndarray, other: np.ndarray, size: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Words and places (molecule, 2) that another field may show too, and how many it shows by the stage."""
+    """Words and positions (molecule, 2) that another field may show too, and how many it shows by the stage."""
     place = np.column_stack([places.x, places.y]) + own
     off = np.abs(place - other - np.array(size) / 2) - np.array(size) / 2
     near = (off <= MOST_ERROR).all(axis=1)
@@ -135,7 +134,7 @@ def _seen_by(
 def stitch(positions: np.ndarray, links: Sequence[Links]) -> Stitching:
     """Correct the positions (fov, 2) of the stage, x, y in micrometre, by the links of all fields, in their order.
 
-    Only differences between fields can be known: the mean of each group of fields that are tied together stays.
+    Only differences between fields can be measured: the mean of each group of linked fields is kept.
     """
     rows = [row for part in links for row in part.rows]
     table = pd.DataFrame(rows, columns=["a", "b", "dx", "dy", "shared", "error"])
@@ -145,14 +144,14 @@ def stitch(positions: np.ndarray, links: Sequence[Links]) -> Stitching:
 def shared_offset(
     word_a: np.ndarray, place_a: np.ndarray, word_b: np.ndarray, place_b: np.ndarray
 ) -> tuple[np.ndarray, int, float] | None:
-    """By how much b shows the same molecules farther than a: (x, y), how many, standard error; None if by chance.
+    """Offset of the same molecules in b relative to a: (x, y), their number, standard error; None if by chance.
 
-    word: (molecule,); place: (molecule, 2) micrometre. Of all offsets up to 10 micrometres along each axis, that on
-    which most molecules of equal word agree is refined as their robust mean.
+    word: (molecule,); place: (molecule, 2) micrometre. Of all offsets up to 10 micrometres along each axis, the one
+    on which most molecules with the same word agree is refined as their robust mean.
     """
     if min(len(word_a), len(word_b)) < FEWEST_SHARED:
         return None
-    # a third axis on which different words lie farther apart than any offset
+    # a third axis on which different words are farther apart than any offset
     a, b = (KDTree(np.column_stack([p, w * 4 * MOST_ERROR])) for w, p in ((word_a, place_a), (word_b, place_b)))
     near = a.sparse_distance_matrix(b, MOST_ERROR, p=np.inf, output_type="ndarray")
     near = near[np.lexsort((near["j"], near["i"]))]
@@ -173,13 +172,13 @@ def shared_offset(
 
 
 def _vote(steps: np.ndarray) -> np.ndarray | None:
-    """Where most steps (pair, 2) lie within a bin or so, if chance would not bring so many together."""
+    """The bin with most steps (pair, 2), if chance does not explain so many."""
     n = int(2 * MOST_ERROR / BIN)
     limits = (-MOST_ERROR, MOST_ERROR)
     votes, _, _ = np.histogram2d(steps[:, 0], steps[:, 1], bins=n, range=(limits, limits))
     here = ndimage.uniform_filter(votes, 3, mode="constant") * 9
     best = np.unravel_index(np.argmax(here), here.shape)
-    # genes gather in cells, so chance pairs gather about small steps: compare with what lies around
+    # genes cluster in cells, so chance pairs cluster at small steps: compare with the surroundings
     wide = ndimage.uniform_filter(votes, 21, mode="reflect")[best] * 21**2
     mean = max(9 * (wide - here[best]) / (21**2 - 9), 0.1)
     count = here[best]
@@ -193,8 +192,8 @@ def _vote(steps: np.ndarray) -> np.ndarray | None:
 def solve_positions(positions: np.ndarray, links: pd.DataFrame) -> tuple[np.ndarray, pd.DataFrame]:
     """Positions (fov, 2) that agree best with links and stage, and the links with columns used and residual.
 
-    Links weigh by their errors, the stage by the error that the links show it to have. A link that contradicts the
-    others is left out, the worst first.
+    Links are weighted by their errors, the stage by its error as estimated from the links. Links that contradict the
+    others are left out, the worst first.
     """
     a, b = links["a"].to_numpy(int), links["b"].to_numpy(int)
     steps = links[["dx", "dy"]].to_numpy(float)

@@ -1,8 +1,8 @@
-"""How far each bit of a field still lies from the others, from the places of the peaks themselves.
+"""Residual shift of each bit of a field, measured on the peaks.
 
-A molecule shows a peak in each of its bits: among all pairs of near peaks of different bits, those of one molecule lie
-about the difference of the two bits' shifts, and the others anywhere. A mixture of the two is fitted, from a width that
-captures any shift to the width that the pairs have.
+A molecule has a peak in each of its bits: among all pairs of near peaks of different bits, the differences within one
+molecule scatter about the difference of the two bits' shifts, and all others are uniform. A mixture of the two is
+fitted, starting from a width that captures any shift.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from scipy.spatial import cKDTree
 from merfish.decoding._alignment_kernels import weigh_pairs
 
 # lengths in sigmas of the PSF
-REACH = 4.0  # peaks of one molecule lie nearer in any two bits
-WIDTHS = (1.2, 0.8, 0.5, 0.3)  # of the pairs about the shift, from one that captures any to what they end with
+REACH = 4.0  # peaks of one molecule are closer than this in any two bits
+WIDTHS = (1.2, 0.8, 0.5, 0.3)  # scatter of the pairs about the shift, from one that captures any shift to the final one
 ITERATIONS = 4  # at each width
 FREE = 6  # iterations with the width fitted
 NARROWEST = 0.03
-USUAL_SHIFT = 1.0  # sigma of the shifts expected: a bit without pairs stays where it is
-MOST_PAIRS = 60_000  # they tell a shift to 0.005 px
+USUAL_SHIFT = 1.0  # prior sigma of the shifts: a bit without pairs is not shifted
+MOST_PAIRS = 60_000  # pairs; enough to measure a shift to 0.005 px
 
 
 @dataclass(frozen=True, eq=False)
 class BitShifts:
-    """shift: (bit, 2) y, x in pixel, by which a bit's image lies off the mean of all.
+    """shift: (bit, 2) y, x in pixel, of a bit's image relative to the mean of all.
 
-    pairs: (bit,) float, pairs of peaks of one molecule that tell it. width: pixel, sigma of such a pair along an axis.
+    pairs: (bit,) float, pairs of peaks of one molecule that it is measured on. width: pixel, sigma of such a pair along
+    an axis.
     """
 
     shift: np.ndarray
@@ -63,8 +64,8 @@ def bit_shifts(
 def _near_pairs(
     x: np.ndarray, y: np.ndarray, plane: np.ndarray, bit: np.ndarray, reach: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Peaks i, j (pair,) of different bits, the first the lower, nearer than ``reach`` in one plane."""
-    # in a crowd some of the field tells enough: each pair is counted by about as many peaks as there are
+    """Pairs of peaks i, j (pair,) of different bits, i of the lower bit, closer than ``reach`` in one plane."""
+    # in a crowded field a part is enough: the number of pairs is limited to about that of peaks
     order = np.lexsort((x, y, plane))
     area = max(float(np.ptp(x)) * float(np.ptp(y)) * len(np.unique(plane)), 1.0) if len(x) else 1.0
     expected = 0.5 * len(x) ** 2 / area * np.pi * reach**2

@@ -1,8 +1,8 @@
-"""What a bit shows, and how much that says: distributions of observations in bits that are on and that are off.
+"""Evidence of a bit: distributions of its observations if the bit is on or off in the word.
 
-Both are learnt by expectation-maximisation. What all bits share is the shape, among observations that speak for a
-spot and among those that speak against one; the share of the two is each bit's own, drawn to the mean of all bits as
-far as they are alike.
+Both are learnt by expectation-maximisation. The shapes of the distributions of observations with and without a peak
+are shared by all bits; the share of observations with a peak is estimated for each bit, shrunk to the mean of all bits
+as far as they are alike.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from merfish.decoding.pixels import on_bits
 # where the histograms start from: Chen et al. 2015, and peaks located to 0.16 sigma of the PSF
 START_LOST, START_GAINED, START_SIGMA, START_SPREAD, START_CROWD = 0.10, 0.04, 0.15, 0.3, 0.04
 START_NOTHING, START_EVERYTHING = 0.3, 0.001  # share of candidates
-# of every word before any is seen: in a field of few molecules chance must not make its own abundant genes
+# prior count of every word: with few molecules, chance must not make a gene look abundant
 PRIOR_CALLS = 5.0
-START_WEIGHT = 20.0  # calls that the start counts for
-MOST_ALIKE = 1e4  # observations that the mean of all bits counts for at most
+START_WEIGHT = 20.0  # calls that the initial values count for
+MOST_ALIKE = 1e4  # observations that the mean of all bits counts for, at most
 FEWEST_ALIKE = 10.0  # and at least
 
 
 def start_classes(codebook: Codebook, live: np.ndarray) -> kernels.Classes:
-    """The classes before anything is learnt; live (bit,) bool, False where a bit is dead and says nothing."""
+    """Initial classes; live (bit,) bool, False for dead bits, which give no evidence."""
     share = np.full(codebook.n_words + 2, (1 - START_NOTHING - START_EVERYTHING) / codebook.n_words)
     share[-2:] = START_NOTHING, START_EVERYTHING
     off, on = start_histograms()
@@ -32,7 +32,7 @@ def start_classes(codebook: Codebook, live: np.ndarray) -> kernels.Classes:
 
 
 def learn_classes(codebook: Codebook, live: np.ndarray, share: np.ndarray, shows: np.ndarray) -> kernels.Classes:
-    """The classes as a round of calls shows them.
+    """Update the classes from a round of calls.
 
     share (class,) and shows (2, bit, bin): see `_spot_kernels.call_molecules`.
     """
@@ -61,9 +61,9 @@ def _classes(codebook: Codebook, live: np.ndarray, ratio: np.ndarray, share: np.
 def word_abundance(share: np.ndarray, is_blank: np.ndarray) -> np.ndarray:
     """Share of each word (word,) among molecules; the blanks are spread over the abundances that genes have.
 
-    share: (word,) posterior summed over candidates. Were blanks given their own, hardly any wrong call would fall on
-    them. As it is, chance meets a blank as often as a gene, however it depends on abundance: the blanks' share of the
-    wrong calls is their share of the words.
+    share: (word,) posterior summed over candidates. With abundances of their own, blanks would get almost no
+    wrong calls. This way wrong calls are as likely for a blank as for a gene, however they depend on abundance: the
+    blanks' share of the wrong calls is their share of the words.
     """
     abundance = share + PRIOR_CALLS
     n_blanks = int(is_blank.sum())
@@ -93,7 +93,7 @@ def bit_log_ratio(shows: np.ndarray) -> np.ndarray:
 
 
 def shrunk_shares(hits: np.ndarray, total: np.ndarray, mean: float) -> np.ndarray:
-    """Share of hits of each bit (bit,), drawn to ``mean`` as far as the bits are alike: a beta-binomial by moments."""
+    """Share of hits of each bit (bit,), shrunk to ``mean`` as far as the bits are alike: a beta-binomial by moments."""
     some = total > 0
     share = hits[some] / total[some]
     chance = mean * (1 - mean)
@@ -104,7 +104,7 @@ def shrunk_shares(hits: np.ndarray, total: np.ndarray, mean: float) -> np.ndarra
 
 
 def start_histograms() -> tuple[np.ndarray, np.ndarray]:
-    """What bits show that are off in the word, and on, (bin,) each, from published error rates."""
+    """Initial distributions of observations of bits off and on in the word, (bin,) each, from published error rates."""
     edges = np.linspace(0, 1, kernels.N_NEAR + 1)  # radius
     near = np.diff(-np.exp(-(edges**2) / (2 * START_SIGMA**2)))
     accidental = np.pi * np.diff(edges**2) * START_CROWD
@@ -114,10 +114,10 @@ def start_histograms() -> tuple[np.ndarray, np.ndarray]:
     any_height = np.full(kernels.N_HEIGHT, 1 / kernels.N_HEIGHT)
     dark = np.exp(-np.arange(kernels.N_EMPTY) / 1.5)
     dark /= dark.sum()
-    hidden = 0.05 / kernels.N_EMPTY  # a peak that another one swallowed
+    hidden = 0.05 / kernels.N_EMPTY  # a peak merged with another one
     seen = 0.95 * np.outer(near, own)
     stray = np.outer(accidental, any_height)
-    both = np.full(kernels.N_USED * kernels.N_EMPTY, hidden)  # a peak that another molecule has taken
+    both = np.full(kernels.N_USED * kernels.N_EMPTY, hidden)  # a peak assigned to another molecule
     on = np.concatenate(
         [((1 - START_LOST) * seen + START_LOST * stray + 1e-4).ravel(), START_LOST * dark + hidden, both]
     )

@@ -1,4 +1,4 @@
-"""The decoders by name, and the filter that each wants."""
+"""The decoders by name, and the filter of each."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def find_by_pixels(stack: Rows, codebook: Codebook, normalization: Normalization
 
 
 def find_by_hamming(stack: Rows, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
-    """Molecules as patches of pixels whose binarised bits a word explains with a correctable error."""
+    """Molecules as patches of pixels whose binarised bits match a word up to a correctable error."""
     pixels = decode_hard(stack, codebook, normalization)
     calls = _patches(pixels, stack, codebook, normalization, height)
-    # what was measured is bits, not an angle
+    # the distance is in bits, not an angle
     return calls.assign(hamming_distance=calls["distance"].round().astype(np.int8), distance=np.float32(np.nan))
 
 
@@ -92,7 +92,7 @@ METHODS = {
 
 
 def method_named(name: str) -> Method:
-    """The decoder of that name. Raises InputError listing those there are."""
+    """The decoder of that name. Raises InputError listing all decoders."""
     if name not in METHODS:
         raise InputError(f"method {name!r}: expected one of {', '.join(METHODS)}")
     return METHODS[name]
@@ -101,7 +101,7 @@ def method_named(name: str) -> Method:
 def decode_filtered(
     stack: np.ndarray | Bandpassed, codebook: Codebook, normalization: Normalization, *, method: str = DEFAULT_METHOD
 ) -> pd.DataFrame:
-    """Every molecule found in a filtered stack (bit, y, x) or (bit, z, y, x), not yet rated nor filtered."""
+    """Find all molecules in a filtered stack (bit, y, x) or (bit, z, y, x), neither rated nor filtered."""
     find = method_named(method).find
     if isinstance(stack, Bandpassed):
         return find(stack, codebook, normalization, stack.height)
@@ -111,7 +111,7 @@ def decode_filtered(
 def check_stack(stack: np.ndarray, codebook: Codebook) -> None:
     """Raise InputError unless ``stack`` is (bit, [z,] y, x), real, finite, and has the codebook's bits."""
     if stack.ndim not in (3, 4):
-        raise InputError(f"the stack has shape {stack.shape}, expected (bit, y, x) or (bit, z, y, x)")
+        raise InputError(f"the stack has shape {stack.shape}; expected (bit, y, x) or (bit, z, y, x)")
     if not (np.issubdtype(stack.dtype, np.floating) or np.issubdtype(stack.dtype, np.integer)):
         raise InputError(f"the stack is of {stack.dtype}, expected integers or floats")
     if stack.shape[0] != codebook.n_bits:
@@ -121,4 +121,4 @@ def check_stack(stack: np.ndarray, codebook: Codebook) -> None:
     if np.issubdtype(stack.dtype, np.floating):
         for bit, name in enumerate(codebook.bit_names):
             if not np.isfinite(stack[bit].sum(dtype=np.float64)):
-                raise InputError(f"bit {bit + 1} ({name}) of the stack holds NaN or infinity")
+                raise InputError(f"bit {bit + 1} ({name}) of the stack has NaN or infinite values")

@@ -18,7 +18,7 @@ MIN_AREA = 3  # pixels; one or two are more often noise or the rim of another mo
 
 @dataclass(frozen=True, eq=False)
 class Molecules:
-    """What the stack shows of each molecule; all arrays (molecule,), spectrum (molecule, bit).
+    """Measurements of each molecule; all arrays (molecule,), spectrum (molecule, bit).
 
     word: int32, row of the codebook. x, y: float64 pixel, centroid weighted by brightness. plane: int32.
     area: int32 pixels. distance, min_distance: float32, mean and smallest over the pixels.
@@ -47,7 +47,7 @@ def extract_molecules(
     height: int,
     min_area: int = MIN_AREA,
 ) -> Molecules:
-    """8-connected components of equal word within each plane.
+    """8-connected components of pixels with the same word within each plane.
 
     stack: (bit, plane * height, x), as it was decoded. Components of fewer than ``min_area`` pixels are dropped.
     """
@@ -86,8 +86,8 @@ def extract_molecules(
 def shown_bits(spectrum: np.ndarray, on: np.ndarray) -> np.ndarray:
     """Which bits a molecule shows, (molecule, bit) bool: above half the height of its word's brighter on-bits.
 
-    spectrum: (molecule, bit) float; on: (molecule, bit) bool, the word. The height is the median over on-bits, which
-    one lost bit out of three or more does not move far.
+    spectrum: (molecule, bit) float; on: (molecule, bit) bool, the word. The height is the median over on-bits,
+    which is robust to one lost bit out of three or more.
     """
     height = np.nanmedian(np.where(on, spectrum, np.nan), axis=1, keepdims=True)
     return spectrum > HALF_HEIGHT * height

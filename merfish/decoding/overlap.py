@@ -1,4 +1,4 @@
-"""One molecule seen twice in a field, in neighbouring planes or as rim and splinter of itself, is counted once."""
+"""Duplicates within a field: molecules seen in neighbouring planes, and rims or fragments of a molecule."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-PLANE_RADIUS = 1.5  # pixel; a molecule's place wanders little from plane to plane
-HALO_RADIUS = 5.0  # pixel; how far the rings and rims of a bright molecule reach
-HALO_SHARE = 1 / 3  # of the molecule's mass; a molecule of its own is hardly ever that much weaker
-# pixel; between planes a spot is wide, and its light may be fitted as several spots this far apart
+PLANE_RADIUS = 1.5  # pixel; a molecule's position changes little from plane to plane
+HALO_RADIUS = 5.0  # pixel; radius of the rings and rims of a bright molecule
+HALO_SHARE = 1 / 3  # relative to the molecule's mass; other molecules are rarely that much weaker
+# pixel; between planes a spot is wide and may be fitted as several spots this far apart
 SPLINTER_RADIUS = 3.0
-# of the brightest splinter. Of simulated calls in five planes this takes out a third to a half of the wrong ones and
-# up to 1 % of the right ones; half of it, or twice as far, is worse
+# relative to the brightest fragment. Of simulated calls in five planes this removes a third to a half of the wrong ones
+# and up to 1 % of the right ones; half of it, or twice as far, is worse
 SPLINTER_SHARE = 0.7
 
 
 def same_molecule_pairs(word: np.ndarray, x: np.ndarray, y: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Index pairs (i < j) of equal word (molecule,) within ``radius`` of each other, in the unit of x and y."""
-    # a third axis on which different words lie farther apart than the radius
+    """Index pairs (i < j) with the same word (molecule,) within ``radius`` of each other, in the unit of x and y."""
+    # a third axis on which different words are farther apart than the radius
     points = np.column_stack([x, y, np.asarray(word, dtype=float) * 4 * radius])
     pairs = cKDTree(points).query_pairs(radius, output_type="ndarray") if len(points) else np.empty((0, 2), int)
     return pairs[:, 0], pairs[:, 1]
@@ -28,7 +28,7 @@ def same_molecule_pairs(word: np.ndarray, x: np.ndarray, y: np.ndarray, radius: 
 def merge_planes(
     word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, brightness: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Molecules of equal word in neighbouring planes, within 1.5 px, are one molecule.
+    """Merge molecules with the same word in neighbouring planes, within 1.5 px.
 
     All arrays (molecule,); x, y pixel. Returns keep, indices of the brightest member of each molecule in increasing
     order, and z (kept,) float32, the plane index averaged by brightness.
@@ -47,17 +47,17 @@ def merge_planes(
 def halos(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mass: np.ndarray) -> np.ndarray:
     """Which patches are rims or rings of a brighter molecule of the same word; (molecule,) bool.
 
-    A patch is one if within 5 px, in the same or the next plane, lies one of its word with more than three times its
-    mass (brightness times area). All arrays (molecule,); x, y pixel.
+    A patch is one if there is another of its word within 5 px, in the same or the next plane, with more than three
+    times its mass (brightness times area). All arrays (molecule,); x, y pixel.
     """
     return _outshone(word, x, y, plane, mass, HALO_RADIUS, HALO_SHARE)
 
 
 def splinters(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """Which spots are parts of a molecule that lies out of focus, between planes; (molecule,) bool, none in one plane.
+    """Which spots are fragments of an out-of-focus molecule between planes; (molecule,) bool, none in one plane.
 
-    A spot is one if within 3 px, in the same or the next plane, lies a brighter one of its word and it has less than
-    0.7 of that one's light. All arrays (molecule,); x, y pixel.
+    A spot is one if there is another of its word within 3 px, in the same or the next plane, and it has less than 0.7
+    of that one's brightness. All arrays (molecule,); x, y pixel.
     """
     if not plane.any():
         return np.zeros(len(word), bool)
@@ -67,7 +67,7 @@ def splinters(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray,
 def _outshone(
     word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mass: np.ndarray, radius: float, share: float
 ) -> np.ndarray:
-    """Which have less than ``share`` of the mass of one of their word within ``radius`` in the same or next plane."""
+    """Which have below ``share`` of the mass of another of their word within ``radius`` in the same or next plane."""
     i, j = same_molecule_pairs(word, x, y, radius)
     near = np.abs(plane[i] - plane[j]) <= 1
     weak, strong = np.where(mass[i] < mass[j], (i, j), (j, i))[:, near]
@@ -79,7 +79,7 @@ def _outshone(
 def once(
     word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mass: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each molecule of a field once: without `halos`, and with its sightings in several planes merged.
+    """Count each molecule of a field once: drop `halos`, and merge its detections in several planes.
 
     All arrays (molecule,). Returns keep and z as `merge_planes` does.
     """

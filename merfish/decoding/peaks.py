@@ -1,8 +1,8 @@
 """Peaks of each bit, crowded neighbours fitted together.
 
-A spot's radial profile, filter rings included, is measured from the bright peaks of its bit. All peaks of a bit are
-then fitted by least squares, one after the other against what the others leave (as DAOPHOT does, Stetson 1987); what is
-left is searched for the peaks that hid in a neighbour's flank, and all are fitted again.
+The radial profile of a spot, filter rings included, is measured on the bright peaks of its bit. All peaks of a bit are
+then fitted by least squares, one after the other on the residual of the others (as in DAOPHOT, Stetson 1987); the
+residual is searched for peaks hidden by a neighbour, and all are fitted again.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from scipy.spatial import cKDTree
 from merfish.decoding import _peak_kernels as kernels
 from merfish.imaging.normalize import NoiseMap, locate_peaks
 
-PEAK_SIGMAS = 5.0  # height of a peak over the noise around it
-PEAK_HEIGHT = 0.15  # and over a typical molecule's height
-HIDDEN_HEIGHT = 0.25  # the same for peaks found when the others are taken out: a profile that fits badly leaves some
-PASSES = 6  # of fitting all peaks at most; before each but the first, hidden ones are looked for
-FEW_MORE = 0.01  # of the peaks: so few more are not worth another pass
-SHARE_SWEEPS = 12  # over peaks whose places are known; two 0.6 sigma apart then have 0.9 of their heights
-SWEEPS = 2  # over the peaks in each pass
-SETTLED = 0.002  # of a molecule, or pixel; a height or a place that would change less is left as it is
-STIFFNESS = 0.02  # holds the place of a peak that is cut off by the border; a whole peak has about 2
+PEAK_SIGMAS = 5.0  # height of a peak relative to the local noise
+PEAK_HEIGHT = 0.15  # and relative to a typical molecule's height
+HIDDEN_HEIGHT = 0.25  # the same for peaks found in the residual: a poorly fitting profile leaves some
+PASSES = 6  # passes of fitting all peaks, at most; before each but the first, hidden peaks are searched for
+FEW_MORE = 0.01  # relative to the number of peaks; fewer new ones are not worth another pass
+SHARE_SWEEPS = 12  # sweeps over peaks with known positions; two 0.6 sigma apart then reach 0.9 of their heights
+SWEEPS = 2  # sweeps over the peaks in each pass
+SETTLED = 0.002  # of a molecule, or pixel; a height or position that would change less is left as it is
+STIFFNESS = 0.02  # regularises the position of a peak cut off by the border; a whole peak has about 2
 # lengths in sigmas of the PSF
-CORE = 1.1  # around a peak, what its fit looks at
-MOST_STEP = 0.22  # a peak moves at most in one sweep
+CORE = 1.1  # radius of the fit of a peak
+MOST_STEP = 0.22  # largest move of a peak in one sweep
 BIN = 0.185  # of the profile
 REACH = 3.33  # of the profile
-TOUCHING = 1.5  # peaks this near to a molecule share its light
-PROFILE_PEAKS = 500  # a bit, at most, that the profile is measured from
-STAY = 0.7  # of the threshold, below which a fitted peak is none
-FEWEST_PEAKS = 30  # with fewer a bit is not crowded, and its profile is not known
+TOUCHING = 1.5  # peaks this close to a molecule share its light
+PROFILE_PEAKS = 500  # peaks of a bit, at most, that the profile is measured on
+STAY = 0.7  # relative to the threshold, below which a fitted peak is dropped
+FEWEST_PEAKS = 30  # with fewer, a bit is not crowded and its profile cannot be measured
 
 
 class Fit(NamedTuple):
@@ -45,7 +45,7 @@ class Fit(NamedTuple):
 
 
 def fit_peaks(image: np.ndarray, height: int, sigma: float) -> Fit:
-    """Peaks of one bit (plane * height, x) float32, normalised, whose light is taken out of the image.
+    """Find and fit the peaks of one bit (plane * height, x) float32, normalised, and subtract them from the image.
 
     sigma: of the PSF, pixel.
     """
@@ -58,7 +58,7 @@ def fit_peaks(image: np.ndarray, height: int, sigma: float) -> Fit:
     for step in range(PASSES):
         if step:
             fresh = len(x)
-            noise = NoiseMap.of(image, height)  # what the crowd added to the noise is gone
+            noise = NoiseMap.of(image, height)  # noise without the contribution of the peaks
             more = _peaks_above(image, height, noise, HIDDEN_HEIGHT)
             x, y, top = (np.append(old, new) for old, new in zip((x, y, top), more, strict=True))
         fit_together(image, height, Fit(x, y, top, profile), fresh, sigma)
@@ -69,12 +69,12 @@ def fit_peaks(image: np.ndarray, height: int, sigma: float) -> Fit:
 
 
 def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: float) -> None:
-    """Fit the peaks of one bit against what they leave in the image; the light of those from ``fresh`` on is in it."""
+    """Fit the peaks of one bit on the residual image, from which those from ``fresh`` on are not yet subtracted."""
     if fit.profile is None:
         return
     bins = 1 / (BIN * sigma)
     slope = np.gradient(fit.profile) * bins
-    slope[0] = 0.0  # its top is smooth
+    slope[0] = 0.0  # the top of the profile is smooth
     kernels.fit_spots(
         image, height, fresh, fit.x, fit.y, fit.height, fit.profile, slope, bins, CORE * sigma, STIFFNESS,
         MOST_STEP * sigma, SWEEPS, SETTLED,
@@ -84,11 +84,11 @@ def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: fl
 def share_peaks(
     left: np.ndarray, height: int, fit: Fit, mine: np.ndarray, x: np.ndarray, y: np.ndarray, sigma: float
 ) -> Fit:
-    """The peaks of a bit, those of molecules in a crowd replaced by one at the place of each molecule.
+    """Replace the peaks of crowded molecules in a bit by one at the position of each molecule.
 
-    left: (row, x) float32, the light that no peak explains, updated. mine: (peak,) bool, the peaks replaced.
-    x, y (rows) (molecule,): where the molecules lie, some of which have no light in this bit. Heights are fitted
-    together, peaks of little light dropped, and the places of the others refined.
+    left: (row, x) float32, the residual, updated. mine: (peak,) bool, the peaks replaced. x, y (rows) (molecule,):
+    positions of the molecules, some of which are dark in this bit. Heights are fitted together, weak peaks are dropped,
+    and the positions of the others are refined.
     """
     bins = 1 / (BIN * sigma)
     px, py = np.concatenate([x, fit.x[~mine]]), np.concatenate([y, fit.y[~mine]])
@@ -109,7 +109,7 @@ def share_peaks(
 
 
 def threshold(noise: NoiseMap, x: np.ndarray, y: np.ndarray, least: float) -> np.ndarray:
-    """Height (peak,) that a peak at x, y (rows) must have: over the noise, and over ``least``."""
+    """Least height (peak,) of a peak at x, y (rows): above the noise, and above ``least``."""
     return np.maximum(np.maximum(noise.level(x, y), 0.0) + PEAK_SIGMAS * noise.sigma(x, y), least)
 
 
@@ -124,9 +124,9 @@ def _peaks_above(
 def measure_profile(
     image: np.ndarray, height: int, x: np.ndarray, y: np.ndarray, top: np.ndarray, sigma: float
 ) -> np.ndarray | None:
-    """Radial profile (bin,) of a spot 1 high: the median over bright peaks, which neighbours hardly move.
+    """Radial profile (bin,) of a spot 1 high: the median over bright peaks, which is robust to neighbours.
 
-    None when there are too few peaks.
+    None if there are too few peaks.
     """
     margin = int(np.ceil(REACH * sigma)) + 1
     whole = (

@@ -14,13 +14,13 @@ from merfish.imaging.preprocess import Bandpassed
 
 # a pixel belongs to a molecule down to half of its height
 HALF_HEIGHT = 0.5
-STRIP = 128  # rows that are filtered at once when the whole is not held
-TABLE_BITS = 16  # up to here a table of all observable words is smaller and faster than a search
+STRIP = 128  # rows that are filtered at once if the whole stack is not kept
+TABLE_BITS = 16  # bits up to which a table of all observable words is smaller and faster than a search
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedPixels:
-    """One word a pixel; all arrays (plane * y, x).
+    """The word of each pixel; all arrays (plane * y, x).
 
     word: int32, row of the codebook, -1 = none.
     distance: float32, between unit vectors (soft) or in bits (hard).
@@ -39,9 +39,9 @@ class DecodedPixels:
 def distance_threshold(weight: int) -> float:
     """Largest distance between the unit vectors of a pixel and its word, for words of ``weight`` on-bits.
 
-    A word that lost one of w bits stands at an angle with cosine sqrt((w - 1) / w), one that lost two at
-    sqrt((w - 2) / w). The threshold lies half-way between the two angles: at w = 4 that is 0.643, where a clean
-    1->0 error stands at sqrt(2 - sqrt 3) = 0.518 and a clean 0->1 error at 0.460.
+    A word that lost one of w bits is at an angle with cosine sqrt((w - 1) / w), one that lost two at sqrt((w - 2) / w).
+    The threshold is half-way between the two angles: 0.643 for w = 4, where a clean 1->0 error is at
+    sqrt(2 - sqrt 3) = 0.518 and a clean 0->1 error at 0.460.
 
     >>> round(distance_threshold(4), 3)
     0.643
@@ -98,7 +98,7 @@ def search_model(
 
 
 def strips(stack: np.ndarray | Bandpassed) -> Iterator[tuple[slice, np.ndarray]]:
-    """Some rows of all bits after the other; an array, which is held anyway, in one piece."""
+    """Iterate over blocks of rows of all bits; an array, which is in memory anyway, is one block."""
     n_rows = stack.shape[1]
     step = n_rows if isinstance(stack, np.ndarray) else STRIP
     for first in range(0, n_rows, step):
@@ -109,8 +109,8 @@ def strips(stack: np.ndarray | Bandpassed) -> Iterator[tuple[slice, np.ndarray]]
 def decode_hard(stack: np.ndarray | Bandpassed, codebook: Codebook, normalization: Normalization) -> DecodedPixels:
     """Binarise each bit at half of its molecules' height and correct errors by Hamming distance.
 
-    With minimum distance d of the codebook, up to (d - 1) // 2 wrong bits are corrected and everything farther, or
-    as near to two words, is refused: for d = 4 distance 0 is exact, 1 is corrected, 2 is detected.
+    With minimum distance d of the codebook, up to (d - 1) // 2 wrong bits are corrected and everything farther,
+    or equally far from two words, is refused: for d = 4 distance 0 is exact, 1 is corrected, 2 is detected.
     """
     threshold = np.where(
         normalization.scale > 0, normalization.background + HALF_HEIGHT * normalization.scale, np.inf
@@ -122,7 +122,7 @@ def decode_hard(stack: np.ndarray | Bandpassed, codebook: Codebook, normalizatio
 
 
 class CodeLookup:
-    """Nearest word of any observed bits, refused (-1) where the code cannot correct them."""
+    """Nearest word of observed bits; refused (-1) if the code cannot correct them."""
 
     def __init__(self, codebook: Codebook) -> None:
         self.codes = codebook.codes
@@ -165,7 +165,7 @@ class CodeLookup:
 
 
 def _level(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Thresholds that whole numbers pass as they pass the given ones, in their own dtype: compared many at once."""
+    """Equivalent thresholds in the dtype of integer images, which are compared faster."""
     if not np.issubdtype(dtype, np.integer):
         return threshold.astype(dtype)
     limits = np.iinfo(dtype)

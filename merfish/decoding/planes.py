@@ -1,23 +1,23 @@
-"""Where a molecule lies between planes, from its light in the plane that shows it best and in the two beside it."""
+"""Position of a molecule between planes, from its brightness in its brightest plane and in the two adjacent ones."""
 
 from __future__ import annotations
 
 import numpy as np
 
-LIGHT_RADIUS = 0.75  # sigmas of the PSF; a molecule's peak in the next plane lies nearer than this to its place
-# molecules' height; below it light is noise and what neighbours left. Simulated molecules are placed alike with 0.015
-# to 0.03; with twice as much the median error is 0.03 planes larger.
+LIGHT_RADIUS = 0.75  # sigmas of the PSF; a molecule's peak in the next plane is closer than this to its position
+# relative to molecules' height; less is noise and residuals of neighbours. Positions of simulated molecules are the
+# same with 0.015 to 0.03; with twice as much the median error is 0.03 planes larger.
 LEAST_LIGHT = 0.03
 
 
 def depth(light: np.ndarray, plane: np.ndarray) -> np.ndarray:
-    """z in planes, between the middles of the planes beside the molecule's own.
+    """z in planes, between the centres of the planes adjacent to the molecule's own.
 
     A spot's width grows out of focus as that of a Gaussian beam, so after a band-pass its height falls about as
-    1 / (1 + (dz / f)^2)^2, whatever the range of focus f: height^-1/2 is a parabola, whose lowest point three planes
-    tell. A plane that is not there is taken as dark.
+    1 / (1 + (dz / f)^2)^2, for any focal range f: height^-1/2 is a parabola, whose minimum follows from three planes.
+    A missing plane is treated as dark.
 
-    light: (molecule, 3) float, below, in and above the plane, molecules' height, NaN where there is none.
+    light: (molecule, 3) float, below, in and above the plane, relative to molecules' height, NaN without a plane.
     plane: (molecule,) int. Returns (molecule,) float32.
     """
     below, own, above = (np.maximum(np.nan_to_num(light), LEAST_LIGHT) ** -0.5).T

@@ -12,12 +12,12 @@ from merfish.config import FILTER_SIGMAS
 from merfish.imaging.normalize import NoiseMap, locate_peaks
 from merfish.imaging.preprocess import Bandpassed
 
-USUAL_SIGMA = 1.35  # pixel; the width for which the filters of `merfish.config` are given, taken if few spots tell
-RANGE = (0.6, 5.0)  # pixel; narrower is a pixel, wider is no spot
-CLEAR = 8.0  # height over the noise of the spots that are looked at
+USUAL_SIGMA = 1.35  # pixel; the width for which the filters of `merfish.config` are given; used if there are few spots
+RANGE = (0.6, 5.0)  # pixel; narrower is a single pixel, wider is not a spot
+CLEAR = 8.0  # height of the spots that are used, relative to the noise
 FEWEST_SPOTS = 30
-MOST_SPOTS = 500  # a bit; the brighter half, so that dim neighbours and noise weigh little
-SIDE = 512  # pixel, of the middle of the field
+MOST_SPOTS = 500  # spots of a bit; the brighter half, so that dim neighbours and noise have little influence
+SIDE = 512  # pixel, of the centre of the field
 STEP = 0.25  # pixel, of the profile
 
 
@@ -28,7 +28,7 @@ def psf_sigma(
 
     stack: (bit, plane * height, x), band-passed; ``filters`` says how, in pixel, where it is an array.
     The radius at which the median profile of clear spots falls to half its top is that of a Gaussian of this sigma,
-    averaged over pixels and filtered alike.
+    averaged over pixels and filtered in the same way.
     """
     if isinstance(stack, Bandpassed) and stack.sigma is not None:
         return stack.sigma
@@ -45,13 +45,13 @@ def psf_sigma(
 
 @lru_cache
 def _half_radii(smoothing: float, background: float) -> tuple[np.ndarray, np.ndarray]:
-    """`expected_half_radius` for many sigmas, and these."""
+    """A table of `expected_half_radius`: sigmas and radii."""
     sigmas = np.linspace(*RANGE, 100)
     return np.array([expected_half_radius(sigma, smoothing, background) for sigma in sigmas]), sigmas
 
 
 def _middle(stack: np.ndarray | Bandpassed, height: int) -> np.ndarray | Bandpassed:
-    """The middle of the middle plane of each bit."""
+    """The centre of the middle plane of each bit."""
     first = stack.shape[1] // height // 2 * height
     down, across = (slice((n - min(n, SIDE)) // 2, (n + min(n, SIDE)) // 2) for n in (height, stack.shape[2]))
     if isinstance(stack, np.ndarray):
@@ -92,7 +92,7 @@ def expected_half_radius(sigma: float, smoothing: float, background: float) -> f
 
 
 def _crossing(radius: np.ndarray, profile: np.ndarray) -> float:
-    """Where a profile first falls below a half, linear between its places; NaN if nowhere."""
+    """Where a profile first falls below a half, linear between its points; NaN if nowhere."""
     known = np.isfinite(profile)
     radius, profile = radius[known], profile[known]
     below = np.flatnonzero(profile < 0.5)

@@ -1,12 +1,12 @@
-"""Whole spots to words: localise them in each bit, link them across bits, weigh each candidate's words.
+"""Whole spots to words: localise spots in each bit, link them across bits, and score the words of each candidate.
 
-A molecule is one object seen in several bits. Around a peak the nearest free peak of each bit is gathered; what a bit
-shows (a peak, how near the centre and how bright against the others; or no peak, and how bright the place is) is
-scored by how much likelier it is in a bit that is on in the word than in one that is off. The two distributions
-hold everything that happens to a bit (1->0 and 0->1 errors, accidental neighbours, peaks hidden in a neighbour's
-flank) and are learnt from the data, with the abundance of words, by expectation-maximisation: calls, weighted by
-their posterior, refill the histograms. Within a round the most certain molecule is called first and takes its
-peaks; the others are scored again without them.
+A molecule is one object seen in several bits. Around a peak, the nearest free peak of each bit is collected. The
+observation of a bit (a peak, its distance from the centre and its brightness relative to the others; or no peak, and
+the brightness there) is scored by its likelihood ratio between bits that are on in the word and bits that are off. The
+two distributions include everything that happens to a bit (1->0 and 0->1 errors, chance neighbours, peaks hidden by a
+neighbour). They are learnt from the data, with the abundances of words, by expectation-maximisation: calls, weighted by
+their posterior, refill the histograms. Within a round the most certain molecule is called first and takes its peaks;
+the others are scored again without them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed
 
 # lengths in sigmas of the PSF
-RADIUS = 0.9  # peaks of one molecule lie nearer to its centre, registration error included
-EXPLAINED = 0.45  # a peak of another bit this near is the molecule's own 0->1 error
+RADIUS = 0.9  # peaks of one molecule are closer than this to its centre, registration error included
+EXPLAINED = 0.45  # a peak of another bit this close is the molecule's own 0->1 error
 CELL = 1.5  # of the grid, at least RADIUS
-CROWDED = 2.5  # molecules this near are fitted together: their spots overlap
+CROWDED = 2.5  # molecules this close are fitted together: their spots overlap
 ROUNDS = 3  # of expectation-maximisation
-REFITS = 2  # of the peaks of molecules in crowds; a third finds less than half as many more
+REFITS = 2  # fits of the peaks of crowded molecules; a third finds less than half as many more
 BAND = 64.0  # of rows, that are learnt from together
-LEARN_PEAKS = 20_000  # of all bits; some thousand molecules, of which each bit shows hundreds
+LEARN_PEAKS = 20_000  # peaks of all bits; about a thousand molecules, hundreds in each bit
 LIGHT_STEP = 1 / 32  # molecules; of the light around peaks, a quarter of the bins it is sorted into
 
 
@@ -44,10 +44,10 @@ LIGHT_STEP = 1 / 32  # molecules; of the light around peaks, a quarter of the bi
 class Spots:
     """Molecules called; arrays (molecule,).
 
-    word: int32. x, y: float64 pixel, y within the plane. plane: int32, where it was seen. z: float32 in planes, between
-    them by its light in the planes beside. intensity: float32, mean height of its peaks.
+    word: int32. x, y: float64 pixel, y within the plane. plane: int32, where it is brightest. z: float32 in planes,
+    interpolated from its brightness in the adjacent planes. intensity: float32, mean height of its peaks.
     log_odds: float64, of the word against all other words. errors: uint64, the bits that differ from the word.
-    shifts: of the bits, taken out.
+    shifts: of the bits, which were corrected.
     """
 
     word: np.ndarray
@@ -72,7 +72,7 @@ def decode_spots(
     left = np.empty(stack.shape, np.int8)
     fits = gather_peaks(stack, normalization, height, sigma, left)
     shifts = measure_shifts(fits, height, sigma)
-    live = normalization.gain > 0  # a dead bit says nothing about any word
+    live = normalization.gain > 0  # a dead bit is no evidence for or against any word
     classes = start_classes(codebook, live)
     some = make_scene(_some(fits, sigma), left, height, sigma, shifts.shift)
     views = look(some)
@@ -119,7 +119,7 @@ def _molecules(called: Calls, scene: kernels.Scene, codebook: Codebook, shifts: 
 def gather_peaks(
     stack: np.ndarray | Bandpassed, normalization: Normalization, height: int, sigma: float, left: np.ndarray
 ) -> list[Fit]:
-    """Peaks of every bit; into ``left`` (bit, row, x) int8 what they leave of the light, in steps of `LIGHT_STEP`."""
+    """Peaks of every bit; writes their residual to ``left`` (bit, row, x) int8, in steps of `LIGHT_STEP`."""
 
     def one_bit(bit: int) -> Fit:
         image = np.array(stack[bit], np.float32, copy=isinstance(stack, np.ndarray))
@@ -133,10 +133,10 @@ def gather_peaks(
 
 
 def refit(fits: list[Fit], scene: kernels.Scene, called: Calls, left: np.ndarray, sigma: float) -> list[Fit]:
-    """Peaks of every bit, with those of molecules that lie close together fitted at the molecules' places.
+    """Peaks of every bit, with those of molecules that are close together fitted at the molecules' positions.
 
-    Two molecules nearer than a spot is wide show one peak in a bit that they share. Where they lie is known from the
-    bits that they do not share. left (bit, row, x) int8, what no peak explains, is updated.
+    Two molecules closer than the width of a spot have one common peak in bits that they share. Their positions are
+    known from the bits that they do not share. left (bit, row, x) int8, the residual, is updated.
     """
     ends = np.cumsum([0, *(len(fit.x) for fit in fits)])
     x, y = called.table[:, 0], called.table[:, 1]
@@ -148,7 +148,7 @@ def refit(fits: list[Fit], scene: kernels.Scene, called: Calls, left: np.ndarray
         fit, owner = fits[bit], called.owner[ends[bit] : ends[bit + 1]]
         has = np.zeros(len(x), bool)
         has[owner[owner >= 0]] = True
-        near = np.unique(pairs[has[pairs].any(axis=1)])  # one of the two shows the bit, or both
+        near = np.unique(pairs[has[pairs].any(axis=1)])  # the bit is on in one of the two, or in both
         if fit.profile is None or not len(near):
             return fit
         chosen = np.zeros(len(x), bool)
@@ -164,7 +164,7 @@ def refit(fits: list[Fit], scene: kernels.Scene, called: Calls, left: np.ndarray
 
 
 def _some(fits: list[Fit], sigma: float) -> list[Fit]:
-    """The peaks of every so many bands of rows, about `LEARN_PEAKS`: they tell what bits show in a large field."""
+    """About `LEARN_PEAKS` peaks in evenly spaced bands of rows: enough to learn the distributions in a large field."""
     every = sum(len(fit.x) for fit in fits) // LEARN_PEAKS
     if every < 2:
         return fits
@@ -188,7 +188,7 @@ def _joined(fits: list[Fit]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, shift: np.ndarray) -> kernels.Scene:
-    """Peaks with the shifts (bit, 2) of their bits taken out, sorted into a grid; left: see `gather_peaks`."""
+    """Peaks corrected for the shifts (bit, 2) of their bits, sorted into a grid; left: see `gather_peaks`."""
     _, n_rows, width = left.shape
     x, y, bit = _joined(fits)
     top = np.concatenate([fit.height for fit in fits])
@@ -220,7 +220,7 @@ class Calls(NamedTuple):
 
 
 def look(scene: kernels.Scene) -> kernels.Views:
-    """What is around each peak of a scene."""
+    """Collect the neighbourhood of each peak of a scene."""
     n, n_bits = len(scene.px), len(scene.light)
     views = kernels.Views(np.empty((n, n_bits), np.int32), np.empty((n, n_bits), np.uint8), np.empty((n, 3)))
     free = np.zeros(n, bool)

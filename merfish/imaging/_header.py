@@ -1,4 +1,4 @@
-"""What every reader of image files shares: the header it gives, and how much memory a file may ask for."""
+"""Shared by all readers of image files: the header they return, and the limit on the memory that a file may need."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 from merfish.errors import InputError
 
-MOST_FRAME = 1 << 29  # bytes of one frame, 16,384 x 16,384 px; a header that asks for more is damaged
-# A compressed file may unpack to so many bytes, or to so many times its own: noise of cameras does not compress further
+MOST_FRAME = 1 << 29  # bytes of one frame, 16,384 x 16,384 px; a header that needs more is damaged
+# Limits on the unpacked size of a compressed file, in bytes and relative to its own: camera noise compresses no further
 FREE_BYTES, MOST_UNPACKED = 1 << 28, 50
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about its frames. ``problem`` is empty, or why its frames cannot be read or trusted."""
+    """The frames of a file. ``problem`` says why they cannot be read or trusted, and is empty if they can."""
 
     frames: int
     shape: tuple[int, int]
@@ -31,9 +31,9 @@ class Header:
 
 
 def refuse_bomb(path: Path, unpacked: int, stored: int) -> None:
-    """Raise InputError if a file of ``stored`` bytes asks for ``unpacked`` bytes of memory, far more than images do."""
+    """Raise InputError if a file of ``stored`` bytes claims ``unpacked`` bytes of memory, far more than images need."""
     if unpacked > max(FREE_BYTES, MOST_UNPACKED * stored):
         raise InputError(
-            f"{path}: {stored} bytes on disk say that they unpack to {unpacked}; expected at most {MOST_UNPACKED} "
-            "times as much: the file is damaged or made to fill the memory"
+            f"{path}: {stored} bytes on disk would unpack to {unpacked}; expected at most {MOST_UNPACKED} "
+            "times as many: the file is damaged, or was made to exhaust the memory"
         )

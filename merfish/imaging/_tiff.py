@@ -1,8 +1,8 @@
 """TIFF: pages in file order.
 
-tifffile's series are not used for movies: some microscopes make every frame a series of its own, and a page-wise stack
-that was cut short shows as fewer pages without complaint. What tifffile believes of a header is checked before, where
-believing it would cost any time or memory.
+tifffile's series are not used for movies: some microscopes write every frame as a series of its own, and a truncated
+page-wise stack is read as fewer pages without a warning. Headers that could cost much time or memory are checked before
+tifffile uses them.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from merfish.imaging._header import Header, refuse_bomb
 
 MOST_PAGES = 100_000
 MOST_TAGS = 4096  # of a page
-# Bytes of a value, by the number of its type in TIFF 6.0 and BigTIFF
+# Bytes of a value by its type number in TIFF 6.0 and BigTIFF
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-# Compressions that say by the page's own header how large they unpack: none, LZW, deflate (two numbers), PackBits,
-# Zstandard. JPEG and its kin state sizes of their own.
+# Compressions whose unpacked size follows from the page's header: none, LZW, deflate (two numbers), PackBits,
+# Zstandard. JPEG and similar formats have size fields of their own.
 _COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 50000: "Zstandard"}
 _OME_COUNTS = ("SizeZ", "SizeC", "SizeT", "PlaneCount", "IFD", "FirstZ", "FirstC", "FirstT")
 
-# Its complaints about damaged files are in our messages; without a handler they would go to the terminal as they are.
+# Our messages include its warnings about damaged files; without a handler they would be printed unescaped as well.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
@@ -43,13 +43,13 @@ def _opened(path: Path) -> Iterator[Any]:
 
     with open(path, "rb") as file:
         _check_chain(path, file, os.fstat(file.fileno()).st_size)
-    # An OME-TIFF may name other files, anywhere; only this one is read.
+    # An OME-TIFF may refer to other files anywhere; only this one is read.
     with tifffile.TiffFile(path, _multifile=False) as tif:
         yield tif
 
 
 def _check_chain(path: Path, file: BinaryIO, size: int) -> None:
-    """Follow the chain of pages; refuse one that comes back to itself, and tags that ask for more than the file has."""
+    """Follow the chain of pages; refuse a cyclic chain, and tags with more values than the file has bytes."""
     start = file.read(16)
     order = {b"II": "<", b"MM": ">"}.get(start[:2])
     kind = struct.unpack(f"{order}H", start[2:4])[0] if order and len(start) >= 8 else 0
@@ -60,14 +60,14 @@ def _check_chain(path: Path, file: BinaryIO, size: int) -> None:
     seen: set[int] = set()
     while 0 < offset < size:
         if offset in seen:
-            raise InputError(f"{path}: its pages form a circle: page {len(seen) - 1} points back to an earlier one")
+            raise InputError(f"{path}: its pages form a cycle: page {len(seen) - 1} points back to an earlier one")
         seen.add(offset)
         if len(seen) > MOST_PAGES:
             raise InputError(f"{path}: more than {MOST_PAGES} pages")
         file.seek(offset)
         head = file.read(struct.calcsize(order + count_form))
         if len(head) < struct.calcsize(order + count_form):
-            return  # cut short, which is said where the pages are compared
+            return  # truncated; reported where the pages are compared
         (n_tags,) = struct.unpack(order + count_form, head)
         entry = struct.Struct(order + entry_form)
         if n_tags > MOST_TAGS:
@@ -76,7 +76,7 @@ def _check_chain(path: Path, file: BinaryIO, size: int) -> None:
         for code, type_number, count in entry.iter_unpack(tags[: len(tags) // entry.size * entry.size]):
             if count * _TYPE_BYTES.get(type_number, 0) > size:
                 raise InputError(
-                    f"{path}: tag {code} of page {len(seen) - 1} asks for {count} values, the file has {size} bytes"
+                    f"{path}: tag {code} of page {len(seen) - 1} claims {count} values, but the file has {size} bytes"
                 )
         link = file.read(struct.calcsize(order + next_form))
         offset = struct.unpack(order + next_form, link)[0] if len(link) == struct.calcsize(order + next_form) else 0
@@ -87,8 +87,8 @@ def _pages(tif: Any) -> list[Any]:
 
 
 def _contiguous(tif: Any, pages: list[Any]) -> tuple[int, int] | None:
-    """(frames, offset) if a single page's header stands for frames that follow each other (ImageJ, tifffile)."""
-    # OME names each of its pages
+    """(frames, offset) if the header of one page describes several contiguous frames (ImageJ, tifffile)."""
+    # OME lists each of its pages
     series = tif.series if len(pages) == 1 and not tif.is_ome and pages[0].compression == 1 else []
     if len(series) == 1 and series[0].dataoffset is not None:
         frames = math.prod(series[0].shape) // max(math.prod(pages[0].shape), 1)
@@ -106,12 +106,12 @@ def read_header(path: Path) -> Header:
 def _header(path: Path, tif: Any) -> Header:
     pages = _pages(tif)
     if not pages:
-        raise InputError(f"{path}: a TIFF file without images")
+        raise InputError(f"{path}: the TIFF file has no images")
     page = pages[0]
     frames, problem = len(pages), ""
     if page.dtype is None:
         raise InputError(
-            f"{path}: pixels of {page.bitspersample} bits and sample format {page.sampleformat} are not known here"
+            f"{path}: pixels of {page.bitspersample} bits and sample format {page.sampleformat} are not supported"
         )
     if len(page.shape) != 2:
         shape = (*page.shape[:2], 0, 0)[:2]
@@ -121,7 +121,7 @@ def _header(path: Path, tif: Any) -> Header:
         frames, offset = contiguous
         held = (size - offset) // max(page.nbytes, 1)
         if held < frames:
-            problem = f"cut short: its header promises {frames} frames, its {size} bytes hold {held}"
+            problem = f"truncated: its header says {frames} frames, its {size} bytes hold {held}"
     else:
         problem = _problem(pages, size)
     return Header(frames, page.shape, np.dtype(page.dtype), problem)
@@ -134,21 +134,21 @@ def _problem(pages: list[Any], size: int) -> str:
             return f"frame {number} is {page.dtype} {page.shape}, frame 0 {first.dtype} {first.shape}"
         if page.compression not in _COMPRESSIONS:
             known = ", ".join(dict.fromkeys(_COMPRESSIONS.values()))
-            return f"frame {number} is compressed in a way not known here ({page.compression:d}), expected {known}"
-        # Zero bytes or offset mark a tile that was never written; tifffile would fill it with zeros.
+            return f"frame {number} has an unsupported compression ({page.compression:d}), expected {known}"
+        # A size or offset of zero marks a tile that was never written; tifffile would fill it with zeros.
         ends = [o + n if o and n else size + 1 for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
         if not ends or max(ends) > size:
-            return f"cut short: the pixels of frame {number} are not all within its {size} bytes"
+            return f"truncated: some pixels of frame {number} lie beyond its {size} bytes"
         if len(ends) != math.prod(page.chunked):
             return f"frame {number} has {len(ends)} strips or tiles, expected {math.prod(page.chunked)}"
         if page.compression == 1 and sum(page.databytecounts) < page.nbytes:
-            return f"cut short: frame {number} has {sum(page.databytecounts)} bytes of pixels, expected {page.nbytes}"
-    # After the last page of a whole file the chain of pages ends; one that was cut points beyond the end.
+            return f"truncated: frame {number} has {sum(page.databytecounts)} bytes of pixels, expected {page.nbytes}"
+    # The chain of pages ends after the last page of a complete file; in a truncated file it points beyond the end.
     return ""
 
 
 def read_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray:
-    """Frames (frame, y, x) by their numbers."""
+    """Read frames (frame, y, x) by their numbers."""
     with _opened(path) as tif:
         return _frames(path, tif, frames, header)
 
@@ -164,7 +164,7 @@ def _frames(path: Path, tif: Any, frames: Sequence[int], header: Header) -> np.n
 
 
 def read_stack(path: Path) -> tuple[np.ndarray, str]:
-    """A whole TIFF as one array and the names of its axes, "" if it names none for all its pages."""
+    """Read a whole TIFF as one array, and the names of its axes, "" if it does not name them for all its pages."""
     with _opened(path) as tif:
         header = _header(path, tif)
         if header.problem:
@@ -182,7 +182,7 @@ def read_stack(path: Path) -> tuple[np.ndarray, str]:
 
 
 def _check_ome(path: Path, text: str) -> None:
-    """Refuse counts that no file has, before anything counts up to them."""
+    """Refuse impossibly large counts before any loop runs over them."""
     for element in ElementTree.fromstring(text).iter():
         for name in _OME_COUNTS:
             value = element.get(name)

@@ -1,4 +1,4 @@
-"""Zarr and OME-Zarr: what the metadata promise is checked against the files before zarr believes it."""
+"""Zarr and OME-Zarr: metadata are checked against the files before zarr uses them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _PIECE = 1 << 20  # bytes unpacked at a time while counting
 class Store:
     """An array in a folder, as its metadata describe it, and the files of its chunks.
 
-    version: 2 or 3, of the format. axes: their names, one letter each, or "". codecs: by name. n_chunks: with a file or
-    without. stored: bytes of all files.
+    version: of the format, 2 or 3. axes: their names, one letter each, or "". codecs: by name. n_chunks: including
+    those without a file. stored: bytes of all files.
     """
 
     folder: Path
@@ -49,10 +49,10 @@ class Store:
 
 
 def open_store(path: Path) -> Store:
-    """The array of a Zarr store, or the full resolution of an OME-Zarr image. Reads no chunk.
+    """Open the array of a Zarr store, or the full resolution of an OME-Zarr image, without reading a chunk.
 
-    Raises InputError if the metadata are not understood, ask for more than the files hold, or if a file is a link that
-    leads out of the folder or is no regular file.
+    Raises InputError if the metadata are not supported or claim more than the files hold, or if a file is not a
+    regular file or is a link to a place outside the folder.
     """
     version, metadata = _metadata(path)
     axes = "".join(str(name)[:1] for name in names) if (names := metadata.get("dimension_names")) and all(names) else ""
@@ -64,7 +64,7 @@ def open_store(path: Path) -> Store:
     sides = metadata.get("chunks") if version == 2 else _place(metadata, "chunk_grid", "configuration", "chunk_shape")
     chunk = _sizes(folder, "chunks", sides, 1)
     if len(shape) != len(chunk) or len(shape) > _MOST_AXES:
-        raise InputError(f"{folder}: shape {shape} and chunks {chunk} do not fit each other")
+        raise InputError(f"{folder}: shape {shape} and chunks {chunk} do not match")
     dtype = _dtype(folder, metadata.get("dtype" if version == 2 else "data_type"))
     codecs = _codecs(folder, version, metadata)
     files, stored = _chunk_files(path, folder, version, len(shape))
@@ -78,7 +78,7 @@ def open_store(path: Path) -> Store:
 
 
 def _metadata(folder: Path) -> tuple[Literal[2, 3], dict[str, Any]]:
-    """(version, metadata) of an array or group; those of version 2 in the words of version 3."""
+    """(version, metadata) of an array or group; metadata of version 2 are translated to those of version 3."""
     if (folder / "zarr.json").exists():
         return 3, _json(folder / "zarr.json")
     if (folder / ".zarray").exists():
@@ -104,7 +104,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _place(values: Any, *keys: Any) -> Any:
-    """What stands at a place of nested objects and lists, None if there is no such place."""
+    """Look up a value in nested objects and lists; None if it is missing."""
     for key in keys:
         if isinstance(values, dict) or (isinstance(values, list) and isinstance(key, int) and key < len(values)):
             values = values.get(key) if isinstance(values, dict) else values[key]
@@ -114,12 +114,12 @@ def _place(values: Any, *keys: Any) -> Any:
 
 
 def _full_resolution(path: Path, attributes: dict[str, Any]) -> tuple[Path, str]:
-    """Folder of the first array of an OME-Zarr image, and the names of its axes."""
+    """Find the folder of the first array of an OME-Zarr image, and the names of its axes."""
     image = _place(attributes.get("ome") or attributes, "multiscales", 0)
     if image is None:
         raise InputError(f"{path}: a Zarr group without OME multiscales; expected an array or an OME-Zarr image")
     name = _place(image, "datasets", 0, "path")
-    # one step down or several, never up or away
+    # a path below the store, never up or elsewhere
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name):
         raise InputError(f"{path}: multiscales: expected the path of an array in the store, got {shown(name)}")
     folder = path / name
@@ -153,12 +153,12 @@ def _codecs(folder: Path, version: int, metadata: dict[str, Any]) -> tuple[str, 
         names = [_place(codec, "name") for codec in metadata.get("codecs") or []]
     unknown = [name for name in names if not isinstance(name, str) or name not in _CODECS]
     if unknown:
-        raise InputError(f"{folder}: codec {shown(unknown[0])} is not known here; expected blosc, zstd, lz4 or gzip")
+        raise InputError(f"{folder}: codec {shown(unknown[0])} is not supported; expected blosc, zstd, lz4 or gzip")
     return tuple(names)
 
 
 def _chunk_files(root: Path, folder: Path, version: int, n_axes: int) -> tuple[dict[tuple[int, ...], Path], int]:
-    """Files that are named as chunks, by their place in the grid, and the bytes of all of them."""
+    """Find the files named as chunks, by their index in the grid, and their total size in bytes."""
     found: dict[tuple[int, ...], Path] = {}
     stored, number = 0, 0
     inside = os.path.realpath(root)
@@ -207,13 +207,13 @@ def read_header(path: Path) -> Header:
 
 
 def problem_of(store: Store) -> str:
-    """Zarr reads a chunk that is not there as zeros, which no camera measures."""
+    """Refuse missing chunks: zarr reads them as zeros, which no camera measures."""
     missing = store.n_chunks - len(store.files)
     return f"{missing} of its {store.n_chunks} chunks are missing" if missing else ""
 
 
 def read_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray:
-    """Frames (frame, y, x) by their numbers; the axes before y and x count them."""
+    """Read frames (frame, y, x) by their numbers, which count along all axes before y and x."""
     store = open_store(path)
     array = _checked_array(store)
     places = [np.unravel_index(frame, store.shape[:-2]) if len(store.shape) > 2 else () for frame in frames]
@@ -221,7 +221,7 @@ def read_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
 
 
 def read_stack(path: Path) -> tuple[np.ndarray, str]:
-    """The whole array and the names of its axes."""
+    """Read the whole array, and the names of its axes."""
     store = open_store(path)
     if problem := problem_of(store):
         raise InputError(f"{path}: {problem}")
@@ -230,7 +230,7 @@ def read_stack(path: Path) -> tuple[np.ndarray, str]:
 
 
 def _checked_array(store: Store) -> Any:
-    """The array as zarr opens it, if it is what was checked, and its chunks unpack to what they should."""
+    """Open the array with zarr, if it is the one that was checked and its chunks unpack to the right size."""
     import zarr
 
     array = zarr.open_array(str(store.folder), mode="r", zarr_format=store.version)
@@ -244,7 +244,7 @@ def _checked_array(store: Store) -> Any:
 
 
 def _check_chunk(file: Path, codecs: tuple[str, ...], expected: int) -> None:
-    """Refuse a chunk that would unpack to another size than ``expected`` bytes, by its first bytes where they say."""
+    """Refuse a chunk that would not unpack to ``expected`` bytes; its first bytes are used where they give the size."""
     found: int | None = None
     if "gzip" in codecs or "zlib" in codecs:
         found = _unpacked_size(file, expected)
@@ -279,7 +279,7 @@ def _zstd_size(head: bytes) -> int | None:
 
 
 def _unpacked_size(file: Path, expected: int) -> int:
-    """Bytes that a gzip or zlib file unpacks to, counted no further than just beyond ``expected``."""
+    """Count the bytes that a gzip or zlib file unpacks to, and stop just beyond ``expected``."""
     total, data = 0, file.read_bytes()
     while data and total <= expected:
         unpacker = zlib.decompressobj(47)  # either format
@@ -287,6 +287,6 @@ def _unpacked_size(file: Path, expected: int) -> int:
             piece = unpacker.decompress(data, _PIECE)
             total, data = total + len(piece), unpacker.unconsumed_tail
             if not piece and not data:
-                return total  # cut short
+                return total  # truncated
         data = unpacker.unused_data
     return total

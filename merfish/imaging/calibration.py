@@ -1,4 +1,4 @@
-"""What all fields of an experiment share: the microscope's light and colours, background and scale of the bits."""
+"""Calibration shared by all fields of an experiment: illumination, chromatic maps, background and scale of the bits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from merfish.imaging.organization import Channel
 class Calibration:
     """What is measured on some fields and applied to all.
 
-    normalization: of the bits. chromatic: a fit for each colour by its name; the reference colour has none. light: of
-    each colour.
+    normalization: of the bits. chromatic: a fit for each colour, by name; the reference colour has none. light: of each
+    colour, by name.
     """
 
     normalization: Normalization
@@ -33,7 +33,7 @@ class Calibration:
         return None if all(np.array_equal(at, np.eye(2, 3)) for at in maps) else np.stack(maps)
 
     def even_light(self, stack: np.ndarray, bits: Sequence[Channel]) -> np.ndarray:
-        """Raw images (bit, z, y, x) without hot pixels, under even light; the same array if nothing is to be done."""
+        """Correct raw images (bit, z, y, x) for hot pixels and illumination; unchanged if neither is known."""
         if all(light.even and not len(light.hot) for light in self.light.values()):
             return stack
         out = np.empty(stack.shape, np.float32)
@@ -47,7 +47,7 @@ class Calibration:
         return out
 
     def light_figures(self) -> dict[str, dict[str, float]]:
-        """Of each colour: share of the full light on the darkest pixel, dark level (counts), number of hot pixels."""
+        """For each colour: relative illumination of the darkest pixel, dark level (counts), number of hot pixels."""
         return {
             color: {
                 "least": float(light.share((64, 64) if light.flat is None else light.flat.shape).min()),
@@ -58,14 +58,14 @@ class Calibration:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, exactly."""
+        """Convert to values that JSON keeps exactly."""
         fits = {color: fit.to_dict() for color, fit in self.chromatic.items()}
         light = {color: light.to_dict() for color, light in self.light.items()}
         return {"normalization": self.normalization.to_dict(), "chromatic": fits, "light": light}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], given: Mapping[str, KnownLight] | None = None) -> Calibration:
-        """What `to_dict` gave; flat fields that were given are not in it and are given again."""
+        """Restore from `to_dict`; flat fields given by the user are not part of it and are passed again."""
         fits = {color: ColorFit.from_dict(fit) for color, fit in values["chromatic"].items()}
         light = {
             color: replace(Light.from_dict(found), flat=given[color].flat if given else None)
@@ -76,10 +76,10 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """Summary of a field from which, with others, the calibration is made.
+    """Summary of one field; several of them give the calibration.
 
-    spots: where drift is taken out and nothing else; shifts: that drift, (bit, 2) dy, dx in pixel; glows: of each
-    colour by its name, empty where raw images are not known.
+    spots: corrected for drift only; shifts: that drift, (bit, 2) dy, dx in pixel; glows: of each colour by name, empty
+    if there are no raw images.
     """
 
     spots: FieldSpots
@@ -90,9 +90,9 @@ class Survey:
 def calibrate(
     fields: Sequence[Survey], bits: Sequence[Channel], given: Mapping[str, KnownLight] | None = None
 ) -> Calibration:
-    """Measure from some fields what all of them share. given: what is known of the light of each colour.
+    """Calibrate all fields from the surveys of some. given: illumination of each colour, as far as it is known.
 
-    The reference of the chromatic maps is the colour of most bits, of several the one that comes first.
+    The reference of the chromatic maps is the colour with the most bits; of several, the first.
     """
     names = [color for color, _ in Counter(bit.color for bit in bits).most_common()]
     color_of_bit = np.array([names.index(bit.color) for bit in bits])
@@ -115,7 +115,7 @@ def calibrate(
 
 
 def under_even_light(field: Survey, light: Mapping[str, Light], bits: Sequence[Channel]) -> FieldSpots:
-    """The spots of a field, as high as they would be under full light everywhere."""
+    """Scale the heights of a field's spots to those under full illumination."""
     spots = field.spots
     y, x = (np.stack([spots.y, spots.x]) + field.shifts[spots.bit].T).round().astype(int)
     y, x = np.clip(y, 0, spots.shape[0] - 1), np.clip(x, 0, spots.shape[1] - 1)

@@ -1,9 +1,9 @@
-"""Chromatic distortion: where each colour shows what the reference colour shows, learnt from the molecules.
+"""Chromatic distortion: affine maps from the reference colour to each other colour, estimated from the molecules.
 
-A molecule has spots in several bits, so in several colours: where they lie apart, systematically over the field, the
-optics bend colours differently. An affine map a colour describes that to a few hundredths of a pixel. Which spots
-belong together need not be known: among all pairs of near spots of two colours, those of one molecule lie about the
-map and the others anywhere, and a mixture of the two is fitted (as coherent point drift does, Myronenko & Song 2010).
+A molecule has spots in several bits, and therefore in several colours. Systematic distances between them over the field
+are chromatic distortion, which one affine map for each colour describes to a few hundredths of a pixel. It need not be
+known which spots belong together: among all pairs of near spots of two colours, pairs of one molecule scatter about the
+map and all others are uniform; a mixture of the two is fitted (as in coherent point drift, Myronenko & Song 2010).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from scipy.spatial import KDTree
 
 from merfish.imaging.normalize import FieldSpots
 
-REACH = 6.0  # pixel; spots of one molecule lie nearer in any two colours
-MIN_PAIRS = 100.0  # pairs of one molecule, without which a colour's map stays the identity
-MOST_SPOTS = 8_000  # of the reference colour, a field; the error of the map is then below 0.01 px
-LEAST_SHIFT = 0.05  # pixel; less is far below what single spots are located to, and not worth a warp
-# Width of the mixture, pixel, from one that captures any map to one that the spots themselves have; then it is fitted.
+REACH = 6.0  # pixel; spots of one molecule are closer than this in any two colours
+MIN_PAIRS = 100.0  # pairs of one molecule; with fewer, a colour's map stays the identity
+MOST_SPOTS = 8_000  # of the reference colour, for each field; the error of the map is then below 0.01 px
+LEAST_SHIFT = 0.05  # pixel; smaller shifts are far below the localisation error of a spot and not worth a warp
+# Widths of the mixture, pixel, from one that captures any map to that of the spots' scatter; then the width is fitted.
 _WIDTHS = (2.5, 2.0, 1.5, 1.0, 0.7, 0.5)
 _ITERATIONS = 4  # at each width
 _FREE = 15  # iterations with the width fitted
@@ -29,7 +29,7 @@ _FREE = 15  # iterations with the width fitted
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Near spots of two colours: place in the reference colour, and in the other, (pair, 2) y, x in pixel."""
+    """Near spots of two colours: positions in the reference colour and in the other, (pair, 2) y, x in pixel."""
 
     source: np.ndarray
     target: np.ndarray
@@ -37,12 +37,13 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class ColorFit:
-    """What a colour's pairs say.
+    """The chromatic map of a colour and its quality.
 
-    map: (2, 3), places in the reference colour (y, x, 1) -> places in the colour, the identity unless it helps.
-    pairs: of one molecule, as fitted. gain: log-likelihood a pair that maps fitted to one half of the fields win on the
-    other, against none, the worse way round; NaN with too few pairs. error: pixel, rms over the field of the map as
-    fitted, from the difference between the halves. shift: pixel, the largest in a corner of the field.
+    map: (2, 3), positions in the reference colour (y, x, 1) -> positions in the colour; the identity if it does not
+    help. pairs: of one molecule, as fitted. gain: log-likelihood per pair that a map fitted to one half of the fields
+    gains on the other half over no map, the smaller of both directions; NaN with too few pairs. error: pixel, rms over
+    the field of the fitted map, from the difference between the halves. shift: pixel, the largest in a corner of the
+    field.
     """
 
     map: np.ndarray
@@ -57,13 +58,13 @@ class ColorFit:
         return not np.array_equal(self.map, np.eye(2, 3))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, exactly; what is not known is None."""
+        """Convert to values that JSON keeps exactly; unknown ones are None."""
         known = {name: value if np.isfinite(value) else None for name, value in vars(self).items() if name != "map"}
         return {"map": self.map.tolist(), **known}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ColorFit:
-        """What `to_dict` gave."""
+        """Restore from `to_dict`."""
         known = {name: np.nan if value is None else value for name, value in values.items() if name != "map"}
         return cls(np.array(values["map"]), **known)
 
@@ -75,13 +76,13 @@ def fit_chromatic(
     shape: tuple[int, int],
     reference: int = 0,
 ) -> list[ColorFit]:
-    """Fit where each colour shows what the reference colour shows.
+    """Fit a map from the reference colour to each other colour.
 
-    fields: spots of some fields whose drift is taken out; shifts: that drift, (bit, 2) dy, dx in pixel, of each;
-    color_of_bit: (bit,) int; shape: (y, x) of a field. Returns one fit a colour.
+    fields: spots of some fields, corrected for drift; shifts: that drift, (bit, 2) dy, dx in pixel, of each field;
+    color_of_bit: (bit,) int; shape: (y, x) of a field. Returns one fit for each colour.
 
-    A map is applied only if, fitted to every other field, it raises the likelihood of the rest, and the other way
-    round (of a single field, the same with every other spot).
+    A map is applied only if the map fitted to one half of the fields raises the likelihood of the other half, in both
+    directions (for a single field, halves of its spots).
     """
     colors = np.asarray(color_of_bit)
     fits = []
@@ -98,9 +99,9 @@ def fit_chromatic(
 
 
 def near_pairs(spots: FieldSpots, shift: np.ndarray, fixed: np.ndarray, moved: np.ndarray) -> Pairs:
-    """Spots of the bits ``fixed`` and ``moved``, (bit,) bool, within `REACH` of each other in the same plane.
+    """Pair spots of the bits ``fixed`` and ``moved``, (bit,) bool, within `REACH` of each other in the same plane.
 
-    Places are those before the drift of the moved bit, shift (bit, 2), was taken out: there the camera saw them.
+    Positions are those on the camera, before the drift of the moved bit, shift (bit, 2), was corrected.
     """
     where = np.column_stack([spots.y, spots.x, spots.plane * (4 * REACH + spots.shape[0] + spots.shape[1])])
     a, b = np.flatnonzero(fixed[spots.bit]), np.flatnonzero(moved[spots.bit])
@@ -115,7 +116,7 @@ def near_pairs(spots: FieldSpots, shift: np.ndarray, fixed: np.ndarray, moved: n
 
 
 def _judge(parts: Sequence[Pairs], shape: tuple[int, int]) -> ColorFit:
-    """Fit all, and each half for the other to try."""
+    """Fit all pairs, and each half, to test it on the other."""
     halves = [_joined(parts[::2]), _joined(parts[1::2])]
     if len(parts) == 1:
         halves = [Pairs(parts[0].source[k::2], parts[0].target[k::2]) for k in (0, 1)]
@@ -128,7 +129,7 @@ def _judge(parts: Sequence[Pairs], shape: tuple[int, int]) -> ColorFit:
     tries = [fit_mixture(half) for half in halves]
     none = [fit_mixture(half, still=True) for half in halves]
     gain = min(_log_likelihood(halves[1 - k], tries[k]) - _log_likelihood(halves[1 - k], none[k]) for k in (0, 1))
-    # each half has half of the pairs: their difference is twice as large as the error of the whole
+    # each half has half of the pairs: their difference is twice the error of the whole
     error = np.sqrt((_over_field(tries[0].map - tries[1].map, shape) ** 2).mean()) / 2
     shift = float(_over_field(fit.map - np.eye(2, 3), shape).max())
     helps = gain > 0 and shift > LEAST_SHIFT
@@ -137,7 +138,7 @@ def _judge(parts: Sequence[Pairs], shape: tuple[int, int]) -> ColorFit:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """A map (2, 3), the width (pixel) of the pairs about it, their share among all pairs, and their number."""
+    """A map (2, 3), the scatter (pixel) of the pairs about it, their share among all pairs, and their number."""
 
     map: np.ndarray
     width: float
@@ -146,9 +147,9 @@ class Mixture:
 
 
 def fit_mixture(pairs: Pairs, *, still: bool = False) -> Mixture:
-    """Fit an affine map to pairs of which many are by chance; with ``still`` the map is held at the identity.
+    """Fit an affine map to pairs, many of which are chance pairs; with ``still`` the map is fixed at the identity.
 
-    The width starts wide, so that the map finds the pairs wherever they lie, and is narrowed to what they have.
+    The width starts wide, to capture the pairs at any distance, and is then reduced to their scatter.
     """
     middle = pairs.source.mean(axis=0)
     size = max(float(pairs.source.std()), 1.0)
@@ -163,7 +164,7 @@ def fit_mixture(pairs: Pairs, *, still: bool = False) -> Mixture:
         share = float(np.clip(weight.mean(), 1e-3, 0.999))
         if not still:
             heavy = terms * weight[:, None]
-            # a pinch of the identity, so that a field lit in one corner does not bend the others
+            # a weak prior at the identity, so that spots in one corner do not distort the others
             normal = heavy.T @ terms + np.diag([1.0, 1.0, 1e-9])
             solution = np.linalg.solve(normal, heavy.T @ step)
         if iteration < len(_WIDTHS) * _ITERATIONS:
@@ -190,7 +191,7 @@ def _joined(parts: Sequence[Pairs]) -> Pairs:
 
 
 def _over_field(change: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Length, pixel, of a change of map (2, 3) at 11 x 11 places from corner to corner of a field."""
+    """Length, pixel, of a difference of maps (2, 3) at 11 x 11 positions from corner to corner of a field."""
     y, x = np.meshgrid(*(np.linspace(0, side - 1, 11) for side in shape), indexing="ij")
     moved = np.stack([y.ravel(), x.ravel(), np.ones(y.size)], axis=1) @ change.T
     return np.asarray(np.hypot(moved[:, 0], moved[:, 1]))

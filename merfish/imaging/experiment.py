@@ -1,4 +1,4 @@
-"""An experiment: its tables, checked against each other, and where its images are."""
+"""An experiment: its tables, checked against each other, and the paths of its images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from merfish.imaging.organization import Channel, Movie
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """A raw experiment: its tables, checked against each other, and the files found.
+    """A raw experiment: its tables, checked against each other, and its image files.
 
-    tables: the four files that describe it, by `open_experiment`'s names. positions: (fov, 2) float64, stage x, y in
-    micrometre. image_dimensions: (width, height) of a frame as stored, None if the microscope file does not say. After
-    reading, an image is transposed, then flipped along x (``flip_horizontal``), then along y (``flip_vertical``).
+    tables: the four files that describe it, by their names in `open_experiment`. positions: (fov, 2) float64, stage
+    x, y in micrometre. image_dimensions: (width, height) of a frame as stored, None if not given. After reading, an
+    image is transposed, then flipped along x (``flip_horizontal``), then along y (``flip_vertical``).
     bits are in codebook order and share the planes ``z`` (micrometre, ascending). files: (movie, fov) -> path;
-    `preflight` lists what is missing. registered: the files hold whole stacks whose rounds lie on each other already.
+    `preflight` lists what is missing. registered: the files are whole stacks whose rounds are aligned already.
     """
 
     folder: Path

@@ -1,4 +1,4 @@
-"""One field, from its files to a stack that deserves decoding."""
+"""One field, from its files to a registered and filtered stack."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from merfish.imaging.preprocess import bandpass
 from merfish.imaging.quality import camera_ceiling, measure_quality
 from merfish.imaging.registration import align, measure_drift, measure_field_drift
 
-# share of a bit's pixels, in the median of the bits; that is most of the pixels that spots have
+# share of a bit's pixels, median over bits; about as many pixels as the spots cover
 MOST_SATURATED = 0.01
 
 
@@ -31,10 +31,10 @@ MOST_SATURATED = 0.01
 class RegisteredField:
     """A field ready to decode.
 
-    bits: (bit, z, y, x) float32, filtered. drift: a row a round, as `measure_field_drift` gives it. shifts: (bit, 2)
+    bits: (bit, z, y, x) float32, filtered. drift: a row for each round, from `measure_field_drift`. shifts: (bit, 2)
     dy, dx in pixel, that drift for each bit. valid: (y, x) bool, where all rounds have an image. saturated: (bit,)
-    int64, pixels at the end of the camera's range, all planes together. quality: a row a bit, as `measure_quality`
-    gives it.
+    int64, pixels at the upper end of the camera's range, in all planes. quality: a row for each bit, from
+    `measure_quality`.
     """
 
     bits: np.ndarray
@@ -48,7 +48,7 @@ class RegisteredField:
 def register_field(
     experiment: Experiment, fov: int, config: RunConfig, calibration: Calibration | None = None
 ) -> RegisteredField:
-    """Read a field, take out the drift of its rounds and what ``calibration`` knows of the microscope, filter.
+    """Read a field, correct the drift of its rounds, apply ``calibration``, and filter.
 
     Raises InputError if a round cannot be registered, or the bits are saturated.
     """
@@ -56,14 +56,14 @@ def register_field(
 
 
 def survey_field(experiment: Experiment, fov: int, config: RunConfig) -> Survey:
-    """What a field says about the microscope. Raises InputError if a round cannot be registered."""
+    """Measure on one field what the calibration needs. Raises InputError if a round cannot be registered."""
     bits = read_bits(experiment, fov)
     glows: dict[str, Glow] = {}
     if not experiment.registered:
         for color in dict.fromkeys(channel.color for channel in experiment.bits):
             images = [image for image, channel in zip(bits, experiment.bits, strict=True) if channel.color == color]
             glows[color] = measure_glow(np.concatenate(images))
-    # hot pixels would be spots in every bit
+    # hot pixels would look like spots in every bit
     hot = {color: Light(np.zeros((1, 1)), 0.0, glow.hot) for color, glow in glows.items()}
     only_hot = Calibration(Normalization.identity(len(bits)), {}, hot)
     field = _register(experiment, fov, bits, config, only_hot)
@@ -83,9 +83,7 @@ def _register(
         return RegisteredField(filtered, pd.DataFrame(), still, everywhere, saturated, quality)
     share = float(np.median(saturated)) / bits[0].size
     if share > MOST_SATURATED:
-        raise InputError(
-            f"field {fov}: {share:.1%} of the pixels of its bits are saturated, spots cannot be told apart"
-        )
+        raise InputError(f"field {fov}: {share:.1%} of the pixels of its bits are saturated, spots cannot be separated")
     raw, maps = bits, None
     if calibration is not None:
         bits, maps = calibration.even_light(bits, experiment.bits), calibration.maps_of_bits(experiment.bits)
@@ -109,7 +107,7 @@ def _quality(
 
 
 def known_light(experiment: Experiment, config: RunConfig) -> dict[str, KnownLight]:
-    """Of each colour what the configuration says of its light. Raises InputError for unknown colours, bad images."""
+    """Illumination of each colour, as configured. Raises InputError for unknown colours or bad images."""
     colors = {channel.color for channel in experiment.bits}
     unknown = sorted(set(config.flat_fields) - colors)
     if unknown:
@@ -119,9 +117,9 @@ def known_light(experiment: Experiment, config: RunConfig) -> dict[str, KnownLig
 
 
 def chosen_stains(experiment: Experiment, config: RunConfig) -> tuple[str | None, str | None]:
-    """Names of the stains of nuclei and cytoplasm as the experiment has them; None for a default that it has not.
+    """Find the stains of nuclei and cytoplasm in the experiment; None for a default that it does not have.
 
-    Raises InputError for one that the configuration names and the experiment has not.
+    Raises InputError if the configuration names another one, and the experiment does not have it.
     """
     known = {stain.name.lower(): stain.name for stain in experiment.stains}
     chosen = []
@@ -157,7 +155,7 @@ def other_stains(experiment: Experiment, config: RunConfig) -> tuple[list[str], 
 def stain_shifts(
     experiment: Experiment, fov: int, names: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """How far stains drifted from round 0, (2,) dy, dx in pixel, by name; and why that is not known of some, by name.
+    """Measure the drift of stains from round 0, (2,) dy, dx in pixel, and why some are unknown, by name.
 
     The beads of round 0 are read once, and all drifts are measured together. A stain whose drift is not known counts
     as still. Raises InputError for an unknown stain.
@@ -168,7 +166,7 @@ def stain_shifts(
         return shifts, {}
     reference = read_reference(experiment, fov)
     if reference is None:
-        return shifts, dict.fromkeys(names, "the bits have no beads, to which its own could be compared")
+        return shifts, dict.fromkeys(names, "the bits have no beads to align it with")
     faults = {name: "it has no beads" for name in names if beads[name] is None}
     seen = {name: own for name, own in beads.items() if own is not None}
     # stains of one round share its beads

@@ -1,4 +1,4 @@
-"""What a field of an experiment holds, read from its image files: bits, beads, stains."""
+"""Read the images of one field: bits, beads, stains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from merfish.imaging.organization import Channel, Movie
 def read_bits(experiment: Experiment, fov: int) -> np.ndarray:
     """Read a field's bits, uint16 (bit, z, y, x), oriented, in codebook order, planes ascending.
 
-    Of registered stacks, any real dtype. Raises InputError for values that are not finite.
+    The dtype of registered stacks is any real one. Raises InputError for values that are not finite.
     """
     if experiment.registered:
         return _read_registered(experiment, fov)
@@ -30,7 +30,7 @@ def _read_registered(experiment: Experiment, fov: int) -> np.ndarray:
     if (stack.shape[0], *(stack.shape[1:-2] or (1,))) != shape:
         raise InputError(f"{path}: a stack of shape {stack.shape}, expected {shape[0]} bits of {shape[1]} planes")
     if stack.dtype.kind == "f" and not np.isfinite(stack).all():
-        raise InputError(f"{path}: holds NaN or infinity")
+        raise InputError(f"{path}: expected finite values, found NaN or infinity")
     return stack.reshape(*shape, *stack.shape[-2:])
 
 

@@ -1,7 +1,8 @@
-"""What camera and lamp do to every image of a colour: uneven light, a dark level, hot pixels.
+"""Effects of camera and lamp on every image of a colour: uneven illumination, dark level, hot pixels.
 
-The light is learnt from the molecules: the same spots are dimmer where less light falls, whatever the tissue's own
-glow, the dark level or the filter do. The glow then tells the dark level: it follows the light, the dark does not.
+The illumination is estimated from the molecules: spots are dimmer where there is less light, independently of the
+tissue's autofluorescence, the dark level and the filter. The autofluorescence then gives the dark level: it is
+proportional to the illumination, the dark level is constant.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from merfish.errors import InputError
 from merfish.imaging._kernels import remove_hot_pixels
 from merfish.imaging.normalize import FieldSpots, weighted_median
 
-DEGREES = (0, 2, 4)  # of the polynomials that are tried for the logarithm of the light
+DEGREES = (0, 2, 4)  # degrees of the polynomials tried for the logarithm of the illumination
 MIN_SPOTS = 200  # of a colour, for each coefficient
 MOST_SPOTS = 50_000  # of a colour and field
-BLOCKS = 16  # along y and x, in which the glow is measured
+BLOCKS = 16  # along y and x, in which autofluorescence is measured
 HOT_SIGMAS = 6.0  # of the noise of the darkest image, or counts
 _FIT_ROUNDS = 12
 
 
 @dataclass(frozen=True, eq=False)
 class KnownLight:
-    """What a user knows of a colour: flat, (y, x) float32, share of the full light; dark, camera counts; or None."""
+    """Illumination given by the user: flat, (y, x) float32, at most 1; dark, camera counts; or None."""
 
     flat: np.ndarray | None = None
     dark: float | None = None
@@ -39,7 +40,7 @@ class Light:
     """Of one colour: image = dark + light * sample.
 
     coefficients: (degree + 1, degree + 1), of products of Legendre polynomials in y and x from -1 to 1, whose sum is
-    the logarithm of the light; or flat: the light itself, (y, x) float32, 1 where it is full. dark: camera counts.
+    the logarithm of the illumination; or flat: the illumination itself, (y, x) float32, at most 1. dark: camera counts.
     hot: (pixel, 2) y, x of pixels that are too bright in every image.
     """
 
@@ -50,11 +51,11 @@ class Light:
 
     @property
     def even(self) -> bool:
-        """Whether the light needs no correction."""
+        """Whether no correction is needed."""
         return self.flat is None and not self.coefficients.any() and not self.dark
 
     def share(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Share (y, x) float32 of the full light that falls on each pixel."""
+        """Relative illumination (y, x) float32 of each pixel."""
         if self.flat is not None:
             if self.flat.shape != tuple(shape):
                 raise InputError(f"flat field of shape {self.flat.shape}: expected that of the images, {tuple(shape)}")
@@ -65,21 +66,21 @@ class Light:
         return np.exp(log - log.max())
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, exactly; a flat field that was given is left out."""
+        """Convert to values that JSON keeps exactly; a flat field given by the user is left out."""
         return {"coefficients": self.coefficients.tolist(), "dark": self.dark, "hot": self.hot.tolist()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Light:
-        """What `to_dict` gave."""
+        """Restore from `to_dict`."""
         hot = np.array(values["hot"], np.int64).reshape(-1, 2)
         return cls(np.array(values["coefficients"]), values["dark"], hot)
 
 
 @dataclass(frozen=True, eq=False)
 class Glow:
-    """What the raw images of one colour show of camera and lamp in one field.
+    """Measurements on the raw images of one colour in one field.
 
-    hot: (pixel, 2) y, x. level: (BLOCKS, BLOCKS) float64, light without spots, camera counts, in blocks of the field.
+    hot: (pixel, 2) y, x. level: (BLOCKS, BLOCKS) float64, intensity without spots in blocks, camera counts.
     """
 
     hot: np.ndarray
@@ -87,10 +88,9 @@ class Glow:
 
 
 def measure_glow(images: np.ndarray) -> Glow:
-    """Measure on raw images (image, y, x) of one colour, of different bits or planes, before any drift is taken out.
+    """Measure on raw images (image, y, x) of one colour, of different bits or planes, before drift is corrected.
 
-    Hot is a pixel that stands out from its neighbours in the darkest that all images show at each place: a spot, even
-    if all images had it, is no sharper than the lens allows.
+    A pixel is hot if it exceeds its neighbours in the minimum over all images by more than the optics allow a spot to.
     """
     darkest = images.min(axis=0)
     cleaned = np.empty(darkest.shape, np.float32)
@@ -110,17 +110,17 @@ def in_blocks(image: np.ndarray) -> np.ndarray:
 
 
 def given_flat(image: np.ndarray, name: str) -> np.ndarray:
-    """A flat field (y, x) of any unit as share of its largest value, float32. Raises InputError if it is none."""
+    """Divide a flat field (y, x) of any unit by its largest value, float32. Raises InputError if it is not valid."""
     flat = np.asarray(image, np.float64)
     if flat.ndim != 2 or not np.isfinite(flat).all() or flat.min() <= 0:
-        raise InputError(f"{name}: expected one image (y, x) of positive numbers, the light on each pixel")
+        raise InputError(f"{name}: expected one image (y, x) of positive numbers, the illumination of each pixel")
     return (flat / flat.max()).astype(np.float32)
 
 
 def correct_light(images: np.ndarray, light: Light) -> np.ndarray:
-    """Raw images (image, y, x) as a camera without hot pixels under even light would have taken them.
+    """Correct raw images (image, y, x) for hot pixels, dark level and illumination.
 
-    Returns float32 of the same shape, the dark level being 0 and the light full everywhere.
+    Returns float32 of the same shape, with dark level 0 and full illumination everywhere.
     """
     seen = images.astype(np.float32)
     gain = None if light.even else 1 / light.share(images.shape[1:])
@@ -133,7 +133,7 @@ def correct_light(images: np.ndarray, light: Light) -> np.ndarray:
 
 
 def fill_pixels(image: np.ndarray, pixels: np.ndarray) -> None:
-    """Give pixels (pixel, 2) y, x of an image (y, x) float32 the median of their neighbours that are none of them."""
+    """Replace pixels (pixel, 2) y, x of an image (y, x) float32 by the median of their other neighbours."""
     if not len(pixels):
         return
     bad = np.zeros(image.shape, bool)
@@ -161,11 +161,11 @@ def fit_light(
     bits: np.ndarray,
     known: KnownLight | None = None,
 ) -> Light:
-    """The light of one colour from the spots of some fields, where their drift is taken out.
+    """Estimate the illumination of one colour from the spots of some fields, corrected for drift.
 
     shifts: that drift, (bit, 2) dy, dx in pixel, of each field; glows: of the same fields; bits: (bit,) bool, those of
-    the colour. Of polynomials of degree 0, 2 and 4 that is taken which best predicts the heights of spots in fields
-    that it was not fitted to: every other field for the rest and the other way round. What is known is not measured.
+    the colour. Of polynomials of degree 0, 2 and 4, the one that best predicts the heights of spots in fields that it
+    was not fitted to is used, by cross-validation with two halves of the fields. Known quantities are not measured.
     """
     known = known or KnownLight()
     parts = [_heights(spots, shift, bits) for spots, shift in zip(fields, shifts, strict=True)]
@@ -180,7 +180,7 @@ def fit_light(
 
 @dataclass(frozen=True, eq=False)
 class _Heights:
-    """Spots: place y, x from -1 to 1, logarithm of the height, and which (field and) bit they belong to."""
+    """Spots: position y, x from -1 to 1, logarithm of the height, and which (field and) bit they belong to."""
 
     y: np.ndarray
     x: np.ndarray
@@ -195,7 +195,7 @@ class _Heights:
 def _heights(spots: FieldSpots, shift: np.ndarray, bits: np.ndarray) -> _Heights:
     rows = np.flatnonzero(bits[spots.bit])
     rows = rows[:: len(rows) // MOST_SPOTS + 1]
-    seen = np.stack([spots.y[rows], spots.x[rows]]) + shift[spots.bit[rows]].T  # where on the camera
+    seen = np.stack([spots.y[rows], spots.x[rows]]) + shift[spots.bit[rows]].T  # position on the camera
     y, x = np.clip(2 * seen / (np.array(spots.shape)[:, None] - 1) - 1, -1, 1)
     return _Heights(y, x, np.log(spots.height[rows].astype(np.float64)), spots.bit[rows])
 
@@ -225,7 +225,7 @@ def _best_degree(parts: Sequence[_Heights]) -> int:
 def _fit_heights(spots: _Heights, degree: int) -> np.ndarray:
     """Least absolute deviations of log heights, each bit of each field about its own level, weighted by light.
 
-    Weighted as the scale of a bit is: dim rings of molecules out of focus hardly count.
+    Weighted as for the scale of a bit, so that dim rings of out-of-focus molecules have little influence.
     """
     terms = legendre.legvander2d(spots.y, spots.x, [degree, degree])
     chosen = np.array([0 < i + j <= degree for i in range(degree + 1) for j in range(degree + 1)], bool)
@@ -258,7 +258,7 @@ def _loss(spots: _Heights, coefficients: np.ndarray) -> float:
 
 
 def dark_level(light: Light, glows: Sequence[Glow]) -> float:
-    """What of the glow does not follow the light, camera counts: the intercept over blocks, median over fields."""
+    """Dark level, camera counts: intercept of intensity against illumination over blocks, median over fields."""
     share = light.share((BLOCKS, BLOCKS)) if light.flat is None else in_blocks(light.flat)
     share = share.ravel().astype(np.float64)
     found = []

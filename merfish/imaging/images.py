@@ -1,7 +1,7 @@
-"""The only way to image files: TIFF, OME-TIFF, .dax, .nd2, .npy, Zarr and OME-Zarr.
+"""Access to image files: TIFF, OME-TIFF, .dax, .nd2, .npy, Zarr and OME-Zarr.
 
-An image file is a movie here: frames counted from 0 in file order, whatever axes the file names, as microscopes'
-data organizations count them. Headers are read apart from frames, so that a whole experiment can be checked first.
+An image file is treated as a movie: frames are counted from 0 in file order, whatever its axes are called, as data
+organizations count them. Headers are read separately, so that a whole experiment can be checked first.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _MAX_INF = 1 << 16  # bytes of the text beside a .dax
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Number, (height, width) and dtype of a file's frames, from its header; finds files that were cut short.
+    """Number, (height, width) and dtype of a file's frames, from its header; truncated files are found.
 
-    Raises InputError if the file cannot be understood at all.
+    Raises InputError if the file cannot be interpreted at all.
     """
     path = Path(path)
     with _understood(path):
         header: Header = _FORMATS[_suffix(path)][0](path)
         size = f"{header.shape[1]} x {header.shape[0]} px"
         if header.frame_bytes > MOST_FRAME:
-            raise InputError(f"{path}: its header asks for frames of {size}, {header.frame_bytes} bytes each")
+            raise InputError(f"{path}: its header claims frames of {size}, {header.frame_bytes} bytes each")
         if not header.problem and (header.frame_bytes == 0 or header.frames == 0):
             return replace(header, problem=f"{header.frames} frames of {size}: no pixels")
         return header
@@ -49,15 +49,17 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def read_frames(path: str | os.PathLike[str], frames: Sequence[int]) -> np.ndarray:
     """Read frames by their number from 0, as (frame, y, x) in the file's dtype and native byte order.
 
-    Raises InputError for a frame that is not there or was cut short.
+    Raises InputError for a frame that is missing or truncated.
     """
     path = Path(path)
     with _understood(path):
         found = read_header(path)
         beyond = [frame for frame in frames if not 0 <= frame < found.frames]
         if found.problem or beyond:
-            raise InputError(f"{path}: " + (found.problem or f"frame {beyond[0]} asked of {found.frames} frames"))
-        if path.is_file():  # of Zarr each chunk is checked
+            raise InputError(
+                f"{path}: " + (found.problem or f"frame {beyond[0]} was requested, but it has {found.frames} frames")
+            )
+        if path.is_file():  # in Zarr each chunk is checked
             refuse_bomb(path, len(set(frames)) * found.frame_bytes, path.stat().st_size)
         images = np.asarray(_FORMATS[_suffix(path)][1](path, frames, found))
         if images.shape != (len(frames), *found.shape):
@@ -97,7 +99,7 @@ def read_stack(path: str | os.PathLike[str]) -> np.ndarray:
     Axes that the file names must be one channel axis (C, or any that is not z, y or x), perhaps z, then y and x;
     unnamed axes are taken in this order. Axes of length 1 before the channel are dropped.
 
-    Raises InputError for other axes, for files cut short and for values that are not real numbers.
+    Raises InputError for other axes, for truncated files and for values that are not real numbers.
     """
     path = Path(path)
     with _understood(path):
@@ -119,12 +121,12 @@ def read_stack(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _in_order(path: Path, stack: np.ndarray, axes: str) -> np.ndarray:
-    """Arrange as (bit, y, x) or (bit, z, y, x), by axis names as far as the file gives them."""
+    """Arrange as (bit, y, x) or (bit, z, y, x), by the names of axes if the file has them."""
     if len(axes) == stack.ndim and {"Y", "X"} <= set(axes):
         kept = [i for i, name in enumerate(axes) if name in "YXZ" or stack.shape[i] > 1]
         channels = [i for i in kept if axes[i] not in "ZYX"]
         if not channels:
-            # A z series without channels is how tools without a word for bits save them.
+            # Tools that do not know bits save them as a z series without channels.
             channels = [i for i in kept if axes[i] == "Z"]
         if len(channels) == 1:
             rest = [axes.index(name) for name in "ZYX" if name in axes and axes.index(name) not in channels]
@@ -141,7 +143,7 @@ def _in_order(path: Path, stack: np.ndarray, axes: str) -> np.ndarray:
 
 @contextmanager
 def _understood(path: Path) -> Iterator[None]:
-    """Turn whatever a reader raises on a file that it cannot understand into an InputError that names the file."""
+    """Turn any exception of a reader into an InputError that names the file."""
     _refuse_special(path)
     try:
         yield
@@ -152,7 +154,7 @@ def _understood(path: Path) -> Iterator[None]:
 
 
 def _refuse_special(path: Path) -> None:
-    """Raise InputError for what is not there, and for what never ends or never answers: pipes, sockets, devices."""
+    """Raise InputError for missing files, and for those that may never end: pipes, sockets, devices."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -174,11 +176,11 @@ def _refuse(path: Path, problem: str) -> None:
 def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
-        raise InputError(f"{path}: not an image format known here; expected one of {', '.join(_FORMATS)}")
+        raise InputError(f"{path}: unsupported image format; expected one of {', '.join(_FORMATS)}")
     return suffix
 
 
-# --- .dax: frames of raw 16-bit integers; size and byte order stand in the .inf file beside it.
+# --- .dax: frames of raw 16-bit integers; size and byte order are in the .inf file beside it.
 
 
 def _dax_info(path: Path) -> tuple[int, tuple[int, int], np.dtype[Any]]:
@@ -211,7 +213,7 @@ def _dax_header(path: Path) -> Header:
     if not expected:
         problem = f"its .inf file says {frames} frames of {shape[1]} x {shape[0]}"
     elif found != expected:
-        verb = "cut short" if found < expected else "too long"
+        verb = "truncated" if found < expected else "too long"
         problem = (
             f"{verb}: {found} bytes, its .inf file says {frames} frames of {shape[1]} x {shape[0]}: {expected} bytes"
         )
@@ -221,7 +223,7 @@ def _dax_header(path: Path) -> Header:
 
 
 def _wrong_byte_order(movie: np.ndarray) -> bool:
-    """Whether neighbouring pixels agree far better with their bytes swapped, in some rows of a few frames."""
+    """Whether neighbouring pixels are far more alike with swapped bytes, in some rows of a few frames."""
     middle = movie.shape[1] // 2
     rows = movie[:: max(1, len(movie) // 8), max(0, middle - 8) : middle + 8]
     native = rows.astype(np.uint16)
@@ -257,9 +259,9 @@ def _nd2_header(path: Path) -> Header:
     with _open_nd2(path) as file:
         sizes = dict(file.sizes)
         images = math.prod(int(size) for axis, size in sizes.items() if axis not in "CYXS")
-        problem = "colour images (RGB), expected one value a pixel" if "S" in sizes else ""
+        problem = "colour images (RGB), expected one value per pixel" if "S" in sizes else ""
         if sizes.get("P", 1) > 1:
-            problem = f"holds {sizes['P']} stage positions, expected a file a field"
+            problem = f"has {sizes['P']} stage positions, expected one file for each field"
         shape = (file.attributes.heightPx, file.attributes.widthPx)
         return Header(images * _nd2_channels(file), shape, np.dtype(file.dtype), problem)
 
@@ -269,7 +271,7 @@ def _nd2_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
         n = _nd2_channels(file)
         images = [np.array(file.read_frame(frame // n)).reshape(n, *header.shape)[frame % n] for frame in frames]
     for frame, image in zip(frames, images, strict=True):
-        # the reader makes up zeros for an image that was never written; no camera measures them
+        # the reader returns zeros for an image that was never written; no camera measures them
         _refuse(path, "" if image.any() else f"frame {frame} is not in the file")
     return np.stack(images)
 
@@ -278,7 +280,7 @@ def _nd2_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
 
 
 def _load_npy(path: Path) -> np.ndarray:
-    # mapped: a header that promises more than the file holds is refused, before any memory is asked for
+    # mapped: a header that claims more than the file holds is refused before any memory is allocated
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 

@@ -13,10 +13,10 @@ from merfish.imaging._kernels import find_peaks, tile_noise
 from merfish.imaging.preprocess import Bandpassed
 
 NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
-SAMPLE = 2**17  # pixels of an image; they tell its noise to 0.3 %
-TILE = 32.0  # pixel; many spots wide, and small against cells, whose glow is noise
-FEW_SPOTS = 0.1  # of those of the field with most, below which a field says little about a bit
-# of the spots and of the height that are usual among bits, below both of which a bit is dead
+SAMPLE = 2**17  # pixels of an image; enough to estimate its noise to 0.3 %
+TILE = 32.0  # pixel; many spots wide, and smaller than cells, whose autofluorescence adds noise
+FEW_SPOTS = 0.1  # relative to the field with most spots; fields with fewer are ignored for a bit
+# relative to the median number and height of spots over bits; a bit below both is dead
 DEAD_SPOTS, DEAD_HEIGHT = 0.01, 1 / 3
 PEAK_SIGMAS = 6.0  # a local maximum this far above the noise is a spot
 
@@ -30,28 +30,28 @@ class Normalization:
 
     @classmethod
     def identity(cls, n_bits: int) -> Normalization:
-        """For a stack that is normalised already."""
+        """The identity, for a stack that is normalised already."""
         return cls(np.zeros(n_bits, np.float32), np.ones(n_bits, np.float32))
 
     def to_dict(self) -> dict[str, list[float]]:
-        """For JSON, exactly."""
+        """Convert to values that JSON keeps exactly."""
         return {"background": self.background.tolist(), "scale": self.scale.tolist()}
 
     @classmethod
     def from_dict(cls, values: dict[str, list[float]]) -> Normalization:
-        """What `to_dict` gave."""
+        """Restore from `to_dict`."""
         return cls(np.array(values["background"], np.float32), np.array(values["scale"], np.float32))
 
     @property
     def gain(self) -> np.ndarray:
-        """(bit,) float32, 1 / scale; 0 for a dead bit, which then adds nothing to any word."""
+        """(bit,) float32, 1 / scale; 0 for a dead bit, which then contributes to no word."""
         with np.errstate(divide="ignore"):
             return np.where(self.scale > 0, 1 / self.scale, 0).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class FieldSpots:
-    """Clear spots of a field's bits, its summary for what all fields share.
+    """Clear spots of a field's bits: the summary from which the calibration is made.
 
     bit, plane: int64 (spot,); y, x: float64 pixel; height: float32 over the background, camera counts.
     background: (bit,) float32. shape: (y, x) of the field.
@@ -71,7 +71,7 @@ def find_spots(filtered: np.ndarray | Bandpassed) -> FieldSpots:
     height = filtered.height if isinstance(filtered, Bandpassed) else filtered.shape[-2]
     background, x, y, top = zip(*map_bits(lambda image: _clear_spots(image, height), filtered), strict=True)
     rows = np.concatenate(y)
-    # a top lies at most a pixel from a maximum, which is never in a plane's first or last row
+    # a fitted top is at most a pixel from its maximum, which is never in a plane's first or last row
     plane = (rows // height).astype(np.int64)
     return FieldSpots(
         bit=np.repeat(np.arange(len(x)), [len(places) for places in x]),
@@ -94,10 +94,10 @@ def _clear_spots(image: np.ndarray, height: int) -> tuple[float, np.ndarray, np.
 
 
 def peak_normalization(filtered: np.ndarray | Bandpassed) -> Normalization:
-    """Of one stack: the median of each bit, and the median of its light over clear local maxima.
+    """Normalise one stack: background is the median of each bit, scale the light-weighted median of clear local maxima.
 
-    Half of all light in maxima comes from those brighter than the scale: the many dim rings of molecules out of focus
-    hardly move it, where they would drag down a plain median.
+    Half of the total height of maxima is in those above the scale. The many dim rings of out-of-focus molecules have
+    little influence on it, while they would lower a plain median.
 
     filtered (bit, ..., y, x), band-passed. A bit without clear maxima is dead: its scale is 0.
     """
@@ -105,9 +105,9 @@ def peak_normalization(filtered: np.ndarray | Bandpassed) -> Normalization:
 
 
 def shared_normalization(fields: Sequence[FieldSpots], n_bits: int) -> Normalization:
-    """Median over fields, bit by bit, of what `peak_normalization` finds in each.
+    """Median over fields of background and scale as in `peak_normalization`, bit by bit.
 
-    Fields in which the bit shows few spots, such as those without cells, do not count for it.
+    Fields with few spots of a bit, such as those without cells, are ignored for it.
     """
     background, scale = np.zeros(n_bits, np.float32), np.zeros(n_bits, np.float32)
     for bit in range(n_bits):
@@ -120,7 +120,7 @@ def shared_normalization(fields: Sequence[FieldSpots], n_bits: int) -> Normaliza
             background[bit] = np.median([field.background[bit] for field in fields])
     count = np.sum([np.bincount(field.bit, minlength=n_bits) for field in fields], axis=0)
     if len(fields):
-        # a few spikes of noise must not make a dead bit look alive
+        # a few noise spikes must not make a dead bit look alive
         scale[(count < DEAD_SPOTS * np.median(count)) & (scale < DEAD_HEIGHT * np.median(scale))] = 0.0
     return Normalization(background, scale)
 
@@ -132,7 +132,7 @@ def sample_of(image: np.ndarray) -> np.ndarray:
 
 
 def noise_of(image: np.ndarray, background: float = 0.0) -> float:
-    """Sigma of what is not spots in a filtered image (row, x)."""
+    """Noise sigma of a filtered image (row, x), spots excluded."""
     return float(NOISE_TO_SIGMA * np.median(np.abs(sample_of(image) - np.float32(background))))
 
 
@@ -164,11 +164,11 @@ class NoiseMap:
         return float(self.sigmas.min())
 
     def level(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Median at places x, y (rows), linear between the middles of tiles."""
+        """Median at positions x, y (rows), linear between the centres of tiles."""
         return self._at(self.medians, x, y)
 
     def sigma(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Noise at places x, y (rows), linear between the middles of tiles."""
+        """Noise at positions x, y (rows), linear between the centres of tiles."""
         return self._at(self.sigmas, x, y)
 
     def _at(self, values: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -189,7 +189,7 @@ def locate_peaks(image: np.ndarray, height: int, threshold: float) -> tuple[np.n
 
 
 def weighted_median(heights: np.ndarray) -> float:
-    """The height that those above it and those below it sum to alike; heights (n,), positive, n >= 1."""
+    """The light-weighted median: heights above it sum to as much as those below; heights (n,), positive, n >= 1."""
     ordered = np.sort(heights)
     total = np.cumsum(ordered, dtype=np.float64)
     return float(ordered[np.searchsorted(total, total[-1] / 2)])

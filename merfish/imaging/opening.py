@@ -31,8 +31,8 @@ from merfish.imaging.organization import (
 )
 from merfish.imaging.registered import open_registered, stack_files
 
-# Seconds that a user's expressions may take, and for each pair of an expression and a file name: real ones need
-# microseconds. Bytes that the process that matches them may take: some expressions ask for any amount.
+# Time limits for matching a user's regular expressions, seconds, in all and for each pair of expression and file name;
+# usual ones need microseconds. Memory limit of the process that matches them: some expressions need any amount.
 MATCH_SECONDS, MATCH_SECONDS_A_NAME = 5.0, 5e-5
 MATCH_BYTES = 1 << 30
 
@@ -91,7 +91,7 @@ def _match_bits(
     for bit, doubles in sorted(rows.items()):
         if len(doubles) > 1:
             lines = ", ".join(f"line {c.line} ({c.name!r})" for c in doubles)
-            raise InputError(f"{path}: bitNumber {bit + 1} stands in several rows: {lines}")
+            raise InputError(f"{path}: bitNumber {bit + 1} appears in several rows: {lines}")
     bits = tuple(rows[bit][0] for bit in range(book.n_bits))
     _check_names(bits, book, path)
     _refuse_more_bits(channels, bits, path)
@@ -107,12 +107,12 @@ def _match_bits(
     names = [channel.name for channel in (*bits, *stains)]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise InputError(f"{path}: channel names stand in several rows: {', '.join(doubled)}")
+        raise InputError(f"{path}: channel names appear in several rows: {', '.join(doubled)}")
     return bits, stains
 
 
 def _check_names(bits: tuple[Channel, ...], book: Codebook, path: Path) -> None:
-    """If codebook and data organization name the same readouts, they must number them alike."""
+    """Refuse a codebook and a data organization that number the same readouts differently."""
     for k, channel in enumerate(bits):
         if channel.readout in book.bit_names and book.bit_names[k] != channel.readout:
             raise InputError(
@@ -123,11 +123,11 @@ def _check_names(bits: tuple[Channel, ...], book: Codebook, path: Path) -> None:
 
 
 def _refuse_more_bits(channels: Sequence[Channel], bits: Sequence[Channel], path: Path) -> None:
-    """Refuse rows beyond the codebook's bits that are no stains: the codebook is of another, shorter code.
+    """Refuse rows beyond the codebook's bits that are not stains: the codebook belongs to another, shorter code.
 
-    Labs also number stains and genes that are imaged one by one, far beyond the bits or right after them. A row is a
-    bit if it is called as bits are (bit17 beside bit1 to bit16), or if its number follows theirs without a gap, and it
-    stands in images of the same type and has a colour of theirs.
+    Labs also number stains and sequentially imaged genes, far beyond the bits or right after them. A row is a bit if it
+    is named like the bits (bit17 beside bit1 to bit16), or if its number follows theirs without a gap and it has the
+    image type and a colour of the bits.
     """
     stems = {_stem(channel.name) for channel in bits}
     images_of_bits = {(channel.movie.image_type, channel.color) for channel in bits}
@@ -143,13 +143,13 @@ def _refuse_more_bits(channels: Sequence[Channel], bits: Sequence[Channel], path
     if more:
         rows = listed([f"line {c.line} ({c.name!r})" for c in more], ", ")
         raise InputError(
-            f"{path}: the codebook has {len(bits)} bits, but there are more bits here: {rows}; use the codebook of "
-            "this experiment, or if they are stains leave their bitNumber empty"
+            f"{path}: the codebook has {len(bits)} bits, but the table has more: {rows}. Use the codebook of "
+            "this experiment; for stains, leave bitNumber empty"
         )
 
 
 def _stem(name: str) -> str:
-    """A name without its numbers: those of bits differ in nothing else."""
+    """A name without its numbers, in which alone the names of bits differ."""
     return re.sub(r"[0-9]+", "#", name).lower()
 
 
@@ -173,7 +173,9 @@ def _refuse_shared_frames(bits: Sequence[Channel], files: Mapping[tuple[Movie, i
                 raise InputError(f"{where} shows the beads of line {beads[place].line} ({beads[place].name!r})")
             other = shown.setdefault(place, channel)
             if other is not channel:
-                raise InputError(f"{where} is also that of line {other.line} ({other.name!r}); each bit has its own")
+                raise InputError(
+                    f"{where} is also that of line {other.line} ({other.name!r}); each bit needs its own frame"
+                )
 
 
 def _find_files(root: Path, movies: Iterable[Movie], n_fovs: int, table: Path) -> dict[tuple[Movie, int], Path]:

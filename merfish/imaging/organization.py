@@ -21,9 +21,9 @@ from merfish.errors import InputError
 NO_ROUND = -1
 Z_TOLERANCE = 1e-3  # micrometre; planes closer than this are one plane
 _MAX_EXPRESSION = 1000
-_MAX_ROWS = 1000  # of a data organization: 64 bits, stains, genes imaged one by one
+_MAX_ROWS = 1000  # rows of a data organization: 64 bits, stains, genes imaged sequentially
 _MAX_PLANES = 10_000  # in a list of frames
-_MAX_INDEX = 10_000_000  # frames, rounds and bit numbers beyond are damage
+_MAX_INDEX = 10_000_000  # larger numbers of frames, rounds and bits are errors
 _MAX_PLACE = 1e7  # micrometre, 10 m: beyond any stage
 _PIXELS = (1e-3, 1e3)  # micrometre; beyond any microscope
 _MAX_MICROSCOPE = 1 << 16  # bytes
@@ -32,7 +32,7 @@ _MAX_SIDE = 1 << 16  # pixel of an image
 
 @dataclass(frozen=True)
 class Movie:
-    """Image files of one kind, one a field, known by their names; ``imaging_round`` -1 means that none is named."""
+    """Image files of one kind, one for each field, found by name; ``imaging_round`` -1: the names have no round."""
 
     image_type: str
     regexp: str
@@ -43,9 +43,9 @@ class Movie:
 class Channel:
     """One row of the data organization: a bit or a stain.
 
-    bit: column of the codebook, from 0, or None for a stain. frames: indices in the movie from 0, one a plane of
-    ``z`` (micrometre, ascending). fiducial: movie and frame that show the beads of the same imaging round, if any.
-    stain: whether the table says that it is one, by an empty bitNumber.
+    bit: column of the codebook, from 0, or None for a stain. frames: indices in the movie from 0, one for each plane
+    of ``z`` (micrometre, ascending). fiducial: movie and frame that show the beads of the same imaging round, if any.
+    stain: whether the table marks it as one, by an empty bitNumber.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Channel:
 def read_microscope(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read microns_per_pixel, transpose, flip_horizontal, flip_vertical and image_dimensions (width, height).
 
-    Keys that are left out take MERlin's defaults for them, since the format is MERlin's: transposed and flipped
+    Missing keys take MERlin's defaults, since the format is MERlin's: transposed and flipped
     horizontally, not vertically; without ``image_dimensions`` every size is accepted if all files agree.
     """
     try:
         given = json.loads(read_text(path, "microscope file", _MAX_MICROSCOPE))
     except InputError:
         raise
-    except (ValueError, RecursionError) as error:  # also numbers of more digits than Python reads
+    except (ValueError, RecursionError) as error:  # also integers with more digits than Python converts
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(given, dict):
         raise InputError(f"{path}: expected an object with microns_per_pixel, got {type(given).__name__}")
@@ -107,19 +107,19 @@ def read_positions(path: str | os.PathLike[str]) -> np.ndarray:
             x, y = (float(field) for field in fields)
         except ValueError:
             raise InputError(f"{path}: line {line}: expected x,y in micrometre, got {shown(text.strip())}") from None
-        if not (abs(x) <= _MAX_PLACE and abs(y) <= _MAX_PLACE):  # NaN neither
+        if not (abs(x) <= _MAX_PLACE and abs(y) <= _MAX_PLACE):  # also refuses NaN
             raise InputError(
                 f"{path}: line {line}: expected finite x,y in micrometre, at most {_MAX_PLACE:g}, "
                 f"got {shown(text.strip())}"
             )
         rows.append((x, y))
     if not rows:
-        raise InputError(f"{path}: no positions; expected one line x,y a field")
+        raise InputError(f"{path}: no positions; expected one line x,y for each field")
     return np.array(rows)
 
 
 def read_data_organization(path: str | os.PathLike[str], bit_names: Iterable[str] | None = None) -> tuple[Channel, ...]:
-    """Read a data organization table, MERlin's or the older MATLAB one, one `Channel` a row.
+    """Read a data organization table, MERlin's or the older MATLAB one, one `Channel` for each row.
 
     ``frame`` and ``zPos`` are lists, ``[0 1 2]``, ``[0,1]`` or ``10;11;12;``. The MATLAB form (a ``bitName`` column)
     counts frames from 1, as that language does, unless a row uses frame 0; here they are counted from 0. ``bit`` is
@@ -158,7 +158,7 @@ def _read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, str]]]
                     raise InputError(f"{path}: several columns are called {', '.join(map(shown, doubled))}")
                 continue
             if len(rows) == _MAX_ROWS:
-                raise InputError(f"{path}: more than {_MAX_ROWS} rows; expected one a channel")
+                raise InputError(f"{path}: more than {_MAX_ROWS} rows; expected one for each channel")
             if len(fields) > len(header) and any(fields[len(header) :]):
                 raise InputError(
                     f"{path}: line {reader.line_num} has {len(fields)} fields, the header {len(header)}; "
@@ -168,7 +168,9 @@ def _read_rows(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, str]]]
     except csv.Error as error:
         raise InputError(f"{path}: line {reader.line_num}: {error}") from error
     if not rows:
-        raise InputError(f"{path}: no rows; expected a header with imageType, imageRegExp, frame and one row a channel")
+        raise InputError(
+            f"{path}: no rows; expected a header with imageType, imageRegExp, frame, and a row for each channel"
+        )
     return rows
 
 
@@ -215,7 +217,7 @@ def _fiducial(where: str, row: dict[str, str]) -> tuple[Movie, int] | None:
     (frame, *others) = _numbers(where, "fiducialFrame", row["fiducialFrame"], int)
     if others or frame < 0:
         raise InputError(f"{where}: fiducialFrame: expected one index from 0, got {shown(row['fiducialFrame'])}")
-    # A table that only names the frame means the channel's own movie.
+    # A table that gives only the frame refers to the channel's own movie.
     columns = {
         "imageType": row.get("fiducialImageType") or row["imageType"],
         "imageRegExp": row.get("fiducialRegExp") or row["imageRegExp"],

@@ -1,4 +1,4 @@
-"""Checking every image file of an experiment before any work, by headers and fingerprints."""
+"""Check every image file of an experiment before any work, by headers and fingerprints."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from merfish.imaging.organization import NO_ROUND, Movie
 
 
 def preflight(experiment: Experiment, fovs: Iterable[int] | None = None) -> pd.DataFrame:
-    """Check every image file that some fields (default: all) need, reading headers, and look for files given twice.
+    """Check every image file that some fields (default: all) need, reading headers, and find duplicate files.
 
-    Returns one row a field and file: fov, channel (names, comma separated), round, file (of one that is missing, the
-    expression that its name should match), expected, found, problem (empty if there is none). Expected are uint16
-    frames of the microscope's dimensions (else of the commonest size), as many as in most files of the same image type
-    and enough for the data organization.
+    Returns one row for each field and file: fov, channel (names, comma separated), round, file (for a missing one, the
+    expression that its name should match), expected, found, problem (empty if there is none). uint16 frames of the
+    microscope's dimensions (or else of the most common size) are expected, as many as in most files of the same image
+    type and enough for the data organization.
 
     Raises InputError for a field without a stage position.
     """
@@ -104,7 +104,7 @@ def _problem(found: images.Header | str, frames: int, last: int, shape: tuple[in
 
 
 def _same_content(paths: Iterable[Path]) -> dict[Path | None, str]:
-    """Files whose bytes equal another's, with what to say; files that hold nothing but one value do not count."""
+    """Messages for files with the same bytes as another; files with a single value throughout do not count."""
     alike: dict[object, list[Path]] = defaultdict(list)
     for path in dict.fromkeys(paths):
         alike[images.fingerprint(path, whole=False)].append(path)

@@ -1,4 +1,4 @@
-"""Filters that turn a camera image into one where only spots stand out."""
+"""Band-pass filter that keeps spots and removes the background."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bandpass(stack: np.ndarray, *, smoothing: float, background: float) -> np.nd
 class Bandpassed:
     """A stack (bit, [z,] y, x) as `bandpass` would return it, planes one below the other: (bit, plane * y, x).
 
-    Filtered when it is indexed, ``stack[bit]`` or ``stack[:, first:last]``, so that nothing of its size is held.
+    Filtered when it is indexed, ``stack[bit]`` or ``stack[:, first:last]``, so that no filtered copy is kept.
     sigma: of the PSF, pixel, once `merfish.decoding.psf.psf_sigma` has measured it.
     """
 

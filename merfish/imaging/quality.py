@@ -1,6 +1,6 @@
-"""How good the images of each bit are, and which of them are unlike those of other fields and bits.
+"""Quality of the images of each bit, and images that differ from those of other fields and bits.
 
-Measured from images alone: what the words say of a bit (its error rates) is known only after decoding.
+Measured on images alone; the error rates of bits are known only after decoding.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from scipy import special
 from merfish._jit import map_bits
 from merfish.imaging.normalize import NOISE_TO_SIGMA, PEAK_SIGMAS, locate_peaks, noise_of, sample_of, weighted_median
 
-BANDS, BAND_ROWS = 8, 64  # of a field, in which spots are looked for; 512 rows tell the same as 2048
-BLOCKS = 32  # along y and x, between which the light of bits is compared
+BANDS, BAND_ROWS = 8, 64  # of a field, in which spots are found; 512 rows give the same result as 2048
+BLOCKS = 32  # along y and x, in which the intensities of bits are compared
 COLUMNS = ["fov", "bit", "round", "color", "brightness", "spots", "background", "noise", "width", "likeness"]
 
-SIGMAS = 6.0  # robust, of the values of all fields and bits, beyond which one is unlike the others ...
-MIN_FIELDS = 3  # with fewer, bits can only be compared with each other, and bits differ
+SIGMAS = 6.0  # robust standard deviations over all fields and bits; a value further off is an outlier ...
+MIN_FIELDS = 3  # with fewer, bits can only be compared with each other, and bits differ anyway
 # ... if it is also this factor off: with MIN_FIELDS, and with fewer.
 FACTORS = {"brightness": (2.0, 5.0), "background": (2.0, 8.0), "noise": (2.0, 5.0), "width": (1.2, 1.4)}
-# Spots are few below their usual number over the first (many beyond their number times it), if chance would not bring
-# so few of their usual number over the second: bits serve different genes, fields have different cells.
+# Spots are too few below their usual number divided by the first (too many above it times the first), if chance does
+# not explain so few of the usual number divided by the second: genes differ between bits, and cells between fields.
 SPOT_FACTORS = ((5.0, 2.0), (20.0, 5.0))
 CHANCE = 1e-7
-ENOUGH_SPOTS = 15  # to tell their height and width
-# Where the bits' light agrees to this correlation, in the median, one that is below it by so much shows another place.
+ENOUGH_SPOTS = 15  # needed to measure their height and width
+# If the bits' intensities agree to this median correlation, one that is lower by so much shows another place.
 COMMON_LIKENESS, LOST_LIKENESS = 0.6, 0.5
-# Two rounds are swapped if that leaves so many times smaller squares, and by so many squared sigmas.
+# Two rounds are swapped if that reduces the sum of squares by this factor, and by so many squared sigmas.
 SWAP_RATIO, SWAP_GAIN = 4.0, 80.0
-# Sigmas of logarithms, below which values are not trusted.
+# Lower limits of the sigmas of logarithms.
 _SWAP_FLOORS = {"brightness": 0.04, "spots": 0.15, "background": 0.01, "noise": 0.02, "width": 0.01}
 
 MIN_CEILING = 255  # camera counts; no camera saturates below
-CEILING_SIGMAS = 5.0  # times as many pixels at the ceiling as at each value next below it
+CEILING_SIGMAS = 5.0  # ratio of the number of pixels at the ceiling to that at each value just below
 _MIN_PILE = 20  # pixels
-_BELOW = 64  # values below the highest that are compared with it
+_BELOW = 64  # number of values below the highest that it is compared with
 
 
 def camera_ceiling(bits: np.ndarray) -> float:
-    """Value at which the camera of a field saturates: the highest of the data, if pixels pile up there.
+    """Value at which the camera of a field saturates: the highest of the data, if many pixels have it.
 
-    bits: (bit, ..., y, x), raw counts. Cameras of 12 or 14 bits end at 4095 or 16383, or at 65520 where they shift
-    their values up. Without a pile the end of the type, which nothing has reached; infinity for real numbers.
+    bits: (bit, ..., y, x), raw counts. Cameras of 12 or 14 bits end at 4095 or 16383, or at 65520 if they shift
+    their values up. Otherwise the maximum of the type; infinity for real numbers.
     """
     if bits.dtype.kind not in "ui":
         return np.inf
@@ -58,7 +58,7 @@ def camera_ceiling(bits: np.ndarray) -> float:
     step = max(step & -step, 1)
     low = highest - _BELOW * step
     at, near = np.sum(map_bits(lambda image: _count_top(image, highest, low), bits), axis=0)
-    if at == bits.size:  # nothing but one value: full, or a lens cap
+    if at == bits.size:  # a single value: saturated, or a lens cap
         full = highest // step + 1
         return float(highest) if full & (full - 1) == 0 else end
     return float(highest) if at >= max(_MIN_PILE, CEILING_SIGMAS * near / _BELOW) else end
@@ -73,32 +73,32 @@ def _count_top(image: np.ndarray, highest: int, low: int) -> tuple[int, int]:
 def measure_quality(
     fov: int, raw: np.ndarray, filtered: np.ndarray, names: Sequence[str], rounds: Sequence[int], colors: Sequence[str]
 ) -> pd.DataFrame:
-    """What the images of each bit of a field show, one row a bit.
+    """Measure the images of each bit of a field, one row for each bit.
 
     raw: (bit, z, y, x), camera counts; filtered: the same, band-passed, float32; names, rounds, colors: (bit,).
     Returns columns fov, bit, round, color and
 
-    - brightness: median of the light of its spots, camera counts over the background; NaN without spots
-    - spots: clear spots in the part of the field that is looked at, the same part for every bit
+    - brightness: median height of its spots, camera counts over the background; NaN without spots
+    - spots: clear spots in the part of the field that is examined, the same part for every bit
     - background: median of the raw image, camera counts
     - noise: sigma of the filtered image without its spots, camera counts; 0 if all pixels are alike
     - width: sigma of its spots after the filter, pixel, larger out of focus; NaN without spots
-    - likeness: correlation, over blocks of the field, of its light with the light of the other bits
+    - likeness: correlation, over blocks of the field, of its intensity with that of the other bits
     """
     sample = _sampled(filtered)
     rows = map_bits(lambda image: _spots_of(image, sample.shape[-2]), sample)
-    # of the raw image a plane tells the background of all
+    # one plane of the raw image is enough for the background
     middle = raw[:, raw.shape[1] // 2]
     background = [float(np.median(sample_of(image))) for image in middle]
     table = pd.DataFrame(rows, columns=["brightness", "spots", "noise", "width"])
-    # what the correction of the light makes of an even image is no noise
+    # the correction of illumination in a constant image is not noise
     table.loc[[np.ptp(sample_of(image)) == 0 for image in middle], "noise"] = 0.0
     table = table.assign(fov=fov, bit=list(names), round=list(rounds), color=list(colors))
     return table.assign(background=background, likeness=likeness(middle))[COLUMNS]
 
 
 def _sampled(filtered: np.ndarray) -> np.ndarray:
-    """Bands (bit, band, row, x) spread over the planes and rows of (bit, z, y, x); all of it if it is small."""
+    """Bands (bit, band, row, x) spread over the planes and rows of (bit, z, y, x); everything if it is small."""
     _, planes, height, _ = filtered.shape
     if planes * height <= BANDS * BAND_ROWS:
         return filtered
@@ -126,12 +126,12 @@ def _spots_of(image: np.ndarray, height: int) -> tuple[float, int, float, float]
 
 
 def likeness(images: np.ndarray) -> np.ndarray:
-    """Correlation (bit,) of each image (bit, y, x) with the others, over blocks; NaN where an image is even."""
+    """Correlation (bit,) of each image (bit, y, x) with the others, over blocks; NaN where an image is constant."""
     block = max(16, min(images.shape[1:]) // BLOCKS)
     height, width = (side // block * block for side in images.shape[1:])
     if height // block * (width // block) < 2:
         return np.full(len(images), np.nan)
-    # every eighth row tells the mean of a block well enough
+    # every eighth row is enough for the mean of a block
     rows = images[:, 4:height:8, :width].reshape(len(images), height // block, -1, width // block, block)
     light = rows.mean(axis=(2, 4), dtype=np.float32).reshape(len(images), -1).astype(np.float64)
     light -= light.mean(axis=1, keepdims=True)
@@ -149,7 +149,7 @@ def likeness(images: np.ndarray) -> np.ndarray:
 
 
 def flag_quality(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `measure_quality` of any number of fields with a column ``reasons``: what is wrong, "" if nothing.
+    """Add a column ``reasons`` to the rows of `measure_quality` of any number of fields: what is wrong, "" if nothing.
 
     A bit of a field is compared with the same bit in the other fields and with the other bits of the field, by medians;
     of fewer than `MIN_FIELDS` fields with the other bits alone, which finds only gross faults. Two rounds of a field
@@ -164,7 +164,7 @@ def flag_quality(table: pd.DataFrame) -> pd.DataFrame:
     reasons: list[list[list[str]]] = [[[] for _ in bits] for _ in fovs]
     dark = ~(grid["noise"] > 0)
     for f, b in np.argwhere(dark):
-        reasons[f][b].append("no image: its pixels are all alike")
+        reasons[f][b].append("no image: all pixels have the same value")
     enough = len(fovs) >= MIN_FIELDS
     _flag_spots(grid["spots"], dark, enough, reasons)
     clear = grid["spots"] >= ENOUGH_SPOTS
@@ -180,7 +180,7 @@ def flag_quality(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _expected(values: np.ndarray, enough: bool, per_field: bool = True) -> np.ndarray:
-    """What values (fov, bit), logarithms, should be: effects of the bit and of the field, by medians."""
+    """Expected values (fov, bit), logarithms: effects of the bit and of the field, by medians."""
     bit = np.zeros(values.shape[1])
     if enough:
         bit = _median(values - (_median(values, 1)[:, None] if per_field else 0.0), 0)
@@ -189,7 +189,7 @@ def _expected(values: np.ndarray, enough: bool, per_field: bool = True) -> np.nd
 
 
 def _median(values: np.ndarray, axis: int) -> np.ndarray:
-    """Median of what is known, 0 where nothing is."""
+    """Median without NaN; 0 if all are NaN."""
     known = np.isfinite(values)
     lines = known.any(axis=axis)
     shape = np.where(np.expand_dims(lines, axis), np.where(known, values, np.nan), 0.0)
@@ -209,7 +209,7 @@ def _flag_spots(spots: np.ndarray, dark: np.ndarray, enough: bool, reasons: list
     many = (spots > expected * factor) & (special.pdtrc(np.maximum(spots - 1, 0), expected * margin) < CHANCE)
     for f, b in np.argwhere((few | many) & ~dark):
         what = "few spots" if few[f, b] else "many spots"
-        reasons[f][b].append(f"{what}: {spots[f, b]:.0f} where {expected[f, b]:.0f} are usual")
+        reasons[f][b].append(f"{what}: {spots[f, b]:.0f}, usually {expected[f, b]:.0f}")
 
 
 _WORDS = {
@@ -222,14 +222,14 @@ _WORDS = {
 
 def _flag_value(name: str, values: np.ndarray, enough: bool, reasons: list[list[list[str]]]) -> None:
     log = np.log(np.maximum(values, 1e-9))
-    # optics are the same in every field: a field whose bits are all out of focus must show
+    # the optics are the same in every field, so a field with all bits out of focus must be found
     expected = _expected(log, enough, per_field=name != "width")
     off = log - expected
     limit = max(SIGMAS * _sigma(off), np.log(FACTORS[name][0 if enough else 1]))
     low, high, unit = _WORDS[name]
     for f, b in np.argwhere(np.abs(off) > limit):
         what = low if off[f, b] < 0 else high
-        reasons[f][b].append(f"{what}: {values[f, b]:.3g} {unit} where {np.exp(expected[f, b]):.3g} are usual")
+        reasons[f][b].append(f"{what}: {values[f, b]:.3g} {unit}, usually {np.exp(expected[f, b]):.3g}")
 
 
 def _flag_likeness(likeness: np.ndarray, reasons: list[list[list[str]]]) -> None:
@@ -237,8 +237,8 @@ def _flag_likeness(likeness: np.ndarray, reasons: list[list[list[str]]]) -> None
     limit = max(LOST_LIKENESS, SIGMAS * _sigma(likeness - usual))
     for f, b in np.argwhere((likeness < usual - limit) & (usual >= COMMON_LIKENESS)):
         reasons[f][b].append(
-            f"shows another place: its light follows that of other bits by {likeness[f, b]:.2f}, "
-            f"the others by {usual[f, 0]:.2f}"
+            f"shows another place: its correlation with other bits is {likeness[f, b]:.2f}, "
+            f"that of the others {usual[f, 0]:.2f}"
         )
 
 
@@ -249,7 +249,7 @@ def _flag_swaps(
     clear: np.ndarray,
     reasons: list[list[list[str]]],
 ) -> None:
-    """Rounds whose values, in one field, are each other's."""
+    """Pairs of rounds whose values are swapped in one field."""
     values, expected = [], []
     for name, floor in _SWAP_FLOORS.items():
         log = np.log(np.maximum(np.where(clear, grid[name], np.nan), 1e-9))
@@ -272,7 +272,7 @@ def _flag_swaps(
             (-gain[f], f, i, j) for f in np.flatnonzero((gain > SWAP_GAIN) & (off > SWAP_RATIO * swapped)).tolist()
         ]
     taken: set[tuple[int, int]] = set()
-    for _, f, i, j in sorted(found):  # of pairs that share a round, the one that explains most
+    for _, f, i, j in sorted(found):  # among pairs that share a round, the one that explains most
         if not taken & {(f, i), (f, j)}:
             taken |= {(f, i), (f, j)}
             for k in np.flatnonzero((rounds == i) | (rounds == j)):

@@ -1,4 +1,4 @@
-"""A folder of registered stacks, one a field, as an experiment that is run like a raw one."""
+"""A folder of registered stacks, one for each field, opened as an experiment."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from merfish.imaging import images
 from merfish.imaging.experiment import Experiment
 from merfish.imaging.organization import NO_ROUND, Channel, Movie, read_microscope, read_positions
 
-BITS = "stack"  # stack_0.tif, stack_1.tif, ... hold the bits; DAPI_0.tif, ... a stain of that name
+BITS = "stack"  # stack_0.tif, stack_1.tif, ... are the bits; DAPI_0.tif, ... a stain of that name
 _NAME = re.compile(r"(.+?)_0*(\d{1,9})(?:\.ome)?\.[A-Za-z0-9]+")
 
 
 def stack_files(folder: Path) -> dict[str, dict[int, Path]]:
-    """Image files called NAME_FIELD.ext in a folder, by name and field; none without a name ``stack``.
+    """Image files called NAME_FIELD.ext in a folder, by name and field; none if no name is ``stack``.
 
-    Raises InputError for two files of one name and field, and for links that leave the folder.
+    Raises InputError for two files with the same name and field, and for links to files outside the folder.
     """
     found: dict[str, dict[int, Path]] = defaultdict(dict)
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
@@ -38,10 +38,10 @@ def open_registered(folder: Path, files: dict[str, dict[int, Path]], tables: dic
     """An experiment of registered stacks: no rounds, no drift, one colour.
 
     files: as from `stack_files`: each ``stack`` is (bit, y, x) or (bit, z, y, x) of any real dtype, bits in the
-    codebook's order; other names are stains. tables: codebook, positions, microscope; of the last only
-    microns_per_pixel is used, since stacks are taken to be oriented. z is the plane index, since nothing says more.
+    codebook's order; other names are stains. tables: codebook, positions, microscope; only
+    microns_per_pixel of the last is used, since stacks are assumed to be oriented. z is the plane index.
 
-    Raises InputError for stacks that do not fit codebook or positions.
+    Raises InputError for stacks that do not match the codebook or the positions.
     """
     book, stage = read_codebook(tables["codebook"]), read_positions(tables["positions"])
     scope = read_microscope(tables["microscope"])
@@ -79,7 +79,7 @@ def open_registered(folder: Path, files: dict[str, dict[int, Path]], tables: dic
 def _planes(path: Path, n_bits: int) -> int:
     frames = images.read_header(path).frames
     if frames == 0 or frames % n_bits:
-        raise InputError(f"{path}: {frames} images, which is no multiple of the codebook's {n_bits} bits")
+        raise InputError(f"{path}: {frames} images, which is not a multiple of the codebook's {n_bits} bits")
     return frames // n_bits
 
 

@@ -11,19 +11,19 @@ from merfish.imaging._kernels import filter_planes, patch_steps, remove_hot_pixe
 from merfish.imaging.preprocess import gaussian
 
 MAX_DRIFT = 40.0  # pixel, along y and along x
-# Beads are sought as blobs of this sigma in the image and in copies binned 2 x 2 and 4 x 4: sharp beads in the
-# first, rings of beads out of focus in the last.
+# Beads are found as blobs of this sigma in the image and in copies binned 2 x 2 and 4 x 4: sharp beads in the first,
+# rings of out-of-focus beads in the last.
 _BLOB_SIGMA = 1.5
 _LEVELS = 3
-_DETECTION = 6.0  # height of a blob over the noise
+_DETECTION = 6.0  # height of a blob relative to the noise
 _MAX_BLOBS = 4000
 _PATCH_RADIUS = 5  # pixel, of a bead in the first level; twice as wide in the next
-# A drift is believed if chance would bring so many blobs together less often than this ...
+# A drift is accepted if the probability that chance matches so many blobs is below this ...
 _LOG_CHANCE = np.log(1e-4)
 _MIN_BEADS = 3
-# ... and if the beads agree on it so well (pixel, standard error).
+# ... and if its standard error is below this (pixel).
 _MAX_ERROR = 0.3
-_FLOOR = 0.02  # pixel; beads agree no better than this, whatever their light
+_FLOOR = 0.02  # pixel; lower limit of the scatter of beads, however bright
 _REFINEMENTS = 10
 _CONVERGED = 0.002  # pixel
 _TAPS = 16  # of the spline
@@ -34,12 +34,12 @@ def measure_drift(images: np.ndarray, reference: int = 0, max_drift: float = MAX
     """Measure how far each round has drifted from a reference round, from images of the same beads.
 
     images: (round, y, x), any real dtype; images of molecules or stains serve as well if rounds share enough of them.
-    Blobs are located in each image at three scales; of all shifts up to ``max_drift`` px along y and x, that which
-    brings most of them together is refined: the round is realigned, what displacement remains at each blob is
-    measured by least squares, and their robust mean is added, until nothing remains.
+    Blobs are located in each image at three scales; of all shifts up to ``max_drift`` px along y and x, the one that
+    matches most of them is refined: the round is realigned, the remaining displacement of each blob is measured by
+    least squares, and their robust mean is added, until it vanishes.
 
-    Returns one row a round: round; dy, dx (pixel: what is at (y, x) in the reference is at (y + dy, x + dx) in this
-    round; NaN if not ok); quality (share of the reference's blobs that agree on it, 0 to 1); beads (their number);
+    Returns one row for each round: round; dy, dx (pixel: what is at (y, x) in the reference is at (y + dy, x + dx) in
+    this round; NaN if not ok); quality (share of the reference's blobs that agree on it, 0 to 1); beads (their number);
     error (pixel, standard error of the drift); ok (the agreement is not by chance, and close).
 
     Raises InputError if ``images`` is not (round, y, x), not finite, or has no round ``reference``.
@@ -65,11 +65,11 @@ def measure_drift(images: np.ndarray, reference: int = 0, max_drift: float = MAX
 
 
 def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.ndarray) -> pd.DataFrame:
-    """Drift of a field's rounds from its beads or, where they do not tell, from the molecules that rounds share.
+    """Measure the drift of a field's rounds from its beads or, where that fails, from the molecules that rounds share.
 
     beads: (round, y, x), or (0, y, x) if none were imaged; bits: (bit, z, y, x); round_of_bit: (bit,) int.
     Returns `measure_drift`'s table with a column ``source``: "beads"; "bits", which works because each word has its
-    bits in several rounds; or "nothing", with no drift, if no round shows any molecule that it could misplace.
+    bits in several rounds; or "nothing", with no drift, if no round shows any molecule.
     """
     drift = measure_drift(beads).assign(source="beads") if len(beads) else None
     if drift is not None and drift["ok"].all():
@@ -78,7 +78,7 @@ def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.nd
     for image, number in zip(bits, round_of_bit, strict=True):
         flat = image.max(axis=0).astype(np.float32)
         flat -= np.median(flat)
-        # bits differ in brightness; the brightest 0.1 % are molecules in all of them
+        # bits differ in brightness; their brightest 0.1 % are molecules in any case
         flat /= max(float(np.quantile(flat, 0.999)), 1e-9)
         np.maximum(molecules[number], flat, out=molecules[number])
     from_bits = measure_drift(molecules).assign(source="bits")
@@ -86,7 +86,7 @@ def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.nd
         return from_bits.assign(dy=0.0, dx=0.0, error=np.nan, ok=True, source="nothing")
     if drift is None:
         return from_bits
-    # Bits stand in for single rounds only if the reference's beads were seen, else for all.
+    # Bits replace beads in single rounds only if the reference's beads were found, otherwise in all rounds.
     return drift.where(drift["ok"] & drift["ok"].iloc[0], from_bits)
 
 
@@ -112,7 +112,7 @@ def _cleaned(image: np.ndarray) -> np.ndarray:
 def locate_blobs(image: np.ndarray) -> list[np.ndarray]:
     """Centres of bright blobs in an image (y, x) float32, a list of (blob, 2) y, x in pixel for each of three scales.
 
-    Good to a fraction of a blob's width: a start for `measure_drift`, not a localisation of molecules.
+    Accurate to a fraction of a blob's width: a start for `measure_drift`, not a localisation of molecules.
     """
     found = []
     for number in range(_LEVELS):
@@ -127,9 +127,9 @@ def locate_blobs(image: np.ndarray) -> list[np.ndarray]:
 
 def _blob_centers(image: np.ndarray) -> np.ndarray:
     """Sub-pixel maxima (blob, 2) of an image filtered for blobs of `_BLOB_SIGMA`, brightest first."""
-    # Square roots have nearly the same noise in bright and dark places.
+    # Square roots have nearly constant noise in bright and dark regions.
     blobs = _blob_filter(np.sqrt(image - image.min()))
-    # Noise as most pixels have it, beads being few: 1.4826 MAD = sigma.
+    # Noise of most pixels, since beads are few: 1.4826 MAD = sigma.
     sample = blobs[:: max(1, len(blobs) // 256)]
     threshold = max(_DETECTION * 1.4826 * np.median(np.abs(sample - np.median(sample))), 1e-3)
     margin = int(np.ceil(2 * _BLOB_SIGMA))
@@ -168,9 +168,9 @@ def paraboloid_tops(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarr
 def _coarse_matches(
     fixed: list[np.ndarray], moving: list[np.ndarray], shape: tuple[int, ...], max_drift: float
 ) -> list[tuple[float, int, np.ndarray, np.ndarray]]:
-    """(log of chance, level, shift (2,), rows of the level's ``fixed`` blobs found again), least likely chance first.
+    """(log probability of chance, level, shift (2,), matched rows of that level's ``fixed``), least probable first.
 
-    Matches that chance could bring are left out.
+    Matches that chance could explain are left out.
     """
     found = []
     for level, (a, b) in enumerate(zip(fixed, moving, strict=True)):
@@ -191,14 +191,14 @@ def _coarse_matches(
 
 
 def _log_poisson_tail(count: int, mean: float) -> float:
-    """Log of a close bound on the probability that a Poisson number of that mean is ``count`` or more."""
+    """Log of a close bound on the probability that a Poisson number of that mean is at least ``count``."""
     if count <= mean:
         return 0.0
     return float(count * np.log(max(mean, 1e-9)) - mean - special.gammaln(count + 1) - np.log1p(-mean / (count + 1)))
 
 
 def _vote(fixed: np.ndarray, moving: np.ndarray, max_drift: float, scale: float) -> np.ndarray | None:
-    """The shift (2,), to about ``scale``, that brings most blobs together."""
+    """The shift (2,), to about ``scale``, that matches most blobs."""
     reach = max_drift + scale
     near = spatial.KDTree(fixed).sparse_distance_matrix(spatial.KDTree(moving), reach, p=np.inf, output_type="ndarray")
     if not len(near):
@@ -229,7 +229,7 @@ def _inside(points: np.ndarray, shape: tuple[int, ...], margin: float = 0.0) -> 
 def _refine_drift(
     fixed: np.ndarray, moving: np.ndarray, shift: np.ndarray, blobs: np.ndarray, level: int
 ) -> tuple[np.ndarray, int, float] | None:
-    """Drift (2,), how many of the blobs (blob, 2) of ``fixed`` agree on it, its error; None if they do not agree."""
+    """Drift (2,), the number of blobs (blob, 2) of ``fixed`` that agree on it, its error; None if they do not agree."""
     centers = np.rint(blobs).astype(np.int64)
     steps, variances = np.empty((len(centers), 2)), np.empty(len(centers))
     for _ in range(_REFINEMENTS):
@@ -258,7 +258,7 @@ def _agreeing(steps: np.ndarray) -> np.ndarray:
         if kept.sum() < _MIN_BEADS:
             break
         off = np.abs(steps - np.median(steps[kept], axis=0)).max(axis=1)
-        # 1.4826 MAD = sigma; a few pairs that agree by luck must not throw out all others
+        # 1.4826 MAD = sigma; a few pairs that agree by chance must not exclude all others
         kept = off < 3 * max(1.4826 * float(np.median(off[kept])), 2 * _FLOOR)
     return kept
 
@@ -266,17 +266,17 @@ def _agreeing(steps: np.ndarray) -> np.ndarray:
 def align(
     images: np.ndarray, shifts: np.ndarray, transforms: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Undo drift, and chromatic distortion if given: resample each image once, by cubic splines.
+    """Correct drift, and chromatic distortion if given, by resampling each image once with cubic splines.
 
     images: (image, y, x) or (image, z, y, x), any real dtype; shifts: (image, 2) dy, dx in pixel, as `measure_drift`
     gives them; transforms: (image, 2, 3), where the image's colour shows what the reference colour shows at (y, x, 1),
     as `merfish.imaging.chromatic.fit_chromatic` gives them. A pixel (y, x) of the result is the image at
     transform @ (y + dy, x + dx, 1). Shifts by whole pixels alone copy values exactly.
 
-    Returns the aligned images, float32 of the same shape, and where all of them were seen, bool (y, x): elsewhere
-    some image shows only a mirrored edge, not the sample.
+    Returns the aligned images, float32 of the same shape, and where all of them have data, bool (y, x): elsewhere
+    some image is only a mirrored edge.
 
-    Raises InputError if shapes do not fit or a number is not finite.
+    Raises InputError if shapes do not match or a number is not finite.
     """
     images, shifts = np.asarray(images), np.asarray(shifts, dtype=np.float64)
     if images.ndim not in (3, 4) or shifts.shape != (len(images), 2):
@@ -315,19 +315,19 @@ def _repeat(values: np.ndarray, times: int) -> np.ndarray:
 
 
 def seen_by_all(maps: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Bool (y, x): pixels whose places in every image, maps (image, 2, 3) @ (y, x, 1), are within it."""
+    """Bool (y, x): pixels whose positions in every image, maps (image, 2, 3) @ (y, x, 1), are inside it."""
     y, x = np.arange(shape[0])[:, None], np.arange(shape[1])
     seen = np.ones(shape, dtype=bool)
     for at in np.unique(maps, axis=0):
         for (along_y, along_x, start), size in zip(at, shape, strict=True):
-            # a map without rotation stays a row or a column here
+            # without rotation, a row or a column is enough
             place = (along_y * y if along_y else 0.0) + (along_x * x if along_x else 0.0) + start
             seen &= (place >= 0) & (place <= size - 1)
     return seen
 
 
 def spline_taps(fraction: np.ndarray) -> np.ndarray:
-    """Weights (..., _TAPS) float32 of the pixels around a place ``fraction`` (..., 0 to 1) beyond tap _TAPS // 2 - 1.
+    """Weights (..., _TAPS) float32 of the pixels around a point ``fraction`` (..., 0 to 1) beyond tap _TAPS // 2 - 1.
 
     They are the cardinal cubic spline (Unser 1999, IEEE Signal Process. Mag. 16:22): the B-spline convolved with the
     inverse of its samples, sqrt(3) z^|k| with z = sqrt(3) - 2, cut after 8 pixels where it has fallen to 3e-5.

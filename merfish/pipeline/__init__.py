@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merfish import results
+from merfish._jit import compilation_said
 from merfish.calls.error_model import word_statistics
 from merfish.calls.fit import refuse_misfit
 from merfish.cells.measure import load_segmenter
@@ -104,6 +105,7 @@ def process(
     segmentation: str | os.PathLike[str] | None,
     save_images: bool,
     progress: bool,
+    verbose: bool = False,
 ) -> None:
     """As `run`, with results on disk only."""
     out = Path(out)
@@ -119,9 +121,14 @@ def process(
     if segmentation is not None:
         find_segmentation(Path(segmentation), [fov for fov in chosen if fov not in failed])  # said before any work
     refuse_other_results(out)
-    with folder.owned(out), display(out, progress) as shown, run_map_on(workers, scheduler, slurm_jobs, out) as run_map:
+    with (
+        folder.owned(out),
+        display(out, progress, verbose) as shown,
+        compilation_said(shown.say),
+        run_map_on(workers, scheduler, slurm_jobs, out) as run_map,
+    ):
         if workers is not None and workers > cores():
-            shown.say(f"{workers} workers are asked for; this machine has {cores()} cores, so many are used")
+            shown.say(f"{workers} workers were asked for; using {cores()}, one for each core of this machine")
         manifest = Manifest(source, settings)
         calibrated = shared_calibration(source, settings, manifest, out, run_map, shown)
         target = covered(out, chosen, manifest, calibrated)
@@ -138,7 +145,7 @@ def process(
         key = manifest.of_results({fov: parts[fov] for fov in says}, failed)
         cells = None if segmentation is None else find_segmentation(Path(segmentation), list(says))
         if published_key(out) == (key if cells is None else segmented_key(key, cells)):
-            shown.say(f"{out}: nothing has changed, the results stand")
+            shown.say(f"{out}: this run is complete, and its inputs and parameters have not changed; nothing to do")
             return
         if cells is None or not published_key(out) or own_key(results.read_run(out)) != key:
             combine(source, settings, out, says, failed, calibrated, key, run_map, shown)
@@ -233,7 +240,7 @@ def decode_fields(
         shown.say(f"{fields_text(fovs)}: made again ({reason})")
     todo = [fov for fov in work.parts if fov not in says]
     if says and todo:
-        shown.say(f"{fields_text(says)}: done before")
+        shown.say(f"{len(says)} of {len(work.parts)} fields are done already; decoding the other {len(todo)}")
     with shown.step("fields"):
         n_molecules, started = 0, time.time()
         for done, (fov, outcome) in enumerate(shown.track(run_map(work, todo), len(todo), "decode"), 1):

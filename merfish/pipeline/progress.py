@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from merfish import results
+from merfish._text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -55,25 +56,41 @@ class Display:
             self.progress.update(self.progress.tasks[-1].id, note=text)
 
     def say(self, text: str) -> None:
-        """A line that stays, also in the log."""
-        log.info(text)
+        """Print a line that stays, and log it."""
+        log.info(text, extra={_PRINTED: True})
         if self.progress is not None:
             self.progress.console.print(text, markup=False, highlight=False)
 
 
+_PRINTED = "printed"  # marks log records that `Display.say` prints itself
+
+
 class _Log(logging.FileHandler):
-    """A log that cannot be written, on a full disk say, ends no run and prints nothing."""
+    """A log file. If it cannot be written, because the disk is full for example, the run goes on silently."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
+class _Echo(logging.Handler):
+    """Prints what the log keeps above the progress display."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not hasattr(record, _PRINTED):
+            self.progress.console.print(printable(record.getMessage()), markup=False, highlight=False)
+
+
 @contextmanager
-def display(out: Path, show: bool) -> Iterator[Display]:
-    """A `Display` that is shown if ``show``, with the log in ``out``."""
+def display(out: Path, show: bool, verbose: bool = False) -> Iterator[Display]:
+    """A `Display` that is shown if ``show``, with the log in ``out``; ``verbose`` prints the log as well."""
     handler = _Log(out / results.LOG, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)
+    echo: _Echo | None = None
     before, log.propagate = log.propagate, False
     level = log.level
     log.setLevel(logging.INFO)
@@ -99,9 +116,14 @@ def display(out: Path, show: bool) -> Iterator[Display]:
             TimeRemainingColumn(),
         )
         with Progress(*columns) as progress:
+            if verbose:
+                echo = _Echo(progress)
+                log.addHandler(echo)
             yield Display(progress)
     finally:
         log.removeHandler(handler)
         handler.close()
+        if echo is not None:
+            log.removeHandler(echo)
         log.propagate = before
         log.setLevel(level)

@@ -28,6 +28,12 @@ def status_lines(out: Path) -> list[str]:
     return [*lines, *_results(out)]
 
 
+def decoded_fields(out: Path) -> list[int]:
+    """Fields whose results are in the folder of a run, also of one that was interrupted."""
+    folders = (out / results.FIELDS).glob("fov_*")
+    return sorted(int(path.name.removeprefix("fov_")) for path in folders if path.name[4:].isdecimal())
+
+
 def _decoded(progress: dict[str, float], running: bool) -> str:
     done, total = int(progress["done"]), int(progress["total"])
     line = f"{done} of {total} fields that were to be decoded are done"

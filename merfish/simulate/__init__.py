@@ -1,4 +1,4 @@
-"""Data whose truth is known: molecules, optics and camera of one stack, and a whole tissue on disk."""
+"""Simulated data with known truth: one stack, or a whole tissue as a raw experiment on disk."""
 
 from merfish.simulate.disturbances import Disturbances
 from merfish.simulate.experiment import simulate_experiment

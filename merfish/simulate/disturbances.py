@@ -1,4 +1,4 @@
-"""What goes wrong in a real experiment. Each disturbance is off unless it is asked for."""
+"""Disturbances of real experiments, each off by default."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Disturbances:
     stage_error: sigma of the error of each field's true position about the written one, micrometre and axis.
     chromatic: shift of a bit's colour against the beads' colour at the corner of the field, pixels.
     vignetting: share of light lost in the corners of each frame.
-    loose_beads: share of beads that lie elsewhere, some 20 pixels away, in each round after the first.
-    autofluorescence: photons a pixel that cells add to the bead images.
-    haze: out-of-focus light in the bit images, as a share of the light of all molecules, blurred by 15 pixels.
+    loose_beads: share of beads that move, about 20 pixels, in each round after the first.
+    autofluorescence: photons per pixel that cells add to the bead images.
+    haze: out-of-focus light in the bit images, relative to the light of all molecules, blurred by 15 pixels.
     bleaching: share of a spot's light lost with every round.
-    dead_bit: number of a bit, from 0, that shows nothing.
-    saturated_fov: field lit 300 times too strongly, beyond the range of the camera.
-    hot_pixels: number of the camera's pixels that are 2,000 counts too bright in every frame.
+    dead_bit: number of a bit, from 0, without signal.
+    saturated_fov: field illuminated 300 times too strongly, beyond the range of the camera.
+    hot_pixels: number of camera pixels that are 2,000 counts too bright in every frame.
     """
 
     stage_error: float = 0.0
@@ -37,7 +37,7 @@ class Disturbances:
 
 
 def draw_chromatic(n_colors: int, shape: tuple[int, int], largest: float, rng: np.random.Generator) -> np.ndarray:
-    """Affine maps (color, 2, 3) of (y, x, 1): where a colour shows what the beads' colour shows at (y, x).
+    """Affine maps (color, 2, 3) of (y, x, 1): from positions in the beads' colour to positions in each colour.
 
     Mostly magnification about the centre, with a little shear and a shift; the shift at the worst corner is
     ``largest`` pixels for the first colour and less for each further one.
@@ -56,7 +56,7 @@ def draw_chromatic(n_colors: int, shape: tuple[int, int], largest: float, rng: n
 
 
 def illumination(shape: tuple[int, int], vignetting: float) -> np.ndarray:
-    """Share (y, x) float32 of the light that reaches each pixel: 1 in the centre, 1 - vignetting in the corners."""
+    """Relative illumination (y, x) float32 of each pixel: 1 in the centre, 1 - vignetting in the corners."""
     y, x = (np.linspace(-1.0, 1.0, n) for n in shape)
     return (1.0 - vignetting * (y[:, None] ** 2 + x[None, :] ** 2) / 2.0).astype(np.float32)
 

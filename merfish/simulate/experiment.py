@@ -1,4 +1,4 @@
-"""A whole raw experiment on disk, in MERlin's layout, with its truth beside it."""
+"""A raw experiment on disk, in MERlin's layout, with its truth."""
 
 from __future__ import annotations
 
@@ -54,33 +54,33 @@ def simulate_experiment(
     disturbances: Disturbances | None = None,
     progress: bool = False,
 ) -> Path:
-    """Simulate a tissue and write what a microscope would have written of it, and the truth.
+    """Simulate a tissue and write the raw experiment of a microscope, and the truth.
 
     The folder ``out`` holds ``data_organization.csv``, ``codebook.csv``, ``positions.csv``,
-    ``microscope.json`` and one TIFF a field and round: bits of two colours, then beads; a last round has
+    ``microscope.json`` and one TIFF for each field and round: bits of two colours, then beads; a last round has
     DAPI, polyT and beads. ``out/truth`` holds
 
-    - molecules.parquet: barcode_id, gene, is_blank, cell_id (-1 = in none), global_x, global_y, global_z
-      (micrometre), brightness, shown (uint64, the bits that really shine, first least significant);
+    - molecules.parquet: barcode_id, gene, is_blank, cell_id (-1 = outside cells), global_x, global_y, global_z
+      (micrometre), brightness, shown (uint64, the bits that are on, first least significant);
     - cells.parquet: cell_id, domain, cell_type, center_x, center_y, area, visible, geometry (WKB), of the part
       of each cell that was imaged (visible: its share); cell_by_gene.h5ad: true counts of the same cells;
     - drift.csv: dy, dx (pixels) by fov and round; fields.csv: true positions; bits.csv: PSF and brightness of
-      each bit; chromatic.csv: where a colour shows what the beads show at (y, x):
+      each bit; chromatic.csv: map from positions (y, x) in the beads' colour to those in each colour:
       y' = yy y + yx x + y1 and likewise x'; settings.json.
 
-    A molecule is one thing: its bits, errors included, are the same in each field that sees it. In round 0
-    nothing has drifted: global = position + pixel * microns_per_pixel.
+    The bits of a molecule, errors included, are the same in each field that shows it. There is no drift in round 0:
+    global = position + pixel * microns_per_pixel.
 
-    codebook: for its genes and words; without it, an MHD4 book is made for ``genes`` genes.
-    fields: (rows, columns), overlapping by a tenth. shape: (y, x) of a frame. density: molecules a pixel of
-    cell and plane. planes: z planes. drift: largest drift of a round in y and in x, pixels.
+    codebook: genes and words; without it, an MHD4 codebook is made for ``genes`` genes.
+    fields: (rows, columns), overlapping by a tenth. shape: (y, x) of a frame. density: molecules per pixel
+    of cell and plane. planes: z planes. drift: largest drift of a round in y and in x, pixels.
 
     The same arguments give the same bytes. ``out`` is written whole or not at all.
-    Raises InputError for numbers out of range, and for ``out`` if it exists and is not an empty folder.
+    Raises InputError for numbers out of range, and if ``out`` exists and is not an empty folder.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists already; expected a new or an empty folder")
+        raise InputError(f"{out} exists already; expected a new or an empty folder")
     if min(*fields, planes) < 1 or min(shape) < 32 or not (density >= 0 and drift >= 0):
         raise InputError(
             f"expected at least one field and plane, frames of 32 pixels, density and drift >= 0; "
@@ -144,7 +144,7 @@ def _draw_scene(
     plan: Plan, codebook: Codebook | None, genes: int, density: float, rng: np.random.Generator
 ) -> tuple[Codebook, Scene]:
     largest = np.abs(plan.drift).max() + plan.disturbances.chromatic + 10.0
-    # Not less than 12, so that the same seed gives the same tissue with common disturbances and without.
+    # At least 12, so that the same seed gives the same tissue with and without common disturbances.
     beyond = max(largest * MICRONS_PER_PIXEL + 4.0 * plan.disturbances.stage_error, 12.0)
     x0, y0, x1, y1 = _imaged(plan)
     bounds = (x0 - beyond, y0 - beyond, x1 + beyond, y1 + beyond)
@@ -169,7 +169,7 @@ def _draw_scene(
 
 
 def _imaged(plan: Plan) -> tuple[float, float, float, float]:
-    """The rectangle (x0, y0, x1, y1), micrometre, that the fields cover, to the outer edges of their pixels."""
+    """The rectangle (x0, y0, x1, y1), micrometre, covered by the fields, to the outer edges of their pixels."""
     height, width = plan.shape
     x0, y0 = plan.nominal.min(axis=0) - 0.5 * MICRONS_PER_PIXEL
     x1, y1 = plan.nominal.max(axis=0) + (np.array([width, height]) - 0.5) * MICRONS_PER_PIXEL
@@ -177,7 +177,7 @@ def _imaged(plan: Plan) -> tuple[float, float, float, float]:
 
 
 def _write_field(folder: Path, plan: Plan, fov: int, bits: np.ndarray, beads: np.ndarray, stains: np.ndarray) -> None:
-    """One TIFF a round: all planes of the first colour, of the second (from the top down), then the beads."""
+    """Write one TIFF for each round: planes of the first colour, of the second (from the top down), then beads."""
     for imaging_round in range(len(beads) - 1):
         frames: list[np.ndarray] = []
         for color in range(len(COLORS)):
@@ -284,7 +284,7 @@ def _write_truth(folder: Path, codebook: Codebook, plan: Plan, scene: Scene) -> 
 
 
 def _true_cells(plan: Plan, tissue: Tissue) -> pd.DataFrame:
-    """The imaged part of each cell; cell_id counts from 1 the rows of the tissue that have such a part."""
+    """The imaged part of each cell; cell_id numbers the rows of the tissue with such a part, from 1."""
     seen = shapely.intersection(tissue.outlines, shapely.box(*_imaged(plan)))
     rows = np.flatnonzero(shapely.area(seen) > 0.0)
     seen = seen[rows]

@@ -1,4 +1,4 @@
-"""One field of view: everything the camera would record there."""
+"""One field of view: all images that the camera records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEAD_DENSITY = 1.5e-4  # beads a pixel
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How the tissue is imaged, as it really happens. Positions are of the centre of the first pixel, micrometre.
+    """The true geometry and optics of the imaging. Positions are of the centre of the first pixel, micrometre.
 
     shape: (y, x). nominal, actual: (fov, 2) x, y written and true.
     drift: (fov, round, 2) dy, dx in pixels, the round of the stains last.
@@ -50,12 +50,12 @@ class Plan:
     disturbances: Disturbances
 
     def pixels(self, fov: int, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixel x, y in a field, without drift, of places in micrometre."""
+        """Pixel x, y in a field, without drift, of positions in micrometre."""
         x0, y0 = self.actual[fov]
         return (x - x0) / MICRONS_PER_PIXEL, (y - y0) / MICRONS_PER_PIXEL
 
     def near(self, fov: int, x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:
-        """Rows whose place (micrometre) is within ``reach`` pixels of the field."""
+        """Rows whose position (micrometre) is within ``reach`` pixels of the field."""
         px, py = self.pixels(fov, x, y)
         height, width = self.shape
         return np.flatnonzero((px > -reach) & (px < width + reach) & (py > -reach) & (py < height + reach))
@@ -63,7 +63,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """What there is to see: molecules (x, y, z in micrometre, brightness by bit), beads, tissue."""
+    """The scene: molecules (x, y, z in micrometre, brightness by bit), beads, tissue."""
 
     molecules: pd.DataFrame
     bit_brightness: np.ndarray  # (molecule, bit), 0 where dark
@@ -134,7 +134,7 @@ def _beads(plan: Plan, scene: Scene, fov: int) -> np.ndarray:
 def draw_beads(
     bounds: tuple[float, float, float, float], n_rounds: int, loose: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Beads (bead, 3) as x, y (micrometre) and light, and how far (round, bead, 2) loose ones have gone, pixels."""
+    """Beads (bead, 3) as x, y (micrometre) and light, and displacements (round, bead, 2) of loose ones, pixels."""
     x0, y0, x1, y1 = bounds
     n = round(BEAD_DENSITY * (x1 - x0) * (y1 - y0) / MICRONS_PER_PIXEL**2)
     light = BEAD_LIGHT * np.exp(rng.normal(0.0, 0.3, n))
@@ -147,8 +147,8 @@ def draw_beads(
 def draw_stains(tissue: Tissue, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Light (stain, cell) of each nucleus and cell body, photons a pixel, and grains in them (grain, 4).
 
-    A grain is a row of stain, x, y (micrometre) and total photons: texture that lies at the same place in
-    every field that sees it.
+    A grain is a row of stain, x, y (micrometre) and total photons: texture that is at the same position
+    in every field that shows it.
     """
     n = len(tissue.outlines)
     light = np.array([[DAPI_LIGHT], [POLYT_LIGHT]]) * np.exp(rng.normal(0.0, 0.25, (2, n)))
@@ -162,7 +162,7 @@ def draw_stains(tissue: Tissue, rng: np.random.Generator) -> tuple[np.ndarray, n
 
 
 def _stains(plan: Plan, scene: Scene, fov: int) -> np.ndarray:
-    """DAPI and polyT (2, y, x), photons. Messenger RNA is scarcer in the nucleus than around it."""
+    """DAPI and polyT (2, y, x), photons. There is less messenger RNA in the nucleus than around it."""
     dy, dx = plan.drift[fov, -1]
     tissue = scene.tissue
     dapi = _paint(plan, tissue.nuclei, scene.stain_light[0], fov, dy, dx)

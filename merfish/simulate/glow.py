@@ -1,4 +1,4 @@
-"""Cells that shine by themselves: textured light in the cytoplasm and bright granules, alike in every bit."""
+"""Autofluorescence of cells: textured light in the cytoplasm and bright granules, the same in every bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Glow:
 
 
 def draw_glow(n_bits: int, shape: tuple[int, int], photons: float, rng: np.random.Generator) -> Glow:
-    """Cells as discs at random places of a field of ``shape`` (y, x), that shine with ``photons`` a pixel."""
+    """Simulate cells as discs at random positions of a field of ``shape`` (y, x), with ``photons`` per pixel."""
     height, width = shape
     number = max(round(CELLS * height * width), 1)
     places = np.column_stack([rng.uniform(0, height, number), rng.uniform(0, width, number)])

@@ -1,4 +1,4 @@
-"""How molecules become images: which bits they show, how bright and blurred, and what the camera sees."""
+"""From molecules to images: bits with errors, brightness, blur and camera."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Imaging:
     Counts are camera_offset + camera_gain * Poisson(photons) + read_noise * N(0, 1), rounded, within uint16.
     molecule_spread, bit_spread: sigma of the lognormal brightness of molecules, and of their bits about that.
     bit_ratio: bits differ in brightness, log-uniformly, by up to this factor.
-    lost, gained: chance that an on-bit is dark and that an off-bit shines, per molecule and bit; one number, or one
-    a bit.
+    lost, gained: probability that an on-bit is dark and that an off-bit is bright, for each molecule and bit; one
+    number, or one for each bit.
     plane_step: distance between z planes, micrometre. focal_range: distance from focus, micrometre, at which
     a spot is sqrt(2) wider.
     """
@@ -43,7 +43,7 @@ class Imaging:
 def show_bits(
     words: np.ndarray, lost: float | tuple[float, ...], gained: float | tuple[float, ...], rng: np.random.Generator
 ) -> np.ndarray:
-    """Bits that really shine, (molecule, bit) bool: ``words`` (molecule, bit) after both kinds of error."""
+    """Bits that are on, (molecule, bit) bool: ``words`` (molecule, bit) after both kinds of error."""
     chance = rng.random(words.shape)
     return np.where(words == 1, chance >= np.asarray(lost), chance < np.asarray(gained))
 
@@ -97,7 +97,7 @@ def expose(expected: np.ndarray, imaging: Imaging, seed: np.random.SeedSequence)
         np.clip(np.rint(light, out=light), 0, 65535, out=light)
         counts[frame] = light
 
-    with ThreadPoolExecutor(2) as threads:  # numpy draws without the interpreter's lock
+    with ThreadPoolExecutor(2) as threads:  # numpy releases the interpreter's lock while it draws
         list(threads.map(one, range(len(expected)), seed.spawn(len(expected))))
     return counts
 
@@ -106,8 +106,8 @@ def draw_photons(expected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Poisson numbers, float32, for ``expected`` photons of any shape.
 
     Above 16 photons by the Cornish-Fisher expansion, lambda + sqrt(lambda) z + (z^2 - 1) / 6 + (z - z^3) /
-    (72 sqrt(lambda)) of a normal z, which has the Poisson mean, variance and skewness: a seventh of the time
-    of an exact draw, and less than the camera's own rounding away from one.
+    (72 sqrt(lambda)) of a normal z, which has the Poisson mean, variance and skewness: it takes a
+    seventh of the time of an exact draw, and differs from one by less than the rounding of the camera.
     """
     light = np.asarray(expected, np.float32)
     z = rng.standard_normal(light.shape, np.float32)

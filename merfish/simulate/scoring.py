@@ -1,4 +1,4 @@
-"""Calls against truth, one to one."""
+"""Scores of calls against the truth, matched one to one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from scipy.spatial import cKDTree
 def match_calls(calls: pd.DataFrame, truth: pd.DataFrame, radius: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
     """Pair calls with molecules of the same barcode_id within ``radius`` pixels, each at most once.
 
-    The closest pair is taken first, then the closest of what is left. Returns the rows of calls (pair,) and
+    The closest pair is matched first, then the closest of the rest. Returns the rows of calls (pair,) and
     the rows of truth (pair,).
     """
     if not len(calls) or not len(truth):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    # Barcodes are set so far apart along a third axis that none is within reach of another.
+    # A third axis separates barcodes by more than the radius.
     found, real = (
         cKDTree(np.column_stack([table["x"], table["y"], 3.0 * radius * table["barcode_id"].to_numpy(float)]))
         for table in (calls, truth)
@@ -43,10 +43,10 @@ def score_calls(
 
     calls, truth: tables with barcode_id, x, y (pixels). shape: (y, x) of the field; with it, recall counts
     only molecules, and precision only calls, at least ``margin`` pixels inside the border, while partners may
-    lie in the margin, so that neither side loses at the cut. Calls of blanks count as wrong.
+    lie in the margin, so that neither side is penalised at the border. Calls of blanks count as wrong.
 
     Returns recall, precision, n_truth, n_calls, and over the matched calls median_error (pixels), bias_x and
-    bias_y (mean of call minus truth, pixels). Fractions of nothing are NaN.
+    bias_y (mean of call minus truth, pixels). Fractions with a denominator of zero are NaN.
     """
     call_rows, truth_rows = match_calls(calls, truth, radius)
     inner_calls, inner_truth = (_inside(table, margin, shape) for table in (calls, truth))

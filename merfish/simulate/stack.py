@@ -1,4 +1,4 @@
-"""One registered field: molecules at random places, as the decoder's figures are stated for."""
+"""One registered field with molecules at random positions, as used for the decoders' figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from merfish.simulate.glow import draw_glow
 from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, expose, pack_bits, photons, show_bits
 
 ABUNDANCE_SIGMA = 1.0
-_BORDER = 8  # pixels beyond the field in which molecules still shed light into it
+_BORDER = 8  # pixels beyond the field in which molecules still contribute light to it
 
 
 def simulate_stack(
@@ -26,20 +26,20 @@ def simulate_stack(
     glow: float = 0.0,
     abundance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """Render a raw, registered stack of molecules at random places, and say what is in it.
+    """Render a raw, registered stack of molecules at random positions, and return its truth.
 
-    Molecules lie uniformly over the field and a little beyond it, at sub-pixel places; their genes are drawn
+    Molecules lie uniformly over the field and a little beyond it, at sub-pixel positions; their genes are drawn
     with lognormal abundance (sigma 1) from the words that are not blank, or with ``abundance`` (gene,), in the order of
     the book. ``imaging``: errors, optics, camera. ``bit_shift``: sigma of the shift of each bit along each axis,
-    pixels, by which its registration is wrong. ``glow``: photons a pixel with which cells shine; molecules are then
-    kept only in cells.
+    pixels, by which its registration is wrong. ``glow``: autofluorescence of cells, photons per pixel; molecules are
+    then only in cells.
 
-    shape: (y, x). density: molecules a pixel (of each plane). n_planes: z planes; molecules then lie between
+    shape: (y, x). density: molecules per pixel (of each plane). n_planes: z planes; molecules then lie between
     z = -0.5 and n_planes - 0.5.
 
-    Returns the stack, uint16 (bit, y, x), or (bit, z, y, x) with several planes; and the truth, one row a
-    molecule whose centre is inside the field (the others are only light): barcode_id int32, gene, is_blank,
-    x, y, z float64 in pixels (z: planes), brightness, and shown, uint64, the bits that really shine, the
+    Returns the stack, uint16 (bit, y, x), or (bit, z, y, x) with several planes; and the truth, one row for
+    each molecule whose centre is inside the field (the others are only light): barcode_id int32, gene, is_blank,
+    x, y, z float64 in pixels (z: planes), brightness, and shown, uint64, the bits that are on, the
     first least significant.
 
     Raises InputError for a codebook of blanks only, or a density or shape that is not positive.

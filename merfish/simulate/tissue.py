@@ -16,8 +16,8 @@ N_TYPES = 6
 CELL_SPACING = 10.0
 CELL_GAP = 0.8  # between neighbouring cells
 CORNER_RADIUS = 1.6
-MISSING_CELLS = 0.05  # of the lattice's places are empty
-OUTSIDE_DENSITY = 0.1  # of the density in cells
+MISSING_CELLS = 0.05  # share of the lattice's sites that are empty
+OUTSIDE_DENSITY = 0.1  # relative to the density in cells
 MARKER_FOLD = 5.0  # expression of a type's markers over other types
 DOMAIN_FOLD = 2.2  # expression of a domain's genes over other domains
 CELL_SPREAD = 0.2  # sigma of the lognormal number of molecules an area
@@ -25,7 +25,7 @@ CELL_SPREAD = 0.2  # sigma of the lognormal number of molecules an area
 
 @dataclass(frozen=True, eq=False)
 class Tissue:
-    """Cells as they are, before anything is imaged.
+    """The cells of the tissue, before imaging.
 
     outlines, nuclei: (cell,) shapely polygons; domain, cell_type: (cell,) int64 from 0;
     profile: (cell, gene) share of each gene among a cell's molecules; amount: (cell,) molecules an area,
@@ -41,10 +41,10 @@ class Tissue:
 
 
 def make_tissue(bounds: tuple[float, float, float, float], n_genes: int, rng: np.random.Generator) -> Tissue:
-    """Fill ``bounds`` (x0, y0, x1, y1) with cells in layers; each layer mixes all types and has a program of its own.
+    """Fill ``bounds`` (x0, y0, x1, y1) with cells in layers; each has all types and its own expression program.
 
-    The domain of a cell is not its type: types only change their shares between layers, while the genes of a
-    layer's program rise in every cell that lies there.
+    The domain of a cell is not its type: only the shares of types change between layers, while the genes of a
+    layer's program are raised in every cell of the layer.
     """
     outlines = _pack_cells(bounds, rng)
     centers = np.column_stack([shapely.get_x(shapely.centroid(outlines)), shapely.get_y(shapely.centroid(outlines))])
@@ -90,7 +90,7 @@ def _pack_cells(bounds: tuple[float, float, float, float], rng: np.random.Genera
 
 
 def _nuclei(outlines: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An ellipse of a quarter to two fifths of each cell's area, near its middle and inside it."""
+    """An ellipse of a quarter to two fifths of each cell's area, near its centre and inside it."""
     n = len(outlines)
     radius = np.sqrt(rng.uniform(0.25, 0.4, n) * shapely.area(outlines) / np.pi)
     ratio = np.sqrt(rng.uniform(0.7, 1.0, n))
@@ -116,7 +116,7 @@ def _layers(centers: np.ndarray, bounds: tuple[float, float, float, float], rng:
 
 def _program(n: int, n_genes: int, fold: float, rng: np.random.Generator) -> np.ndarray:
     """Log expression (program, gene): each of ``n`` programs raises its own share of all genes about ``fold`` times."""
-    owner = rng.permutation(n_genes) % (n + n // 2)  # a third of the genes belongs to no program
+    owner = rng.permutation(n_genes) % (n + n // 2)  # a third of the genes belong to no program
     raised = owner[None, :] == np.arange(n)[:, None]
     return np.where(raised, rng.normal(np.log(fold), 0.3, (n, n_genes)), 0.0)
 
@@ -131,7 +131,7 @@ def scatter_molecules(
     """Molecules in and between the cells.
 
     density: molecules a square micrometre of cell. thickness: height of the tissue about z = 0 ... in
-    micrometre, 0 = flat. Returns cell (row of the tissue, -1 = in none), gene (column of the profile), x, y,
+    micrometre, 0 = flat. Returns cell (row of the tissue, -1 = outside cells), gene (column of the profile), x, y,
     z, those within ``bounds``.
     """
     number = rng.poisson(density * shapely.area(tissue.outlines) * tissue.amount)

@@ -1,0 +1,109 @@
+"""What a run would do and cost: ``merfish run --dry-run``."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from merfish.config import RunConfig
+from merfish.imaging import images
+from merfish.imaging.experiment import Experiment
+from merfish.imaging.field import chosen_stains
+from merfish.imaging.opening import open_experiment
+from merfish.pipeline import check_files, choose_fovs, fields_text, refuse_other_results
+from merfish.pipeline.cluster import cores
+from merfish.pipeline.status import decoded_fields
+
+# Core seconds a field of 2048 x 2048 px, 16 bits, one plane, two stains; benchmarks/README.md, "What a run costs".
+_AREA, _BITS = 2048 * 2048, 16
+_REGISTER, _DECODE, _SEGMENT, _AFTER, _CALIBRATE = 2 * 2.4, 2 * 3.1, 2 * 6.5, 2 * (0.13 + 0.3), 2 * 2.6
+# Bytes: of a process before its first field, of a field's pixel and bit in memory, and of a field's pixel on disk with
+# the 0.01 molecules a pixel of the benchmark; from "tiny" and "memory" of benchmarks/results/pipeline_speed.md.
+_PROCESS, _PIXEL_BIT, _PIXEL_ON_DISK = 400e6, 19.5, 3.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """seconds: of all fields, on ``processes`` that share the machine's cores. memory, disk: bytes."""
+
+    seconds: float
+    memory: float
+    disk: float
+
+
+def plan_lines(
+    experiment: Path,
+    out: Path,
+    config: RunConfig,
+    fovs: Sequence[int] | None,
+    workers: int | None,
+    tables: Mapping[str, Path | None],
+    keep_going: bool,
+) -> list[str]:
+    """What `merfish.pipeline.process` would find and need, in a few lines. Reads headers only, and writes nothing.
+
+    Raises InputError where the run would refuse its input before any work.
+    """
+    source = open_experiment(experiment, **dict(tables))
+    stains = [name for name in chosen_stains(source, config) if name is not None]
+    chosen = choose_fovs(source, fovs)
+    faulty = check_files(source, chosen, keep_going)
+    refuse_other_results(out)
+    good = [fov for fov in chosen if fov not in faulty]
+    files = {source.files[movie, fov] for movie in source.frames_needed for fov in good}
+    shape = images.read_header(next(iter(files))).shape
+    processes = min(workers or 1, cores())
+    cost = run_cost(source, shape, len(good), segmented=bool(stains), config=config, processes=processes)
+    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    planes = f"{len(source.z)} plane{'s' if len(source.z) > 1 else ''}"
+    kind = "registered stacks" if source.registered else "raw images"
+    size = sum(part.stat().st_size for path in files for part in (path.rglob("*") if path.is_dir() else [path]))
+    there = decoded_fields(out)
+    return [
+        f"{source.folder}: {kind}, {source.codebook.n_bits} bits, {planes}, {shape[1]} x {shape[0]} px",
+        f"stains      {', '.join(stains) or 'none: cells are not segmented'}",
+        f"fields      {len(good)} of {len(source.fovs)} ({fields_text(good)})",
+        *(f"left out    field {fov}: {reason}" for fov, reason in faulty.items()),
+        f"files       {len(files)}, {_bytes(size)}; every one has the frames, size and type that were expected",
+        *([f"resumes     {out} holds {len(there)} fields; those that are unchanged are used again"] if there else []),
+        f"method      {config.method}" + ("" if config.method == "spots" else "; the time is estimated for spots"),
+        f"time        about {_duration(cost.seconds)} on {processes} process{'es' if processes > 1 else ''}, "
+        f"{cores()} cores of this machine, if no field is done yet",
+        f"memory      about {_bytes(cost.memory)}",
+        f"disk        about {_bytes(cost.disk)} of {_bytes(free)} free"
+        + ("; NOT ENOUGH: choose another folder or free some space" if cost.disk > free else ""),
+        "nothing was run",
+    ]
+
+
+def run_cost(
+    experiment: Experiment, shape: tuple[int, int], n: int, *, segmented: bool, config: RunConfig, processes: int
+) -> Cost:
+    """Estimate a run of ``n`` fields of ``shape`` (y, x) from the benchmark's field.
+
+    Registering and decoding grow with pixels, bits and planes, segmentation with pixels, the steps after decoding with
+    pixels and planes.
+    """
+    area, planes = shape[0] * shape[1], len(experiment.z)
+    fraction = area / _AREA
+    stack = fraction * planes * experiment.codebook.n_bits / _BITS
+    surveyed = min(config.normalization_fields, len(experiment.fovs))
+    a_field = stack * (_REGISTER + _DECODE) + segmented * fraction * _SEGMENT + fraction * planes * _AFTER
+    seconds = (n * a_field + surveyed * stack * _CALIBRATE) / cores()
+    memory = processes * (_PROCESS + _PIXEL_BIT * area * planes * experiment.codebook.n_bits)
+    return Cost(seconds, memory, n * area * planes * _PIXEL_ON_DISK)
+
+
+def _duration(seconds: float) -> str:
+    return str(datetime.timedelta(minutes=max(1, round(seconds / 60))))[:-3] + " h"
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
