@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import matplotlib
 import pytest
 from hypothesis import HealthCheck, settings
+
+# needs an environment of its own, which .ci/exchange makes
+collect_ignore = [] if find_spec("squidpy") else ["exchange_roundtrip.py"]
 
 matplotlib.use("Agg")
 # compilation takes seconds on the first example and no time after it
