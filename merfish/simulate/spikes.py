@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+from scipy.spatial import cKDTree
 
 from merfish.calls.error_model import bit_error_rates, tally_words
 from merfish.calls.filtering import keep_at_rate, rate_calls
 from merfish.codebook import Codebook
-from merfish.imaging.normalize import Normalization, find_spots
+from merfish.imaging.normalize import FieldSpots, Normalization, find_spots
 from merfish.simulate.scoring import match_calls
 
 BIT_SPREAD = 0.15  # sigma of the logarithm of a molecule's heights in its bits; that of the simulator
 SHARE = 0.1  # of the molecules called in the field: so few hardly add to its crowd
 FEWEST = 50
 RADIUS = 1.5  # sigmas of the PSF, within which a call is the molecule that was added
+DIMMEST = 0.5  # of the median height of the spots of calls
 SIDE = 1024  # pixel; a part of the field of this many squared, over all planes, is decoded again
 
 
@@ -80,34 +82,51 @@ def add_spikes(
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """A copy of a band-passed stack with molecules added, and what was added: barcode_id, x, y, z.
 
-    filtered: (bit, z, y, x) float32, filtered with ``filters`` (pixel). kept: calls of this field, whose words and
-    planes the new ones have: each lies beside a kept call, a few spots off, where it is as crowded. Heights are those
-    of the field's clear spots. lost, gained (bit,): rates of the bits, as `bit_error_rates` estimates them. sigma: of
-    the PSF, pixel. A molecule between planes is not imitated: each lies in one plane.
+    filtered: (bit, z, y, x) float32, filtered with ``filters`` (pixel). kept: calls of this field, whose words the
+    added molecules have. Places and heights are those of the field's bright spots: each molecule lies a few spots off
+    one of them, where it is as crowded. lost, gained (bit,): rates of the bits, as `bit_error_rates` estimates them.
+    sigma: of the PSF, pixel. Molecules between planes are not imitated: each lies in one plane.
     """
     rng = np.random.default_rng(seed)
-    n_bits, n_planes, height, width = filtered.shape
+    n_bits, last_y, last_x = len(filtered), filtered.shape[-2] - 1, filtered.shape[-1] - 1
     number = min(max(round(SHARE * len(kept)), FEWEST), len(kept))
-    model = kept.iloc[rng.permutation(len(kept))[:number]]
+    spots = find_spots(filtered)
+    height = spots.height * normalization.gain[spots.bit]
+    # spots of molecules, whether these are called or not; dimmer ones are noise or far out of focus
+    bright = np.flatnonzero(height > DIMMEST * np.median(height[belong(spots, kept, sigma)]))
+    model = rng.choice(bright, number)
     angle, away = rng.uniform(0, 2 * np.pi, number), rng.uniform(4, 8, number) * sigma
-    x = np.clip(model["x"].to_numpy(float) + away * np.cos(angle), 0, width - 1)
-    y = np.clip(model["y"].to_numpy(float) + away * np.sin(angle), 0, height - 1)
-    word = rng.permutation(model["barcode_id"].to_numpy())
-    plane = np.clip(np.rint(model["z"].to_numpy(float)), 0, n_planes - 1).astype(int)
+    x = np.clip(spots.x[model] + away * np.cos(angle), 0, last_x)
+    y = np.clip(spots.y[model] + away * np.sin(angle), 0, last_y)
+    word = rng.choice(kept["barcode_id"].to_numpy(), number)
+    plane = spots.plane[model]
     chance = rng.random((number, n_bits))
     shown = np.where(codebook.words[word] == 1, chance >= lost, chance < gained)
-    spots = find_spots(filtered)
-    alive = normalization.gain[spots.bit] > 0
-    height = np.log((spots.height * normalization.gain[spots.bit])[alive])
+    log = np.log(height[bright])
     # heights of single bits vary by the spread between bits as well, which is added below
-    middle, share = np.median(height), 1 - BIT_SPREAD**2 / max(float(height.var()), BIT_SPREAD**2)
-    light = np.exp(middle + np.sqrt(share) * (rng.choice(height, number) - middle))
+    middle, share = np.median(log), 1 - BIT_SPREAD**2 / max(float(log.var()), BIT_SPREAD**2)
+    light = np.exp(middle + np.sqrt(share) * (rng.choice(log, number) - middle))
     light = light[:, None] * np.exp(rng.normal(0, BIT_SPREAD, (number, n_bits))) * shown
     out = np.array(filtered, np.float32)
     for bit in range(n_bits):
         for k in np.flatnonzero(light[:, bit]):
             _add(out[bit, plane[k]], y[k], x[k], light[k, bit] * normalization.scale[bit], sigma, filters)
     return out, pd.DataFrame({"barcode_id": word.astype(np.int32), "x": x, "y": y, "z": plane.astype(float)})
+
+
+def belong(spots: FieldSpots, calls: pd.DataFrame, sigma: float) -> np.ndarray:
+    """Which spots (spot,) are part of one of the calls (x, y, z in pixels and planes, and the bits ``shown``).
+
+    They lie within ``sigma``, pixel, of the PSF. All spots if none does.
+    """
+    bits = np.arange(64, dtype=np.uint64)
+    call, bit = np.nonzero((calls["shown"].to_numpy(np.uint64)[:, None] >> bits) & np.uint64(1))
+    apart = 4.0 * sigma  # of planes and of bits
+    x, y, z = (calls[name].to_numpy(float)[call] for name in ("x", "y", "z"))
+    tree = cKDTree(np.column_stack([x, y, np.rint(z) * apart, bit * apart]))
+    places = np.column_stack([spots.x, spots.y, spots.plane * apart, spots.bit * apart])
+    near = np.isfinite(tree.query(places, distance_upper_bound=sigma)[0])
+    return near if near.any() else np.ones(len(near), bool)
 
 
 def _add(image: np.ndarray, y: float, x: float, top: float, sigma: float, filters: tuple[float, float]) -> None:

@@ -1,0 +1,94 @@
+"""Detection efficiency as a run states it, against the truth: python benchmarks/efficiency.py.
+
+Writes benchmarks/results/efficiency.md. Each stack is filtered, decoded and rated as a field of a run; then molecules
+are added to it and looked for, and the share found is compared with the share of the true molecules that are kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tables import as_markdown
+
+from merfish import mhd4_codebook, simulate_stack
+from merfish.calls.error_model import tally_words, word_statistics
+from merfish.calls.filtering import (
+    call_features,
+    fit_log_odds,
+    log_odds_wrong,
+    probability_wrong,
+    tally_calls,
+    threshold_at_rate,
+)
+from merfish.config import MISIDENTIFICATION_RATE
+from merfish.decoding.methods import METHODS, decode_filtered
+from merfish.decoding.psf import psf_sigma
+from merfish.imaging.normalize import peak_normalization
+from merfish.imaging.preprocess import bandpass
+from merfish.simulate import match_calls
+from merfish.simulate.spikes import spike_in
+
+BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
+SEEDS = range(800, 804)
+FIELDS = {0.003: 768, 0.01: 512, 0.03: 320}  # molecules a pixel: side, pixel
+
+
+def measure(method: str, density: float, seed: int) -> dict[str, float]:
+    """True efficiency, as spikes tell it, and as the error rates of the bits alone tell it."""
+    side = FIELDS[density]
+    stack, truth = simulate_stack(BOOK, shape=(side, side), density=density, seed=seed)
+    filters = METHODS[method].smoothing, METHODS[method].background
+    filtered = bandpass(stack, smoothing=filters[0], background=filters[1])[:, None]
+    scale = peak_normalization(filtered)
+
+    def decode(images: np.ndarray) -> pd.DataFrame:
+        return decode_filtered(images, BOOK, scale, method=method)
+
+    calls = decode(filtered)
+    features, evidence = call_features(calls)
+    tally = tally_calls(features, calls["is_blank"].to_numpy(), evidence)
+    odds = fit_log_odds(tally, float(BOOK.is_blank.mean()), evidence)
+    level = threshold_at_rate(tally, odds, MISIDENTIFICATION_RATE)
+    keep = log_odds_wrong(features, odds) <= level
+    word, shown = (calls[name].to_numpy() for name in ("barcode_id", "shown"))
+    words = tally_words(word, shown, 1 - probability_wrong(features, odds), keep, BOOK)
+    spikes = spike_in(
+        filtered, BOOK, scale, calls, decode, sigma=psf_sigma(filtered[:, 0], side, filters), filters=filters, seed=seed
+    )
+    found = spikes[spikes["x"].notna()]
+    return {
+        "true": len(match_calls(calls[keep], truth)[0]) / len(truth),
+        "stated": float((log_odds_wrong(call_features(found)[0], odds) <= level).sum() / len(spikes)),
+        "by error rates alone": float(
+            np.average(word_statistics(words, BOOK)["detection_efficiency"], weights=words.kept)
+        ),
+        "spikes": len(spikes),
+    }
+
+
+def main() -> None:
+    """Measure every method at every density and write the table."""
+    rows = [
+        {"method": method, "molecules/px": density, **measure(method, density, seed)}
+        for method in METHODS
+        for density in FIELDS
+        for seed in SEEDS
+    ]
+    table = pd.DataFrame(rows).groupby(["method", "molecules/px"], sort=False).mean().round(3).reset_index()
+    table["spikes"] = table["spikes"].round().astype(int)
+    text = f"""Made by `python benchmarks/efficiency.py`.
+
+Share of true molecules that are kept at {MISIDENTIFICATION_RATE:.0%} misidentification; `stated`: the share of
+molecules added to the same images that are kept, which is what a run states; `by error rates alone`: what it would
+state without them. Means of {len(SEEDS)} simulated fields; `spikes`: molecules added to each.
+
+{as_markdown(table)}
+"""
+    (Path(__file__).parent / "results" / "efficiency.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
