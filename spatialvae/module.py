@@ -1,5 +1,7 @@
 r"""The model: tensors in, tensors out.
 
+Of cell i, gene g and latent dimension d::
+
     z_niche_.d ~ N(0, v_d (1 + r L)^-1)                a smooth field over the cells of a section, for each dimension d
     z_cell_id  ~ N(z_niche_id, S_d), d <= D            what the cell is, given where it sits
     z_cell_id  ~ N(0, S_d), d > D                      what does not depend on where it sits
@@ -9,7 +11,7 @@ l_i is the total count, s_i the batch. Latents are directions of unit variance i
 the most spatial first, so that a niche is the smooth part of as many. Everything linear is given by ``LinearStart``.
 
 The encoder puts a Gaussian N(t_i; z_cell_i, 1 / Lambda_i) in place of each cell's likelihood. Given these the posterior
-of both latents is Gaussian, and exact: with g_id = 1 / (S_d + 1 / Lambda_id),
+of both latents is Gaussian, and exact. With g_id = 1 / (S_d + 1 / Lambda_id)::
 
     z_niche_.d | t ~ N(m_d, P_d^-1),   P_d = (1 + r L) / v_d + diag(g_d),   P_d m_d = g_d t_d
 

@@ -29,7 +29,7 @@ DIMENSIONS_SHOWN = 12
 SETS_SHOWN = 3  # a program
 OTHERS = {  # what other commands write into the folder: heading, file, caption
     "evidence.png": ("Evidence", "Evidence of models for cells that they have not seen (spatialvae evaluate)"),
-    "predictive.png": ("Predictive checks", "What the model draws beside what was measured (spatialvae sample)"),
+    "checks.png": ("Predictive checks", "What the model draws beside what was measured (spatialvae evaluate --model)"),
     "couplings.png": ("Who sits beside whom", "Couplings of types: red attract, blue repel; dots at an FDR of 5 %"),
     "edges.png": ("Genes that depend on each other", "Given all other genes, and the neighbours"),
     "variance.png": ("What neighbours do", "What tells the expression of a gene"),

@@ -20,8 +20,10 @@ from merfish.errors import InputError
 from merfish.guides import GUIDES, guide_titles, read_guide
 from merfish.guides import __main__ as guides_site
 from merfish.pipeline import cluster
+from spatialvae import SpatialVAE
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+FEW_STEPS = {"max_steps": 50}
 APPS = {"merfish": cli.app, "spatialvae": spatialvae.cli.app}
 
 
@@ -68,6 +70,8 @@ def local_jobs(jobs, shared):
 def test_guide_runs(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setattr(cluster, "_slurm_cluster", local_jobs)
+    train = SpatialVAE.train  # `--embed` has no option to stop early
+    monkeypatch.setattr(SpatialVAE, "train", lambda self, *given, **named: train(self, *given, **FEW_STEPS | named))
     run_blocks(read_guide(name), {})
     plt.close("all")
 

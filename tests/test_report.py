@@ -20,7 +20,8 @@ import merfish
 from merfish import InputError, plots, results
 from merfish.pipeline import folder
 from merfish.report import Section, Table, figures, findings, picture, summary, write_report
-from merfish.report.sections import write_run_report
+from merfish.report.notices import efficiency_line
+from merfish.report.sections import _detected_text, write_run_report
 from merfish.simulate import simulate_experiment
 
 
@@ -84,6 +85,10 @@ def test_page__shows_names_as_they_are(tmp_path):
     assert "<td>–</td>" in page
 
 
+def spiked(rate, low, high):
+    return {"spike_in": {"rate": rate, "low": low, "high": high}, "n_spikes": 100}
+
+
 @pytest.mark.parametrize(
     ("found", "status"),
     [
@@ -94,8 +99,11 @@ def test_page__shows_names_as_they_are(tmp_path):
         (findings.correlation("", 0.5, 100, 0.94), "warn"),
         (findings.correlation("", 0.1, 100, 0.94), "fail"),
         (findings.correlation("", 0.1, 5, 0.94), "info"),
-        (findings.efficiency({"detection_efficiency": [0.9, 0.8, None, 0.1]}, [False, False, False, True]), "pass"),
-        (findings.efficiency({"detection_efficiency": [0.3]}, [False]), "fail"),
+        (findings.efficiency({}, {"detection_efficiency": [0.9, 0.8, None, 0.1]}, [False, False, False, True]), "pass"),
+        (findings.efficiency({}, {"detection_efficiency": [0.3]}, [False]), "fail"),
+        (findings.efficiency(spiked(0.7, 0.6, 0.8), {"detection_efficiency": [0.3]}, [False]), "pass"),
+        (findings.efficiency(spiked(0.7, 0.65, 0.75), {"detection_efficiency": [0.9]}, [False]), "warn"),
+        (findings.efficiency(spiked(0.3, 0.25, 0.35), {"detection_efficiency": [0.9]}, [False]), "fail"),
         (findings.exact_words({"n_kept": [10, 10], "n_exact": [5, 1]}), "warn"),
         (findings.saturated({"0": {"saturated": [0, 200], "shape": [100, 100]}}, 2), "warn"),
         (findings.saturated({"0": {"saturated": [0, 201], "shape": [100, 100]}}, 1), "fail"),
@@ -105,6 +113,22 @@ def test_page__shows_names_as_they_are(tmp_path):
 )
 def test_findings__hold_figures_against_their_thresholds(found, status):
     assert found.status == status
+
+
+def test_efficiency__says_how_it_was_measured(done):
+    record = results.read_run(done)
+    record["figures"] |= spiked(0.7, 0.6, 0.8)
+    assert efficiency_line(record)[0].startswith("70% of molecules detected (95% interval 60% to 80%), measured with 100")
+    assert "100 molecules were added to the images" in _detected_text(record["figures"])
+    record["figures"]["spike_in"] = None
+    median = np.median([v for v, blank in zip(record["words"]["detection_efficiency"], is_blank(record), strict=True) if not blank])
+    assert efficiency_line(record)[0].startswith(f"{median:.0%} of molecules detected in the median gene, by the error")
+    assert "too high where spots overlap" in _detected_text(record["figures"])
+    assert "too high" in findings.efficiency(record["figures"], record["words"], is_blank(record)).value
+
+
+def is_blank(record):
+    return record["codebook"]["is_blank"]
 
 
 def test_error_rates__are_judged_by_their_intervals():

@@ -26,7 +26,7 @@ from merfish.pipeline.manifest import versions
 from merfish.pipeline.reconcile import Fields, Reconciled
 from merfish.pipeline.survey import Calibrated
 from merfish.pipeline.tables import Written
-from merfish.report.notices import bit_warnings, quality_lines, stain_lines, untied_text
+from merfish.report.notices import bit_warnings, efficiency_line, quality_lines, stain_lines, untied_text
 
 
 def run_record(
@@ -172,6 +172,7 @@ def run_summary(out: Path) -> dict[str, Any]:
     notice = record["calibration"]["notice"]
     lines = [
         *molecule_lines(figures),
+        *efficiency_line(record),
         *([f"warning: {notice}"] if notice else []),
         *bit_warnings(record),
         *quality_lines(record["quality"]),

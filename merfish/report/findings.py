@@ -55,7 +55,7 @@ def findings(run: Mapping[str, Any], halves: tuple[float, int], bulk: tuple[floa
         misidentified(figures, run["parameters"]["misidentification_rate"]),
         *error_rates(run["bit_error_rates"]),
         exact_words(run["words"]),
-        efficiency(run["words"], run["codebook"]["is_blank"]),
+        efficiency(figures, run["words"], run["codebook"]["is_blank"]),
         correlation("Counts of genes, half of the fields against the other half", *halves, PUBLISHED_REPLICATES),
         *([correlation("Counts of genes against bulk RNA-seq", *bulk, PUBLISHED_BULK)] if bulk else []),
         unusual(run["quality"], run["bits"], figures["n_fields"]),
@@ -145,17 +145,29 @@ def exact_words(words: Mapping[str, Any]) -> Finding:
     return Finding(name, f"{share:.0%}", status, threshold, source)
 
 
-def efficiency(words: Mapping[str, Any], is_blank: list[bool]) -> Finding:
-    """Share of the molecules of a gene that survive errors and filtering, from the calls."""
-    values = np.array(words["detection_efficiency"], float)[~np.array(is_blank, bool)]
-    values = values[np.isfinite(values)]
+def efficiency(figures: Mapping[str, Any], words: Mapping[str, Any], is_blank: list[bool]) -> Finding:
+    """Share of the molecules that are found and kept: of those added to the images, or else by the errors of bits."""
     threshold = f"at least {CORRECTABLE:.0%}; fail below {EXACT:.0%}"
     source = "words with at most one error, and without any, at errors of 10% and 4%"
-    if not len(values):
-        return Finding("Molecules detected, median gene", "unknown", "warn", threshold, source)
-    middle = float(np.median(values))
-    status: Status = "pass" if middle >= CORRECTABLE else "warn" if middle >= EXACT else "fail"
-    return Finding("Molecules detected, median gene", f"{middle:.0%}", status, threshold, source)
+    spiked = figures.get("spike_in")
+    if spiked is not None:
+        status: Status = "pass" if spiked["high"] >= CORRECTABLE else "warn" if spiked["high"] >= EXACT else "fail"
+        value = "{rate:.0%} ({low:.0%} to {high:.0%})".format(**spiked) + f" of {figures['n_spikes']:,}"
+        threshold += ", by the upper end of the interval"
+        return Finding("Molecules detected, of those added to the images", value, status, threshold, source)
+    name = "Molecules detected, median gene, by the error rates of bits alone"
+    middle = median_efficiency(words, is_blank)
+    if np.isnan(middle):
+        return Finding(name, "unknown", "warn", threshold, source)
+    status = "pass" if middle >= CORRECTABLE else "warn" if middle >= EXACT else "fail"
+    return Finding(name, f"{middle:.0%}; too high where spots overlap", status, threshold, source)
+
+
+def median_efficiency(words: Mapping[str, Any], is_blank: list[bool]) -> float:
+    """Detection efficiency of the median gene; NaN where it is known of none."""
+    values = np.array(words["detection_efficiency"], float)[~np.array(is_blank, bool)]
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else float("nan")
 
 
 def correlation(name: str, r: float, n_genes: int, published: float) -> Finding:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from merfish.report.findings import median_efficiency
+
 MOST_LINES = 5  # of unusual images, on a console
 
 
@@ -22,6 +24,22 @@ def bit_warnings(run: dict[str, Any]) -> list[str]:
         each = ", ".join(f"{name} {count:,}" for name, count in zip(names, total.tolist(), strict=True) if count)
         said.append(f"Saturated pixels, most of them in field {worst}: {each}.")
     return said
+
+
+def efficiency_line(run: dict[str, Any]) -> list[str]:
+    """Share of the molecules that are found and kept, and how it was measured; nothing where it is not known."""
+    spiked = run["figures"].get("spike_in")
+    if spiked is not None:
+        n = run["figures"]["n_spikes"]
+        rate = "{rate:.0%} of molecules detected (95% interval {low:.0%} to {high:.0%})".format(**spiked)
+        return [f"{rate}, measured with {n:,} molecules added to the images"]
+    middle = median_efficiency(run["words"], run["codebook"]["is_blank"])
+    if np.isnan(middle):
+        return []
+    return [
+        f"{middle:.0%} of molecules detected in the median gene, by the error rates of the bits alone; "
+        "this is too high where spots overlap"
+    ]
 
 
 def quality_lines(quality: dict[str, list[Any]]) -> list[str]:

@@ -280,7 +280,8 @@ def gene_section(run: Run) -> Section:
     formats = {"found": "{:,}", "kept": "{:,}", "wrong": "{:.1%}", "exact": "{:.0%}", "detected": "{:.0%}"}
     text = [
         "Wrong: expected share of the kept that are another molecule or none. Exact: share of the kept that show their "
-        "word without an error. Detected: share of the molecules of this word that survive errors and filtering."
+        "word without an error. Detected: share of the molecules of this word that are found and kept. "
+        + _detected_text(run.record["figures"]),
     ]
     if not is_blank.all() and is_blank.any():
         top = int(words["n_kept"][is_blank].max())
@@ -289,6 +290,19 @@ def gene_section(run: Run) -> Section:
             f"{above} of {int((~is_blank).sum())} genes have more molecules than the most abundant blank, {top:,}."
         )
     return Section("Genes", text, [Table(tuple(names.values()), rows, formats, sortable=True)], [shown])
+
+
+def _detected_text(figure: dict[str, Any]) -> str:
+    """How the detection efficiency of the words was measured."""
+    by_errors = "The differences between words follow from the error rates of their bits"
+    spiked = figure.get("spike_in")
+    if spiked is None:
+        return f"{by_errors}, and so does their level, which is too high where spots overlap."
+    return (
+        f"{by_errors}; their level was measured: {figure['n_spikes']:,} molecules were added to the images of some fields, "
+        f"which were decoded again, and {spiked['rate']:.1%} of them were found and kept"
+        + " (95% interval {low:.1%} to {high:.1%}).".format(**spiked)
+    )
 
 
 # --- bits and fields ----------------------------------------------------------------------------------------------
