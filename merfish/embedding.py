@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SEED = 0
 MODEL = "model"  # folder beside the table of a run
-DOMAIN = "spatial_domain"  # obs
+DOMAIN, LATENT, LATENT_NAMES = "spatial_domain", "X_spatialvae", "X_spatialvae_names"  # obs, obsm, uns
 
 
 def need_embedding(what: str) -> None:
@@ -31,8 +31,9 @@ def fit_embedding(table: AnnData, n_domains: int | None, *, progress: bool = Tru
     """Train a model on a table of counts; writes its embedding and ``n_domains`` spatial domains into the table.
 
     Without ``n_domains`` the number with the best Bayesian information criterion is taken. Adds
-    ``obsm["X_spatialvae"]``, ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``. Raises InputError
-    for a table that cannot be embedded.
+    ``obsm["X_spatialvae"]``, the names of its columns as ``uns["X_spatialvae_names"]``,
+    ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``. Raises InputError for a table that cannot be
+    embedded.
     """
     from spatialvae import InputError as NotEmbeddable
     from spatialvae import SpatialVAE
@@ -41,7 +42,8 @@ def fit_embedding(table: AnnData, n_domains: int | None, *, progress: bool = Tru
         SpatialVAE.setup_anndata(table)
         model = SpatialVAE(table, seed=SEED)
         model.train(progress=progress)
-        table.obsm["X_spatialvae"] = model.get_latent_representation()
+        table.obsm[LATENT] = model.get_latent_representation()
+        table.uns[LATENT_NAMES] = model.latent_names
         model.domains(n_domains)
     except NotEmbeddable as error:
         raise InputError(f"the {table.n_obs} cells cannot be embedded: {error}") from error

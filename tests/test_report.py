@@ -6,6 +6,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 
+import anndata
 import h5py
 import numpy as np
 import pandas as pd
@@ -18,8 +19,9 @@ from test_command_line import call
 
 import merfish
 from merfish import InputError, plots, results
+from merfish.embedding import DOMAIN, LATENT, LATENT_NAMES
 from merfish.pipeline import folder
-from merfish.report import Section, Table, figures, findings, picture, summary, write_report
+from merfish.report import Section, Table, domains, figures, findings, picture, summary, write_report
 from merfish.report.notices import efficiency_line
 from merfish.report.sections import _detected_text, write_run_report
 from merfish.simulate import simulate_experiment
@@ -75,6 +77,36 @@ def test_report__compares_with_bulk_and_replicates(done, tmp_path, monkeypatch, 
         write_run_report(done, bulk=bulk)
 
 
+def test_report__shows_the_domains_of_an_embedded_run(done, tmp_path):
+    out = shutil.copytree(done, tmp_path / "out")
+    table = anndata.read_h5ad(out / results.CELL_BY_GENE)
+    rng = np.random.default_rng(0)
+    domain = rng.choice(["0", "1"], table.n_obs)
+    table.obs[DOMAIN] = pd.Categorical(domain)
+    niche, cell = rng.normal(0, 1, (table.n_obs, 2)), rng.normal(0, 100, (table.n_obs, 3))
+    table.obsm[LATENT] = np.hstack([niche, cell]).astype(np.float32)
+    table.uns[LATENT_NAMES] = ["niche_0", "niche_1", "cell_0", "cell_1", "cell_2"]
+    table.write_h5ad(out / results.CELL_BY_GENE)
+    record = results.read_run(out) | {"embedding": {"asked": {}, "found": 2}}
+    folder.write_json(out / results.RUN, record)
+    page = write_run_report(out).read_text()
+    assert f"counts and places of the {table.n_obs} cells, and 2 domains" in page
+    cells = pd.read_csv(out / "report" / "domains.csv", dtype={"domain": str})
+    assert cells["domain"].tolist() == domain.tolist()
+    np.testing.assert_allclose(cells[["x", "y"]], table.obsm["spatial"][:, :2], rtol=1e-5)
+    assert np.ptp(cells["pc1"]) < 10  # of the niche dimensions alone
+    genes = table[:, ~table.var["is_blank"]].X.toarray()
+    rows = pd.read_csv(out / "report" / "domain_table.csv")
+    assert rows["cells"].tolist() == [(domain == "0").sum(), (domain == "1").sum()]
+    each = [genes[domain == name].sum(axis=1).mean() for name in "01"]
+    np.testing.assert_allclose(rows["molecules of genes a cell"], each)
+
+
+def test_top_genes__are_those_whose_share_is_raised():
+    total = np.array([[100, 100, 0, 3], [300, 100, 100, 0]])
+    assert domains.top_genes(total, list("abcd")) == [["b"], ["c", "a"]]  # too few molecules of d
+
+
 def test_page__shows_names_as_they_are(tmp_path):
     name = r'<b>$\frac"&'
     figure = figures.words_called(np.array([3, 2]), np.array([2, 1]), [name, "blank"], np.array([False, True]))
@@ -118,10 +150,14 @@ def test_findings__hold_figures_against_their_thresholds(found, status):
 def test_efficiency__says_how_it_was_measured(done):
     record = results.read_run(done)
     record["figures"] |= spiked(0.7, 0.6, 0.8)
-    assert efficiency_line(record)[0].startswith("70% of molecules detected (95% interval 60% to 80%), measured with 100")
+    assert efficiency_line(record)[0].startswith(
+        "70% of molecules detected (95% interval 60% to 80%), measured with 100"
+    )
     assert "100 molecules were added to the images" in _detected_text(record["figures"])
     record["figures"]["spike_in"] = None
-    median = np.median([v for v, blank in zip(record["words"]["detection_efficiency"], is_blank(record), strict=True) if not blank])
+    median = np.median(
+        [v for v, blank in zip(record["words"]["detection_efficiency"], is_blank(record), strict=True) if not blank]
+    )
     assert efficiency_line(record)[0].startswith(f"{median:.0%} of molecules detected in the median gene, by the error")
     assert "too high where spots overlap" in _detected_text(record["figures"])
     assert "too high" in findings.efficiency(record["figures"], record["words"], is_blank(record)).value

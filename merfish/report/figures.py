@@ -99,13 +99,12 @@ def field_detail(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int,
 
 def cell_map(centres: np.ndarray, geometry: np.ndarray | None, values: np.ndarray, label: str) -> Figure:
     """Cells coloured by a value (cell,): outlines (shapely, micrometre), or their centres where there are too many."""
-    import shapely
     from matplotlib.collections import PolyCollection
 
     figure, ax = map_figure(NORMAL, np.ptp(centres, axis=0) + 1)
     top = float(np.percentile(values, 99)) if len(values) else 1.0
     if geometry is None:
-        size = float(np.clip(40_000 / len(centres), 0.1, 4))
+        size = _dot(len(centres))
         drawn = ax.scatter(
             centres[:, 0],
             centres[:, 1],
@@ -118,8 +117,7 @@ def cell_map(centres: np.ndarray, geometry: np.ndarray | None, values: np.ndarra
             rasterized=True,
         )
     else:
-        parts, cell = shapely.get_parts(geometry, return_index=True)
-        rings = [shapely.get_coordinates(ring) for ring in shapely.get_exterior_ring(parts)]
+        rings, cell = _rings(geometry)
         collection = PolyCollection(
             rings, array=values[cell], cmap="viridis", clim=(0, top), edgecolors="#64748b", linewidths=0.3,
             rasterized=len(rings) > MANY,
@@ -129,6 +127,64 @@ def cell_map(centres: np.ndarray, geometry: np.ndarray | None, values: np.ndarra
     ax.invert_yaxis()
     _colours_beside(ax, drawn, label)
     return figure
+
+
+def _dot(n_cells: int) -> float:
+    """Area of the dot of one of ``n_cells`` cells, square points."""
+    return float(np.clip(40_000 / n_cells, 0.1, 4))
+
+
+def _rings(geometry: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Outer rings (point, 2) of polygons of one or more parts, and the row of each ring's polygon."""
+    import shapely
+
+    parts, row = shapely.get_parts(geometry, return_index=True)
+    return [shapely.get_coordinates(ring) for ring in shapely.get_exterior_ring(parts)], row
+
+
+def domain_map(
+    centres: np.ndarray, geometry: np.ndarray | None, domain: np.ndarray, colours: Mapping[str, str]
+) -> Figure:
+    """As `cell_map`, with cells in the colour of their domain, text (cell,)."""
+    from matplotlib.collections import PolyCollection
+
+    figure, ax = map_figure(NORMAL, np.ptp(centres, axis=0) + 1)
+    faces = np.array([colours[name] for name in domain])
+    if geometry is None:
+        x, y = centres.T
+        ax.scatter(x, y, c=faces, s=_dot(len(centres)), linewidths=0, rasterized=True)
+    else:
+        rings, cell = _rings(geometry)
+        ax.add_collection(
+            PolyCollection(
+                rings, facecolors=faces[cell], edgecolors="#64748b", linewidths=0.3, rasterized=len(rings) > MANY
+            )
+        )
+        ax.autoscale_view()
+    ax.invert_yaxis()
+    _domains_beside(ax, colours)
+    return figure
+
+
+def embedding_plane(plane: np.ndarray, domain: np.ndarray, colours: Mapping[str, str]) -> Figure:
+    """Cells in two dimensions of their embedding (cell, 2), in the colour of their domain, text (cell,)."""
+    figure, (ax,) = new_figure(NORMAL, 4.6)
+    faces = [colours[name] for name in domain]
+    x, y = plane.T
+    ax.scatter(x, y, c=faces, s=4 * _dot(len(plane)), linewidths=0, rasterized=len(plane) > MANY)
+    ax.set(xlabel="principal component 1", ylabel="principal component 2", xticks=[], yticks=[])
+    _domains_beside(ax, colours)
+    return figure
+
+
+def _domains_beside(ax: Axes, colours: Mapping[str, str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    ax.legend(
+        handles=handles, title="domain", fontsize=8, title_fontsize=8, frameon=False, loc="upper left",
+        bbox_to_anchor=(1, 1), ncols=1 + len(handles) // 20,
+    )  # fmt: skip
 
 
 def stains_under_outlines(stains: np.ndarray, names: Sequence[str], rings: Sequence[np.ndarray]) -> Figure:

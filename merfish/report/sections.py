@@ -16,6 +16,7 @@ from merfish._files import plain
 from merfish.calls.filtering import few_blanks
 from merfish.errors import InputError
 from merfish.report import figures
+from merfish.report.domains import domain_section
 from merfish.report.findings import findings, overall
 from merfish.report.notices import bit_warnings, quality_lines, stain_lines, untied_text
 from merfish.report.page import Picture, Section, Table, picture, write_report
@@ -129,6 +130,7 @@ def sections_of(run: Run, others: dict[str, pd.Series]) -> list[Section]:
         bit_section(run),
         field_section(run),
         cell_section(run),
+        embedding_section(run),
         agreement_section(run, others),
         image_section(run),
         failed_section(run.record["failed"]),
@@ -299,8 +301,8 @@ def _detected_text(figure: dict[str, Any]) -> str:
     if spiked is None:
         return f"{by_errors}, and so does their level, which is too high where spots overlap."
     return (
-        f"{by_errors}; their level was measured: {figure['n_spikes']:,} molecules were added to the images of some fields, "
-        f"which were decoded again, and {spiked['rate']:.1%} of them were found and kept"
+        f"{by_errors}; their level was measured: {figure['n_spikes']:,} molecules were added to the images of some "
+        f"fields, which were decoded again, and {spiked['rate']:.1%} of them were found and kept"
         + " (95% interval {low:.1%} to {high:.1%}).".format(**spiked)
     )
 
@@ -413,9 +415,7 @@ def cell_section(run: Run) -> Section | None:
         f"{made['share_in_cells']:.0%} of the molecules lie in cells. "
         f"{int((cells['n_transcripts'] == 0).sum()):,} cells are empty."
     ]
-    geometry = None
-    if FEWEST_CELLS_DRAWN <= len(cells) <= MOST_CELLS_DRAWN:
-        geometry = _outlines(run.stage / results.CELLS)
+    geometry = _outlines(run.stage / results.CELLS, len(cells))
     counts = cells["n_transcripts"].to_numpy(float)
     centres = cells[["center_x", "center_y"]].to_numpy()
     shown = []
@@ -435,9 +435,20 @@ def cell_section(run: Run) -> Section | None:
     return Section("Cells", text, figures=shown)
 
 
-def _outlines(path: Path) -> np.ndarray:
+def embedding_section(run: Run) -> Section | None:
+    """Domains that ``--embed`` found."""
+    if "embedding" not in run.record:
+        return None
+    cells = pd.read_parquet(run.stage / results.CELLS, columns=["center_x", "center_y"])
+    return domain_section(run.stage, cells, _outlines(run.stage / results.CELLS, len(cells)))
+
+
+def _outlines(path: Path, n_cells: int) -> np.ndarray | None:
+    """Of the cells, None where they are too few or too many to be drawn by them."""
     import shapely
 
+    if not FEWEST_CELLS_DRAWN <= n_cells <= MOST_CELLS_DRAWN:
+        return None
     column = pq.read_table(path, columns=["geometry"])["geometry"]
     return np.asarray(shapely.from_wkb(column.to_numpy(zero_copy_only=False)), object)
 
@@ -495,7 +506,8 @@ def agreement_section(run: Run, others: dict[str, pd.Series]) -> Section | None:
     if np.isfinite(each).sum() > 2:
         label = "r of log10 counts, a field against all others"
         numbers = run.fields[["field", "r"]]
-        shown.append(picture("r_of_fields", figures.histogram(each, label, "fields"), f"Histogram: {label}", numbers))
+        figure = figures.histogram(each, label, "fields")
+        shown.append(picture("r_of_fields", figure, f"Histogram: {label}", numbers, "small"))
     return Section("Agreement of counts", figures=shown) if shown else None
 
 
