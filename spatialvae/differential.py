@@ -10,7 +10,7 @@ whose variance is that of X over E^2, which the likelihood states, and that of d
     lfc_g ~ sum_k p_k N(0, s_k^2),   log2 h_1g - log2 h_2g ~ N(lfc_g, v_g)
 
 with the weights p of a grid of s, among them 0, learnt from all genes by maximum likelihood (Stephens 2017, adaptive
-shrinkage): genes that differ no more than their counts explain are pulled to zero. As scvi-tools defines them,
+shrinkage): genes that differ no more than their counts explain are pulled to zero. As scvi-tools defines them::
 
     proba_de = P(|lfc| >= delta),   bayes_factor = log proba_de - log (1 - proba_de)
 

@@ -319,6 +319,8 @@ class SpatialVAE:
     ) -> pd.DataFrame | np.ndarray:
         """Denoised expression (cell, gene): each gene's share of the molecules times ``library_size``.
 
+        Parameters
+        ----------
         indices : rows of the table; all if None
         transform_batch : decode every cell as if it were of this batch
         library_size : a number, or "latent" for each cell's own total count: with ``measurement`` of the molecules that
@@ -406,6 +408,8 @@ class SpatialVAE:
     ) -> AnnData:
         """Counts of genes that ``adata`` lacks, from those that it has and the neighbours.
 
+        Parameters
+        ----------
         gene_list : by default all genes of the model that the table lacks
         interval : probability of the interval between ``layers["low"]`` and ``layers["high"]``, that counts drawn from
             the posterior fall on either side of with equal probability
@@ -443,6 +447,8 @@ class SpatialVAE:
     ) -> AnnData:
         """New cells at ``coordinates``: niches drawn from the field, cells from their niches, counts from the cells.
 
+        Parameters
+        ----------
         coordinates : (cell, axis), in the unit of the model's table
         samples : the section of each cell, one if None; neighbours are found within it
         given : a table of cells that are held fixed: the field is drawn given their counts. Their sections are named in
@@ -563,7 +569,7 @@ class SpatialVAE:
         group1 : groups to compare, each by itself; all if None
         group2 : what each is compared with; all other cells if None
         idx1, idx2 : two groups as rows, masks or queries of obs, instead of the above
-        mode : "change" for P(|lfc| >= delta), lfc in log2; "vanilla" for P(lfc > 0)
+        mode : "change" for ``P(|lfc| >= delta)``, lfc in log2; "vanilla" for P(lfc > 0)
         fdr_target : expected share of wrong ones among the genes of ``is_de_fdr_...``
         within : obs naming types; each type is compared by itself, between its cells in one group and the other (with
             ``groupby`` the domains: what a niche does to cells of one type). Types without cells in both are left out

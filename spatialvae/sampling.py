@@ -1,5 +1,5 @@
 r"""Draws from a fitted model: of expression and counts of cells that were seen, of genes that were not measured, and
-of new tissue.
+of new tissue::
 
     seen cells   z_niche, z_cell ~ p( . | all counts)       (``posterior.latent_draws``)
     new places   z_niche ~ N(0, v (1 + r L)^-1), also given the counts of cells that are held fixed,
