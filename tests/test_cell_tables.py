@@ -227,7 +227,7 @@ def test_run__marks_fields_of_which_a_segmenter_makes_no_labels(experiment, tmp_
     [
         ("no_such_package:segment", "no_such_package:segment cannot be imported"),
         ("merfish.cells:no_such", "no attribute 'no_such'"),
-        ("merfish.cells.segmentation:BLOCK", "is no function, got float"),
+        ("merfish.cells.segmentation:BLOCK", "is not a function, got float"),
     ],
 )
 def test_run__refuses_a_segmenter_it_cannot_use_before_any_work(experiment, tmp_path, name, message):

@@ -9,10 +9,10 @@ from merfish._jit import kernel
 
 @kernel
 def flood(level, mask, n_levels, labels):
-    """Grow the labels over the mask from the lowest levels on, 4-connected; a pixel goes to the label that comes first.
+    """Grow the labels over the mask, lowest levels first, 4-connected; a pixel takes the label that reaches it first.
 
     level (y, x) integers from 0 to n_levels - 1; mask (y, x) bool; labels (y, x) int32, 0 where unknown, updated.
-    Pixels of one level wait in the order in which they were reached: a queue for each level.
+    Each level has a queue, in which pixels wait in the order in which they were reached.
     """
     height, width = level.shape
     following = np.full(height * width, -1, np.int32)
@@ -50,7 +50,7 @@ def flood(level, mask, n_levels, labels):
 
 @kernel
 def uniform(labels, reach, out):
-    """Where all pixels at most ``reach`` away along both axes have the label of the middle one; bool (y, x)."""
+    """Whether all pixels at most ``reach`` away along both axes have the label of the middle one; out bool (y, x)."""
     height, width = labels.shape
     for y in range(height):
         for x in range(width):

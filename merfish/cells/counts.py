@@ -1,4 +1,4 @@
-"""Molecules to cells to a table of counts."""
+"""Assign molecules to cells, and count them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ def assign_cells(x: np.ndarray, y: np.ndarray, polygons: np.ndarray, cell_ids: n
     """Find the cell that each molecule lies in.
 
     x, y (molecule,) and polygons (cell,) of shapely geometries in the same unit; cell_ids (cell,) integers.
-    Returns (molecule,) int64, -1 outside every cell. A border belongs to its cell; where cells overlap or
-    touch, the smallest cell_id has the molecule, whatever the order of the cells. A place that is NaN lies
-    outside.
+    Returns (molecule,) int64, -1 outside every cell. Cells include their borders; where they overlap or touch,
+    the molecule goes to the smallest cell_id, whatever the order of the cells. Molecules at NaN are outside.
 
-    Raises InputError if lengths differ or a cell_id is negative or stands twice.
+    Raises InputError if lengths differ or a cell_id is negative or occurs twice.
     """
     polygons, cell_ids = np.asarray(polygons, dtype=object), np.asarray(cell_ids, dtype=np.int64)
     if len(polygons) != len(cell_ids):
@@ -51,9 +50,9 @@ def count_table(transcripts: pd.DataFrame, cells: pd.DataFrame, codebook: Codebo
     """Count the molecules of each word in each cell.
 
     transcripts: barcode_id and cell_id, one row a molecule, -1 = in no cell. cells: cell_id, center_x,
-    center_y (micrometre) and whatever else describes a cell; all but the geometry goes to ``obs``.
+    center_y (micrometre) and any other columns; all but the geometry go to ``obs``.
 
-    Returns an AnnData with X (cell, word) CSR int32, a row for every cell, also those without molecules;
+    Returns an AnnData with X (cell, word) CSR int32, a row for every cell, including those without molecules;
     ``obs`` indexed by cell_id as text, with n_transcripts; ``var`` indexed by gene, with is_blank;
     ``obsm["spatial"]`` (cell, 2) micrometre.
 

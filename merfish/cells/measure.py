@@ -1,4 +1,4 @@
-"""The cells of one field: their outlines, and what stains say of each."""
+"""The cells of one field: their outlines, and measurements of stains in each."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class FieldCells:
 
 
 def column_name(stain: str) -> str:
-    """The name of a stain as part of a column's name, in which AnnData allows no slash."""
+    """The name of a stain as part of the name of a column, in which AnnData allows no slash."""
     return stain.replace("/", "_")
 
 
@@ -71,10 +71,10 @@ def find_cells(
 ) -> FieldCells:
     """Find the cells of a field, and how deep they reach.
 
-    nuclei, cytoplasm: planes (z, y, x) of stains in register, any real dtype. Outlines are those of the brightest
-    plane of each pixel: a cell is one outline, and none lies above another. heights: (z,) micrometre, ascending, of
-    the planes of ``cytoplasm``, or of ``nuclei`` where there is none. segmenter: outlines cells instead of
-    `merfish.cells.segmentation.segment`, called alike.
+    nuclei, cytoplasm: planes (z, y, x) of stains in register, any real dtype. Outlines are those of the brightest plane
+    of each pixel: a cell has one outline, and cells do not lie above each other. heights: (z,) micrometre, ascending,
+    of the planes of ``cytoplasm``, or of ``nuclei`` where there is none. segmenter: called with the same arguments
+    instead of `merfish.cells.segmentation.segment`.
 
     Raises InputError for images that hold NaN, and if ``segmenter`` returns anything but labels of their shape.
     """
@@ -106,9 +106,9 @@ def find_cells(
 
 
 def in_blocks(labels: np.ndarray, block: int) -> tuple[np.ndarray, list[int]]:
-    """Labels at the middles of blocks of pixels, int32, numbered anew from 1, and the labels that these were.
+    """Labels at the centres of blocks of pixels, int32, renumbered from 1, and the original label of each.
 
-    A label that no block shows is too small for a cell.
+    A label that contains no centre of a block is too small for a cell and is dropped.
     """
     beyond = [(0, -side % block) for side in labels.shape]
     sampled = np.pad(labels, beyond, mode="edge")[block // 2 :: block, block // 2 :: block]
@@ -125,11 +125,11 @@ def no_cells(shape: tuple[int, ...], microns_per_pixel: float) -> FieldCells:
 
 
 def depths(planes: np.ndarray, labels: np.ndarray, heights: np.ndarray, microns_per_pixel: float, n: int) -> np.ndarray:
-    """Mean depth of each cell over its area, micrometre, float64 (cell,): of the planes in which it shines.
+    """Mean depth of each cell over its area, micrometre, float64 (cell,): of the planes in which it is stained.
 
-    planes: stain (z, y, x); labels (y, x) up to ``n``. A pixel shines in a plane if it has half of what the cell's
-    pixels have in the median at their brightest. A plane stands for the half of the way to each of its neighbours, and
-    the first and last for as much beyond. With a single plane every cell is `DEPTH` deep.
+    planes: stain (z, y, x); labels (y, x) up to ``n``. A pixel is stained in a plane if it is at least half as bright
+    as the median of the cell's pixels in their brightest planes. A plane extends half-way to each of its neighbours,
+    the first and last as far beyond. With a single plane every cell is `DEPTH` deep.
     """
     if len(planes) == 1:
         return np.full(n, DEPTH)
@@ -168,5 +168,5 @@ def load_segmenter(name: str) -> Segmenter:
     except Exception as error:  # a module may raise anything when it is imported
         raise InputError(f"segmenter: {name} cannot be imported: {error or type(error).__name__}") from error
     if not callable(found):
-        raise InputError(f"segmenter: {name} is no function, got {type(found).__name__}")
+        raise InputError(f"segmenter: {name} is not a function, got {type(found).__name__}")
     return cast(Segmenter, found)

@@ -2,7 +2,7 @@
 
 A field knows only its own outlines and those of the fields that overlap it, so that an experiment of any size is merged
 field by field: `same_cells` finds the outlines of one cell in two fields, `number_cells` gives each cell its number,
-`unite` its geometry, and `part` takes care that no two cells share ground.
+`unite` its geometry, and `part` removes overlaps between cells.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from merfish.cells.segmentation import CELL_AREA, largest_polygon
 
 SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
 MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
-NEARLY_WHOLE = 0.8  # share of a cell that one field must have seen for its outline to stand
-DEPTH = 1.0  # micrometre, that a cell counts as deep where a single plane was imaged
+NEARLY_WHOLE = 0.8  # share of a cell that a field must see for its outline to be taken for the whole cell
+DEPTH = 1.0  # micrometre, depth of a cell where a single plane was imaged
 _UNITED = ["cell", "fov", "geometry"]
 NO_LINKS = np.empty((0, 4), np.int64)
 
@@ -33,7 +33,7 @@ def in_stage_frame(outlines: np.ndarray, position: np.ndarray, microns_per_pixel
 
 
 def field_frame(position: np.ndarray, shape: tuple[int, int], microns_per_pixel: float) -> shapely.Polygon:
-    """What a field of shape (y, x) sees, micrometre."""
+    """The area that a field of shape (y, x) covers, micrometre."""
     low = np.asarray(position) - 0.5 * microns_per_pixel
     high = low + np.array(shape)[::-1] * microns_per_pixel
     return shapely.box(*low, *high)
@@ -44,7 +44,7 @@ def same_cells(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of outlines of two fields (micrometre) that show one cell.
 
-    Two outlines are one cell if they are each other's best match in what both fields see and agree there
+    Two outlines are one cell if they are each other's best match in the area that both fields cover and agree there
     (intersection over union above 0.4), or if one lies mostly within the other.
     """
     i, j = shapely.STRtree(b).query(a, predicate="intersects")
@@ -150,11 +150,11 @@ def unite(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -
 
 
 def part(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
-    """The cells (as `unite` gives them) without the ground that larger ones take; those too small then are dropped.
+    """Remove from cells (as returned by `unite`) the area that larger ones cover; drop those that become too small.
 
-    others: all cells that may touch them, themselves too. What two cells share belongs to the larger one, at equal
-    areas to the one of the lower number. Returns cell_id int64 (number + 1), fov, center_x, center_y (micrometre), area
-    (square), geometry, and the other columns of ``cells``.
+    others: all cells that may touch them, including themselves. The overlap of two cells goes to the larger one, or to
+    the one of the lower number if their areas are equal. Returns cell_id int64 (number + 1), fov, center_x, center_y
+    (micrometre), area (square), geometry, and the other columns of ``cells``.
     """
     geometry, rival = cells["geometry"].to_numpy(object).copy(), others["geometry"].to_numpy(object)
     number, rival_number = cells["cell"].to_numpy(), others["cell"].to_numpy()

@@ -13,14 +13,14 @@ from merfish.errors import InputError
 # Lengths in micrometre, areas in square micrometre.
 BLOCK = 0.25  # cells need no finer images
 SMOOTHING = 0.25  # sigma: well below a nucleus, well above camera noise
-NEIGHBOURHOOD = 12.0  # over which illumination may change, and in which a cell's like is found
+NEIGHBOURHOOD = 12.0  # over which illumination may change, and within which brightness is compared
 NUCLEUS_AREA = (5.0, 400.0)  # smaller is debris, larger is not one nucleus
 CELL_AREA = (15.0, 4000.0)
-NUCLEUS_RADIUS = 1.8  # the middles of two nuclei are at least this far apart
-REACH = 8.0  # that a cell may extend beyond its nucleus
+NUCLEUS_RADIUS = 1.8  # the centres of two nuclei are at least this far apart
+REACH = 8.0  # how far a cell may extend beyond its nucleus
 REACH_UNSTAINED = 2.5  # the same where no stain shows the cytoplasm
 GAP = 1.0  # widest dark line between cells that counts as a line
-NECK = 0.35  # half the width below which a bridge is none
+NECK = 0.35  # half the width of the narrowest bridge that joins two pieces
 MIN_CONTRAST = 10.0  # of anything stained over its surround, in sigma of the smoothed noise
 MIN_BRIGHTNESS = 0.15  # of anything stained, as a share of the 95th percentile of its neighbourhood
 EDGE_LEVEL = 0.5  # an edge lies at this share of a cell's own brightness
@@ -53,7 +53,7 @@ def block_size(microns_per_pixel: float) -> int:
 
 
 def shrink(image: np.ndarray, size: int) -> np.ndarray:
-    """Means (..., y, x) float32 over square blocks of pixels of an image; those of the last row and column repeat."""
+    """Means (..., y, x) float32 over square blocks of pixels of an image; its last row and column fill up blocks."""
     if size == 1:
         return np.asarray(image, np.float32)
     beyond = [(0, 0)] * (image.ndim - 2) + [(0, -side % size) for side in image.shape[-2:]]
@@ -72,8 +72,8 @@ def grow_cells(seeds: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixe
         return expand_labels(seeds, REACH_UNSTAINED / microns_per_pixel).astype(np.int32)
     signal, stained = _stained(cytoplasm, microns_per_pixel)
     reach = ndimage.distance_transform_edt(seeds == 0) * (microns_per_pixel / REACH)
-    # Neighbours part along the dark line between them, by its depth and not by how bright they are; where there is
-    # none, half-way between their nuclei.
+    # Neighbours are separated along the dark line between them, by its depth and not by their brightness; without such
+    # a line, half-way between their nuclei.
     filled = ndimage.grey_closing(signal, size=2 * round(GAP / microns_per_pixel) + 1)
     valley = 1.0 - signal / np.maximum(filled, 1e-6)
     labels = watershed(valley + 0.5 * reach, seeds, (stained & (reach <= 1.0)) | (seeds > 0))
@@ -83,7 +83,7 @@ def grow_cells(seeds: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixe
 
 
 def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
-    """Label nuclei, int32 (y, x): what is bright against its surround, touching nuclei parted at the waist."""
+    """Label nuclei, int32 (y, x): what is bright against its surround, touching nuclei separated at the waist."""
     from skimage.feature import peak_local_max
 
     signal, mask = _stained(image, microns_per_pixel)
@@ -110,7 +110,7 @@ def watershed(height: np.ndarray, seeds: np.ndarray, mask: np.ndarray) -> np.nda
 
 
 def check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> None:
-    """Raise InputError for what is no image (y, x), differs in shape or holds NaN, or a scale <= 0."""
+    """Raise InputError for arrays that are not images (y, x), differ in shape or hold NaN, or a scale <= 0."""
     if not microns_per_pixel > 0:
         raise InputError(f"microns_per_pixel must be positive, got {microns_per_pixel}")
     for name, image in (("nuclei", nuclei), ("cytoplasm", cytoplasm)):
@@ -146,7 +146,7 @@ def _neighbourhood(image: np.ndarray, percentile: float, microns_per_pixel: floa
     step = max(round(1.6 / microns_per_pixel), 1)
     blocks = np.pad(image, [(0, -size % step) for size in image.shape], mode="edge")
     blocks = blocks.reshape(blocks.shape[0] // step, step, blocks.shape[1] // step, step)
-    # A speck smaller than a block must not set the scale, but the background may be as narrow as a gap.
+    # A speck smaller than a block must not set the scale, but the background may be as narrow as a gap between cells.
     coarse = blocks.min(axis=(1, 3)) if percentile == 0 else np.median(blocks, axis=(1, 3))
     radius = NEIGHBOURHOOD / (step * microns_per_pixel)
     coarse = ndimage.percentile_filter(coarse, percentile, size=2 * round(radius) + 1)
@@ -172,8 +172,8 @@ def levels(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndar
 def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: float) -> np.ndarray:
     """Keep the largest piece of each label, fill its holes, drop sizes out of range, number 1... by first pixel.
 
-    Pieces that hang together by a neck narrower than twice ``NECK`` are two. What the border of the field cuts may
-    be a quarter as large: it is part of a cell that a neighbour sees.
+    Pieces joined by a neck narrower than twice ``NECK`` are separated. Cells cut by the border of the field may be a
+    quarter as large, because a neighbouring field sees the rest.
     """
     smallest, largest = (limit / microns_per_pixel**2 for limit in area)
     height, width = labels.shape
@@ -211,7 +211,7 @@ def outlines(labels: np.ndarray, size: int = 1, shape: tuple[int, ...] | None = 
 
     Coordinates are pixels (x, y), the centre of the first pixel at 0; the outline runs half-way between the
     centres of pixels inside and outside, so that its area is that of the pixels less half a pixel, and
-    neighbours share their border. Of a label in several pieces the largest stands; holes stay holes.
+    neighbours share their border. Only the largest piece of a label is outlined; its holes are kept.
 
     size: pixels along the side of the blocks that ``labels`` is an image of (see `block_size`); then the outline
     runs half-way between the centres of blocks, and ends at the border of the pixels' image, ``shape`` (y, x).

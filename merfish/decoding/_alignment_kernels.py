@@ -1,4 +1,4 @@
-"""The loop of the fit of the bits' shifts: plain arrays in, ``out`` arrays filled."""
+"""The loop that fits the shifts of the bits: plain arrays in, ``out`` arrays filled."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from merfish._jit import kernel
 
 @kernel
 def weigh_pairs(step, a, b, shift, share, width, chance, links, pull):
-    """How likely each pair of peaks is of one molecule, summed over the pairs of each two bits.
+    """Weigh pairs of peaks by how likely they belong to one molecule, and sum over the pairs of each two bits.
 
     step (pair, 2): from the peak of bit ``a`` (pair,) to that of ``b``; shift (bit, 2) y, x. Of the pairs ``share`` lie
     about the difference of the shifts, with sigma ``width``, the others anywhere, with density ``chance``.
     out: links (bit, bit), sum of the weights by a and b; pull (bit, 2), sum of the weighted steps to the bit, less
-    those from it. Returns the sum of the weights, and of the weighted squares of what the shifts leave of the steps.
+    those from it. Returns the sum of the weights, and the weighted sum of squares of the steps that the
+    shifts do not explain.
     """
     links[:] = 0.0
     pull[:] = 0.0

@@ -11,16 +11,16 @@ import numpy as np
 
 from merfish._jit import kernel, parallel_kernel, prange
 
-_BLOCK = 1024  # pixels whose values of all bits stay in a core's nearest cache
+_BLOCK = 1024  # pixels whose values of all bits fit into the first-level cache of a core
 _GROUP = 64  # pixels that are searched together
-_LANES = 16  # float32 in a vector register of a processor of today; other registers work as well
+_LANES = 16  # float32 in a vector register of current processors; results do not depend on it
 
 
 class Model(NamedTuple):
     """What the nearest word of a pixel depends on.
 
     offset, gain: (bit,) float32; value = (stack - offset) * gain, negative values count as 0.
-    bits: (word, place) int64, those that are on, filled up with the number of bits to a multiple of 4.
+    bits: (word, place) int64, those that are on, padded with the number of bits to a multiple of 4.
     scale: (word,) float32, 1 / sqrt(weight). min_magnitude, min_cosine: float32, below which a pixel has no word.
     """
 
@@ -55,7 +55,7 @@ def decode_rows(stack, model, word, distance, magnitude):
 def decode_block(values, model, word, distance, magnitude):
     """Nearest word of the first pixels of ``values`` (bit, x) float32, as many as ``word`` (x,) has; see `decode_rows`.
 
-    Pixels whose magnitude is too small never reach the search, the others are searched together.
+    Pixels whose magnitude is too small are left out of the search, the others are searched together.
     """
     n_bits, n = len(model.gain), len(word)
     squares = np.zeros(n, np.float32)
@@ -72,7 +72,7 @@ def decode_block(values, model, word, distance, magnitude):
         distance[x] = np.inf
         magnitude[x] = np.sqrt(squares[x])
         place[found] = x
-        found += magnitude[x] >= model.min_magnitude and magnitude[x] > 0.0  # NaN is not
+        found += magnitude[x] >= model.min_magnitude and magnitude[x] > 0.0  # false for NaN
     pixels = np.zeros((n_bits + 1, _GROUP), np.float32)
     nearest, best = np.empty(_GROUP, np.int32), np.empty(_GROUP, np.float32)
     for i in range(0, found, _GROUP):
@@ -92,11 +92,11 @@ def decode_block(values, model, word, distance, magnitude):
 
 @kernel
 def nearest_of_all(pixels, bits, scale, n, nearest, best):
-    """The word whose cosine to each of the first ``n`` pixels (bit + 1, lane) is largest, the first of equals.
+    """The word whose cosine to each of the first ``n`` pixels (bit + 1, lane) is largest, the first of several.
 
     The last row of the pixels is 0; bits and scale are those of a `Model`. out: nearest (lane,) int32, best (lane,)
-    float32, the cosine times the pixel's norm. Every word is looked at, but for many pixels at once, without a branch:
-    far faster than to look at the few that could be nearest, pixel by pixel.
+    float32, the cosine times the pixel's norm. Every word is compared, for many pixels at once and without a
+    branch, which is far faster than comparing only the likely words of each pixel.
     """
     total = np.empty(n, np.float32)
     for lane in range(n):

@@ -9,7 +9,7 @@ from merfish._jit import kernel
 
 @kernel
 def at(profile, place):
-    """A radial profile (bin,) between its bins, linear; 0 beyond."""
+    """Linearly interpolated value of a radial profile (bin,); 0 beyond its end."""
     i = int(place)
     if i + 1 >= len(profile):
         return 0.0
@@ -28,10 +28,10 @@ def add_spot(image, first_row, last_row, x, y, height, profile, bins):
 
 @kernel
 def refit_spot(image, first_row, last_row, x, y, height, profile, slope, bins, core, stiffness, most_step):
-    """New x, y, height of a spot: least squares over ``core`` pixels around it against what all others leave.
+    """New x, y, height of a spot, fitted by least squares within ``core`` pixels to what the other spots leave.
 
-    image (row, x): the light that no spot explains; slope (bin,): the profile's change a pixel. The place moves along
-    its linear approximation; ``stiffness`` keeps a spot that hardly determines it where it is.
+    image (row, x): the light that no spot explains; slope (bin,): the profile's change a pixel. The place
+    is updated by a linear approximation; ``stiffness`` holds a spot whose place is poorly determined.
     """
     pp = px = py = xx = xy = yy = vp = vx = vy = 0.0
     for row in range(max(first_row, int(np.ceil(y - core))), min(last_row, int(y + core)) + 1):
@@ -71,7 +71,7 @@ def refit_spot(image, first_row, last_row, x, y, height, profile, slope, bins, c
 
 @kernel
 def fit_spots(image, plane_height, fresh, x, y, top, profile, slope, bins, core, stiffness, most_step, sweeps, settled):
-    """Fit spots together: one after the other against what the others leave, ``sweeps`` times.
+    """Fit spots jointly: ``sweeps`` times, each in turn to what the others leave.
 
     image (row, x) float32, the light that no spot explains, and the spots' x, y (rows), top (spot,) float64 are
     updated; the light of spots from ``fresh`` on is still in the image. profile, slope (bin,). A spot whose height,
@@ -114,9 +114,9 @@ def draw_spot(first_row, last_row, last_column, x, y, radius, profile, bins, box
 
 @kernel
 def share_light(image, plane_height, chosen, x, y, top, profile, bins, core, sweeps, settled):
-    """Heights of the ``chosen`` spots at fixed places, one after the other against what the others leave.
+    """Fit the heights of the ``chosen`` spots at fixed places, each in turn to what the others leave.
 
-    image, x, y, top, profile as for `fit_spots`; all light of the spots is taken out of the image already. A height
+    image, x, y, top, profile as for `fit_spots`; the light of all spots has been subtracted from the image. A height
     that would change by ``settled`` at most stays as it is; sweeps end when all do.
     """
     reach = (len(profile) - 1) / bins

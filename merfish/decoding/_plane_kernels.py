@@ -10,10 +10,10 @@ from merfish.decoding._spot_kernels import sample
 
 @parallel_kernel
 def light_by_plane(x, y, bits, scene, radius, out):
-    """Mean height of each molecule's bits at its place in the plane below, in its own and above.
+    """Mean height of each molecule's bits at its place in the plane below, in its own and in the plane above.
 
     x, y (rows), bits (molecule,) uint64: the bits looked at. scene: peaks and light, see `_spot_kernels.Scene`; radius:
-    of the peak that is the molecule's, pixel, at most the grid's cell; where there is no peak the light counts.
+    pixel, at most the grid's cell, within which a peak belongs to the molecule; without a peak the light is taken.
     out: (molecule, 3) float64, NaN where there is no plane, and without bits.
     """
     px, py, pa, pb, cell, height = scene.px, scene.py, scene.pa, scene.pb, scene.cell, scene.height

@@ -27,7 +27,7 @@ def fill_grid(x, y, cell, n_across, start, order):
 
 @kernel
 def in_steps(image, step, out):
-    """An image (row, x) in steps, rounded, into ``out`` int8; what does not fit is cut off."""
+    """Quantise an image (row, x) in units of ``step`` into ``out`` int8; values out of range are clipped."""
     a_step = np.float32(1 / step)
     most = np.float32(127.0)
     for row in range(image.shape[0]):
@@ -39,7 +39,7 @@ def in_steps(image, step, out):
 
 @kernel
 def sample(image, y, x, first_row, last_row):
-    """Value of an image (row, x) at a place between pixels, linear; outside, the nearest edge."""
+    """Linearly interpolated value of an image (row, x); outside, that of the nearest edge."""
     width = image.shape[1]
     y = min(max(y, first_row), last_row)
     x = min(max(x, 0.0), width - 1.0)
@@ -53,11 +53,11 @@ def sample(image, y, x, first_row, last_row):
 
 
 class Scene(NamedTuple):
-    """Peaks of all bits and what they leave of the light; see `merfish.decoding.spots`.
+    """Peaks of all bits and the light that they do not explain; see `merfish.decoding.spots`.
 
     px, py (rows), pa, pb (peak,): place, height and bit. start, order, cell, n_across: their grid (see `fill_grid`).
-    radius: pixel, at most ``cell``; peaks of one molecule lie nearer to its centre. light (bit, row, x) int8, what no
-    peak explains, in units of ``step``. shift_y, shift_x (bit,): how far a bit's image lies from the peaks' places.
+    radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, what
+    no peak explains, in units of ``step``. shift_y, shift_x (bit,): how far a bit's image lies from the peaks' places.
     height: rows of a plane.
     """
 
@@ -78,11 +78,11 @@ class Scene(NamedTuple):
 
 
 class Classes(NamedTuple):
-    """What a candidate may be: a word of the book, nothing, or an object that shines in every bit.
+    """What a candidate may be: a word of the book, nothing, or an object that is bright in every bit.
 
     ratio (bit, bin): log of how much likelier an observation is where the bit is on than where it is off.
     log_prior (class,). bits (class, place) uint8, weight (class,) int64: on-bits; on (class, bit) uint8.
-    The class before the last is nothing, the last shines in every bit; words come first.
+    Words come first; the last class but one is nothing, the last an object that is bright in every bit.
     """
 
     ratio: np.ndarray
@@ -93,7 +93,7 @@ class Classes(NamedTuple):
 
 
 class Views(NamedTuple):
-    """What is around each peak while all peaks are free, see `observe`.
+    """The surroundings of each peak while no peak is taken, see `observe`.
 
     members (peak, bit) int32; seen (peak, bit) uint8; centre (peak, 3): x, y and brightness.
     """
@@ -105,11 +105,11 @@ class Views(NamedTuple):
 
 @kernel
 def observe(seed, scene, taken, members, seen):
-    """Gather around a peak the nearest free peak of each bit, and say what each bit shows.
+    """Find the nearest free peak of each bit around a peak, and classify what each bit shows.
 
     scene: a `Scene`; taken (peak,) bool. out: members (bit,) int32, peak or -1; seen (bit,) uint8: bin of what is
-    observed, see `bin_of`. No peak farther than twice the radius counts. Returns centre x, y and brightness, the mean
-    height of the members but for the weakest and the brightest when there are four and more.
+    observed, see `bin_of`. Peaks farther away than twice the radius are ignored. Returns centre x, y and brightness,
+    the mean height of the members, without the weakest and the brightest if there are four or more.
     """
     px, py, pa, pb = scene.px, scene.py, scene.pa, scene.pb
     start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
@@ -144,7 +144,7 @@ def observe(seed, scene, taken, members, seen):
         for bit in range(n_bits):
             i = members[bit]
             if i >= 0:
-                # what lies far off is more likely somebody else's
+                # a distant peak more likely belongs to another molecule
                 w = min(pa[i], 2.0) * np.exp(-best[bit] / (0.5 * radius * radius))
                 sx += w * px[i]
                 sy += w * py[i]
@@ -187,7 +187,7 @@ N_NEAR, N_HEIGHT, N_EMPTY, N_USED = 6, 8, 10, 3
 N_BINS = N_NEAR * N_HEIGHT + N_EMPTY * (1 + N_USED)
 LOWEST_LOG_HEIGHT, LOG_HEIGHT_STEP = -1.6, 0.4
 LOWEST_EMPTY, EMPTY_STEP = -0.1, 0.12
-# a place as bright as half the molecule shows the bit, though its peak is hidden in a neighbour's
+# a place at least half as bright as the molecule shows the bit, even if its peak is hidden in a neighbour's
 HIDDEN = int((0.5 - LOWEST_EMPTY) / EMPTY_STEP)
 
 
@@ -220,7 +220,7 @@ def best_class(seen, classes, score):
 
 @kernel
 def called_before(cx, cy, word, scene, owner, table, evidence):
-    """Whether a call of the same word lies within the radius: then this is its rest, not a second molecule."""
+    """Whether a call of the same word lies within the radius: then these peaks are left over from it."""
     start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
     n_cells = len(start) - 1
     row, column = int(cy / cell), int(cx / cell)
@@ -239,7 +239,7 @@ def called_before(cx, cy, word, scene, owner, table, evidence):
 
 @kernel
 def observe_some(scene, first, last, free, views):
-    """What is around the peaks ``first`` to below ``last`` in the order of the grid; see `observe_all`."""
+    """Observe the peaks from ``first`` to below ``last`` in the order of the grid; see `observe_all`."""
     for k in range(first, last):
         seed = scene.order[k]
         x, y, bright = observe(seed, scene, free, views.members[seed], views.seen[seed])
@@ -248,9 +248,9 @@ def observe_some(scene, first, last, free, views):
 
 @parallel_kernel
 def observe_all(scene, free, views):
-    """What is around each peak, into ``views``; free (peak,) bool, False.
+    """Observe every peak, into ``views``; free (peak,) bool, all False: no peak is taken.
 
-    In the order of the grid: what one peak looks at, the next finds in the cache.
+    Peaks are visited in the order of the grid, so that their neighbours are still in the cache.
     """
     n_peaks = len(scene.px)
     for chunk in prange((n_peaks + CHUNK - 1) // CHUNK):
@@ -295,15 +295,15 @@ def changed(seed, scene, taken):
 
 @kernel
 def call_molecules(scene, views, classes, first, explained, table, evidence, owner, share, shows):
-    """Call molecules from the most certain on, each from peaks that no other has taken.
+    """Call molecules, the most certain first, each from peaks that no other call has taken.
 
-    scene, views, classes: see `Scene`, `Views` and `Classes`; first (peak,) from `score_seeds`. Calls end where nothing
-    is likelier than any word. A call takes the peaks of its word's bits, and others within ``explained`` px: they are
-    its errors. An object that shines in every bit takes its peaks, and is no call.
+    scene, views, classes: see `Scene`, `Views` and `Classes`; first (peak,) from `score_seeds`. Peaks around
+    which nothing is likelier than any word are not called. A call takes the peaks of its word's bits, and others within
+    ``explained`` px, which are its errors. An object that is bright in every bit takes its peaks, but is not a call.
     out, a row a call: table (x, y, brightness, score, log odds against all other classes), evidence uint64 (word, its
     bits that are wrong); owner (peak,) int64, the call that has taken a peak, or -1. Added to: share (class,), the
-    posterior of each class summed over candidates; shows (2, bit, bin), how often each bit showed what where there is
-    something, weighted with the posterior that the bit is off, and on. Returns the number of calls.
+    posterior of each class summed over candidates; shows (2, bit, bin), how often each bit showed what, where there is
+    something, weighted by the posterior that the bit is off, and on. Returns the number of calls.
     """
     px, py, pa = scene.px, scene.py, scene.pa
     n_peaks = len(px)

@@ -1,8 +1,9 @@
 """The whole experiment: maps over fields with small reductions between them.
 
-Only this folder knows of folders, resume and workers. Its modules in the order of a run: `manifest` says what results
-depend on, `survey` calibrates, `fields` decodes, `reconcile` lets fields agree, `assemble` puts molecules into cells,
-`tables` and `record` write; `folder` keeps records on disk, `cluster` runs the maps, `progress` shows them.
+Only this package deals with folders, resuming and workers. Its modules in the order of a run: `manifest` states what
+results depend on, `survey` calibrates, `fields` decodes, `reconcile` makes fields consistent, `assemble` assigns
+molecules to cells, `tables` and `record` write; `folder` keeps records on disk, `cluster` runs the maps, `progress`
+displays them.
 """
 
 from __future__ import annotations
@@ -61,16 +62,16 @@ def run(
 ) -> AnnData:
     """Decode a whole raw experiment into ``out`` and return its table of counts.
 
-    experiment: folder in MERlin's layout (see `merfish.imaging.opening.open_experiment`); tables: the same files
-    by other paths. config: a `RunConfig` or a YAML file. fovs: some of the fields; results that cover more fields
-    already are kept. workers, scheduler, slurm_jobs: see `merfish.pipeline.cluster.run_map_on`. keep_going: leave out
-    fields whose files are faulty instead of refusing. segmentation: others' cells to use instead of those found here
+    experiment: folder in MERlin's layout (see `merfish.imaging.opening.open_experiment`); tables: the same files by
+    other paths. config: a `RunConfig` or a YAML file. fovs: some of the fields; results that cover more fields already
+    are kept. workers, scheduler, slurm_jobs: see `merfish.pipeline.cluster.run_map_on`. keep_going: leave out fields
+    whose files are faulty instead of refusing. segmentation: cells from another program, used instead of segmenting
     (see `merfish.pipeline.assign.assign`). save_images: keep the registered, filtered bits and the stains of each field
     as OME-Zarr under ``out/images``.
 
-    What is there already is used if all that it depends on is as it was; else it is made again. A field that fails is
-    listed in ``run.json`` and on the report, and the rest goes on. Raises InputError for faulty tables or files, before
-    any work, and CodebookMisfit, after decoding, if the images do not fit the codebook.
+    Existing results are reused if nothing that they depend on has changed; otherwise they are computed again. A field
+    that fails is listed in ``run.json`` and in the report, and the others are still processed. Raises InputError for
+    faulty tables or files, before any work, and CodebookMisfit, after decoding, if the images do not fit the codebook.
     """
     import anndata
 
@@ -111,7 +112,7 @@ def process(
     out = Path(out)
     settings = config if isinstance(config, RunConfig) else read_config(config)
     source = open_experiment(experiment, **dict(tables or {}))
-    # what is asked for and not there is said before any work
+    # report what is missing before any work
     chosen_stains(source, settings)
     other_stains(source, settings)
     if settings.segmenter is not None:
@@ -119,7 +120,7 @@ def process(
     chosen = choose_fovs(source, fovs)
     failed = check_files(source, chosen, keep_going)
     if segmentation is not None:
-        find_segmentation(Path(segmentation), [fov for fov in chosen if fov not in failed])  # said before any work
+        find_segmentation(Path(segmentation), [fov for fov in chosen if fov not in failed])  # fails before any work
     refuse_other_results(out)
     with (
         folder.owned(out),
@@ -184,7 +185,7 @@ def refuse_other_results(out: Path) -> None:
 
 
 def published_key(out: Path) -> str:
-    """The key of the results in a folder; empty if there are none or they are not whole."""
+    """The key of the results in a folder; empty if there are none or they are incomplete."""
     try:
         record = results.read_run(out)
     except InputError:
@@ -222,9 +223,9 @@ def _stale(out: Path, fov: int, manifest: Manifest, calibrated: Calibrated) -> b
 def decode_fields(
     work: FieldWork, run_map: RunMap, failed: dict[int, str], shown: Display
 ) -> dict[int, dict[str, Any]]:
-    """Make the records of all fields that are not there, or not as they would be made now; say why.
+    """Decode the fields whose records are missing or out of date, and say why.
 
-    Adds fields that fail to ``failed``. Returns what the records say. Raises OSError if the disk is full.
+    Adds fields that fail to ``failed``. Returns the contents of all records. Raises OSError if the disk is full.
     """
     out, says = work.out, {}
     again: dict[str, list[int]] = {}
@@ -288,7 +289,7 @@ def combine(
     run_map: RunMap,
     shown: Display,
 ) -> None:
-    """From the records of all fields to the tables, the record and the report of the run, published together."""
+    """Make tables, record and report of the run from the records of all fields, and publish them together."""
     work = folder.new_work(out)
     height, width = next((said["shape"] for said in says.values()), (1, 1))
     outlines = {fov: int(said["n_outlines"]) for fov, said in says.items()}

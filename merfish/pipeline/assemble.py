@@ -1,7 +1,4 @@
-"""Map over fields with their neighbours: final outlines, molecules without doubles in cells; then write the tables.
-
-Tables are written one field after the other, a row group each, so that memory stays flat.
-"""
+"""Map over fields and their neighbours: final outlines of cells, and molecules, without duplicates, within them."""
 
 from __future__ import annotations
 
@@ -23,13 +20,13 @@ from merfish.pipeline.fields import read_measured, read_spots
 from merfish.pipeline.progress import Display
 from merfish.pipeline.reconcile import Fields, Reconciled, map_all, stage_outlines
 
-# count: molecules; expected: sum of their probabilities to be right; nuclear: those in a nucleus
+# count: molecules; expected: sum of their probabilities of being right; nuclear: those in a nucleus
 COUNT_DTYPE = np.dtype([("cell", "i8"), ("word", "i4"), ("count", "i4"), ("expected", "f4"), ("nuclear", "i4")])
 PLACED_DTYPE = np.dtype([("row", "i8"), ("cell", "i8")])
 
 
 def assemble(fields: Fields, found: Reconciled, run_map: RunMap, display: Display) -> None:
-    """Outline the cells and place the molecules of every field, into files of the work folder."""
+    """Outline the cells and assign the molecules of every field; results go to files of the work folder."""
     near = fields.near(found.stitching.positions, FIELD_RADIUS)
     for name, work in (
         ("unite cells", UniteWork(fields, found.cells, found.stitching.positions)),
@@ -41,14 +38,14 @@ def assemble(fields: Fields, found: Reconciled, run_map: RunMap, display: Displa
 
 @dataclass(frozen=True, eq=False)
 class UniteWork:
-    """Gives each cell whose home a field is one geometry."""
+    """Merges the outlines of each cell whose home is a field."""
 
     fields: Fields
     cells: CellNumbers
     positions: np.ndarray
 
     def __call__(self, fov: int) -> int:
-        """The number of cells; they go to the file ``united``."""
+        """The number of cells, which are written to the file ``united``."""
         members = self.cells.members(self.cells.at_home(fov))
         geometry = np.empty(len(members), dtype=object)
         measured = [read_measured(self.fields.out, fov).iloc[:0]]
@@ -67,16 +64,16 @@ class UniteWork:
 
 @dataclass(frozen=True, eq=False)
 class PartWork:
-    """Takes the ground that larger cells have from the cells whose home a field is."""
+    """Removes from the cells whose home is a field the area that larger cells cover."""
 
     fields: Fields
     cells: CellNumbers
     near: dict[int, list[int]]
 
     def __call__(self, fov: int) -> int:
-        """The number of cells left; they go to the file ``cells``."""
+        """The number of cells left, which are written to the file ``cells``."""
         own = read_cell_part(self.fields, "united", fov)
-        # a cell may reach into the fields of all its outlines, where it meets the cells that those show
+        # a cell may extend into every field that has an outline of it, and touch the cells seen there
         seen = set(self.cells.members(own["cell"].to_numpy())["fov"].tolist()) | {fov}
         seen |= {other for field in seen for other in self.near[field]}
         homes = {fov, *self.cells.homes(sorted(seen))}
@@ -88,7 +85,7 @@ class PartWork:
 
 @dataclass(frozen=True, eq=False)
 class PlaceWork:
-    """Drops the molecules of a field that another shows better, and puts the rest into cells."""
+    """Drops the molecules of a field that another field shows better, and assigns the others to cells."""
 
     fields: Fields
     cells: CellNumbers
@@ -96,7 +93,7 @@ class PlaceWork:
     near: dict[int, list[int]]
 
     def __call__(self, fov: int) -> tuple[int, int]:
-        """Numbers of molecules and of those in cells; they go to the files ``placed``, ``single`` and ``counts``."""
+        """Numbers of molecules and of those in cells, written to the files ``placed``, ``single`` and ``counts``."""
         kept = np.load(self.fields.file("kept", fov))
         own = self._sightings(fov, kept)
         worse, n = seen_better_elsewhere(own, (self._sightings(other) for other in self.near[fov])), len(kept)
@@ -110,7 +107,7 @@ class PlaceWork:
         single = np.empty(len(cell) - len(row), PLACED_DTYPE)
         single["row"], single["cell"] = np.flatnonzero(~worse[n:]), cell[len(row) :]
         np.save(self.fields.file("single", fov), single)
-        # a spot of a gene imaged by itself is what it is
+        # spots of a gene that is imaged alone need no decoding
         probability = np.append(kept["probability"], np.ones(len(worse) - n, np.float32))[~worse]
         nuclear = np.append(kept["nuclear"], np.zeros(len(worse) - n, bool))[~worse]
         np.save(self.fields.file("counts", fov), count_pairs(cell, own.word[~worse], probability, nuclear))
@@ -130,7 +127,7 @@ class PlaceWork:
 
 
 def described(cells: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
-    """Cells as users read them: volume (cubic micrometre), area of the nucleus (square), stains in all planes.
+    """Cells as users see them: volume (cubic micrometre), area of the nucleus (square), stains in all planes.
 
     From columns depth and, where they were measured, nucleus (share of the area) and ``<stain>_mean`` (camera counts of
     a pixel); adds ``<stain>_total``, the sum over the cell's pixels in all planes of the stain.
@@ -151,9 +148,9 @@ def described(cells: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
 def count_pairs(
     cell: np.ndarray, word: np.ndarray, probability: np.ndarray, nuclear: np.ndarray | None = None
 ) -> np.ndarray:
-    """What each cell has of each word, sorted: `COUNT_DTYPE`; cell -1 is none.
+    """Molecules of each word in each cell, sorted, `COUNT_DTYPE`; molecules of cell -1 are left out.
 
-    cell, word (molecule,) int, probability (molecule,) to be right, nuclear (molecule,) bool: in a nucleus,
+    cell, word (molecule,) int, probability (molecule,) of being right, nuclear (molecule,) bool: in a nucleus,
     none if not given.
     """
     inside = cell >= 0
@@ -177,7 +174,7 @@ def write_cell_part(fields: Fields, name: str, fov: int, cells: pd.DataFrame) ->
 
 
 def read_cell_part(fields: Fields, name: str, fov: int) -> pd.DataFrame:
-    """What `write_cell_part` wrote."""
+    """Read what `write_cell_part` wrote."""
     table = pq.read_table(fields.file(name, fov).with_suffix(".parquet"))
     cells = table.drop_columns("geometry").to_pandas()
     geometry = shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False))

@@ -1,4 +1,4 @@
-"""Others' cells for a run: its molecules are put into them, and nothing is decoded again.
+"""Assign the molecules of a finished run to cells from another program; nothing is decoded again.
 
 A map over fields, as in `merfish.pipeline.assemble`: cells are kept by field, and molecules are read a field at a time
 from ``transcripts.parquet``.
@@ -36,14 +36,14 @@ MOLECULES = (results.TRANSCRIPTS, results.SEQUENTIAL)
 
 
 def assign(out: Path, segmentation: Path, *, workers: int | None = None, progress: bool = False) -> dict[str, Any]:
-    """Put the molecules of a finished run into others' cells; write its tables, record and report again, all or none.
+    """Assign the molecules of a finished run to other cells, and rewrite its tables, record and report, all or none.
 
     segmentation: see `find_segmentation` and `merfish.exchange.outlines.read_outlines`. Polygons of the whole section
     are in micrometre of the stage; a label image of it needs MERSCOPE's 3 x 3 transform from micrometre to pixel in a
     file ``micron_to_mosaic_pixel_transform.csv`` beside it. Files of single fields are in pixels of the images as the
-    run has them, after transposing and flipping as ``microscope.json`` says; cells that several fields show are one.
+    run has them, after transposing and flipping as ``microscope.json`` says; cells seen in several fields are merged.
 
-    Returns the figures of the run. Raises InputError for what does not fit the run.
+    Returns the figures of the run. Raises InputError for cells that do not fit the run.
     """
     if not out.is_dir():
         raise InputError(f"{out}: no such folder; expected that of a finished run")
@@ -61,7 +61,7 @@ def segmented_key(key: str, cells: Segmentation) -> str:
 def replace_cells(
     out: Path, cells: Segmentation, record: dict[str, Any], run_map: RunMap, shown: Display
 ) -> dict[str, Any]:
-    """As `assign`, in a folder that is held."""
+    """As `assign`, in a folder that this process has locked."""
     fields = _fields_of(out, record)
     var = read_var(out)
     groups = {name: field_groups(out / name) for name in MOLECULES if (out / name).is_file()}
@@ -92,7 +92,7 @@ def replace_cells(
     sizes = {path.name: path.stat().st_size for path in stage.iterdir()}
     changed = {"figures": figures, "segmentation": told, "key": segmented_key(own, cells)}
     record = {**record, **changed, "results": {**record.get("results", {}), **sizes}}
-    record.pop("embedding", None)  # was of the cells before
+    record.pop("embedding", None)  # it belongs to the cells that are replaced
     record["seconds"] = {**record.get("seconds", {}), "assign": shown.timings()["total"]}
     folder.write_json(stage / results.RUN, record)
     write_run_report(out, stage)
@@ -196,7 +196,7 @@ class PlaceWork:
         # a gene that the codebook has as well is called otherwise among the counts
         names = [name.removesuffix("_sequential") for name in self.sequential]
         word = self.fields.experiment.codebook.n_words + pd.Index(names).get_indexer(table.pop("gene").astype(object))
-        # a spot of a gene imaged by itself is what it is
+        # spots of a gene that is imaged alone need no decoding
         return table.assign(word=word, probability=np.ones(len(table), np.float32))
 
     def _near(self, home: int, x: np.ndarray, y: np.ndarray) -> bool:

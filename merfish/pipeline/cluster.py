@@ -23,9 +23,9 @@ from typing import Any
 
 from merfish.errors import InputError
 
-MOST_DEATHS = 3  # of its worker, after which a field is given up
-CONNECT_SECONDS = 30.0  # for which a scheduler is waited for
-PART_SECONDS = 5.0  # for which a process that has nothing to do may take to end
+MOST_DEATHS = 3  # of its workers, after which a field is given up
+CONNECT_SECONDS = 30.0  # to wait for a scheduler
+PART_SECONDS = 5.0  # to wait for an idle process to end
 
 Work = Callable[[int], Any]
 RunMap = Callable[[Work, Sequence[int]], Iterator[tuple[int, Any]]]
@@ -60,11 +60,11 @@ def run_map_on(
     slurm_jobs: int | None = None,
     shared: Path | None = None,
 ) -> Iterator[RunMap]:
-    """Yield a function (work, fields) -> iterator of (field, result or `Failure`), in the order in which they end.
+    """Yield a function (work, fields) -> iterator of (field, result or `Failure`), in the order in which they finish.
 
     workers: processes on this machine, at most one a core; None = this process, where kernels use all cores.
     scheduler: address of a running Dask scheduler. slurm_jobs: number of SLURM jobs, each as dask-jobqueue's
-    configuration describes it; shared: a folder that they see too.
+    configuration describes it; shared: a folder that all of them can access.
     """
     if scheduler is not None or slurm_jobs is not None:
         with _dask_client(scheduler, slurm_jobs, shared) as client:
@@ -80,7 +80,7 @@ def run_map_on(
 
 
 def attempt(work: Work, item: int) -> Any:
-    """What ``work`` gives for an item, or a `Failure` if it raises."""
+    """The result of ``work`` for an item, or a `Failure` if it raises."""
     try:
         return work(item)
     except InputError as error:
@@ -90,7 +90,7 @@ def attempt(work: Work, item: int) -> Any:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room left; HDF5, Arrow and NumPy only say so in words."""
+    """Whether an error means that the disk is full; HDF5, Arrow and NumPy only say so in the message."""
     words = ("No space left", "errno = 28", "requested and")
     code = getattr(error, "errno", None)
     return code in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in words)
@@ -148,7 +148,7 @@ class _Processes:
                 worker.knows = self.works
             worker.connection.send(item)
         except OSError:
-            pass  # it died; that is noticed where its answer is read
+            pass  # the worker died; `map` notices it when it reads the result
 
     def _reported(self) -> list[_Worker]:
         by_connection = {worker.connection: worker for worker in self.busy}
@@ -169,17 +169,17 @@ class _Processes:
         worker.process.join()
 
     def close(self) -> None:
-        """End all processes, also those that are still at work."""
+        """End all processes, including those that are still working."""
         for worker in self.idle:
             worker.connection.close()
         for worker in self.idle:
-            worker.process.join(PART_SECONDS)  # by itself, so that what its libraries hold is given back
+            worker.process.join(PART_SECONDS)  # lets its libraries release what they hold
         for worker in [*self.idle, *self.busy]:
             self._end(worker)
 
 
 def _serve(connection: Connection, threads: int) -> None:
-    """Life of a worker: it is sent a function now and then, and items for it; it ends with its parent."""
+    """Main loop of a worker: it receives functions, and items to apply the last one to; it ends with its parent."""
     import numba
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -233,7 +233,7 @@ def _slurm_cluster(jobs: int, shared: Path | None) -> Iterator[Any]:
         from dask_jobqueue import SLURMCluster
     except ImportError:
         raise InputError("--slurm needs dask-jobqueue and cryptography: pip install 'merfish[cluster]'") from None
-    # certificates of this run alone: nobody else on the network may give its workers orders
+    # certificates for this run only: nobody else on the network can control its workers
     with tempfile.TemporaryDirectory(prefix=".tls.", dir=shared) as secrets:
         try:
             cluster = SLURMCluster(
@@ -253,11 +253,11 @@ def _slurm_cluster(jobs: int, shared: Path | None) -> Iterator[Any]:
 
 
 def _map_on_dask(client: Any, work: Work, items: Sequence[int]) -> Iterator[tuple[int, Any]]:
-    """The work is sent once; of the items only a few a thread are with the scheduler at any time."""
+    """The work is sent once; the scheduler holds only a few items for each thread at any time."""
     from distributed import as_completed
 
     client.wait_for_workers(1)
-    # a task, not scattered data: the scheduler can make it again on another worker when the one that holds it dies
+    # a task, not scattered data: if the worker that holds it dies, the scheduler can compute it on another
     shared = client.submit(_same, work, pure=False)
     waiting, suspects = deque(items), Counter[int]()
 
@@ -276,7 +276,7 @@ def _map_on_dask(client: Any, work: Work, items: Sequence[int]) -> Iterator[tupl
         if fault is None:
             yield item, future.result()
         elif type(fault).__name__ == "KilledWorker" and not suspects[item]:
-            # its neighbours in the queue are blamed for the death of a worker too: it is tried once more
+            # all items queued on a worker are blamed for its death: try each of them once more
             suspects[item] += 1
             waiting.append(item)
         elif type(fault).__name__ == "KilledWorker":

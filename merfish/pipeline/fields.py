@@ -95,14 +95,14 @@ def process_field(
 ) -> dict[str, Any]:
     """Decode and segment one field into files of ``folder``; returns what the record says of it.
 
-    spiked: decode it again with molecules added, which tell the detection efficiency. images: a folder for its
+    spiked: decode it again with molecules added, to measure the detection efficiency. images: a folder for its
     registered images, None if they are not wanted.
     """
     clock = _Clock()
     field = register_field(experiment, fov, config, calibration)
     clock.lap("register")
     calls = decode_filtered(field.bits, experiment.codebook, calibration.normalization, method=config.method)
-    # where some round has no image nothing can be told
+    # pixels without an image in some round cannot be decoded
     calls = calls[field.valid[np.rint(calls["y"]).astype(int), np.rint(calls["x"]).astype(int)]]
     clock.lap("decode")
     if spiked:
@@ -141,7 +141,7 @@ def process_field(
 
 
 class _Clock:
-    """Seconds of each of the steps that follow each other."""
+    """Seconds of consecutive steps."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -167,7 +167,8 @@ def segment_field(
     """The cells of a field of shape (y, x), in pixels of round 0, none without a stain of the nuclei.
 
     images: aligned stains (z, y, x); ``measured`` has the mean of each over each cell besides, camera counts. A stain
-    that cannot be aligned is used as it is: outlines bear a drift of some pixels, a field without cells helps nobody.
+    that cannot be aligned is used as it is: outlines tolerate a drift of some pixels, and otherwise the field would
+    have no cells.
     """
     nuclei, body = chosen_stains(experiment, config)
     if nuclei is None:
@@ -241,7 +242,7 @@ def read_calls(out: Path, fov: int) -> pd.DataFrame:
 def write_outlines(outlines: list[shapely.Polygon], path: Path, measured: pd.DataFrame | None = None) -> None:
     """Write outlines (pixel), and a row of means of each, as `merfish.cells.measure.FieldCells` has them.
 
-    Of outlines that nothing was measured of, `DEPTH` is all that is known.
+    Outlines without measurements get the depth `DEPTH`.
     """
     measured = pd.DataFrame({"depth": np.full(len(outlines), DEPTH)}) if measured is None else measured
     column = pa.array(shapely.to_wkb(np.array(outlines, dtype=object)), pa.binary())
@@ -290,12 +291,12 @@ def write_spots(spots: list[np.ndarray], path: Path) -> None:
 
 
 def read_spots(out: Path, fov: int) -> np.ndarray:
-    """What `write_spots` wrote; gene: index in the list of genes imaged one by one."""
+    """Read what `write_spots` wrote; gene: index in the list of genes imaged one by one."""
     return np.asarray(np.load(results.field_folder(out, fov) / SPOTS))
 
 
 def write_spikes(spikes: pd.DataFrame, folder: Path) -> None:
-    """Write the words of molecules added to a field, and what tells whether the calls that find them are kept."""
+    """Write the words of molecules added to a field, and the features by which the calls that find them are kept."""
     found = spikes[spikes["x"].notna()] if "x" in spikes else spikes
     features = call_features(found)[0] if len(found) else np.empty((0, 1))
     np.savez(folder / SPIKES, word=spikes["spike"].to_numpy(), found=found.index.to_numpy(np.int64), features=features)
@@ -308,7 +309,7 @@ def read_spikes(out: Path, fov: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def write_tally(calls: pd.DataFrame, path: Path) -> None:
-    """Write what filtering learns from a field: the tallies of its left and right halves."""
+    """Write what the filter is fitted to: the tallies of its left and right halves."""
     features, evidence = call_features(calls)
     blank = calls["is_blank"].to_numpy(bool)
     right = calls["x"].to_numpy() > calls["x"].median()
@@ -321,7 +322,7 @@ _TALLY = ("values", "calls", "blanks")
 
 
 def read_tally(out: Path, fov: int) -> tuple[Tally, Tally]:
-    """What `write_tally` wrote."""
+    """Read what `write_tally` wrote."""
     with np.load(results.field_folder(out, fov) / TALLY, allow_pickle=False) as arrays:
         left, right = (Tally(*(arrays[f"{name}{k}"] for name in _TALLY)) for k in (0, 1))
     return left, right

@@ -1,4 +1,4 @@
-"""What a run keeps on disk: one owner at a time, records that are whole and known to be so, results published together.
+"""What a run keeps on disk: one owner at a time, records that are verified to be whole, results published together.
 
 A record is a folder with files and ``record.json``, which names the key of what they depend on and their checksums; it
 is used only if both hold. Results are staged beside the fields; from the moment the staged set is marked complete, a
@@ -43,7 +43,7 @@ def owned(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise InputError(f"{out}: a file stands there; expected a folder, or nothing yet") from None
+        raise InputError(f"{out}: this is a file; expected a folder, or nothing yet") from None
     holder = out / _HOLDER
     lock = FileLock(out / _LOCK, blocking=False)
     try:
@@ -163,7 +163,7 @@ def publish(out: Path) -> None:
 
 
 def finish_publication(out: Path) -> None:
-    """Publish a complete stage; remove an incomplete one. The record comes last: where it is, all else is."""
+    """Publish a complete stage; remove an incomplete one. The record is moved last: if it is there, so is all else."""
     stage = out / _STAGED
     if (stage / _COMPLETE).is_file():
         names = read_json(stage / _COMPLETE)
@@ -181,7 +181,7 @@ def finish_publication(out: Path) -> None:
 
 
 def write_progress(out: Path, started: float, done: int, total: int, failed: Mapping[int, str]) -> None:
-    """Note how far the fields are, for `merfish status`; a moment's truth that no later step reads."""
+    """Note how far the fields are, for `merfish status`; no later step reads it."""
     path = out / results.FIELDS / PROGRESS
     part = path.with_suffix(".part")
     path.parent.mkdir(exist_ok=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import zarr
 
 BITS, STAINS = "bits.zarr", "stains.zarr"
-LEVELS_OF_MOLECULE = 1000  # steps in which the height of a molecule is stored: finer than noise, and files a third
+LEVELS_OF_MOLECULE = 1000  # a molecule's height is stored in so many steps: finer than noise, files a third
 
 
 def image_folder(out: Path, fov: int) -> Path:

@@ -1,4 +1,4 @@
-"""What is asked of a run: every step's result depends on some of these parts, and is used only while they are equal."""
+"""What results depend on: each step uses an earlier result again only while the parts it depends on are equal."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from merfish.imaging.images import fingerprint
 from merfish.imaging.organization import Channel
 from merfish.pipeline.folder import digest
 
-# Folders of the package whose code decides about results.
+# Folders of the package whose code affects results.
 _CODE = ("calls", "cells", "decoding", "imaging", "pipeline", "simulate")
 
 
 class Manifest:
     """Digests of all that results depend on.
 
-    Images are known by name, size, time of change and samples of their bytes; tables by what they say, so that another
-    spelling of the same changes nothing.
+    Images are identified by name, size, time of change and samples of their bytes; tables by their content, so that
+    a change of format alone has no effect.
     """
 
     def __init__(self, experiment: Experiment, config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees and what the log keeps while a run goes on."""
+"""Progress display and log of a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Display:
         return {**self.seconds, "total": time.perf_counter() - self.started}
 
     def track(self, items: Iterable[T], total: int, name: str) -> Iterator[T]:
-        """Pass items on while a line shows how many have come, at which rate, and how long the rest will take."""
+        """Yield items while a line shows how many are done, the rate, and the time left."""
         if self.progress is None or not total:
             yield from items
             return
@@ -51,7 +51,7 @@ class Display:
             yield item
 
     def note(self, text: str) -> None:
-        """Show how much was found so far on the line of the last step."""
+        """Show ``text``, such as how much was found so far, on the line of the current step."""
         if self.progress is not None and self.progress.tasks:
             self.progress.update(self.progress.tasks[-1].id, note=text)
 

@@ -1,4 +1,4 @@
-"""Reduce what fields say about each other: rates and filter, stage positions, cells that several fields show.
+"""Reduce over fields what they share: error rates and filter, stage positions, cells seen in several fields.
 
 Every step is a map over fields that reads a field and those that overlap it, and a small reduction; memory does not
 grow with the number of fields beyond a few numbers for each field and cell.
@@ -40,7 +40,7 @@ KEPT_DTYPE = np.dtype(
 
 @dataclass(frozen=True, eq=False)
 class Fields:
-    """The fields that results are made of.
+    """The fields that the results are computed from.
 
     out: the run's folder; work: for files that only the steps after decoding need; shape: (y, x) of a field, pixel;
     outlines: number of cell outlines of each field.
@@ -64,15 +64,15 @@ class Fields:
         return overlapping_fields(self.fovs, positions, self.size, beyond)
 
     def file(self, name: str, fov: int) -> Path:
-        """Where a step keeps what it knows of a field."""
+        """File in which a step keeps its result for a field."""
         return self.work / f"{name}_{fov:04d}.npy"
 
 
 @dataclass(frozen=True, eq=False)
 class Filter:
-    """Log odds of a call to be wrong (see `merfish.calls.filtering.fit_log_odds`), and up to which calls are kept.
+    """Log odds of a call being wrong (see `merfish.calls.filtering.fit_log_odds`), and the threshold of kept calls.
 
-    held_out: misidentification rate with its interval where the filter was not fitted.
+    held_out: misidentification rate of calls that the filter was not fitted to, with its interval.
     """
 
     odds: np.ndarray
@@ -109,7 +109,7 @@ def reconcile(fields: Fields, rate: float, run_map: RunMap, display: Display) ->
 
 
 def map_all(name: str, work: Work, fovs: Sequence[int], run_map: RunMap, display: Display) -> dict[int, Any]:
-    """The result of every field. Raises StepError if one fails: after decoding that is not the fault of its data."""
+    """The result of every field. Raises StepError if one fails: after decoding, its data are not to blame."""
     found = {}
     with display.step(name):
         for fov, outcome in display.track(run_map(work, fovs), len(fovs), name):
@@ -122,7 +122,7 @@ def map_all(name: str, work: Work, fovs: Sequence[int], run_map: RunMap, display
 
 
 def learn_filter(fields: Fields, rate: float) -> Filter:
-    """Fit the odds of calls to be wrong to the tallies of all fields; find what to keep at a misidentification rate."""
+    """Fit the odds of calls being wrong to the tallies of all fields; find the threshold for a given ``rate``."""
     tallies = [read_tally(fields.out, fov) for fov in fields.fovs]
     # every other field, or the two sides of a single one
     sides = [[half for halves in tallies[k::2] for half in halves] for k in (0, 1)]
@@ -159,7 +159,7 @@ class RateWork:
     filter: Filter
 
     def __call__(self, fov: int) -> WordTally:
-        """Counts of the field; its kept calls go to the file ``kept``."""
+        """Counts of the field; its kept calls are written to the file ``kept``."""
         calls = read_calls(self.fields.out, fov)
         probability, keep = rate_field(calls, self.filter)
         word, shown = calls["barcode_id"].to_numpy(), calls["shown"].to_numpy()
@@ -173,7 +173,7 @@ class RateWork:
 
 
 def rate_field(calls: pd.DataFrame, chosen: Filter) -> tuple[np.ndarray, np.ndarray]:
-    """Probability to be right, float32, and whether it is kept, of each call of a field."""
+    """Of each call of a field, the probability of being right, float32, and whether it is kept."""
     if not len(calls):
         return np.empty(0, np.float32), np.empty(0, bool)
     features, _ = call_features(calls)

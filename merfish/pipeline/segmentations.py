@@ -1,4 +1,4 @@
-"""Others' cells for a run: which files they are in, and the cells of each field from them."""
+"""Cells from another program: the files that hold them, and the cells of each field."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from merfish.pipeline.tables import CELL_SCHEMA
 
 TRANSFORM = "micron_to_mosaic_pixel_transform.csv"
 _MERSCOPE = "cell_boundaries.parquet"
-_CELLPOSE = ("_cp_masks.tif", "_seg.npy")  # what Cellpose writes beside the images, the plainer first
+_CELLPOSE = ("_cp_masks.tif", "_seg.npy")  # what Cellpose writes beside the images, the simpler format first
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Where others' cells are: a file for the whole section, micrometre, or one for each field, pixel.
+    """Files of cells: one for the whole section, in micrometre, or one for each field, in pixels.
 
     files: by field; empty if ``path`` is the file.
     """
@@ -55,7 +55,8 @@ def find_segmentation(path: Path, fovs: Sequence[int]) -> Segmentation:
     """The files of a segmentation. Raises InputError if there is none, or none for some of the fields.
 
     A folder holds a file for each field, which the number after ``fov``, else the last number in its name, tells; or it
-    is MERSCOPE's with ``cell_boundaries.parquet``. Where some are Cellpose's, others are the images that it was given.
+    is MERSCOPE's with ``cell_boundaries.parquet``. If Cellpose wrote some of the files, the others are taken
+    for its input images and ignored.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; expected a segmentation")
@@ -84,7 +85,7 @@ def find_segmentation(path: Path, fovs: Sequence[int]) -> Segmentation:
 
 
 def _field_of(name: str) -> int | None:
-    """The field that a file of a segmentation is of.
+    """The field that a file of a segmentation belongs to, None if its name tells of none.
 
     >>> _field_of("cells_fov_007_z3.tif"), _field_of("scan2_image_012_cp_masks.tif"), _field_of("notes3.txt")
     (7, 12, None)
@@ -97,7 +98,7 @@ def _field_of(name: str) -> int | None:
 
 
 def slice_depth(planes: Sequence[float]) -> float:
-    """How deep a cell reaches of which only an outline is known: as deep as was imaged, micrometre.
+    """Depth of cells of which only the outlines are known: that of the imaged volume, micrometre.
 
     >>> slice_depth([0.0]), slice_depth([0.0, 1.5, 3.0])
     (1.0, 4.5)
@@ -175,7 +176,7 @@ def _in_micrometre(fields: Fields, path: Path, shape: tuple[int, ...], outlines:
 
 
 def _join_fields(fields: Fields, cells: Segmentation, depth: float, run_map: RunMap, shown: Display) -> None:
-    """Cells from files of single fields, those that several fields show as one."""
+    """Cells from files of single fields; those seen in several fields are merged."""
     positions = fields.experiment.positions
     for fov, n in _each(ReadWork(fields, cells.files, depth), fields.fovs, run_map):
         fields.outlines[fov] = n
@@ -188,7 +189,7 @@ def _join_fields(fields: Fields, cells: Segmentation, depth: float, run_map: Run
 
 
 def _each(work: Any, fovs: Sequence[int], run_map: RunMap) -> list[tuple[int, Any]]:
-    """Results of a map whose failures are those of the user's files."""
+    """Results of a map in which a failure means a faulty file of the user."""
     found = []
     for fov, outcome in run_map(work, fovs):
         if isinstance(outcome, Failure):
@@ -201,14 +202,14 @@ def _each(work: Any, fovs: Sequence[int], run_map: RunMap) -> list[tuple[int, An
 
 @dataclass(frozen=True, eq=False)
 class ReadWork:
-    """Reads the cells that a file shows of a field; depth: of each, micrometre."""
+    """Reads the cells of a field from its file; depth: of each, micrometre."""
 
     fields: Fields
     files: Mapping[int, Path]
     depth: float
 
     def __call__(self, fov: int) -> int:
-        """Their number; they go to the file of outlines that fields have."""
+        """The number of cells; they are written to the field's file of outlines."""
         path = self.files[fov]
         height, width = self.fields.shape
         if is_label_image(path):

@@ -1,7 +1,7 @@
 """Map over sampled fields, reduce to the calibration that all fields share.
 
-The sample does not depend on which fields are asked for, and a field counts for what it shows: fields are surveyed in
-an order that spreads over the experiment, until enough of them show molecules.
+The sample does not depend on which fields are asked for. Fields are surveyed in an order that spreads over the
+experiment, until enough of them show molecules.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from merfish.pipeline.folder import CALIBRATION, digest, read_checked, write_che
 from merfish.pipeline.manifest import Manifest
 from merfish.pipeline.progress import Display
 
-# clear spots of a bit, in the median of the bits, without which a field says little about their scale: the median of
-# so many heights is known to 10 %
+# clear spots of the median bit; with fewer, a field says little about the scale of the bits: the median of 20 heights
+# is known to 10 %
 FEWEST_SPOTS = 20
-# fields that are decoded a second time with molecules added: at 0.01 a pixel of 1024 x 1024 a thousand in each, which
-# tell the detection efficiency to 0.01
+# fields that are decoded a second time with molecules added: about a thousand in each, at 0.01 a pixel and 1024 x 1024
+# pixels, with which the detection efficiency is known to 0.01
 SPIKED_FIELDS = 3
 GOLDEN = (np.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """The calibration, its digest, and what each surveyed field gave: "" where it counts, else why it does not."""
+    """The calibration, its digest, and for each surveyed field why it was not used, "" if it was."""
 
     calibration: Calibration
     digest: str
@@ -43,12 +43,12 @@ class Calibrated:
 
     @property
     def spiked(self) -> frozenset[int]:
-        """The fields that tell the detection efficiency: see `merfish.simulate.spikes`."""
+        """The fields in which the detection efficiency is measured: see `merfish.simulate.spikes`."""
         return frozenset([fov for fov, reason in self.surveyed.items() if not reason][:SPIKED_FIELDS])
 
     @property
     def notice(self) -> str:
-        """What to know where no field, or fewer than wanted, shows molecules; else empty."""
+        """A warning if no field shows molecules; else empty."""
         dull = {fov: reason for fov, reason in self.surveyed.items() if reason}
         used = len(self.surveyed) - len(dull)
         if used:
@@ -69,7 +69,7 @@ class SurveyWork:
 
 
 def spread_order(fovs: tuple[int, ...]) -> list[int]:
-    """Fields in an order of which any beginning lies spread over all of them (golden-ratio sequence).
+    """Fields in an order of which the first few, however many, are spread over all (golden-ratio sequence).
 
     >>> spread_order((0, 1, 2, 3, 4, 5))
     [3, 0, 4, 2, 5, 1]

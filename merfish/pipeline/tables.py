@@ -1,4 +1,4 @@
-"""Writing the tables of a run one field after the other: a row group, or some rows of counts, each."""
+"""Write the tables of a run one field after the other, a row group or some rows of counts each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ SEQUENTIAL_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Written:
-    """Numbers of what stands in the tables; transcripts_per_cell: median."""
+    """Numbers of molecules and cells in the tables; transcripts_per_cell: median."""
 
     n_molecules: int
     n_in_cells: int
@@ -136,7 +136,7 @@ def write_transcripts(fields: Fields, found: Reconciled, stage: Path, display: D
 
 
 def reserve(folder: Path, n_bytes: int) -> None:
-    """Raise OSError unless so much can be written: HDF5 crashes the process when the disk is full."""
+    """Raise OSError unless ``n_bytes`` can be written: HDF5 crashes the process when the disk is full."""
     if not hasattr(os, "posix_fallocate"):
         return
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -144,7 +144,7 @@ def reserve(folder: Path, n_bytes: int) -> None:
 
 
 def _most_bytes(fields: Fields) -> int:
-    """More than counts and cells take: their parts on disk, a line of ``obs`` a cell, and what an empty file takes."""
+    """Upper bound on the size of counts and cells: their parts on disk, a row of ``obs`` a cell, and an empty file."""
     names = (fields.file("counts", fov) for fov in fields.fovs)
     cells = [fields.file("cells", fov).with_suffix(".parquet") for fov in fields.fovs]
     parts = sum(path.stat().st_size for path in (*names, *cells))
@@ -152,7 +152,7 @@ def _most_bytes(fields: Fields) -> int:
 
 
 def transcript_schema(book: Codebook) -> pa.Schema:
-    """Columns and types of transcript tables, with what pandas needs to give them back."""
+    """Columns and types of transcript tables, with the metadata from which pandas restores them."""
     none = np.empty(0, np.int32)
     empty = transcript_table(book, none, x=none, y=none, hamming_distance=none, intensity=none)
     return pa.Schema.from_pandas(empty, preserve_index=False)
@@ -204,7 +204,7 @@ def _contributors(fields: Fields, found: Reconciled) -> dict[int, list[int]]:
 
 
 def pairs_of_cells(fields: Fields, contributors: Iterable[int], cell_ids: np.ndarray) -> np.ndarray:
-    """What the cells of a field have of each word, `COUNT_DTYPE` with ``cell`` the row in ``cell_ids`` (sorted)."""
+    """Molecules of each word in the cells of a field, `COUNT_DTYPE` with ``cell`` the row in ``cell_ids`` (sorted)."""
     parts = [np.load(fields.file("counts", fov)) for fov in contributors]
     pairs = np.concatenate(parts) if parts else np.empty(0, COUNT_DTYPE)
     row = np.searchsorted(cell_ids, pairs["cell"])
@@ -237,7 +237,7 @@ def count_var(book: Codebook, words: pd.DataFrame, genes: Sequence[str]) -> pd.D
 
 
 class CountFile:
-    """``cell_by_gene.h5ad`` as it grows: counts are appended cell by cell, what describes the cells comes last."""
+    """Writes ``cell_by_gene.h5ad``: counts are appended cell by cell, the description of the cells comes last."""
 
     def __init__(self, path: Path, var: pd.DataFrame) -> None:
         from anndata import AnnData
@@ -255,15 +255,15 @@ class CountFile:
         self.file.close()
 
     def append(self, pairs: np.ndarray, n_cells: int) -> None:
-        """Counts of the next cells, `COUNT_DTYPE` with ``cell`` counted from the first of these.
+        """Append the counts of the next cells, `COUNT_DTYPE` with ``cell`` counted from the first of these.
 
-        AnnData's own ``append`` reads what is there each time, so that it takes longer and longer.
+        AnnData's own ``append`` reads the whole matrix each time, and so gets slower as it grows.
         """
         for kind, matrix in self.counts.items():
             _append_rows(matrix, pairs[kind], pairs["cell"], pairs["word"], n_cells)
 
     def finish(self, cells: pd.DataFrame) -> None:
-        """What describes the cells, as in ``cells.parquet``, in the order of their counts."""
+        """Write the description of the cells, as in ``cells.parquet``, in the order of their counts."""
         from anndata.io import write_elem
 
         del self.file["obs"], self.file["obsm"]
@@ -272,7 +272,7 @@ class CountFile:
 
 
 def _append_rows(matrix: h5py.Group, values: np.ndarray, row: np.ndarray, column: np.ndarray, n_rows: int) -> None:
-    """Append rows to a CSR matrix on disk; entries of one place are added."""
+    """Append rows to a CSR matrix on disk; entries of the same row and column are added."""
     width = matrix.attrs["shape"][1]
     block = csr_matrix(coo_array((values, (row, column)), shape=(n_rows, width), dtype=values.dtype))
     block.sort_indices()
@@ -296,6 +296,6 @@ def cell_schema(fields: Fields) -> pa.Schema:
 
 
 def cells_table(cells: pd.DataFrame, schema: pa.Schema) -> pa.Table:
-    """Cells as they stand in ``cells.parquet``."""
+    """Cells as stored in ``cells.parquet``."""
     wkb = shapely.to_wkb(cells["geometry"].to_numpy(object))
     return pa.Table.from_pandas(cells.assign(geometry=wkb), schema, preserve_index=False)

@@ -1,7 +1,8 @@
 """The page a person looks at after a run.
 
-`summary` sums up what the tables hold, `findings` holds it against thresholds, `figures` draws, `sections` puts it
-together and `page` writes; `notices` says what is wrong in single lines, also for a console.
+`summary` sums up what the tables hold, `findings` holds it against thresholds, `figures` draws, `domains` shows what
+``--embed`` found, `sections` puts it together and `page` writes; `notices` says what is wrong in single lines, also for
+a console.
 """
 
 from __future__ import annotations
