@@ -26,8 +26,8 @@ def domain_section(stage: Path, cells: pd.DataFrame, outlines: np.ndarray | None
     theirs (shapely), or None where there are too many to draw.
     """
     found, niche = read_embedding(stage / results.CELL_BY_GENE)
-    names = list(colours_of(found))
-    colours = colours_of(names)
+    colours = colours_of(found)
+    names = list(colours)
     sizes = pd.Series(found).value_counts()
     total, genes = domain_counts(stage, found, names)
     top = top_genes(total, genes)
