@@ -27,10 +27,13 @@ def need_embedding(what: str) -> None:
         raise InputError(f"{what} embeds cells and needs {', '.join(missing)}: pip install 'merfish[vae]'")
 
 
-def fit_embedding(table: AnnData, n_domains: int | None, *, progress: bool = True) -> SpatialVAE:
+def fit_embedding(
+    table: AnnData, n_domains: int | None, *, max_epochs: int | None = None, progress: bool = True
+) -> SpatialVAE:
     """Train a model on a table of counts; writes its embedding and ``n_domains`` spatial domains into the table.
 
-    Without ``n_domains`` the number with the best Bayesian information criterion is taken. Adds
+    Without ``n_domains`` the number with the best Bayesian information criterion is taken, without ``max_epochs``
+    training ends by itself. Adds
     ``obsm["X_spatialvae"]``, the names of its columns as ``uns["X_spatialvae_names"]``,
     ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``. Raises InputError for a table that cannot be
     embedded.
@@ -41,7 +44,7 @@ def fit_embedding(table: AnnData, n_domains: int | None, *, progress: bool = Tru
     try:
         SpatialVAE.setup_anndata(table)
         model = SpatialVAE(table, seed=SEED)
-        model.train(progress=progress)
+        model.train(max_epochs, progress=progress)
         table.obsm[LATENT] = model.get_latent_representation()
         table.uns[LATENT_NAMES] = model.latent_names
         model.domains(n_domains)

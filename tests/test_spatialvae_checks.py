@@ -7,9 +7,9 @@ from spatialvae import InputError, checks
 from spatialvae.graph import knn_graph
 
 
-def tissue(seed=0, smooth=1.0, n=500, genes=12):
+def tissue(seed=0, smooth=1.0, n=300, genes=8):
     rng = np.random.default_rng(seed)
-    where = np.stack(np.meshgrid(np.arange(25), np.arange(20)), -1).reshape(-1, 2) * 1.0
+    where = np.stack(np.meshgrid(np.arange(20), np.arange(15)), -1).reshape(-1, 2) * 1.0
     program = smooth * np.sin(where[:, 0] / 4) + np.sqrt(1.5 - smooth**2) * rng.normal(size=n)
     counts = rng.poisson(np.exp(np.arange(genes) % 4 + 0.4 * program[:, None] * np.linspace(-1, 1, genes)))
     return counts, where
