@@ -27,7 +27,8 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 from tables import as_markdown
 
-from spatialvae import SpatialVAE, checks, evaluate
+from spatialvae import SpatialVAE, checks
+from spatialvae.evidence import mean_with_error
 from spatialvae.graph import knn_graph
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -56,7 +57,7 @@ def evidence(seeds: int = 20) -> str:
     rows = []
     for seed in range(seeds):
         value, of, exact = estimate(None, 5000, seed)
-        mean, stated = evaluate.mean_with_error(value, of)
+        mean, stated = mean_with_error(value, of)
         rows.append((mean - exact.mean(), stated))
     off, stated = np.array(rows).T
     return f"""## Evidence

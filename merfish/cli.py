@@ -14,9 +14,9 @@ from typing import Annotated
 
 import typer
 
+from merfish import cli_exchange
 from merfish._text import listed, printable
 from merfish.errors import CodebookMisfit, InputError
-from merfish.exchange import cli as exchange
 
 # Exit codes
 BAD_INPUT = 2
@@ -33,9 +33,9 @@ app = typer.Typer(
 )
 codebook_app = typer.Typer(help="Build, check and show codebooks.", no_args_is_help=True)
 app.add_typer(codebook_app, name="codebook")
-app.add_typer(exchange.table_app, name="table")
-app.command()(exchange.assign)
-app.command()(exchange.export)
+app.add_typer(cli_exchange.table_app, name="table")
+app.command()(cli_exchange.assign)
+app.command()(cli_exchange.export)
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]
 BookFile = Annotated[Path, typer.Argument(help="Codebook file (CSV, or merfishtools' text).", metavar="BOOK")]

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 SEED = 0
 MODEL = "model"  # folder beside the table of a run
-DOMAIN, LATENT, LATENT_NAMES = "spatial_domain", "X_spatialvae", "X_spatialvae_names"  # obs, obsm, uns
 
 
 def need_embedding(what: str) -> None:
@@ -45,8 +44,8 @@ def fit_embedding(
         SpatialVAE.setup_anndata(table)
         model = SpatialVAE(table, seed=SEED)
         model.train(max_epochs, progress=progress)
-        table.obsm[LATENT] = model.get_latent_representation()
-        table.uns[LATENT_NAMES] = model.latent_names
+        table.obsm[results.LATENT] = model.get_latent_representation()
+        table.uns[results.LATENT_NAMES] = model.latent_names
         model.domains(n_domains)
     except NotEmbeddable as error:
         raise InputError(f"the {table.n_obs} cells cannot be embedded: {error}") from error
@@ -74,7 +73,7 @@ def embed_run(out: Path, n_domains: int | None = None, *, progress: bool = False
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             model = fit_embedding(table, n_domains, progress=progress)
-        found = int(table.obs[DOMAIN].nunique())
+        found = int(table.obs[results.DOMAIN].nunique())
         model.save(out / MODEL, overwrite=True)
         stage = folder.new_stage(out)
         table.write_h5ad(stage / results.CELL_BY_GENE)

@@ -20,6 +20,7 @@ REPORT = "report.html"
 LOG = "merfish.log"
 FIELDS = "fovs"
 IMAGES = "images"
+DOMAIN, LATENT, LATENT_NAMES = "spatial_domain", "X_spatialvae", "X_spatialvae_names"  # of the table: obs, obsm, uns
 
 
 def field_folder(out: Path, fov: int) -> Path:

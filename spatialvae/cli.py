@@ -356,11 +356,11 @@ def _compare(
 ) -> None:
     from rich.console import Console
 
-    from spatialvae import evaluate
+    from spatialvae import comparison
     from spatialvae._files import whole
 
     with Console(stderr=True).status("holding cells out") as status:
-        found = evaluate.compare(
+        found = comparison.compare(
             adata,
             likelihoods,
             sizes,
@@ -373,7 +373,7 @@ def _compare(
     with whole(out / "evidence.csv") as part:
         found.to_csv(part, index=False)
     with whole(out / "evidence.png") as part:
-        evaluate.evidence_plot(found).savefig(part)
+        comparison.evidence_plot(found).savefig(part)
     typer.echo(found.to_string(index=False, float_format="%.3f"))
     typer.echo(f"Written to {out}")
 

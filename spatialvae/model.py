@@ -16,7 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from spatialvae import _keys, analysis, differential, evaluate, sampling, verbs
+from spatialvae import _keys, analysis, differential, evidence, sampling, verbs
 from spatialvae._files import whole
 from spatialvae.data import (
     build_graphs,
@@ -657,7 +657,7 @@ class SpatialVAE:
         return_error: bool = False,
         indices: Sequence[int] | np.ndarray | None = None,
     ) -> float | np.ndarray | tuple[float, float] | tuple[np.ndarray, np.ndarray]:
-        """Mean log p(x_i), nats a cell, by importance sampling (``spatialvae.evaluate``).
+        """Mean log p(x_i), nats a cell, by importance sampling (``spatialvae.evidence``).
 
         By default of each cell by itself, its neighbours unknown: to be compared with other models' marginal
         likelihood of the same counts given the same library sizes. With ``given``, another table, log p(x_i | counts of
@@ -675,9 +675,9 @@ class SpatialVAE:
         section = self._read(adata)
         niche = None if given is None else self._niche_given(self.adata if adata is None else adata, given)
         rows = self._counted(section, adata, indices)
-        value, error = evaluate.log_evidence(self.module, section, rows, n_mc_samples, seed, niche)
+        value, error = evidence.log_evidence(self.module, section, rows, n_mc_samples, seed, niche)
         if return_mean:
-            mean, error_of_mean = evaluate.mean_with_error(value, error)
+            mean, error_of_mean = evidence.mean_with_error(value, error)
             return (mean, error_of_mean) if return_error else mean
         return (value, error) if return_error else value
 

@@ -19,11 +19,11 @@ from test_command_line import call
 
 import merfish
 from merfish import InputError, plots, results
-from merfish.embedding import DOMAIN, LATENT, LATENT_NAMES
 from merfish.pipeline import folder
 from merfish.report import Section, Table, domains, figures, findings, picture, summary, write_report
 from merfish.report.notices import efficiency_line
 from merfish.report.sections import _detected_text, write_run_report
+from merfish.results import DOMAIN, LATENT, LATENT_NAMES
 from merfish.simulate import simulate_experiment
 
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from spatialvae import InputError, SpatialVAE, cli, evaluate
+from spatialvae import InputError, SpatialVAE, cli, comparison, evidence
 
 
 def linear_gaussian(cells=40, genes=12, dim=8, seed=0):
@@ -41,13 +41,13 @@ def estimate(mode, samples, seed=0):
         return torch.distributions.Normal(z @ w.T, 0.5**0.5).log_prob(x_).sum(-1)
 
     start = torch.from_numpy(best if mode is None else mode(best)).float()
-    value, error = evaluate.log_mean_weight(likelihood, (c, v), start, p, samples, torch.Generator().manual_seed(seed))
+    value, error = evidence.log_mean_weight(likelihood, (c, v), start, p, samples, torch.Generator().manual_seed(seed))
     return value.numpy(), error.numpy(), exact
 
 
 def test_evidence__is_exact_on_a_linear_gaussian_model():
     value, error, exact = estimate(None, 5000)
-    mean, error_of_mean = evaluate.mean_with_error(value, error)
+    mean, error_of_mean = evidence.mean_with_error(value, error)
     assert abs(mean - exact.mean()) < 0.01
     assert abs(mean - exact.mean()) < 3 * error_of_mean
     assert np.abs(value - exact).max() < 0.1
@@ -77,16 +77,16 @@ def table(n=150, genes=8, seed=0):
 def test_compare__prefers_the_likelihood_and_the_neighbours_that_made_the_table():
     adata = table()
     SpatialVAE.setup_anndata(adata)
-    found = evaluate.compare(adata, ["nb", "poisson"], [3], held_out=0.2, samples=50, max_epochs=40)
+    found = comparison.compare(adata, ["nb", "poisson"], [3], held_out=0.2, samples=50, max_epochs=40)
     assert len(found) == 4
     best = found.iloc[0]
     assert (best["gene_likelihood"], best["neighbours"], best["difference"]) == ("nb", True, 0)
     poisson = found[(found["gene_likelihood"] == "poisson") & found["neighbours"]].iloc[0]
     assert poisson["difference"] < -3 * poisson["difference_error"]
-    figure = evaluate.evidence_plot(found)
+    figure = comparison.evidence_plot(found)
     assert figure.axes[0].get_yticklabels()[0].get_text() == "nb, 3 dimensions"
     with pytest.raises(InputError, match="3 of 150 cells; expected 10"):
-        evaluate.compare(adata, ["nb"], [3], held_out=0.02)
+        comparison.compare(adata, ["nb"], [3], held_out=0.02)
 
 
 def test_command__writes_the_comparison(monkeypatch, capsys, tmp_path):

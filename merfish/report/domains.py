@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 
 from merfish import results
-from merfish.embedding import DOMAIN, LATENT, LATENT_NAMES
 from merfish.exchange.run import count_blocks, read_var
 from merfish.plots import colours_of
 from merfish.report import figures
 from merfish.report.page import Section, Table, picture
+from merfish.results import DOMAIN, LATENT, LATENT_NAMES
 
 TOP_GENES = 5
 FEWEST_MOLECULES = 10  # of a gene in all cells; of fewer one sees their noise
