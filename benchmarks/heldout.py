@@ -190,7 +190,7 @@ def of_cells(rows: pd.DataFrame, samples: int) -> str:
 ## Held-out cells
 
 Mean log p(x_i) in nats a cell of {REMOVED:.0%} of the cells, the same for both; NB, z of {LATENT} dimensions, total
-counts given. Importance samples: {samples:,} for SpatialVAE, from its approximate posterior (`spatialvae/evaluate.py`);
+counts given. Importance samples: {samples:,} for SpatialVAE, from its approximate posterior (`spatialvae/evidence.py`);
 1,000 for scVI, from q(z | x_i) with its standard deviations 1.3 times as wide. scVI has its defaults, with early
 stopping.
 "SpatialVAE" and "scVI" see nothing but the cell; "given neighbours" is log p(x_i | counts of the training cells),
