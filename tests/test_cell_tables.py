@@ -294,7 +294,7 @@ def test_embed_run__of_cells_some_of_which_are_empty(done, tmp_path, monkeypatch
     from spatialvae import SpatialVAE
 
     train = SpatialVAE.train
-    monkeypatch.setattr(SpatialVAE, "train", lambda self, progress: train(self, max_steps=20, progress=progress))
+    monkeypatch.setattr(SpatialVAE, "train", lambda self, *_, progress: train(self, max_steps=20, progress=progress))
     out = shutil.copytree(done, tmp_path / "out")
     with_an_empty_cell(out)
     before = anndata.read_h5ad(out / results.CELL_BY_GENE)
