@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import itertools
+import sys
 import time
 from pathlib import Path
 
@@ -30,25 +31,13 @@ from merfish import datasets
 from spatialvae import potts
 from spatialvae.dependence import log_expression, neighbour_effects, partial_correlations
 from spatialvae.graph import knn_graph
-from spatialvae.inference import spatial_blocks
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from test_spatialvae_dependence import chain
+from test_spatialvae_potts import lattice
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 20
-
-
-def chain(seed: int, n: int, depth: float) -> tuple[np.ndarray, sp.csr_array, np.ndarray]:
-    """Counts of A -> B -> C, of D, whose mean over the neighbours acts on A and C, and of eight genes alone."""
-    rng = np.random.default_rng(seed)
-    places = rng.uniform(0, 50, (n, 2))
-    graph = knn_graph(places, 6).adjacency(symmetric=True)
-    d = rng.normal(size=n)
-    near = (graph @ d) / graph.sum(1)
-    near /= near.std()
-    a = 0.6 * near + 0.8 * rng.normal(size=n)
-    b = 0.7 * a + 0.7 * rng.normal(size=n)
-    c = 0.7 * b + 0.6 * near + 0.7 * rng.normal(size=n)
-    logs = np.c_[a, b, c, d, rng.normal(size=(n, 8))]
-    return rng.poisson(np.exp(np.log(depth) + 0.7 * logs - 0.2)), graph, spatial_blocks(places, 50)
 
 
 def chains(n: int, depth: float) -> list[dict[str, object]]:
@@ -56,7 +45,7 @@ def chains(n: int, depth: float) -> list[dict[str, object]]:
     names = [*"ABCD", *(f"g{i}" for i in range(8))]
     found: dict[str, list[set[frozenset[str]]]] = {"correlation, p < .05 / pairs": []}
     for seed in range(SEEDS):
-        counts, graph, blocks = chain(seed, n, depth)
+        counts, graph, blocks = chain(seed, n, depth, alone=8, blocks=50)
         logs, pairs = np.log1p(counts), list(itertools.combinations(range(len(names)), 2))
         joined = {frozenset((names[a], names[b])) for a, b in pairs if pearsonr(logs[:, a], logs[:, b])[1] < 0.05 / 66}
         found["correlation, p < .05 / pairs"].append(joined)
@@ -98,16 +87,6 @@ def coverage() -> dict[str, object]:
     held = (np.abs(off) < 1.96).mean()
     return {"seeds": SEEDS, "95 % intervals hold": f"{held:.1%}", "sd of error / stated": f"{np.std(off):.2f}",
             "fit, s": f"{np.median(seconds):.2f}"}  # fmt: skip
-
-
-def lattice(rows: int, columns: int, torus: bool) -> sp.csr_array:
-    at = np.arange(rows * columns).reshape(rows, columns)
-    pairs = [(at[:-1], at[1:]), (at[:, :-1], at[:, 1:])]
-    if torus:
-        pairs = [(at, np.roll(at, -1, 0)), (at, np.roll(at, -1, 1))]
-    i, j = (np.concatenate([pair[end].ravel() for pair in pairs]) for end in (0, 1))
-    upper = sp.coo_array((np.ones(len(i)), (i, j)), shape=(at.size, at.size))
-    return sp.csr_array(upper + upper.T)
 
 
 def onsager(beta: float, clusters: bool) -> dict[str, object]:

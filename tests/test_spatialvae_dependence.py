@@ -8,8 +8,8 @@ from spatialvae.graph import knn_graph
 from spatialvae.inference import spatial_blocks
 
 
-def chain(seed, n=1500, depth=10.0):
-    """A -> B -> C, and D of the neighbours acts on A and on C; others stand alone. Counts, graph, blocks."""
+def chain(seed, n=1500, depth=10.0, alone=4, blocks=40):
+    """A -> B -> C, and D of the neighbours acts on A and on C; ``alone`` others. Counts, graph, blocks."""
     rng = np.random.default_rng(seed)
     places = rng.uniform(0, 50, (n, 2))
     graph = knn_graph(places, 6).adjacency(symmetric=True)
@@ -19,8 +19,8 @@ def chain(seed, n=1500, depth=10.0):
     a = 0.6 * near + 0.8 * rng.normal(size=n)
     b = 0.7 * a + 0.7 * rng.normal(size=n)
     c = 0.7 * b + 0.6 * near + 0.7 * rng.normal(size=n)
-    logs = np.c_[a, b, c, d, rng.normal(size=(n, 4))]
-    return rng.poisson(np.exp(np.log(depth) + 0.7 * logs - 0.2)), graph, spatial_blocks(places, 40)
+    logs = np.c_[a, b, c, d, rng.normal(size=(n, alone))]
+    return rng.poisson(np.exp(np.log(depth) + 0.7 * logs - 0.2)), graph, spatial_blocks(places, blocks)
 
 
 def edges(found):
