@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,7 +60,11 @@ def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray,
 def _mixture(latent: np.ndarray, k: int, seed: int, starts: int) -> GaussianMixture:
     from sklearn.mixture import GaussianMixture
 
-    ridge = 1e-6 * max(float(latent.var(0).mean()), 1e-12)
-    return GaussianMixture(
+    rounding = float(np.finfo(np.float32).eps * np.abs(latent).max())  # rows that differ by no more are the same
+    ridge = max(1e-6 * float(latent.var(0).mean()), rounding**2, np.finfo(float).tiny)
+    mixture = GaussianMixture(
         k, covariance_type="tied", n_init=starts, reg_covar=ridge, random_state=seed, max_iter=300
-    ).fit(latent)
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Number of distinct clusters")  # fewer different rows than k
+        return mixture.fit(latent)

@@ -304,6 +304,13 @@ def test_choose_number__counts_repeated_rows_once():
     assert analysis.choose_number(latent) > 3
 
 
+@pytest.mark.parametrize("step", [0.0, 1e-8])
+def test_find_domains__of_rows_that_are_the_same_up_to_rounding(step):
+    labels, probability = analysis.find_domains(0.3 + step * np.arange(4.0)[:, None], 2)
+    assert set(labels) == {0}
+    np.testing.assert_allclose(probability, probability[[0] * 4], atol=0.01)
+
+
 def test_reduced_panel__is_embedded_and_its_genes_alone_are_explained(trained):
     table, model = trained
     with pytest.warns(UserWarning, match=r"lacks 2 of the 12 genes.*g10"):
