@@ -72,7 +72,7 @@ def write_merscope(run: Path, out: Path) -> None:
     )
     _write_cells(run, out, record.get("z") or [0.0])
     scale = 1 / float(record.get("microns_per_pixel", 1.0))
-    left, top = np.min(record["stage"]["positions"], axis=0)
+    left, top = results.mosaic_origin(record)
     (out / "images").mkdir()
     matrix = [[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]]
     np.savetxt(out / "images" / "micron_to_mosaic_pixel_transform.csv", matrix)
