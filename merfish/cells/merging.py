@@ -17,6 +17,7 @@ import shapely
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from merfish.cells.counts import ranges
 from merfish.cells.segmentation import CELL_AREA, largest_polygon
 
 SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
@@ -93,9 +94,7 @@ class CellNumbers:
 
     def members(self, cells: np.ndarray) -> pd.DataFrame:
         """The outlines of some cells (sorted), by cell, field and outline: columns cell, fov, outline."""
-        count = self.start[cells + 1] - self.start[cells]
-        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        rows = self.order[np.repeat(self.start[cells], count) + within]
+        rows = self.order[ranges(self.start[cells], self.start[cells + 1])[1]]
         k = np.searchsorted(self.first, rows, side="right") - 1
         return pd.DataFrame({"cell": self.cell[rows], "fov": self.fovs[k], "outline": rows - self.first[k]})
 

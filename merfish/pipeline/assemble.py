@@ -155,9 +155,11 @@ def count_pairs(
     """
     inside = cell >= 0
     nuclear = np.zeros(len(cell), bool) if nuclear is None else nuclear
-    pairs, row = np.unique(np.column_stack([cell[inside], word[inside]]), axis=0, return_inverse=True)
+    n_words = int(word.max(initial=0)) + 1
+    cells, row = np.unique(cell[inside], return_inverse=True)
+    pairs, row = np.unique(row.ravel() * n_words + word[inside], return_inverse=True)
     found = np.empty(len(pairs), COUNT_DTYPE)
-    found["cell"], found["word"] = pairs[:, 0], pairs[:, 1]
+    found["cell"], found["word"] = cells[pairs // n_words], pairs % n_words
     for name, weight in (("count", None), ("expected", probability[inside]), ("nuclear", nuclear[inside])):
         found[name] = np.bincount(row.ravel(), weight, minlength=len(pairs))
     return found
