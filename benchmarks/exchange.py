@@ -170,7 +170,8 @@ with the authors' outlines as GeoJSON.
 ## Large sections
 
 `merfish assign` of outlines with 32 corners in one GeoParquet file, one process: reading cells, placing molecules, and
-writing the tables. Seconds are by the clock of a machine on which others computed too. A circle takes {np.pi * 16 / 81:.1%} of the square in which the molecules of its cell lie.
+writing the tables. Seconds are by the clock of a machine on which others computed too. A circle takes
+{np.pi * 16 / 81:.1%} of the square in which the molecules of its cell lie.
 
 {as_markdown(table)}
 """
