@@ -101,6 +101,11 @@ def export(
     if out.exists():
         raise InputError(f"{out}: exists already; name a new path, or remove it")
     module = import_module(f"merfish.exchange.{'plain' if format is Format.csv else format.value}")
+    more = {}
+    if format is Format.spatialdata:
+        from merfish.mosaic import section_images
+
+        more["images"] = section_images(run)
     with whole_file(out) as part:
-        getattr(module, f"write_{format.value}")(run, part)
+        getattr(module, f"write_{format.value}")(run, part, **more)
     print(f"{run} as {format.value} in {out}")

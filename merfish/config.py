@@ -115,6 +115,11 @@ class RunConfig(BaseModel):
         "micrometre per pixel -> labels (y, x). null: merfish's own.",
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
     )
+    stacked_cells: bool = parameter(
+        False,
+        "Whether cells lie above each other: then they are segmented in space, outlined in every plane, and hold the "
+        "molecules of their planes. Stacks of one plane, and a segmenter, give one outline a cell all the same.",
+    )
     flat_fields: dict[str, str] = parameter(
         {},
         "Image files of the illumination, by colour as in the data organization, e.g. {'650': flat_650.tif}. Colours "

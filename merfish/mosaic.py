@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,14 @@ from merfish._files import whole_file
 from merfish._text import listed
 from merfish.errors import InputError
 from merfish.imaging.ngff import CHUNK, create_image, fill_levels, open_image, tiles
-from merfish.pipeline.images import saved_channels
+from merfish.pipeline.images import STAINS, image_folder, saved_channels
 from merfish.report import OVERVIEW, read_overview, read_record
 
 if TYPE_CHECKING:
     import zarr
 
 BRIGHTEST = "overview"  # the channel that every run has: the brightest bit of each pixel
+BLOCK = 1024  # pixels along y and x of what is made of a lazy mosaic at a time
 ZARR, TIFF = (".zarr",), (".tif", ".tiff")
 
 
@@ -56,7 +58,7 @@ def write_mosaic(out: Path, path: Path, channel: str) -> Path:
     if not fovs:
         raise InputError(f"{out}: no field of the run has results")
     places = np.array(run["stage"]["positions"], float)[fovs]
-    origin = places.min(axis=0)
+    origin = results.mosaic_origin(run)
     corners = np.rint((places - origin) / scale).astype(int)
     fields = [
         Tile(field_image(out, fov, channel), row, column)
@@ -77,6 +79,36 @@ def write_mosaic(out: Path, path: Path, channel: str) -> Path:
             else:
                 write_tiff(part, open_image(store)[0], channel, scale, (first_y, first_x))
     return path
+
+
+def section_images(out: Path) -> dict[str, tuple[Any, list[str]]]:
+    """Mosaics of a run by name, made where they are read: Dask arrays (c, y, x) and the names of their channels.
+
+    ``stains``: those that the run saved (``--save-images``) of all fields; ``overview``: the brightest bit of each
+    pixel. Images that not every field has are left out. The first pixel lies at `merfish.results.mosaic_origin`.
+    """
+    import dask.array as da
+
+    run = read_record(out)
+    fovs = sorted(map(int, run["fields"]))
+    corners = (np.array(run["stage"]["positions"], float)[fovs] - results.mosaic_origin(run)) / run["microns_per_pixel"]
+    channels = {"stains": _common_stains(out, fovs)}
+    if all((results.field_folder(out, fov) / OVERVIEW).is_file() for fov in fovs):
+        channels[BRIGHTEST] = [BRIGHTEST]
+    return {
+        kind: (da.stack([lazy_mosaic([field_image(out, fov, name) for fov in fovs], corners) for name in names]), names)
+        for kind, names in channels.items()
+        if fovs and names
+    }
+
+
+def _common_stains(out: Path, fovs: Sequence[int]) -> list[str]:
+    """Names of the saved stains that all fields have, in the order of the first one."""
+    stores = [image_folder(out, fov) / STAINS for fov in fovs]
+    if not all(store.is_dir() for store in stores):
+        return []
+    first, *others = [open_image(store)[1] for store in stores]
+    return [name for name in first if all(name in other for other in others)]
 
 
 def field_image(out: Path, fov: int, channel: str) -> Any:
@@ -133,6 +165,38 @@ def blend(fields: Sequence[Tile], y: slice, x: slice, dtype: np.dtype[Any]) -> n
         weights[here] += weight
     mean = np.divide(total, weights, out=total, where=weights > 0)
     return mean.astype(dtype) if dtype.kind == "f" else np.rint(mean).astype(dtype)
+
+
+def lazy_mosaic(images: list[Any], corners: np.ndarray) -> Any:
+    """A mosaic (y, x) that is made where it is looked at; corners (field, 2) x, y of the images, pixels."""
+    import dask
+    import dask.array as da
+
+    fields = [
+        Tile(image, row, column)
+        for image, (column, row) in zip(images, np.rint(corners).astype(int).tolist(), strict=True)
+    ]
+    height, width = np.max([(f.row + f.image.shape[-2], f.column + f.image.shape[-1]) for f in fields], axis=0).tolist()
+    dtype = np.dtype(images[0].dtype)
+    rows = [slice(y, min(y + BLOCK, height)) for y in range(0, height, BLOCK)]
+    columns = [slice(x, min(x + BLOCK, width)) for x in range(0, width, BLOCK)]
+    blocks = [
+        [
+            da.from_delayed(
+                dask.delayed(partial(blend, [f for f in fields if _meet(f, y, x)], y, x, dtype), pure=False)(),
+                (y.stop - y.start, x.stop - x.start),
+                dtype,
+            )
+            for x in columns
+        ]
+        for y in rows
+    ]
+    return da.block(blocks)
+
+
+def _meet(tile: Tile, y: slice, x: slice) -> bool:
+    height, width = tile.image.shape[-2:]
+    return tile.row < y.stop and tile.row + height > y.start and tile.column < x.stop and tile.column + width > x.start
 
 
 def _from_border(length: int) -> np.ndarray:

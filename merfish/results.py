@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,9 @@ def read_run(out: Path) -> dict[str, Any]:
     if not (isinstance(record, dict) and {"figures", "fields", "failed", "bits"} <= record.keys()):
         raise InputError(f"{path}: not the record of a whole run")
     return record
+
+
+def mosaic_origin(record: Mapping[str, Any]) -> np.ndarray:
+    """Centre (x, y) of the first pixel of mosaics of a run's fields (of all where none was decoded), micrometre."""
+    positions = np.array(record["stage"]["positions"], float)
+    return np.asarray(positions[sorted(map(int, record["fields"])) or slice(None)].min(axis=0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ import pyarrow.parquet as pq
 from merfish import results
 from merfish.errors import InputError
 from merfish.imaging.ngff import open_image
-from merfish.mosaic import BRIGHTEST, Channel, Tile, blend
+from merfish.mosaic import BRIGHTEST, Channel, lazy_mosaic
 from merfish.pipeline.images import BITS, STAINS, image_folder, saved_channels
 from merfish.plots import CATEGORIES
 from merfish.report import OVERVIEW, read_overview, read_record
 from merfish.results import places_between
 
 MOST_POINTS, MOST_OUTLINES = 1_000_000, 50_000  # molecules and cells that a viewer still moves fluently
-BLOCK = 1024  # pixels along y and x of what is read of a section at a time
 COARSEST = 8  # pixels of a field in one of the coarsest picture of a section
 STAIN_COLOURS = ("blue", "green", "magenta", "cyan")
 POINT_SIZE, LINE_WIDTH = 0.4, 0.2  # micrometre
@@ -144,38 +142,6 @@ def _section_images(out: Path, fovs: list[int], places: np.ndarray, scale: float
             limits = _limits(np.concatenate([np.asarray(found[-1][k]).ravel() for found, _ in stores[:50]]))
             layers.append(_image(levels, name, limits, _colour(k, True), False, **place))
     return layers
-
-
-def lazy_mosaic(images: list[Any], corners: np.ndarray) -> Any:
-    """A mosaic (y, x) that is made where it is looked at; corners (field, 2) x, y of the images, pixels."""
-    import dask
-    import dask.array as da
-
-    fields = [
-        Tile(image, row, column)
-        for image, (column, row) in zip(images, np.rint(corners).astype(int).tolist(), strict=True)
-    ]
-    height, width = np.max([(f.row + f.image.shape[-2], f.column + f.image.shape[-1]) for f in fields], axis=0).tolist()
-    dtype = np.dtype(images[0].dtype)
-    rows = [slice(y, min(y + BLOCK, height)) for y in range(0, height, BLOCK)]
-    columns = [slice(x, min(x + BLOCK, width)) for x in range(0, width, BLOCK)]
-    blocks = [
-        [
-            da.from_delayed(
-                dask.delayed(partial(blend, [f for f in fields if _meet(f, y, x)], y, x, dtype), pure=False)(),
-                (y.stop - y.start, x.stop - x.start),
-                dtype,
-            )
-            for x in columns
-        ]
-        for y in rows
-    ]
-    return da.block(blocks)
-
-
-def _meet(tile: Tile, y: slice, x: slice) -> bool:
-    height, width = tile.image.shape[-2:]
-    return tile.row < y.stop and tile.row + height > y.start and tile.column < x.stop and tile.column + width > x.start
 
 
 def _image(

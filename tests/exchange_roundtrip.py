@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import anndata
 import geopandas
 import numpy as np
@@ -11,11 +13,15 @@ import shapely
 import spatialdata
 import spatialdata_io
 import squidpy
+from spatialdata.transformations import get_transformation
 
+import merfish
 from merfish import results
 from merfish.exchange.geojson import write_geojson
 from merfish.exchange.merscope import write_merscope
 from merfish.exchange.spatialdata import write_spatialdata
+from merfish.imaging.ngff import open_image
+from merfish.mosaic import section_images, write_mosaic
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +87,20 @@ def test_spatialdata_io_reads_merscope(merscope, table, calls, cells):
     np.testing.assert_array_equal(dense(store.tables["table"].X), dense(table[:, ~blank].X))
 
 
-def test_spatialdata_store(done, tmp_path, table, calls, cells):
-    write_spatialdata(done, tmp_path / "run.zarr")
-    store = spatialdata.read_zarr(tmp_path / "run.zarr")
-    assert set(store.coordinate_systems) == {"micrometre", "pixel"}
+@pytest.fixture(scope="module")
+def store(raw, done, tmp_path_factory):
+    """The SpatialData store of a run with saved images, and the folder of that run."""
+    run = tmp_path_factory.mktemp("with_images") / "out"
+    shutil.copytree(done, run)
+    merfish.run(raw, out=run, save_images=True)
+    path = run.parent / "run.zarr"
+    write_spatialdata(run, path, section_images(run))
+    return spatialdata.read_zarr(path), run
+
+
+def test_spatialdata_store(store, table, calls, cells):
+    store, _ = store
+    assert set(store.coordinate_systems) == {"global", "pixel"}
     points = store.points["transcripts"].compute().sort_values("transcript_id")
     np.testing.assert_allclose(points[["x", "y", "z"]], calls[["global_x", "global_y", "global_z"]])
     assert points["gene"].astype(str).tolist() == calls["gene"].tolist()
@@ -96,6 +112,34 @@ def test_spatialdata_store(done, tmp_path, table, calls, cells):
     np.testing.assert_array_equal(dense(annotated.X), dense(table.X))
     joined, _ = spatialdata.join_spatialelement_table(store, "cells", table=annotated, how="inner")
     assert len(joined["cells"]) == len(cells)
+
+
+def test_spatialdata_store__holds_the_mosaics(store, tmp_path):
+    store, run = store
+    assert spatialdata.models.get_channel_names(store.images["stains"]) == ["DAPI", "polyT"]
+    assert spatialdata.models.get_channel_names(store.images["overview"]) == ["overview"]
+    for k, (name, channel) in enumerate([("stains", "DAPI"), ("stains", "polyT"), ("overview", "overview")]):
+        levels = open_image(write_mosaic(run, tmp_path / f"{k}.zarr", channel))[0]
+        image = store.images[name]
+        assert len(image.children) == len(levels) > 1
+        found = image["scale0"]["image"].sel(c=channel).to_numpy()
+        np.testing.assert_array_equal(found, levels[0][0, 0])
+
+
+def test_spatialdata_store__has_images_where_the_cells_are(store):
+    store, run = store
+    image = store.images["stains"]
+    stain = image["scale0"]["image"].sel(c="polyT").to_numpy()
+    # coordinates of an image begin at the border of its first pixel
+    middles = np.indices(stain.shape)[::-1].reshape(2, -1) + 0.5
+    first = {"global": results.mosaic_origin(results.read_run(run)), "pixel": [0, 0]}
+    for system, corner in first.items():
+        cells = spatialdata.transform(store.shapes["cells"], to_coordinate_system=system)
+        matrix = get_transformation(image, system).to_affine_matrix(("x", "y"), ("x", "y"))
+        x, y = matrix[:2, :2] @ middles + matrix[:2, 2:]
+        np.testing.assert_allclose([x[0], y[0]], corner, atol=1e-9)
+        inside = shapely.intersects_xy(shapely.union_all(cells.geometry.to_numpy()), x, y)
+        assert stain.ravel()[inside].mean() > 1.5 * stain.ravel()[~inside].mean()
 
 
 def test_geopandas_reads_geojson(done, tmp_path, cells):

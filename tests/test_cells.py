@@ -57,6 +57,17 @@ def test_assign_cells__agrees_with_a_loop_in_any_order(points, boxes, random):
     np.testing.assert_array_equal(assign_cells(x, y, polygons[order], ids[order]), found)
 
 
+def test_assign_cells__knows_cells_of_any_size_and_distance():
+    rng = np.random.default_rng(0)
+    centres = np.concatenate([rng.uniform(0, 10, (40, 2)), [[5.0, 5.0], [1e7, -1e7], [1e7, -1e7]]])
+    polygons = shapely.buffer(shapely.points(centres), np.append(rng.uniform(0.1, 2, 40), [6.0, 1e-3, 1.0]))
+    polygons = np.append(polygons, shapely.Polygon())
+    x, y = np.concatenate([rng.uniform(-5, 15, (300, 2)), centres, [[np.inf, 0.0], [1e300, 1e300]]]).T
+    ids = rng.permutation(len(polygons))
+    expected = [reference.cell_of(a, b, polygons, ids) for a, b in zip(x, y, strict=True)]
+    assert assign_cells(x, y, polygons, ids).tolist() == expected
+
+
 def test_assign_cells__accepts_no_cells_and_no_molecules():
     none = np.array([], dtype=object)
     assert assign_cells([1.0, 2.0], [1.0, 2.0], none, []).tolist() == [-1, -1]

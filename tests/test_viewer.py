@@ -12,7 +12,7 @@ import shapely
 from test_command_line import call
 
 import merfish
-from merfish import results, viewer
+from merfish import mosaic, results, viewer
 from merfish.cells.counts import read_cells
 from merfish.imaging.ngff import open_image
 from merfish.mosaic import Tile, blend
@@ -78,11 +78,11 @@ def test_layers_of_the_section__hold_everything_or_say_of_how_much(done, monkeyp
 
 
 def test_lazy_mosaic__is_the_mosaic(monkeypatch):
-    monkeypatch.setattr(viewer, "BLOCK", 20)
+    monkeypatch.setattr(mosaic, "BLOCK", 20)
     images = list(np.random.default_rng(0).normal(size=(3, 30, 40)).astype(np.float32))
     corners = np.array([[0, 0], [33.4, 2.0], [5.0, 25.6]])
     fields = [Tile(image, *place) for image, place in zip(images, ((0, 0), (2, 33), (26, 5)), strict=True)]
-    whole = viewer.lazy_mosaic(images, corners)
+    whole = mosaic.lazy_mosaic(images, corners)
     expected = blend(fields, slice(0, 56), slice(0, 73), np.dtype("float32"))
     np.testing.assert_allclose(whole.compute(), expected, atol=1e-6)
 

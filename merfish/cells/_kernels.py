@@ -9,18 +9,19 @@ from merfish._jit import kernel
 
 @kernel
 def flood(level, mask, n_levels, labels):
-    """Grow the labels over the mask, lowest levels first, 4-connected; a pixel takes the label that reaches it first.
+    """Grow the labels over the mask, lowest levels first, connected by sides; a pixel takes the first that reaches it.
 
-    level (y, x) integers from 0 to n_levels - 1; mask (y, x) bool; labels (y, x) int32, 0 where unknown, updated.
-    Each level has a queue, in which pixels wait in the order in which they were reached.
+    level (z, y, x) integers from 0 to n_levels - 1; mask (z, y, x) bool; labels (z, y, x) int32, 0 where unknown,
+    updated. Each level has a queue, in which pixels wait in the order in which they were reached.
     """
-    height, width = level.shape
-    following = np.full(height * width, -1, np.int32)
+    depth, height, width = level.shape
+    following = np.full(level.size, -1, np.int32)
     first, last = np.full(n_levels, -1, np.int32), np.full(n_levels, -1, np.int32)
     lowest = n_levels
-    for pixel in range(height * width):
-        if labels[pixel // width, pixel % width]:
-            at = level[pixel // width, pixel % width]
+    for pixel in range(level.size):
+        z, y, x = pixel // (width * height), pixel // width % height, pixel % width
+        if labels[z, y, x]:
+            at = level[z, y, x]
             lowest = min(lowest, at)
             if first[at] < 0:
                 first[at] = pixel
@@ -33,13 +34,16 @@ def flood(level, mask, n_levels, labels):
             lowest += 1
             continue
         first[lowest] = following[pixel]
-        y, x = pixel // width, pixel % width
-        for side in range(4):
+        z, y, x = pixel // (width * height), pixel // width % height, pixel % width
+        for side in range(6):
             v, u = y + (side == 2) - (side == 0), x + (side == 3) - (side == 1)
-            if v < 0 or u < 0 or v >= height or u >= width or labels[v, u] or not mask[v, u]:
+            w = z + (side == 5) - (side == 4)
+            if w < 0 or v < 0 or u < 0 or w >= depth or v >= height or u >= width or labels[w, v, u]:
                 continue
-            labels[v, u] = labels[y, x]
-            at, reached = level[v, u], v * width + u
+            if not mask[w, v, u]:
+                continue
+            labels[w, v, u] = labels[z, y, x]
+            at, reached = level[w, v, u], (w * height + v) * width + u
             if first[at] < 0:
                 first[at] = reached
             else:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 OUTSIDE = -1
+NO_CELL = np.iinfo(np.int64).max  # larger than the number of any cell
+MOST_SQUARES = 1 << 15  # along each side of a grid: numbers of squares, and runs of a box, stay small
 
 
 def assign_cells(x: np.ndarray, y: np.ndarray, polygons: np.ndarray, cell_ids: np.ndarray) -> np.ndarray:
@@ -37,13 +39,56 @@ def assign_cells(x: np.ndarray, y: np.ndarray, polygons: np.ndarray, cell_ids: n
     if len(np.unique(cell_ids)) != len(cell_ids) or (cell_ids < 0).any():
         raise InputError("cell ids must be unique and not negative")
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    cell = np.full(len(x), OUTSIDE, dtype=np.int64)
-    known = np.flatnonzero(np.isfinite(x) & np.isfinite(y))
-    places = shapely.points(x[known], y[known])
-    molecule, row = shapely.STRtree(polygons).query(places, predicate="intersects")
-    order = np.argsort(-cell_ids[row], kind="stable")  # the smallest id is written last
-    cell[known[molecule[order]]] = cell_ids[row[order]]
+    molecule, row = _in_boxes(x, y, shapely.bounds(polygons).reshape(-1, 4))
+    shapely.prepare(polygons)
+    inside = shapely.intersects_xy(polygons[row], x[molecule], y[molecule])
+    shapely.destroy_prepared(polygons)  # a kilobyte and more each
+    cell = np.full(len(x), NO_CELL, dtype=np.int64)
+    np.minimum.at(cell, molecule[inside], cell_ids[row[inside]])
+    cell[cell == NO_CELL] = OUTSIDE
     return cell
+
+
+def _in_boxes(x: np.ndarray, y: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (pair,), (pair,) of a molecule and a box (box, 4), x, y, x, y, in which it lies or on whose border.
+
+    Molecules are put in the order of the squares of a grid, row by row, so that all in a box stand in one run a row of
+    the grid. Boxes of NaN hold nothing.
+    """
+    box = np.flatnonzero(np.isfinite(boxes).all(axis=1))
+    if not len(box):
+        return box, box
+    low, high = boxes[box, :2].min(axis=0), boxes[box, 2:].max(axis=0)
+    molecule = np.flatnonzero((x >= low[0]) & (x <= high[0]) & (y >= low[1]) & (y <= high[1]))
+    sides = boxes[box, 2:] - boxes[box, :2]
+    side = max(float(np.median(sides)), float((high - low).max()) / MOST_SQUARES) or 1.0
+
+    def square(places: np.ndarray, axis: int) -> np.ndarray:
+        return np.floor((places - low[axis]) / side).astype(np.int64)
+
+    width = square(high[:1], 0)[0] + 1
+    number = square(y[molecule], 1) * width + square(x[molecule], 0)
+    order = np.argsort(number, kind="stable")
+    molecule, number = molecule[order], number[order]
+    left, bottom, right, top = (square(boxes[box, k], k % 2) for k in range(4))
+    of, line = ranges(bottom, top + 1)
+    begin = np.searchsorted(number, line * width + left[of])
+    run, k = ranges(begin, np.searchsorted(number, line * width + right[of], side="right"))
+    molecule, box = molecule[k], box[of[run]]
+    inside = (x[molecule] >= boxes[box, 0]) & (x[molecule] <= boxes[box, 2])
+    inside &= (y[molecule] >= boxes[box, 1]) & (y[molecule] <= boxes[box, 3])
+    return molecule[inside], box[inside]
+
+
+def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All integers from each begin (range,) to its end, which is not among them: the range that each is of, and itself.
+
+    >>> ranges(np.array([3, 7]), np.array([5, 8]))
+    (array([0, 0, 1]), array([3, 4, 7]))
+    """
+    count = end - begin
+    of = np.repeat(np.arange(len(count)), count)
+    return of, np.arange(len(of)) + np.repeat(begin - (np.cumsum(count) - count), count)
 
 
 def count_table(transcripts: pd.DataFrame, cells: pd.DataFrame, codebook: Codebook) -> AnnData:

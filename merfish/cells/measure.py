@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import find_objects
 
 from merfish.cells.merging import DEPTH
 from merfish.cells.segmentation import (
@@ -22,6 +23,8 @@ from merfish.cells.segmentation import (
     segment_nuclei,
     shrink,
 )
+from merfish.cells.stacks import nearest_plane, stack, thickness
+from merfish.cells.volume import plane_outlines, segment_planes
 from merfish.errors import InputError
 
 # nuclei (y, x), cytoplasm (y, x) or None, micrometre a pixel -> labels (y, x)
@@ -32,9 +35,10 @@ Segmenter = Callable[[np.ndarray, np.ndarray | None, float], np.ndarray]
 class FieldCells:
     """Cells of a field.
 
-    outlines: (cell,) polygons, pixels, the centre of the first pixel at 0. measured: a row a cell: ``nucleus``, the
-    share of its area in which there is a nucleus, and ``depth``, micrometre. labels: int32 (y, x) of blocks of pixels,
-    row k of the others is label k + 1. nuclei: (y, x) bool, the blocks in nuclei. block: their side, pixel.
+    outlines: (cell,) polygons, pixels, the centre of the first pixel at 0, or stacks of them (`merfish.cells.stacks`).
+    measured: a row a cell: ``nucleus``, the share of its area in which there is a nucleus, and ``depth``, micrometre.
+    labels: int32 (y, x), of stacks (z, y, x), of blocks of pixels, row k of the others is label k + 1. nuclei: bool,
+    like ``labels``, the blocks in nuclei. block: their side, pixel. heights: of the planes of stacks, micrometre.
     """
 
     outlines: np.ndarray
@@ -42,19 +46,24 @@ class FieldCells:
     labels: np.ndarray
     nuclei: np.ndarray
     block: int
+    heights: np.ndarray | None = None
 
     def mean(self, image: np.ndarray) -> np.ndarray:
         """Mean over each cell, float64 (cell,), of an image (y, x) or of the planes (z, y, x) of one."""
-        planes = image.reshape(-1, *image.shape[-2:])
-        return mean_of_labels(shrink(planes, self.block).mean(axis=0), self.labels, len(self.outlines))
+        planes = shrink(image.reshape(-1, *image.shape[-2:]), self.block)
+        if planes.shape != self.labels.shape:
+            planes = np.broadcast_to(planes.mean(axis=0), self.labels.shape)
+        return mean_of_labels(planes, self.labels, len(self.outlines))
 
-    def in_nucleus(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Whether places x, y (pixel) lie in a nucleus, bool."""
+    def in_nucleus(self, x: np.ndarray, y: np.ndarray, height: np.ndarray) -> np.ndarray:
+        """Whether places x, y (pixel) at a height (micrometre) lie in a nucleus, bool; flat cells do at any height."""
         row, column = (
             np.clip(((place + 0.5) // self.block).astype(int), 0, side - 1)
-            for place, side in zip((y, x), self.nuclei.shape, strict=True)
+            for place, side in zip((y, x), self.nuclei.shape[-2:], strict=True)
         )
-        return self.nuclei[row, column]
+        if self.heights is None:
+            return self.nuclei[row, column]
+        return self.nuclei[nearest_plane(height, self.heights), row, column]
 
 
 def column_name(stain: str) -> str:
@@ -105,6 +114,40 @@ def find_cells(
     return FieldCells(polygons, measured, labels, seeds > 0, block)
 
 
+def find_stacked_cells(
+    nuclei: np.ndarray, cytoplasm: np.ndarray | None, heights: np.ndarray, microns_per_pixel: float
+) -> FieldCells:
+    """As `find_cells`, of cells that may lie above each other: each has an outline in every plane that shows it.
+
+    nuclei, cytoplasm: (z, y, x) with the same planes, at ``heights``.
+    """
+    if len(nuclei) != len(heights):
+        raise InputError(
+            f"stacked_cells: expected nuclei in the {len(heights)} planes of the cytoplasm, got {len(nuclei)} planes"
+        )
+    for k, plane in enumerate(nuclei):
+        check_images(plane, None if cytoplasm is None else cytoplasm[k], microns_per_pixel)
+    block = block_size(microns_per_pixel)
+    body = None if cytoplasm is None else shrink(cytoplasm, block)
+    labels, inner = segment_planes(shrink(nuclei, block), body, heights, block * microns_per_pixel)
+    n = int(labels.max())
+    area, nucleus = (seen_from_above(image, n) for image in (labels, inner))
+    thick = np.broadcast_to(thickness(heights)[:, None, None], labels.shape)
+    volume = np.bincount(labels.ravel(), thick.ravel(), minlength=n + 1)[1:]
+    measured = pd.DataFrame({"nucleus": nucleus / area, "depth": volume / area})
+    shapes = stack(plane_outlines(labels, n, block, nuclei.shape[-2:]))
+    return FieldCells(shapes, measured, labels, inner > 0, block, np.asarray(heights, float))
+
+
+def seen_from_above(labels: np.ndarray, n: int) -> np.ndarray:
+    """In how many places (y, x) any plane shows each label (z, y, x) from 1 to ``n``, int64 (label,)."""
+    size = np.zeros(n, np.int64)
+    for label, box in enumerate(find_objects(labels), start=1):
+        if box is not None:
+            size[label - 1] = (labels[box] == label).any(axis=0).sum()
+    return size
+
+
 def in_blocks(labels: np.ndarray, block: int) -> tuple[np.ndarray, list[int]]:
     """Labels at the centres of blocks of pixels, int32, renumbered from 1, and the original label of each.
 
@@ -128,21 +171,23 @@ def depths(planes: np.ndarray, labels: np.ndarray, heights: np.ndarray, microns_
     """Mean depth of each cell over its area, micrometre, float64 (cell,): of the planes in which it is stained.
 
     planes: stain (z, y, x); labels (y, x) up to ``n``. A pixel is stained in a plane if it is at least half as bright
-    as the median of the cell's pixels in their brightest planes. A plane extends half-way to each of its neighbours,
-    the first and last as far beyond. With a single plane every cell is `DEPTH` deep.
+    as the median of the cell's pixels in their brightest planes. Planes are as thick as `thickness` says. With a
+    single plane every cell is `DEPTH` deep.
     """
     if len(planes) == 1:
         return np.full(n, DEPTH)
     edge = EDGE_LEVEL * levels(brightness(planes.max(axis=0), microns_per_pixel), labels, 50)[labels]
-    thickness = np.gradient(np.asarray(heights, float))
     within = np.zeros(labels.shape, np.float32)
-    for plane, step in zip(planes, thickness, strict=True):
+    for plane, step in zip(planes, thickness(heights), strict=True):
         within += np.float32(step) * (brightness(plane, microns_per_pixel) > edge)
     return mean_of_labels(within, labels, n)
 
 
 def mean_of_labels(image: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
-    """Mean of an image (y, x) over each label from 1 to ``n``, float64 (label,), NaN where there is no pixel."""
+    """Mean of an image over each label from 1 to ``n``, float64 (label,), NaN where there is no pixel.
+
+    Image and labels have the same shape, (y, x) or (z, y, x).
+    """
     total = np.bincount(labels.ravel(), image.ravel(), minlength=n + 1)
     count = np.bincount(labels.ravel(), minlength=n + 1)
     with np.errstate(invalid="ignore"):

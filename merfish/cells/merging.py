@@ -17,7 +17,9 @@ import shapely
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from merfish.cells.segmentation import CELL_AREA, largest_polygon
+from merfish.cells.counts import ranges
+from merfish.cells.segmentation import CELL_AREA
+from merfish.cells.stacks import footprints, largest_polygons, planes, stack
 
 SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
 MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
@@ -45,13 +47,13 @@ def same_cells(
     """Rows of outlines of two fields (micrometre) that show one cell.
 
     Two outlines are one cell if they are each other's best match in the area that both fields cover and agree there
-    (intersection over union above 0.4), or if one lies mostly within the other.
+    (intersection over union above 0.4, over all planes of stacks), or if one lies mostly within the other.
     """
-    i, j = shapely.STRtree(b).query(a, predicate="intersects")
+    i, j = shapely.STRtree(b).query(a)
     common = shapely.intersection(frame_a, frame_b)
-    one, other = shapely.intersection(a[i], common), shapely.intersection(b[j], common)
-    shared = shapely.area(shapely.intersection(one, other))
-    agreement = shared / np.maximum(shapely.area(shapely.union(one, other)), 1e-12)
+    one, other = shapely.intersection(planes(a)[i], common), shapely.intersection(planes(b)[j], common)
+    shared = shapely.area(shapely.intersection(one, other)).sum(axis=1)
+    agreement = shared / np.maximum(shapely.area(shapely.union(one, other)).sum(axis=1), 1e-12)
     within = shared / np.maximum(np.minimum(shapely.area(a[i]), shapely.area(b[j])), 1e-12)
     best = (agreement == _best(i, agreement)) & (agreement == _best(j, agreement))
     same = (best & (agreement > SAME_CELL)) | (within > MOSTLY_WITHIN)
@@ -93,9 +95,7 @@ class CellNumbers:
 
     def members(self, cells: np.ndarray) -> pd.DataFrame:
         """The outlines of some cells (sorted), by cell, field and outline: columns cell, fov, outline."""
-        count = self.start[cells + 1] - self.start[cells]
-        within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        rows = self.order[np.repeat(self.start[cells], count) + within]
+        rows = self.order[ranges(self.start[cells], self.start[cells + 1])[1]]
         k = np.searchsorted(self.first, rows, side="right") - 1
         return pd.DataFrame({"cell": self.cell[rows], "fov": self.fovs[k], "outline": rows - self.first[k]})
 
@@ -138,7 +138,8 @@ def unite(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -
         shape = geometry[largest]
         weight[largest] = 1.0
         if stop - start > 1:
-            union = largest_polygon(shapely.union_all(geometry[start:stop]))
+            pieces = np.asarray(shapely.union_all(planes(geometry[start:stop]), axis=0))
+            union = stack(largest_polygons(pieces)[None])[0]
             if area[largest] < NEARLY_WHOLE * union.area:
                 shape = union
                 weight[start:stop] = area[start:stop] / area[start:stop].sum()
@@ -152,6 +153,8 @@ def unite(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -
 def part(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     """Remove from cells (as returned by `unite`) the area that larger ones cover; drop those that become too small.
 
+    Cells that are stacks of outlines compete in each plane for itself, and may lie above each other.
+
     others: all cells that may touch them, including themselves. The overlap of two cells goes to the larger one, or to
     the one of the lower number if their areas are equal. Returns cell_id int64 (number + 1), fov, center_x, center_y
     (micrometre), area (square), geometry, and the other columns of ``cells``.
@@ -159,15 +162,16 @@ def part(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
     geometry, rival = cells["geometry"].to_numpy(object).copy(), others["geometry"].to_numpy(object)
     number, rival_number = cells["cell"].to_numpy(), others["cell"].to_numpy()
     area, rival_area = shapely.area(geometry), shapely.area(rival)
-    i, j = shapely.STRtree(rival).query(geometry, predicate="intersects")
+    i, j = shapely.STRtree(rival).query(geometry)
     larger = (rival_area[j] > area[i]) | ((rival_area[j] == area[i]) & (rival_number[j] < number[i]))
     i, j = i[larger], j[larger]
-    overlapping = shapely.area(shapely.intersection(geometry[i], rival[j])) > 1e-6
+    overlapping = shapely.area(shapely.intersection(planes(geometry)[i], planes(rival)[j])).sum(axis=1) > 1e-6
     i, j = i[overlapping], j[overlapping]
     order = np.lexsort((rival_number[j], i))
     for row, other in zip(i[order], j[order], strict=True):
-        geometry[row] = largest_polygon(shapely.difference(geometry[row], rival[other]))
-    final = shapely.area(geometry)
+        left = shapely.difference(planes(geometry[[row]])[0], planes(rival[[other]])[0])
+        geometry[row] = stack(largest_polygons(left)[None])[0]
+    final = shapely.area(footprints(geometry))
     kept = final >= 0.25 * CELL_AREA[0]
     center = shapely.get_coordinates(shapely.centroid(geometry[kept])).reshape(-1, 2)
     return pd.DataFrame(

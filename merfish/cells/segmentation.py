@@ -84,28 +84,37 @@ def grow_cells(seeds: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixe
 
 def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
     """Label nuclei, int32 (y, x): what is bright against its surround, touching nuclei separated at the waist."""
-    from skimage.feature import peak_local_max
-
     signal, mask = _stained(image, microns_per_pixel)
-    depth = ndimage.distance_transform_edt(ndimage.binary_fill_holes(mask))
-    depth = ndimage.gaussian_filter(depth, 0.5 / microns_per_pixel) * mask
-    spacing = max(round(NUCLEUS_RADIUS / microns_per_pixel), 1)
-    middles = peak_local_max(depth, min_distance=spacing, threshold_abs=1e-3, exclude_border=False)
-    seeds = np.zeros(image.shape, np.int32)
-    seeds[tuple(middles.T)] = np.arange(1, len(middles) + 1)
-    labels = watershed(-depth, seeds, mask)
+    labels = label_nuclei(mask, microns_per_pixel)
     labels[signal < EDGE_LEVEL * levels(signal, labels, 75)[labels]] = 0
     return _tidy(labels, NUCLEUS_AREA, microns_per_pixel)
 
 
+def label_nuclei(mask: np.ndarray, microns_per_pixel: float) -> np.ndarray:
+    """Label nuclei in a mask (y, x) of what is stained, int32, parted at the waist."""
+    from skimage.feature import peak_local_max
+
+    depth = ndimage.distance_transform_edt(ndimage.binary_fill_holes(mask))
+    depth = ndimage.gaussian_filter(depth, 0.5 / microns_per_pixel) * mask
+    spacing = max(round(NUCLEUS_RADIUS / microns_per_pixel), 1)
+    middles = peak_local_max(depth, min_distance=spacing, threshold_abs=1e-3, exclude_border=False)
+    seeds = np.zeros(mask.shape, np.int32)
+    seeds[tuple(middles.T)] = np.arange(1, len(middles) + 1)
+    return watershed(-depth, seeds, mask)
+
+
 def watershed(height: np.ndarray, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Grow seeds, int32 (y, x), over the mask from low to high, 4-connected, in 1,024 steps of equal height."""
+    """Grow seeds, int32 (y, x) or (z, y, x), over the mask from low to high, in 1,024 steps of equal height.
+
+    Pixels are connected by their sides.
+    """
     labels = seeds.copy()
     inside = height[mask]
     if len(inside):
         low, high = inside.min(), inside.max()
         steps = (np.clip(height, low, high) - low) * ((LEVELS - 1) / max(high - low, 1e-9))
-        flood(steps.astype(np.int32), mask, LEVELS, labels)
+        space = (-1, *labels.shape[-2:])
+        flood(steps.astype(np.int32).reshape(space), mask.reshape(space), LEVELS, labels.reshape(space))
     return labels
 
 
@@ -130,12 +139,21 @@ def brightness(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
 
 def _stained(image: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, np.ndarray]:
     """Brightness over the local background, float32 (y, x), and a mask of what is stained at all."""
+    signal = brightness(image, microns_per_pixel)
+    return signal, signal > _threshold(image, signal, microns_per_pixel)
+
+
+def stain_threshold(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
+    """The brightness over the local background, float32 (y, x), above which an image (y, x) is stained."""
+    return _threshold(image, brightness(image, microns_per_pixel), microns_per_pixel)
+
+
+def _threshold(image: np.ndarray, signal: np.ndarray, microns_per_pixel: float) -> np.ndarray:
     steps = np.abs(np.diff(image, axis=1))
     noise = np.median(steps) / 0.954 if steps.size else 0.0  # median |a - b| of two normals is 0.954 sigma
     noise /= max(2.0 * np.sqrt(np.pi) * SMOOTHING / microns_per_pixel, 1.0)
-    signal = brightness(image, microns_per_pixel)
     brightest = _neighbourhood(signal, 95, microns_per_pixel)
-    return signal, signal > np.maximum(MIN_BRIGHTNESS * brightest, MIN_CONTRAST * noise)
+    return np.maximum(MIN_BRIGHTNESS * brightest, MIN_CONTRAST * noise)
 
 
 def _neighbourhood(image: np.ndarray, percentile: float, microns_per_pixel: float) -> np.ndarray:
@@ -161,7 +179,7 @@ def _neighbourhood(image: np.ndarray, percentile: float, microns_per_pixel: floa
 
 
 def levels(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndarray:
-    """A percentile of ``signal`` (y, x) over each label, float32 (label + 1,); zero for the background."""
+    """A percentile of ``signal``, any shape, over each label, float32 (label + 1,); zero for the background."""
     level = np.zeros(labels.max() + 1, np.float32)
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
@@ -185,8 +203,8 @@ def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: floa
         if box is None:
             continue
         mask = labels[box] == label
-        core = _largest_part(mask & inner[box])
-        piece = ndimage.binary_dilation(core, iterations=2 * neck, mask=mask) if core.any() else _largest_part(mask)
+        core = largest_part(mask & inner[box])
+        piece = ndimage.binary_dilation(core, iterations=2 * neck, mask=mask) if core.any() else largest_part(mask)
         piece = ndimage.binary_fill_holes(piece)
         rows, columns = box
         cut = rows.start == 0 or columns.start == 0 or rows.stop == height or columns.stop == width
@@ -200,8 +218,8 @@ def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: floa
     return out
 
 
-def _largest_part(mask: np.ndarray) -> np.ndarray:
-    """The largest 4-connected part of a mask (y, x)."""
+def largest_part(mask: np.ndarray) -> np.ndarray:
+    """The largest part of a mask (y, x) or (z, y, x) that is connected by sides."""
     parts, number = ndimage.label(mask)
     return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if number > 1 else mask
 

@@ -16,7 +16,14 @@ import shapely
 from merfish import results
 from merfish.exchange._reading import count_adata, find_file, matched, names_of, numbers, read_columns, read_counts
 from merfish.exchange.geoparquet import geo_schema
-from merfish.exchange.run import cell_tables, count_blocks, read_var, transcript_tables, write_dense, write_tables
+from merfish.exchange.run import (
+    count_blocks,
+    read_var,
+    stacked_cell_tables,
+    transcript_tables,
+    write_dense,
+    write_tables,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -59,8 +66,8 @@ BOUNDARIES = pa.schema(
 def write_merscope(run: Path, out: Path) -> None:
     """Write the tables of a run as MERSCOPE has them into a new folder; images but the transform are left out.
 
-    Blanks are called ``Blank-*``, as its readers expect; ``global_z`` is the index of the plane, and an outline stands
-    for every plane. The transform gives pixels of a mosaic of the fields.
+    Blanks are called ``Blank-*``, as its readers expect; ``global_z`` is the index of the plane. A cell without
+    outlines of its own in each plane has the same one in all. The transform gives pixels of a mosaic of the fields.
     """
     record = results.read_run(run)
     var = read_var(run)
@@ -72,7 +79,7 @@ def write_merscope(run: Path, out: Path) -> None:
     )
     _write_cells(run, out, record.get("z") or [0.0])
     scale = 1 / float(record.get("microns_per_pixel", 1.0))
-    left, top = np.min(record["stage"]["positions"], axis=0)
+    left, top = results.mosaic_origin(record)
     (out / "images").mkdir()
     matrix = [[scale, 0, -left * scale], [0, scale, -top * scale], [0, 0, 1]]
     np.savetxt(out / "images" / "micron_to_mosaic_pixel_transform.csv", matrix)
@@ -88,26 +95,27 @@ def _detected(table: pa.Table, renamed: Mapping[str, str]) -> pa.Table:
 
 def _write_cells(run: Path, out: Path, planes: Sequence[float]) -> None:
     """``cell_metadata.csv`` and ``cell_boundaries.parquet``."""
-    number = 0
+    number, schema = 0, geo_schema(BOUNDARIES, "Geometry")
     with (
         open(out / "cell_metadata.csv", "w", encoding="utf-8", newline="") as metadata,
-        pq.ParquetWriter(out / "cell_boundaries.parquet", geo_schema(BOUNDARIES, "Geometry")) as boundaries,
+        pq.ParquetWriter(out / "cell_boundaries.parquet", schema) as boundaries,
     ):
-        for k, cells in enumerate(cell_tables(run)):
+        for k, (cells, outlines) in enumerate(stacked_cell_tables(run, len(planes))):
             _metadata(cells).to_csv(metadata, header=k == 0)
-            n, outlines = len(cells), cells["geometry"].to_numpy(object)
-            whole = [shapely.multipolygons(shapely.get_parts(outline)) for outline in outlines]
+            row, plane = np.nonzero(~shapely.is_empty(outlines).reshape(len(cells), len(planes)))
+            n = len(row)
+            whole = [shapely.multipolygons(shapely.get_parts(outline)) for outline in outlines[row, plane]]
             rows = {
-                "ID": np.arange(number, number + n * len(planes)),
-                "EntityID": np.repeat(cells["cell_id"].to_numpy(), len(planes)),
-                "ZIndex": np.tile(np.arange(len(planes)), n),
-                "Geometry": np.repeat(shapely.to_wkb(np.array(whole, dtype=object)), len(planes)),
-                "Type": np.repeat("cell", n * len(planes)),
-                "ZLevel": np.tile(np.asarray(planes, float), n),
-                **dict.fromkeys(("Name", "ParentID", "ParentType"), np.full(n * len(planes), None)),
+                "ID": np.arange(number, number + n),
+                "EntityID": cells["cell_id"].to_numpy()[row],
+                "ZIndex": plane,
+                "Geometry": shapely.to_wkb(np.array(whole, dtype=object)),
+                "Type": np.repeat("cell", n),
+                "ZLevel": np.asarray(planes, float)[plane],
+                **dict.fromkeys(("Name", "ParentID", "ParentType"), np.full(n, None)),
             }
             boundaries.write_table(pa.Table.from_pydict(rows, BOUNDARIES))
-            number += n * len(planes)
+            number += n
 
 
 def _metadata(cells: pd.DataFrame) -> pd.DataFrame:

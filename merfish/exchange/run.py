@@ -19,6 +19,7 @@ from merfish import results
 from merfish.errors import InputError
 
 ROWS = 4096  # of cells, at a time
+PLANE_OUTLINES = "plane_outlines"  # column of the cells: WKB, a collection of an outline a plane
 
 
 @contextmanager
@@ -43,7 +44,26 @@ def transcript_tables(run: Path) -> Iterator[pa.Table]:
 
 
 def cell_tables(run: Path) -> Iterator[pd.DataFrame]:
-    """Cells with their outlines (``geometry``, shapely, micrometre), some at a time; one empty table without any."""
+    """Cells with their outlines (``geometry``, shapely, micrometre), some at a time; one empty table without any.
+
+    `PLANE_OUTLINES`, where cells have them, are left out.
+    """
+    for cells in _cell_tables(run):
+        yield cells.drop(columns=PLANE_OUTLINES, errors="ignore")
+
+
+def stacked_cell_tables(run: Path, n_planes: int) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
+    """As `cell_tables`, with the outlines (cell, plane) of each: its own in each plane, or the same one in all."""
+    for cells in _cell_tables(run):
+        outlines = np.repeat(cells["geometry"].to_numpy(object)[:, None], n_planes, axis=1)
+        if PLANE_OUTLINES in cells and len(cells):
+            with _whole(run / results.CELLS):
+                stacks = np.asarray(shapely.from_wkb(cells[PLANE_OUTLINES].to_numpy(object)))
+            outlines = shapely.get_geometry(stacks[:, None], np.arange(n_planes))
+        yield cells.drop(columns=PLANE_OUTLINES, errors="ignore"), outlines
+
+
+def _cell_tables(run: Path) -> Iterator[pd.DataFrame]:
     path = run / results.CELLS
     with _whole(path):
         file = pq.ParquetFile(path)

@@ -34,9 +34,7 @@ def create_image(
     import zarr
     from zarr.codecs import BloscCodec
 
-    n_levels = 1
-    while max(shape[2:]) >> (n_levels - 1) > SMALLEST:
-        n_levels += 1
+    n_levels = count_levels(shape)
     scales = [[1.0, microns[0], microns[1] * 2**k, microns[2] * 2**k] for k in range(n_levels)]
     # the centre of a larger pixel lies between those of the pixels that it stands for
     places = [
@@ -72,6 +70,14 @@ def create_image(
         )
         for k in range(n_levels)
     ]
+
+
+def count_levels(shape: Sequence[int]) -> int:
+    """Levels of an image (..., y, x), each half as large as the one before, down to `SMALLEST`."""
+    n_levels = 1
+    while max(shape[-2:]) >> (n_levels - 1) > SMALLEST:
+        n_levels += 1
+    return n_levels
 
 
 def open_image(path: Path) -> tuple[list[zarr.Array[Any]], list[str]]:

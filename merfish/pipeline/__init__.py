@@ -30,7 +30,7 @@ from merfish.pipeline import folder
 from merfish.pipeline.assemble import assemble
 from merfish.pipeline.assign import own_key, replace_cells, segmented_key
 from merfish.pipeline.cluster import Failure, RunMap, cores, run_map_on
-from merfish.pipeline.fields import FieldWork
+from merfish.pipeline.fields import FieldWork, stacked_planes
 from merfish.pipeline.images import ImageWork, has_images
 from merfish.pipeline.manifest import Manifest, changed_parts
 from merfish.pipeline.progress import Display, display, log
@@ -293,7 +293,7 @@ def combine(
     work = folder.new_work(out)
     height, width = next((said["shape"] for said in says.values()), (1, 1))
     outlines = {fov: int(said["n_outlines"]) for fov, said in says.items()}
-    fields = Fields(out, work, experiment, tuple(says), (height, width), outlines)
+    fields = Fields(out, work, experiment, tuple(says), (height, width), outlines, stacked_planes(experiment, config))
     found = reconcile(fields, config.misidentification_rate, run_map, shown)
     spikes = kept_spikes(fields, calibrated.spiked, found.filter)
     words = word_statistics(found.words, experiment.codebook, *spikes)

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import shapely
 
 from merfish.calls.overlap import FIELD_RADIUS, Sightings, seen_better_elsewhere
-from merfish.cells.counts import assign_cells
+from merfish.cells.counts import OUTSIDE, assign_cells
 from merfish.cells.measure import column_name
 from merfish.cells.merging import CellNumbers, part, unite
+from merfish.cells.stacks import footprints, nearest_plane, planes, thickness
+from merfish.exchange.run import PLANE_OUTLINES
 from merfish.imaging.experiment import Experiment
 from merfish.pipeline.cluster import RunMap
 from merfish.pipeline.fields import read_measured, read_spots
@@ -79,7 +81,7 @@ class PartWork:
         homes = {fov, *self.cells.homes(sorted(seen))}
         others = [read_cell_part(self.fields, "united", home) for home in sorted(homes)]
         cells = part(own, pd.concat(others, ignore_index=True))
-        write_cell_part(self.fields, "cells", fov, described(cells, self.fields.experiment))
+        write_cell_part(self.fields, "cells", fov, described(cells, self.fields.experiment, self.fields.planes))
         return len(cells)
 
 
@@ -99,7 +101,8 @@ class PlaceWork:
         worse, n = seen_better_elsewhere(own, (self._sightings(other) for other in self.near[fov])), len(kept)
         homes = {fov, *self.cells.homes([fov, *self.near[fov]])}
         known = pd.concat([read_cell_part(self.fields, "cells", home) for home in sorted(homes)], ignore_index=True)
-        cell = assign_cells(own.x[~worse], own.y[~worse], known["geometry"].to_numpy(), known["cell_id"].to_numpy())
+        height = self._heights(fov, kept)[~worse]
+        cell = place_in_cells(own.x[~worse], own.y[~worse], height, known, self.fields.planes)
         row = kept["row"][~worse[:n]]
         placed = np.empty(len(row), PLACED_DTYPE)
         placed["row"], placed["cell"] = row, cell[: len(row)]
@@ -112,6 +115,11 @@ class PlaceWork:
         nuclear = np.append(kept["nuclear"], np.zeros(len(worse) - n, bool))[~worse]
         np.save(self.fields.file("counts", fov), count_pairs(cell, own.word[~worse], probability, nuclear))
         return len(placed), int((placed["cell"] >= 0).sum())
+
+    def _heights(self, fov: int, kept: np.ndarray) -> np.ndarray:
+        """Of the same molecules as `_sightings`, micrometre."""
+        plane = np.append(kept["z"], read_spots(self.fields.out, fov)["z"]).astype(float)
+        return np.interp(plane, np.arange(len(self.fields.experiment.z)), self.fields.experiment.z)
 
     def _sightings(self, fov: int, kept: np.ndarray | None = None) -> Sightings:
         """Kept molecules, then those of genes imaged one by one, whose words follow the codebook's."""
@@ -126,23 +134,47 @@ class PlaceWork:
         return Sightings(fov, word, left + x * scale, top + y * scale, edge)
 
 
-def described(cells: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+def place_in_cells(
+    x: np.ndarray, y: np.ndarray, height: np.ndarray, cells: pd.DataFrame, heights: np.ndarray | None
+) -> np.ndarray:
+    """The cell_id of molecules (molecule,), x, y, height in micrometre, -1 outside cells (as `described` gives them).
+
+    heights: of the planes in which cells have outlines of their own; a molecule belongs to the nearest one.
+    """
+    ids = cells["cell_id"].to_numpy()
+    if heights is None:
+        return assign_cells(x, y, cells["geometry"].to_numpy(), ids)
+    outlines = planes(shapely.from_wkb(cells[PLANE_OUTLINES].to_numpy(object)))
+    plane, cell = nearest_plane(height, heights), np.full(len(x), OUTSIDE)
+    for k in range(outlines.shape[1]):
+        here = plane == k
+        cell[here] = assign_cells(x[here], y[here], outlines[:, k], ids)
+    return cell
+
+
+def described(cells: pd.DataFrame, experiment: Experiment, heights: np.ndarray | None = None) -> pd.DataFrame:
     """Cells as users see them: volume (cubic micrometre), area of the nucleus (square), stains in all planes.
 
     From columns depth and, where they were measured, nucleus (share of the area) and ``<stain>_mean`` (camera counts of
-    a pixel); adds ``<stain>_total``, the sum over the cell's pixels in all planes of the stain.
+    a pixel); adds ``<stain>_total``, the sum over the cell's pixels in all planes of the stain. Cells with an outline
+    in each plane, at ``heights``, get their footprints as ``geometry``, and these as `PLANE_OUTLINES`, WKB.
     """
-    area = cells["area"].to_numpy()
-    columns = {"volume": area * cells["depth"].to_numpy()}
+    area, geometry = cells["area"].to_numpy(), cells["geometry"].to_numpy(object)
+    of_planes = area[:, None] if heights is None else shapely.area(planes(geometry))
+    thick = cells[["depth"]].to_numpy() if heights is None else thickness(heights)
+    columns = {"volume": (of_planes * thick).sum(axis=1) if len(cells) else np.empty(0)}
     if "nucleus" in cells:
         columns["nucleus_area"] = area * cells["nucleus"].to_numpy()
     for channel in experiment.stains:
         stain = column_name(channel.name)
         if f"{stain}_mean" in cells:
-            mean, pixels = cells[f"{stain}_mean"].to_numpy(), area / experiment.microns_per_pixel**2 * len(channel.z)
+            mean = cells[f"{stain}_mean"].to_numpy()
+            pixels = of_planes.mean(axis=1) / experiment.microns_per_pixel**2 * len(channel.z)
             columns |= {f"{stain}_mean": mean, f"{stain}_total": mean * pixels}
     placed = cells[["cell_id", "fov", "center_x", "center_y", "area"]]
-    return placed.assign(**columns, geometry=cells["geometry"])
+    if heights is None:
+        return placed.assign(**columns, geometry=geometry)
+    return placed.assign(**columns, **{PLANE_OUTLINES: shapely.to_wkb(geometry)}, geometry=footprints(geometry))
 
 
 def count_pairs(
@@ -155,9 +187,11 @@ def count_pairs(
     """
     inside = cell >= 0
     nuclear = np.zeros(len(cell), bool) if nuclear is None else nuclear
-    pairs, row = np.unique(np.column_stack([cell[inside], word[inside]]), axis=0, return_inverse=True)
+    n_words = int(word.max(initial=0)) + 1
+    cells, row = np.unique(cell[inside], return_inverse=True)
+    pairs, row = np.unique(row.ravel() * n_words + word[inside], return_inverse=True)
     found = np.empty(len(pairs), COUNT_DTYPE)
-    found["cell"], found["word"] = pairs[:, 0], pairs[:, 1]
+    found["cell"], found["word"] = cells[pairs // n_words], pairs % n_words
     for name, weight in (("count", None), ("expected", probability[inside]), ("nuclear", nuclear[inside])):
         found[name] = np.bincount(row.ravel(), weight, minlength=len(pairs))
     return found

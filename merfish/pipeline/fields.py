@@ -18,7 +18,7 @@ import shapely
 from merfish import results
 from merfish.calls.filtering import Tally, call_features, tally_calls
 from merfish.calls.fit import count_fit
-from merfish.cells.measure import FieldCells, column_name, find_cells, load_segmenter, no_cells
+from merfish.cells.measure import FieldCells, column_name, find_cells, find_stacked_cells, load_segmenter, no_cells
 from merfish.cells.merging import DEPTH
 from merfish.codebook import Codebook
 from merfish.config import RunConfig
@@ -112,7 +112,8 @@ def process_field(
     shifts, faults = stain_shifts(experiment, fov, [*stains, *genes])
     aligned = aligned_stains(experiment, fov, {name: shifts[name] for name in stains}, field.valid.shape)
     cells = segment_field(experiment, config, aligned, field.valid.shape)
-    calls["nuclear"] = cells.in_nucleus(calls["x"].to_numpy(), calls["y"].to_numpy())
+    height = np.interp(calls["z"].to_numpy(float), np.arange(len(experiment.z)), experiment.z)
+    calls["nuclear"] = cells.in_nucleus(calls["x"].to_numpy(), calls["y"].to_numpy(), height)
     clock.lap("segment")
     spots = [find_spots_of(experiment, fov, gene, shifts[gene], config, calibration, field.valid) for gene in genes]
     clock.lap("sequential")
@@ -174,12 +175,25 @@ def segment_field(
     if nuclei is None:
         cells = no_cells(shape, experiment.microns_per_pixel)
     else:
-        heights = np.array(experiment.stain(body or nuclei).z)
+        heights, planes = np.array(experiment.stain(body or nuclei).z), stacked_planes(experiment, config)
         segmenter = None if config.segmenter is None else load_segmenter(config.segmenter)
         cytoplasm = None if body is None else images[body]
-        cells = find_cells(images[nuclei], cytoplasm, heights, experiment.microns_per_pixel, segmenter)
+        scale = experiment.microns_per_pixel
+        if planes is None:
+            cells = find_cells(images[nuclei], cytoplasm, heights, scale, segmenter)
+        else:
+            cells = find_stacked_cells(images[nuclei], cytoplasm, planes, scale)
     means = {f"{column_name(name)}_mean": cells.mean(image) for name, image in images.items()}
     return replace(cells, measured=cells.measured.assign(**means))
+
+
+def stacked_planes(experiment: Experiment, config: RunConfig) -> np.ndarray | None:
+    """Heights of the planes in which cells have outlines of their own, micrometre; None if they have one for all."""
+    nuclei, body = chosen_stains(experiment, config)
+    if nuclei is None or not config.stacked_cells or config.segmenter is not None:
+        return None
+    heights = np.array(experiment.stain(body or nuclei).z, float)
+    return heights if len(heights) > 1 else None
 
 
 def aligned_stains(

@@ -34,7 +34,7 @@ from merfish.pipeline.fields import read_calls, read_outlines, read_spikes, read
 from merfish.pipeline.progress import Display
 
 KEPT_DTYPE = np.dtype(
-    [("row", "i8"), ("word", "i4"), ("x", "f4"), ("y", "f4"), ("probability", "f4"), ("nuclear", "?")]
+    [("row", "i8"), ("word", "i4"), ("x", "f4"), ("y", "f4"), ("z", "f4"), ("probability", "f4"), ("nuclear", "?")]
 )
 
 
@@ -43,7 +43,8 @@ class Fields:
     """The fields that the results are computed from.
 
     out: the run's folder; work: for files that only the steps after decoding need; shape: (y, x) of a field, pixel;
-    outlines: number of cell outlines of each field.
+    outlines: number of cell outlines of each field; planes: heights of those in which cells have outlines of their own,
+    micrometre, None if each has one for all.
     """
 
     out: Path
@@ -52,6 +53,7 @@ class Fields:
     fovs: tuple[int, ...]
     shape: tuple[int, int]
     outlines: dict[int, int]
+    planes: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[float, float]:
@@ -166,7 +168,7 @@ class RateWork:
         kept = np.empty(int(keep.sum()), KEPT_DTYPE)
         kept["row"], kept["word"] = np.flatnonzero(keep), word[keep]
         kept["probability"] = probability[keep]
-        for name in ("x", "y", "nuclear"):
+        for name in ("x", "y", "z", "nuclear"):
             kept[name] = calls[name].to_numpy()[keep]
         np.save(self.fields.file("kept", fov), kept)
         return tally_words(word, shown, probability, keep, self.fields.experiment.codebook)

@@ -22,6 +22,7 @@ from merfish.calls.overlap import FIELD_RADIUS
 from merfish.cells.counts import cell_obs, word_var
 from merfish.codebook import Codebook
 from merfish.exchange.geoparquet import geo_schema
+from merfish.exchange.run import PLANE_OUTLINES
 from merfish.pipeline.assemble import COUNT_DTYPE, read_cell_part
 from merfish.pipeline.fields import read_calls, read_spots
 from merfish.pipeline.progress import Display
@@ -100,7 +101,8 @@ def write_counts(
     """
     reserve(stage, _most_bytes(fields))
     n_words = int((~var["sequential"]).sum())
-    obs = [schema.empty_table().drop_columns("geometry").to_pandas()]
+    shapes = [field.name for field in schema if field.type == pa.binary()]
+    obs = [schema.empty_table().drop_columns(shapes).to_pandas()]
     with (
         pq.ParquetWriter(stage / results.CELLS, geo_schema(schema)) as cell_file,
         CountFile(stage / results.CELL_BY_GENE, var) as counts,
@@ -111,7 +113,7 @@ def write_counts(
             cells = with_counts(cells, pairs[pairs["word"] < n_words])[schema.names]
             counts.append(pairs, len(cells))
             cell_file.write_table(cells_table(cells, schema))
-            obs.append(cells.drop(columns="geometry"))
+            obs.append(cells.drop(columns=shapes))
         table = pd.concat(obs, ignore_index=True)
         counts.finish(table)
     return table["n_transcripts"].to_numpy()
@@ -289,10 +291,15 @@ def _append_rows(matrix: h5py.Group, values: np.ndarray, row: np.ndarray, column
 
 
 def cell_schema(fields: Fields) -> pa.Schema:
-    """Columns of ``cells.parquet``: those that every run has, the share of molecules in nuclei, those of stains."""
+    """Columns of ``cells.parquet``: those that every run has, the share of molecules in nuclei, those of stains.
+
+    Then the outlines in each plane, if cells have some.
+    """
     known = list(read_cell_part(fields, "cells", fields.fovs[0]).columns) if fields.fovs else []
-    measured = ["nuclear_fraction", *(name for name in known if name not in CELL_SCHEMA.names)]
-    return pa.schema([*CELL_SCHEMA, *(pa.field(name, pa.float64()) for name in measured)])
+    others = [name for name in known if name not in (*CELL_SCHEMA.names, PLANE_OUTLINES)]
+    shapes = [] if fields.planes is None else [pa.field(PLANE_OUTLINES, pa.binary())]
+    measured = [pa.field(name, pa.float64()) for name in ("nuclear_fraction", *others)]
+    return pa.schema([*CELL_SCHEMA, *measured, *shapes])
 
 
 def cells_table(cells: pd.DataFrame, schema: pa.Schema) -> pa.Table:

@@ -1,0 +1,61 @@
+"""Stacks: the outlines of a cell in several planes as one geometry, a collection of a polygon a plane.
+
+A cell that has one outline over all planes is a stack of one, and stays a polygon.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import shapely
+
+from merfish.cells.segmentation import largest_polygon
+
+
+def stack(outlines: np.ndarray) -> np.ndarray:
+    """Geometries (cell,) of outlines (cell, plane), polygons that may be empty."""
+    if outlines.shape[1] == 1:
+        return outlines[:, 0]
+    return np.asarray(shapely.geometrycollections(outlines), dtype=object).reshape(len(outlines))
+
+
+def planes(geometry: np.ndarray) -> np.ndarray:
+    """Outlines (cell, plane) of geometries (cell,), all of them stacks of as many planes or none."""
+    if not is_stack(geometry).any():
+        return geometry[:, None]
+    return np.asarray(shapely.get_geometry(geometry[:, None], np.arange(shapely.get_num_geometries(geometry[0]))))
+
+
+def is_stack(geometry: np.ndarray) -> np.ndarray:
+    """Which geometries are stacks of several planes, bool."""
+    return np.asarray(shapely.get_type_id(geometry) == shapely.GeometryType.GEOMETRYCOLLECTION)
+
+
+def footprints(geometry: np.ndarray) -> np.ndarray:
+    """The polygon that each cell (cell,) covers seen from above."""
+    if not is_stack(geometry).any():
+        return geometry
+    return largest_polygons(np.asarray(shapely.union_all(planes(geometry), axis=1)))
+
+
+def largest_polygons(geometry: np.ndarray) -> np.ndarray:
+    """The largest polygon of each geometry (cell,), empty where there is none."""
+    found = np.empty(len(geometry), dtype=object)
+    found[:] = [largest_polygon(shape) for shape in geometry.tolist()]
+    return found
+
+
+def thickness(heights: np.ndarray) -> np.ndarray:
+    """How much of the height each of several planes stands for, micrometre: half-way to its neighbours.
+
+    The first and last extend as far beyond. heights: (plane,) micrometre, ascending.
+
+    >>> thickness(np.array([0.0, 1.0, 3.0]))
+    array([1. , 1.5, 2. ])
+    """
+    return np.gradient(np.asarray(heights, float))
+
+
+def nearest_plane(height: np.ndarray, heights: np.ndarray) -> np.ndarray:
+    """The plane (place,) int that is nearest to each height (place,), the lower of two; heights: (plane,) ascending."""
+    heights = np.asarray(heights, float)
+    return np.searchsorted((heights[1:] + heights[:-1]) / 2, height)

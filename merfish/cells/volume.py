@@ -1,0 +1,136 @@
+"""Cells of several planes that may lie above each other: labels (z, y, x) and their outlines in each plane."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from shapely import Polygon
+
+from merfish.cells.segmentation import (
+    CELL_AREA,
+    EDGE_LEVEL,
+    GAP,
+    NUCLEUS_AREA,
+    REACH,
+    REACH_UNSTAINED,
+    brightness,
+    label_nuclei,
+    largest_part,
+    levels,
+    outlines,
+    stain_threshold,
+    watershed,
+)
+
+VALLEY = 0.75  # a plane darker than this share of brighter ones above and below it lies between two nuclei
+OVERLAP = 0.5  # share of the smaller of two outlines in neighbouring planes that one nucleus has in common
+
+
+def segment_planes(
+    nuclei: np.ndarray, cytoplasm: np.ndarray | None, heights: np.ndarray, microns_per_pixel: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Segment cells in space: labels of cells and, with the same numbers, of their nuclei, int32 (z, y, x).
+
+    nuclei, cytoplasm: planes (z, y, x) of stains in register, pixels of about 0.25 micrometre; heights: (z,)
+    micrometre, ascending, evenly spaced. Nuclei are found in each plane and linked; a dark plane separates those above
+    each other. Cells grow from them to where the cytoplasm's stain ends, neighbours above each other as those beside
+    each other: along the dark line between them, else half-way. A cell is one piece without holes in any plane.
+    """
+    sampling = (float(np.median(np.diff(heights))) if len(heights) > 1 else 1.0, microns_per_pixel, microns_per_pixel)
+    seeds = segment_nuclei(nuclei, microns_per_pixel)
+    distance = ndimage.distance_transform_edt(seeds == 0, sampling) if seeds.any() else np.full(seeds.shape, np.inf)
+    if cytoplasm is None:
+        labels = watershed(distance, seeds, distance <= REACH_UNSTAINED)
+    else:
+        signal, stained = _stained(cytoplasm, microns_per_pixel)
+        size = 2 * round(GAP / microns_per_pixel) + 1
+        filled = np.maximum(ndimage.grey_closing(signal, size=(1, size, size)), between(signal))
+        reach = distance / REACH
+        height = 1.0 - signal / np.maximum(filled, 1e-6) + 0.5 * reach
+        labels = watershed(height, seeds, (stained & (reach <= 1.0)) | (seeds > 0))
+        labels[(signal < EDGE_LEVEL * levels(signal, labels, 50)[labels]) & (seeds == 0)] = 0
+    kept = _tidy(labels, CELL_AREA, microns_per_pixel)
+    return kept, np.where(seeds > 0, kept, 0)
+
+
+def segment_nuclei(planes: np.ndarray, microns_per_pixel: float) -> np.ndarray:
+    """Label nuclei, int32 (z, y, x): those of each plane, linked to those that they lie on."""
+    signal, stained = _stained(planes, microns_per_pixel)
+    stained &= signal >= VALLEY * between(signal)
+    single = np.zeros(planes.shape, np.int32)
+    for k, mask in enumerate(stained):
+        found = label_nuclei(mask, microns_per_pixel)
+        single[k] = np.where(found > 0, found + single.max(), 0)
+    linked = link(single)
+    linked[signal < EDGE_LEVEL * levels(signal, linked, 75)[linked]] = 0
+    return _tidy(linked, NUCLEUS_AREA, microns_per_pixel)
+
+
+def between(signal: np.ndarray) -> np.ndarray:
+    """The lower of the brightest planes of an image (z, y, x) at or above and at or below each of its pixels."""
+    above = np.maximum.accumulate(signal[::-1])[::-1]
+    return np.minimum(np.maximum.accumulate(signal), above)
+
+
+def link(labels: np.ndarray) -> np.ndarray:
+    """Join labels, int32 (z, y, x), of neighbouring planes that are each other's best match and overlap by half.
+
+    Each plane has labels of its own, from 1 without gaps over all of them.
+    """
+    n = int(labels.max())
+    size = np.bincount(labels.ravel(), minlength=n + 1)
+    low, high = labels[:-1].ravel(), labels[1:].ravel()
+    both = (low > 0) & (high > 0)
+    pair, common = np.unique(low[both].astype(np.int64) * (n + 1) + high[both], return_counts=True)
+    low, high = pair // (n + 1), pair % (n + 1)
+    best = np.zeros((2, n + 1), np.int64)
+    np.maximum.at(best[0], low, common)
+    np.maximum.at(best[1], high, common)
+    same = (common == best[0, low]) & (common == best[1, high]) & (common > OVERLAP * np.minimum(size[low], size[high]))
+    links = coo_array((np.ones(same.sum(), bool), (low[same], high[same])), shape=(n + 1, n + 1))
+    chain = connected_components(links, directed=False)[1].astype(np.int32)
+    # background, 0, is linked to nothing and so is component 0
+    return np.asarray(chain[labels])
+
+
+def plane_outlines(labels: np.ndarray, n: int, size: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Outlines (cell, plane) in pixels of labels (z, y, x) from 1 to ``n``, empty where a plane shows nothing of one.
+
+    size, shape: as in `merfish.cells.segmentation.outlines`.
+    """
+    found = np.full((n, len(labels)), Polygon(), dtype=object)
+    for k, plane in enumerate(labels):
+        for label, outline in outlines(plane, size, shape).items():
+            found[label - 1, k] = outline
+    return found
+
+
+def _stained(planes: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness of planes (z, y, x) over the local background, float32, and what is stained in each at all.
+
+    The threshold is that of the brightest plane of each pixel, so that planes that show only blur of others have none.
+    """
+    signal = np.stack([brightness(plane, microns_per_pixel) for plane in planes])
+    return signal, signal > stain_threshold(planes.max(axis=0), microns_per_pixel)
+
+
+def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: float) -> np.ndarray:
+    """Keep the largest piece of each label (z, y, x), fill its holes in each plane, drop sizes out of range.
+
+    area: of the widest plane, square micrometre; cells that the border of the field cuts may be a quarter as large.
+    Numbers run from 1 in the former order.
+    """
+    smallest, largest = (limit / microns_per_pixel**2 for limit in area)
+    out, number = np.zeros(labels.shape, np.int32), 0
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None:
+            continue
+        piece = largest_part(labels[box] == label)
+        piece = np.stack([ndimage.binary_fill_holes(plane) for plane in piece])
+        cut = any(side.start == 0 or side.stop == n for side, n in zip(box[1:], labels.shape[1:], strict=True))
+        if (0.25 if cut else 1.0) * smallest <= piece.sum(axis=(1, 2)).max() <= largest:
+            number += 1
+            out[box][piece & (out[box] == 0)] = number
+    return out
