@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,9 +58,14 @@ def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray,
 
 
 def _mixture(latent: np.ndarray, k: int, seed: int, starts: int) -> GaussianMixture:
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
     ridge = 1e-6 * max(float(latent.var(0).mean()), 1e-12)
-    return GaussianMixture(
+    mixture = GaussianMixture(
         k, covariance_type="tied", n_init=starts, reg_covar=ridge, random_state=seed, max_iter=300
-    ).fit(latent)
+    )
+    with warnings.catch_warnings():
+        # of fewer cells than dimensions the likelihood rises until the ridge stops it, for more steps than these
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return mixture.fit(latent)
