@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 from scipy.sparse import csr_matrix
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish import results
 from merfish._files import write_json
@@ -183,7 +183,7 @@ Memory grows by {by_cell[0] * 1e6:.2f} kB a cell, time by {by_cell[1] * 1e3:.2f}
 cells with 5 x 10^7 molecules would take {m1 + by_cell[0] * n_more:.1f} GB and {(s1 + by_cell[1] * n_more) / 60:.0f}
 minutes on one core of this machine. That was not measured.
 """
-    (HERE / "results" / "exchange.md").write_text(page)
+    (RESULTS / "exchange.md").write_text(page)
     print(page)
 
 
