@@ -6,8 +6,8 @@ import matplotlib
 import pytest
 from hypothesis import HealthCheck, settings
 
-# needs an environment of its own, which .ci/exchange makes
-collect_ignore = [] if find_spec("squidpy") else ["exchange_roundtrip.py"]
+# need an environment of their own, which .ci/exchange makes
+collect_ignore = [] if find_spec("squidpy") else ["exchange_roundtrip.py", "analysis_roundtrip.py"]
 
 matplotlib.use("Agg")
 # compilation takes seconds on the first example and no time after it
