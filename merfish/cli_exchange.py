@@ -34,7 +34,7 @@ def table_import(
         typer.Option(help="Pixel size [µm]; for slideseq (default 0.65), cosmx (0.12028) and csv (1) only.", min=1e-6),
     ] = None,
 ) -> None:
-    """Read the output folder of an instrument into TABLE.h5ad, input of `spatialvae train`."""
+    """Read the output folder of an instrument into TABLE.h5ad, the input of spatialvae train."""
     from importlib import import_module
 
     from merfish._files import whole_file

@@ -525,8 +525,9 @@ def _stage_pictures(stage: dict[str, Any]) -> tuple[list[str], list[Picture]]:
     if used:
         left = max(links.loc[links["used"], "residual"].max(), 0.001)
         text += (
-            f" According to them, the stage stops {stage['stage_error']:.3f} µm (rms, along each axis) from the position "
-            f"it reports; the corrected positions, in which all places are given, agree with every overlap to {left:.3f} µm."
+            f" According to them, the stage stops {stage['stage_error']:.3f} µm (rms, along each axis) from the "
+            "position it reports; the corrected positions, in which all places are given, agree with every overlap to "
+            f"{left:.3f} µm."
         )
     if used < len(links):
         text += f" {len(links) - used} overlaps contradict the others and were left out (red)."
