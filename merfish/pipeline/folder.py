@@ -51,8 +51,8 @@ def owned(out: Path) -> Iterator[None]:
     except Timeout:
         told = holder.read_text(encoding="utf-8").strip() if holder.is_file() else ""
         raise InputError(
-            f"{out}: another run is writing to this folder ({told or 'unknown process'}); wait until it ends, or choose "
-            "another folder"
+            f"{out}: another run is writing to this folder ({told or 'unknown process'}); wait until it ends, or "
+            "choose another folder"
         ) from None
     try:
         holder.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
