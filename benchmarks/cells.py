@@ -10,7 +10,6 @@ than 1 micrometre inside a cell that are assigned to it. "Full" is the same segm
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -18,7 +17,7 @@ import pandas as pd
 import shapely
 from scipy.ndimage import gaussian_filter
 from skimage.draw import polygon
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish.cells import segmentation
 from merfish.cells.counts import assign_cells
@@ -196,7 +195,7 @@ def main() -> None:
     tissue = draw_tissue(TISSUES["usual"], 2 * side + 40, 1)
     borders = [{"planes": planes, **counted_once(tissue, planes)} for planes in (1, 5)]
     text = "\n\n".join(as_markdown(pd.DataFrame(table)) for table in (rows, ratios, borders))
-    (Path(__file__).parent / "results" / "cells.md").write_text(f"{(__doc__ or '').strip()}\n\n{text}\n")
+    (RESULTS / "cells.md").write_text(f"{(__doc__ or '').strip()}\n\n{text}\n")
     print(text)
 
 

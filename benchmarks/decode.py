@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish import decode, mhd4_codebook, plots, simulate_stack
 from merfish.decoding.methods import METHODS
 from merfish.simulate import match_calls, score_calls
 from merfish.stack import decode_all
 
-RESULTS = Path(__file__).parent / "results"
 DENSITIES = (0.003, 0.01, 0.03, 0.1)  # molecules a pixel
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 # at 0.945, 0.94 and 0.92 precision the spot decoder has to reach 0.84, 0.82 and 0.74
@@ -159,7 +158,6 @@ calls are kept from the most probable on until precision falls to {targets} mole
 
 {as_markdown(accuracy_in_planes(shape[0] // 2))}
 """
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "decode.md").write_text(text)
     draw(scores, calls, RESULTS / "decode.png")
     draw_calibration(calls, RESULTS / "decode_calibration.png")

@@ -20,7 +20,7 @@ import shapely
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish import datasets, plots, read_codebook
 from merfish.calls.error_model import bit_error_rates, tally_words
@@ -37,7 +37,6 @@ from merfish.imaging.preprocess import bandpass
 from merfish.simulate import Imaging, match_calls
 from merfish.simulate.optics import draw_bits, draw_brightness, expose, photons, show_bits
 
-RESULTS = Path(__file__).parent / "results"
 N_PERMUTED = 20
 # The molecules as listed, and with those of a gene that lie within 1.5 px of each other as one: the table has 1 to 8
 # rows, 5 most often, within that radius where chance makes 0.05, so it lists a molecule in each plane that shows it.
@@ -339,7 +338,6 @@ Calls kept at the default rate of 5 %. Counts of each gene in each cell; `slope`
 share of a gene's molecules in cells that lies in nuclei, one value a gene, called against true.
 
 {"".join(part for part, _ in parts.values())}"""
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "decode_real.md").write_text(text)
     draw(counts, parts["planes merged"][1], RESULTS / "decode_real.png")
     print(text)

@@ -20,7 +20,7 @@ from typing import Any
 import numba
 import numpy as np
 import pandas as pd
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish import decode, mhd4_codebook, plots, simulate_stack
 from merfish.calls.filtering import rate_calls
@@ -31,7 +31,6 @@ from merfish.decoding.pixels import decode_hard, decode_soft, distance_threshold
 from merfish.imaging.normalize import Normalization, peak_normalization
 from merfish.imaging.preprocess import Bandpassed, bandpass
 
-RESULTS = Path(__file__).parent / "results"
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 SIDES, WORDS = (256, 512, 1024, 1536, 2048), (20, 50, 80, 110, 140)
 
@@ -200,7 +199,6 @@ faster than the reference.
 
 {as_markdown(memory)}
 """
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "decode_speed.md").write_text(text)
     if not quick:
         draw(*scaling(), RESULTS / "decode_speed.png")

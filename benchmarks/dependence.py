@@ -25,7 +25,7 @@ import scipy.sparse as sp
 from heldout_tables import dense
 from scipy.special import ellipk, logsumexp
 from scipy.stats import pearsonr
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish import datasets
 from spatialvae import potts
@@ -36,7 +36,6 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from test_spatialvae_dependence import chain
 from test_spatialvae_potts import lattice
 
-RESULTS = Path(__file__).parent / "results"
 SEEDS = 20
 
 

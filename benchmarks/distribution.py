@@ -25,7 +25,7 @@ from heldout_tables import dense, sections, split
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from spatialvae import SpatialVAE, checks
 from spatialvae.evidence import mean_with_error
@@ -36,7 +36,6 @@ from test_spatialvae_differential import simulated
 from test_spatialvae_evaluate import estimate
 from test_spatialvae_measurement import error, measured_tissue
 
-RESULTS = Path(__file__).parent / "results"
 TABLES = ("bz5", "mop1", "osmfish")
 STEPS = 3000
 MISSING = 0.2  # share of genes that are imputed
@@ -266,7 +265,6 @@ def main() -> None:
     for name in asked.only:
         parts.append(made[name]())
         print(parts[-1], flush=True)
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "distribution.md").write_text("\n".join(parts))
 
 

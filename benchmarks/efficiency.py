@@ -6,11 +6,9 @@ are added to it and looked for, and the share found is compared with the share o
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish import mhd4_codebook, simulate_stack
 from merfish.calls.error_model import tally_words, word_statistics
@@ -86,7 +84,7 @@ state without them. Means of {len(SEEDS)} simulated fields; `spikes`: molecules 
 
 {as_markdown(table)}
 """
-    (Path(__file__).parent / "results" / "efficiency.md").write_text(text)
+    (RESULTS / "efficiency.md").write_text(text)
     print(text)
 
 

@@ -30,13 +30,12 @@ from peers.embed import DOMAINS
 from scipy.optimize import linear_sum_assignment
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, confusion_matrix, normalized_mutual_info_score
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish import datasets, plots
 from spatialvae import SpatialVAE
 from spatialvae.graph import knn_graph
 
-RESULTS = Path(__file__).parent / "results"
 COMPONENTS = 30
 OURS = "SpatialVAE"
 Embed = Callable[[anndata.AnnData, int], np.ndarray]
@@ -226,7 +225,6 @@ def main() -> None:
         sections[Path(path).stem] = (anndata.read_h5ad(path), label)
     found = [runs(table, label, name, options.seeds, options.peers) for name, (table, label) in sections.items()]
     result = pd.concat(found, ignore_index=True)
-    RESULTS.mkdir(exist_ok=True)
     picture(sections, result, RESULTS / "embedding.png")
     (RESULTS / "embedding.md").write_text(page(sections, result, options.peers is not None))
     print((RESULTS / "embedding.md").read_text())

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 from scipy.sparse import csr_matrix
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish import results
 from merfish._files import write_json
@@ -175,7 +175,7 @@ writing the tables. Seconds are by the clock of a machine on which others comput
 
 {as_markdown(table)}
 """
-    (HERE / "results" / "exchange.md").write_text(page)
+    (RESULTS / "exchange.md").write_text(page)
     print(page)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import tifffile
+from tables import RESULTS
 
 import merfish
 from merfish import results
@@ -437,7 +438,7 @@ def main() -> None:
         "hosts": hosts,
         "slurm": slurm,
     }
-    page = Path(__file__).parent / "results" / "faults.md"
+    page = RESULTS / "faults.md"
     known = dict(part.split("\n\n", 1) for part in page.read_text().split("## ")[1:]) if page.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
         raw = simulate_experiment(Path(scratch) / "raw", fields=(1, 3), shape=(160, 160), drift=2.0, seed=5)

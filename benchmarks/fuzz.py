@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import zarr
+from tables import RESULTS
 
 from merfish.codebook import mhd4_codebook, read_codebook, write_codebook
 from merfish.config import read_config
@@ -202,7 +203,7 @@ def main() -> None:
             for seed, (outcome, _) in enumerate(outcomes):
                 if outcome not in ("accepted", "refused"):
                     print(f"seed {seed}: {outcome}", flush=True)
-    (Path(__file__).parent / "results" / "fuzz.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / "fuzz.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

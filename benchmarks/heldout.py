@@ -28,11 +28,10 @@ from matplotlib.figure import Figure
 from peers.embed import CACHE, deliver
 from scipy.special import xlogy
 from sklearn.metrics import normalized_mutual_info_score
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from spatialvae import SpatialVAE
 
-RESULTS = Path(__file__).parent / "results"
 LABELLED = ("hypothalamus", "osmfish")
 HELD_OUT = ("bz5", "bz14", "mop1", "cortex", "osmfish", "hypothalamus")
 THINNED = ("hypothalamus", "mop1", "osmfish")
@@ -245,7 +244,6 @@ def main() -> None:
     for seed in range(options.seeds):
         rows += of_spatialvae(tables, seed, options.samples, figures)
     table = pd.DataFrame(rows, columns=["figure", "section", "method", "seed", "value"])
-    RESULTS.mkdir(exist_ok=True)
     command = f"python benchmarks/heldout.py DATA{' --peers FOLDER' * bool(options.peers)} --seeds {options.seeds}"
     command += f" --samples {options.samples}" + (f" --only {' '.join(figures)}" if figures != FIGURES else "")
     (RESULTS / "heldout.md").write_text(page(table, options.seeds, options.samples, figures, command))

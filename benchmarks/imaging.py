@@ -25,6 +25,7 @@ from registration import draw, expose, scene
 from scipy import fft
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from tables import RESULTS
 
 import merfish
 from merfish import results
@@ -38,7 +39,6 @@ from merfish.imaging.registration import measure_drift
 from merfish.pipeline.survey import read_calibration
 from merfish.simulate import Disturbances, match_calls, simulate_experiment
 
-RESULTS = Path(__file__).parent / "results"
 EVERYTHING = Disturbances(
     stage_error=2.0,
     chromatic=3.0,
@@ -300,7 +300,7 @@ def table(rows: list[dict[str, Any]] | pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small fields, results to the terminal only")
+    parser.add_argument("--quick", action="store_true", help="small fields")
     parser.add_argument("--keep", type=Path, help="folder for experiments and runs, which are kept")
     quick, keep = (lambda a: (a.quick, a.keep))(parser.parse_args())
     started = time.perf_counter()
@@ -355,9 +355,7 @@ cannot tell how much the reference colour magnifies.
 Whole benchmark: {time.perf_counter() - started:.0f} s.
 """
     print(text)
-    if not quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "imaging.md").write_text(text)
+    (RESULTS / "imaging.md").write_text(text)
     if keep is None:
         shutil.rmtree(folder)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 import shapely
+from tables import RESULTS
 
 from merfish import plots, results
 from merfish.cells.counts import read_cells
@@ -39,7 +40,7 @@ def main(demo: Path) -> None:
     right.invert_yaxis()
     right.spines[:].set_visible(False)
     right.set_title("cells, coloured by the domain found from their counts and places", fontsize=10)
-    figure.savefig(Path(__file__).parent / "results" / "demo.png", metadata={"Software": None})
+    figure.savefig(RESULTS / "demo.png", metadata={"Software": None})
 
 
 if __name__ == "__main__":

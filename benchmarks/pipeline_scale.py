@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import shapely
+from tables import RESULTS
 
 from merfish import mhd4_codebook, pipeline, results
 from merfish.calls.fit import count_fit
@@ -231,7 +232,7 @@ def main() -> None:
         *(f"| {r['fields']} | " + " | ".join(f"{r['steps'].get(s, 0):.0f}" for s in steps) + " |" for r in rows),
     ]  # fmt: skip
     page = "\n".join(text) + "\n"
-    (Path(__file__).parent / "results" / "pipeline_scale.md").write_text(page)
+    (RESULTS / "pipeline_scale.md").write_text(page)
     print(page, json.dumps(rows, indent=1))
     if options.folder is None:
         shutil.rmtree(folder)

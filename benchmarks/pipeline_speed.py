@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from tables import RESULTS
 
 import merfish
 from merfish import mhd4_codebook, results, simulate_stack
@@ -101,7 +102,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--tiny", type=int, default=3000)
     options = parser.parse_args()
-    page = Path(__file__).parent / "results" / "pipeline_speed.md"
+    page = RESULTS / "pipeline_speed.md"
     known = dict(part.split("\n\n", 1) for part in page.read_text().split("## ")[1:]) if page.is_file() else {}
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:

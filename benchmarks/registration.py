@@ -1,6 +1,8 @@
 """Drift against the truth of simulated bead images with disturbances, and seconds for fields of 2048 x 2048.
 
-python benchmarks/registration.py            # about 2 minutes
+    python benchmarks/registration.py
+
+Writes benchmarks/results/registration.md in about two minutes.
 """
 
 from __future__ import annotations
@@ -8,7 +10,9 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import pandas as pd
 from scipy import ndimage
+from tables import RESULTS, as_markdown
 
 from merfish.imaging.preprocess import gaussian
 from merfish.imaging.registration import align, measure_drift
@@ -65,7 +69,8 @@ def later_round(rng, size, beads, hot, step, bad, others):  # type: ignore[no-un
     return expose(rng, size, points + loose, left, cells, step, hot)
 
 
-def accuracy(size: int, density: float, glow: float, fields: int = 29, seed: int = 0) -> str:
+def accuracy(size: int, density: float, glow: float, fields: int = 29, seed: int = 0) -> dict[str, float]:
+    """Errors of measured drift, and rounds that were judged wrongly."""
     errors, lost, unusable, accepted = [], 0, 0, 0
     for field in range(fields):
         rng = np.random.default_rng([seed, field])
@@ -84,14 +89,22 @@ def accuracy(size: int, density: float, glow: float, fields: int = 29, seed: int
             lost += bad[number] is None and not ok
             if bad[number] is None and ok:
                 errors.append(off[number])
-    return (
-        f"{size} px, {density:g} beads/px, glow {glow:g}: {len(errors)} rounds, error median {np.median(errors):.3f}, "
-        f"99th percentile {np.quantile(errors, 0.99):.3f}, max {max(errors):.3f} px; usable rounds lost {lost}; "
-        f"unusable {unusable}, accepted {accepted}"
-    )
+    return {
+        "px": size,
+        "beads/px": density,
+        "glow": glow,
+        "rounds": len(errors),
+        "error, median px": float(np.median(errors)),
+        "99th percentile": float(np.quantile(errors, 0.99)),
+        "largest": max(errors),
+        "usable rounds lost": lost,
+        "unusable": unusable,
+        "unusable accepted": accepted,
+    }
 
 
-def speed(size: int = 2048) -> None:
+def speed(size: int = 2048) -> list[dict[str, str | float]]:
+    """The shortest of three runs of each step."""
     rng = np.random.default_rng(0)
     beads = scene(rng, size, 1.5e-4, 300)
     nothing = (np.array([], int), np.array([], int))
@@ -105,6 +118,7 @@ def speed(size: int = 2048) -> None:
         f"align {len(bits)} planes, drift and colour": lambda: align(bits, shifts, bent),
         "gaussian, sigma 3, 1 plane": lambda: gaussian(images[0], 3.0),
     }
+    rows: list[dict[str, str | float]] = []
     for name, job in jobs.items():
         job()
         seconds = []
@@ -112,10 +126,24 @@ def speed(size: int = 2048) -> None:
             start = time.perf_counter()
             job()
             seconds.append(time.perf_counter() - start)
-        print(f"{name}, {size} x {size}: {min(seconds):.3f} s")
+        rows.append({"step": f"{name}, {size} x {size}", "seconds": min(seconds)})
+    return rows
+
+
+def main() -> None:
+    settings = ((512, 1.5e-4, 300), (512, 1.5e-4, 2000), (256, 1.5e-4, 300), (128, 4e-4, 300))
+    text = f"""Made by `python benchmarks/registration.py`.
+
+Drift of usable rounds against the truth; `usable rounds lost` and
+`unusable accepted`: what the check of a round gets wrong.
+
+{as_markdown(pd.DataFrame([accuracy(*setting) for setting in settings]))}
+
+{as_markdown(pd.DataFrame(speed()))}
+"""
+    (RESULTS / "registration.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
-    speed()
-    for setting in ((512, 1.5e-4, 300), (512, 1.5e-4, 2000), (256, 1.5e-4, 300), (128, 4e-4, 300)):
-        print(accuracy(*setting), flush=True)
+    main()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from decode import judge, recall_at_precision
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish import mhd4_codebook, plots, simulate_stack
 from merfish.calls.filtering import keep_calls
@@ -23,7 +23,6 @@ from merfish.codebook import Codebook
 from merfish.simulate import Imaging, score_calls
 from merfish.stack import decode_all
 
-RESULTS = Path(__file__).parent / "results"
 SEEDS = range(700, 704)  # never looked at while the decoder was written
 METHODS = ("spots", "pixels")
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
@@ -202,7 +201,6 @@ decoder that knows places, bits, rates and abundances; `dim`: recall of the dim 
 
 {as_markdown(table.round(3))}
 """
-    RESULTS.mkdir(exist_ok=True)
     (RESULTS / "robustness.md").write_text(text)
     draw(table, RESULTS / "robustness.png")
     print(text)

@@ -27,12 +27,11 @@ from peers import embed
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from spatialvae import SpatialVAE, plots
 from spatialvae.dependence import log_expression, most_variable
 
-RESULTS = Path(__file__).parent / "results"
 HELD_OUT = 0.2
 SAMPLES = 1000
 PEERS = ["scVI", "scVI_heldout"]

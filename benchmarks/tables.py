@@ -1,8 +1,14 @@
-"""Tables as the benchmarks write them."""
+"""Tables as the benchmarks write them and read them again, and where their pages go."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pandas as pd
+
+RESULTS_VARIABLE = "MERFISH_BENCHMARK_RESULTS"  # a folder for pages that are not to replace those of the repository
+RESULTS = Path(os.environ.get(RESULTS_VARIABLE, Path(__file__).parent / "results"))
 
 
 def as_markdown(table: pd.DataFrame) -> str:
@@ -10,3 +16,14 @@ def as_markdown(table: pd.DataFrame) -> str:
     text = table.map(lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)).replace("nan", "")
     lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def read_markdown(page: str) -> list[pd.DataFrame]:
+    """The tables of a page, in order, cells as text."""
+    tables: list[list[list[str]]] = [[]]
+    for line in page.splitlines():
+        if line.startswith("|"):
+            tables[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif tables[-1]:
+            tables.append([])
+    return [pd.DataFrame(rows[2:], columns=rows[0]) for rows in tables if rows]

@@ -32,7 +32,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from peers.embed import CACHE, environment
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from spatialvae import SpatialVAE
 from spatialvae._product import Linear
@@ -41,8 +41,8 @@ from spatialvae.encoder import log_normalised
 from spatialvae.training import flattened, threads_for
 
 HERE = Path(__file__).parent
-RESULT = HERE / "results" / "training_speed.md"
-MILLION = HERE / "results" / "training_million.md"
+RESULT = RESULTS / "training_speed.md"
+MILLION = RESULTS / "training_million.md"
 BATCHES = (128, 1024)
 GENES, HIDDEN, LATENT = 500, 128, 10  # scVI's sizes
 EPOCHS = 10

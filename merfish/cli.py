@@ -42,7 +42,7 @@ BookFile = Annotated[Path, typer.Argument(help="Codebook file (CSV, or merfishto
 
 
 class Method(StrEnum):
-    """How pixels or spots become words."""
+    """Decoders."""
 
     spots = "spots"
     pixels = "pixels"
@@ -118,7 +118,7 @@ def system_error(error: OSError) -> str:
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder for the results.")] = Path("demo_output"),
 ) -> None:
-    """Run everything on small data: real fields, a simulated tissue, its embedding; writes OUT/report.html."""
+    """Run everything on small data: real fields, a simulated tissue and its embedding; write OUT/report.html."""
     from merfish.demo import run_demo
 
     run_demo(out)
@@ -157,23 +157,26 @@ def decode(
 @app.command()
 def run(
     experiment: Annotated[Path, typer.Argument(help="Folder with the images and their tables.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run goes on there.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run resumes there.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with parameters, see 'merfish config'.")] = None,
     method: Annotated[Method | None, typer.Option(help="Decoder; overrides the configuration.")] = None,
     fov: Annotated[str | None, typer.Option(help="Fields to run, e.g. 0,3-5. [default: all]")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes, at most one a core. [default: one that uses every core]")
+        int | None,
+        typer.Option(min=1, help="Number of processes, at most one per core. [default: one that uses all cores]"),
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
     slurm: Annotated[
-        int | None, typer.Option(min=1, help="Most SLURM jobs at a time, as dask-jobqueue is configured.")
+        int | None, typer.Option(min=1, help="Largest number of SLURM jobs at a time; see 'merfish guide slurm'.")
     ] = None,
     data_organization: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/data_organization.csv.")] = None,
     codebook: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/codebook.csv.")] = None,
     positions: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/positions.csv.")] = None,
     microscope: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/microscope.json.")] = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out fields with faulty files.")] = False,
-    segmentation: Annotated[Path | None, typer.Option(help="Cells to use instead; see merfish assign.")] = None,
+    segmentation: Annotated[
+        Path | None, typer.Option(help="Cells from another segmentation; see 'merfish assign'.")
+    ] = None,
     save_images: Annotated[
         bool, typer.Option("--save-images", help="Keep registered, filtered images as OME-Zarr in OUT/images.")
     ] = False,
@@ -186,10 +189,11 @@ def run(
         bool, typer.Option("--embed", help="Train SpatialVAE on the cells; embedding and domains go into the table.")
     ] = False,
     domains: Annotated[
-        int | None, typer.Option(min=1, help="Spatial domains that --embed finds; as many as fit best when not given.")
+        int | None,
+        typer.Option(min=1, help="Number of spatial domains that --embed finds. [default: the number that fits best]"),
     ] = None,
 ) -> None:
-    """Decode a whole raw experiment into molecules, cells and counts; writes OUT/report.html.
+    """Decode a whole raw experiment into molecules, cells and counts; write OUT/report.html.
 
     The same command again resumes an interrupted run.
     """
@@ -255,9 +259,9 @@ def run(
 
 @app.command("config")
 def config_command(
-    out: Annotated[Path | None, typer.Option(help="File to write; printed when not given.", metavar="YAML")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. [default: print]", metavar="YAML")] = None,
 ) -> None:
-    """Write every parameter of a run with its default, unit and source, as YAML for 'merfish run --config'."""
+    """Write every parameter with its default, unit and source as YAML, for 'merfish run --config'."""
     from merfish.config import config_yaml, write_config
 
     if out is None:
@@ -269,7 +273,7 @@ def config_command(
 
 @app.command()
 def guide(
-    name: Annotated[str | None, typer.Argument(help="Guide to show; lists the guides when not given.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Guide to show. [default: list the guides]")] = None,
 ) -> None:
     """Show a guide, or list them."""
     from rich.console import Console
@@ -288,7 +292,7 @@ def guide(
 
 @app.command()
 def status(out: RunFolder) -> None:
-    """Show the fields that are done and those that failed, why, and the time left."""
+    """Show which fields are done, which failed and why, and the time left."""
     from merfish.pipeline.status import status_lines
 
     print(*status_lines(out), sep="\n")
@@ -300,7 +304,7 @@ def report(
     bulk: Annotated[Path | None, typer.Option(help="CSV file of bulk RNA-seq: gene, value.")] = None,
     replicate: Annotated[Path | None, typer.Option(help="Folder of another run of the same genes.")] = None,
 ) -> None:
-    """Write DIR/report.html again from the results of a run; pictures and numbers in DIR/report."""
+    """Rewrite DIR/report.html from the results of a run; figures and numbers go to DIR/report."""
     from merfish.report import write_run_report
 
     print(write_run_report(out, bulk=bulk, replicate=replicate))
@@ -323,7 +327,7 @@ def mosaic(
 @app.command()
 def view(
     out: RunFolder,
-    fov: Annotated[int | None, typer.Option(min=0, help="One field; the whole section when not given.")] = None,
+    fov: Annotated[int | None, typer.Option(min=0, help="Field to show. [default: the whole section]")] = None,
 ) -> None:
     """Open napari with the images, outlines and molecules of a run."""
     from merfish.viewer import view as open_viewer
@@ -340,7 +344,7 @@ def simulate(
     density: Annotated[float, typer.Option(min=0.0, help="Molecules a pixel of cell and plane [1/px].")] = 0.012,
     drift: Annotated[float, typer.Option(min=0.0, help="Largest drift of a round [px].")] = 5.0,
     genes: Annotated[int, typer.Option(min=1, help="Genes of the MHD4 codebook that is made.")] = 60,
-    codebook: Annotated[Path | None, typer.Option(help="Codebook to use instead.")] = None,
+    codebook: Annotated[Path | None, typer.Option(help="Codebook file to use instead of a new one.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
 ) -> None:
     """Write a raw experiment of a simulated tissue, with truth tables in OUT/truth."""
@@ -364,7 +368,7 @@ def simulate(
 
 @codebook_app.command("make")
 def codebook_make(
-    genes: Annotated[Path, typer.Argument(help="Genes, one a line, or CSV 'gene,expression'.")],
+    genes: Annotated[Path, typer.Argument(help="Text file with one gene per line, or CSV 'gene,expression'.")],
     out: Annotated[Path, typer.Option(help="CSV file to write.")],
     bits: Annotated[int, typer.Option(min=4, max=64, help="Bits of the code.")] = 16,
 ) -> None:
@@ -397,7 +401,7 @@ def codebook_check(book: BookFile) -> None:
 
 @codebook_app.command("show")
 def codebook_show(book: BookFile) -> None:
-    """Print the words, a line each."""
+    """Print one word per line."""
     from merfish.codebook import read_codebook
 
     codebook = read_codebook(book)

@@ -1,4 +1,4 @@
-"""Commands that bring others' files in and take results out."""
+"""Commands that import files of other tools and export results."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import typer
 
 from merfish.errors import InputError
 
-table_app = typer.Typer(help="Tables of counts from others' folders.", no_args_is_help=True)
+table_app = typer.Typer(help="Import tables of counts from other instruments.", no_args_is_help=True)
 
 
 class Kind(StrEnum):
-    """Whose folder it is."""
+    """Instruments and formats that can be imported."""
 
     merscope = "merscope"
     xenium = "xenium"
@@ -26,15 +26,15 @@ class Kind(StrEnum):
 
 @table_app.command("import")
 def table_import(
-    kind: Annotated[Kind, typer.Argument(help="Whose folder it is.")],
-    path: Annotated[Path, typer.Argument(help="The folder.")],
-    out: Annotated[Path, typer.Option(help="AnnData file to write: counts, and places in micrometre.")],
+    kind: Annotated[Kind, typer.Argument(help="Instrument or format.")],
+    path: Annotated[Path, typer.Argument(help="Output folder of the instrument.")],
+    out: Annotated[Path, typer.Option(help="AnnData file to write: counts and coordinates [µm].")],
     microns_per_pixel: Annotated[
         float | None,
-        typer.Option(help="Of slideseq (0.65 when not given), cosmx (0.12028) and csv (1) only.", min=1e-6),
+        typer.Option(help="Pixel size [µm]; for slideseq (default 0.65), cosmx (0.12028) and csv (1) only.", min=1e-6),
     ] = None,
 ) -> None:
-    """Read a vendor's folder into TABLE.h5ad, which `spatialvae train` takes."""
+    """Read the output folder of an instrument into TABLE.h5ad, the input of spatialvae train."""
     from importlib import import_module
 
     from merfish._files import whole_file
@@ -60,9 +60,11 @@ def assign(
             "(.tif, .npy, .zarr, Cellpose's _seg.npy) or polygons in pixels for each field."
         ),
     ],
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; this one when not given.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes. [default: this process alone]")
+    ] = None,
 ) -> None:
-    """Put the molecules of a finished run into others' cells; nothing is decoded again."""
+    """Assign the molecules of a finished run to cells from another segmentation; nothing is decoded again."""
     from merfish.pipeline.assign import assign
 
     figures = assign(out, segmentation, workers=workers, progress=True)
@@ -72,7 +74,7 @@ def assign(
 
 
 class Format(StrEnum):
-    """What results are written as."""
+    """Formats that can be exported."""
 
     merscope = "merscope"
     spatialdata = "spatialdata"
@@ -91,7 +93,7 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="File or folder to write; must not exist.")],
 ) -> None:
-    """Write the results of a run in the format of other tools, whole or not at all."""
+    """Write the results of a run in the format of another tool."""
     from importlib import import_module
 
     from merfish import results

@@ -1,4 +1,4 @@
-"""Small real data that come with the package; where each is from and under which licence stands beside it."""
+"""Small real data sets included in the package; source and licence are in the folder of each."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def neighbours(
     spatial_key: Places = "spatial",
     sample_key: Sections = None,
 ) -> None:
-    """Which types sit beside each other more, or less, often than their abundances tell: a Potts model of the labels.
+    """Which types are neighbours more, or less, often than their abundances explain: a Potts model of the labels.
 
     Errors are by blocks of the tissue, so that its gradients count as what they are.
     """
@@ -252,7 +252,7 @@ def latent(
     key: Annotated[str, typer.Option(help="obsm with the embedding")] = "X_spatialvae",
     seed: Annotated[int, typer.Option(help="of the cells drawn and of the map")] = 0,
 ) -> None:
-    """Distances between cells in latent space, ordered by type, beside an embedding in the plane."""
+    """Distances between cells in latent space, ordered by type, and a two-dimensional embedding."""
     adata = _read(table)
     import numpy as np
 

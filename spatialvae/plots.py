@@ -98,7 +98,7 @@ def latent_distances(latent: np.ndarray, labels: np.ndarray, seed: int = 0, titl
     return figure
 
 
-def couplings(table: pd.DataFrame, title: str = "Who sits beside whom") -> Figure:
+def couplings(table: pd.DataFrame, title: str = "Which types are neighbours") -> Figure:
     """A matrix of couplings of ``potts.interactions``: red attract, blue repel; dots at an FDR of 5 %."""
     names = _in_order(np.unique(table[["label", "neighbour"]]))
     matrix, found = np.zeros((len(names), len(names))), np.zeros((len(names), len(names)), bool)
@@ -172,7 +172,7 @@ def variance_bars(shares: pd.DataFrame, most: int = 30) -> Figure:
         start = start + shares[name].to_numpy()
     axes.set(xlabel="share of the variance of log counts, in cells not fitted to", ylim=(-0.6, len(shares) - 0.4))
     axes.tick_params(axis="y", labelsize=7)
-    axes.set_title("What tells the expression of a gene in a cell", pad=24)
+    axes.set_title("What explains the expression of a gene in a cell", pad=24)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 

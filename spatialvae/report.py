@@ -29,10 +29,16 @@ DIMENSIONS_SHOWN = 12
 SETS_SHOWN = 3  # a program
 OTHERS = {  # what other commands write into the folder: heading, file, caption
     "evidence.png": ("Evidence", "Evidence of models for cells that they have not seen (spatialvae evaluate)"),
-    "checks.png": ("Predictive checks", "What the model draws beside what was measured (spatialvae evaluate --model)"),
-    "couplings.png": ("Who sits beside whom", "Couplings of types: red attract, blue repel; dots at an FDR of 5 %"),
+    "checks.png": (
+        "Predictive checks",
+        "Counts drawn from the model, and counts measured (spatialvae evaluate --model)",
+    ),
+    "couplings.png": (
+        "Which types are neighbours",
+        "Couplings of types: red attract, blue repel; dots at an FDR of 5 %",
+    ),
     "edges.png": ("Genes that depend on each other", "Given all other genes, and the neighbours"),
-    "variance.png": ("What neighbours do", "What tells the expression of a gene"),
+    "variance.png": ("What neighbours do", "What explains the expression of a gene"),
     "neighbour_effects.png": ("What neighbours do", "Cells of one type, close by, with more neighbours of another"),
 }
 

@@ -1,4 +1,4 @@
-"""Where things stand in an AnnData, and reading them checked: coordinates, samples, batches."""
+"""Where coordinates, samples and batches are in an AnnData, and their validated reading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where things stand in an AnnData, and whether the model that reads it is to know how counts were measured."""
+    """Where data are in an AnnData, and whether the model uses how counts were measured."""
 
     layer: str | None = None
     spatial_key: str | None = "spatial"

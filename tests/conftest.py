@@ -6,8 +6,8 @@ import matplotlib
 import pytest
 from hypothesis import HealthCheck, settings
 
-# needs an environment of its own, which .ci/exchange makes
-collect_ignore = [] if find_spec("squidpy") else ["exchange_roundtrip.py"]
+# need an environment of their own, which .ci/exchange makes
+collect_ignore = [] if find_spec("squidpy") else ["exchange_roundtrip.py", "analysis_roundtrip.py"]
 
 matplotlib.use("Agg")
 # compilation takes seconds on the first example and no time after it
@@ -33,3 +33,21 @@ def done(raw, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     merfish.run(raw, out=out)
     return out
+
+
+@pytest.fixture
+def blank_pictures(request, monkeypatch):
+    """Runs of the test write pages with blank pictures: drawing takes half the time of a run of small fields.
+
+    Whole modules use it that are not about pages; a test among them whose page is unusual is marked ``draws``.
+    """
+    from markupsafe import Markup
+
+    from merfish.report.page import Picture
+
+    def blank(name, figure, caption, numbers=None, width="normal"):
+        return Picture(name, Markup("<svg></svg>"), b"", caption, numbers, width)
+
+    if not request.node.get_closest_marker("draws"):
+        monkeypatch.setattr("merfish.report.sections.picture", blank)
+        monkeypatch.setattr("merfish.report.domains.picture", blank)

@@ -18,6 +18,8 @@ from merfish.exchange.plain import read_csv
 from merfish.pipeline.assign import assign
 from merfish.transcripts import read_transcripts
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @pytest.fixture(scope="module")
 def table(done):

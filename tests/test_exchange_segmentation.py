@@ -30,6 +30,8 @@ from merfish.pipeline.assign import assign
 from merfish.pipeline.segmentations import find_segmentation
 from merfish.transcripts import read_transcripts
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SQUARES = [shapely.box(0, 0, 4, 4), shapely.box(10, 0, 14, 4)]
 
 

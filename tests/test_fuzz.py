@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
-SPEC = importlib.util.spec_from_file_location("fuzz", PATH)
-fuzz = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(fuzz)
+from benchmarks import fuzz
 
 
 def test_whole_inputs_are_accepted():

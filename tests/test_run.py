@@ -182,7 +182,10 @@ def test_workers_give_the_same_result(raw, done, tmp_path):
 
 
 def test_run__refuses_a_folder_that_another_run_holds(raw, tmp_path):
-    with folder.owned(tmp_path / "out"), pytest.raises(InputError, match="another run is writing here: process"):
+    with (
+        folder.owned(tmp_path / "out"),
+        pytest.raises(InputError, match=r"another run is writing to this folder \(process"),
+    ):
         merfish.run(raw, out=tmp_path / "out")
 
 

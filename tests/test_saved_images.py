@@ -25,6 +25,8 @@ from merfish.pipeline import images
 from merfish.pipeline.survey import read_calibration
 from merfish.simulate import simulate_experiment
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):

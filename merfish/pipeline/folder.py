@@ -43,14 +43,17 @@ def owned(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise InputError(f"{out}: this is a file; expected a folder, or nothing yet") from None
+        raise InputError(f"{out}: is a file; expected a folder, or a path that does not exist yet") from None
     holder = out / _HOLDER
     lock = FileLock(out / _LOCK, blocking=False)
     try:
         lock.acquire()
     except Timeout:
         told = holder.read_text(encoding="utf-8").strip() if holder.is_file() else ""
-        raise InputError(f"{out}: another run is writing here: {told or 'unknown process'}") from None
+        raise InputError(
+            f"{out}: another run is writing to this folder ({told or 'unknown process'}); wait until it ends, or "
+            "choose another folder"
+        ) from None
     try:
         holder.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
         finish_publication(out)

@@ -67,7 +67,7 @@ def plan_lines(
         f"stains      {', '.join(stains) or 'none: cells are not segmented'}",
         f"fields      {len(good)} of {len(source.fovs)} ({fields_text(good)})",
         *(f"left out    field {fov}: {reason}" for fov, reason in faulty.items()),
-        f"files       {len(files)}, {_bytes(size)}; every one has the frames, size and type that were expected",
+        f"files       {len(files)}, {_bytes(size)}; all with the expected frames, size and type",
         *([f"resumes     {out} holds {len(there)} fields; those that are unchanged are used again"] if there else []),
         f"method      {config.method}" + ("" if config.method == "spots" else "; the time is estimated for spots"),
         f"time        about {_duration(cost.seconds)} on {processes} process{'es' if processes > 1 else ''}, "

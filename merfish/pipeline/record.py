@@ -179,7 +179,7 @@ def run_summary(out: Path) -> dict[str, Any]:
         *stain_lines(record["fields"]),
         *filter(None, [untied_text(record["stage"])]),
         *([f"cells are those of {record['segmentation']['path']}"] if "segmentation" in record else []),
-        f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules a cell in the median",
+        f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules per cell (median)",
         *sequential_lines(record["fields"]),
         *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),
         f"results in {out}, report in {out / results.REPORT}",

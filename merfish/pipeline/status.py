@@ -15,7 +15,7 @@ from merfish.pipeline import folder
 def status_lines(out: Path) -> list[str]:
     """A run in a few lines. Raises InputError if ``out`` is not the folder of a run."""
     if not (out / results.FIELDS).is_dir():
-        raise InputError(f"{out}: no folder {results.FIELDS} there; expected the folder of a run")
+        raise InputError(f"{out}: no folder {results.FIELDS} in it; expected the folder of a run")
     holder = folder.is_held(out)
     lines = [f"running: {holder}" if holder else "not running"]
     try:
@@ -36,7 +36,7 @@ def decoded_fields(out: Path) -> list[int]:
 
 def _decoded(progress: dict[str, float], running: bool) -> str:
     done, total = int(progress["done"]), int(progress["total"])
-    line = f"{done} of {total} fields that were to be decoded are done"
+    line = f"{done} of the {total} fields to decode are done"
     if not running or not 0 < done < total:
         return line
     left = (progress["time"] - progress["started"]) / done * (total - done) - (time.time() - progress["time"])

@@ -54,7 +54,7 @@ class Calibrated:
         if used:
             return ""
         told = "; ".join(f"field {fov}: {reason}" for fov, reason in list(dull.items())[:5])
-        return f"no field shows molecules, so that background and scale of the bits are not known ({told})"
+        return f"no field shows molecules, so background and scale of the bits are unknown ({told})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ def shared_calibration(
         calibration = Calibration.from_dict(known["calibration"], given)
         return Calibrated(calibration, digest(known["calibration"]), _reasons(known["surveyed"]))
     if known is not None:
-        display.say("calibration: made again, since the images or parameters that it was made from changed")
+        display.say("calibration: made again, because its images or parameters have changed")
     surveys: dict[int, Survey] = {}
     reasons: dict[int, str] = {}
     with display.step("calibrate"):

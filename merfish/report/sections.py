@@ -411,7 +411,7 @@ def cell_section(run: Run) -> Section | None:
     cells["n_genes"] = genes_of_cells(run.stage / results.CELL_BY_GENE)
     shares = run.fields["in cells"].to_numpy(float)
     text = [
-        f"{made['n_cells']:,} cells, {made['transcripts_per_cell']:,.0f} molecules a cell in the median; "
+        f"{made['n_cells']:,} cells, {made['transcripts_per_cell']:,.0f} molecules per cell (median); "
         f"{made['share_in_cells']:.0%} of the molecules lie in cells. "
         f"{int((cells['n_transcripts'] == 0).sum()):,} cells are empty."
     ]
@@ -525,8 +525,9 @@ def _stage_pictures(stage: dict[str, Any]) -> tuple[list[str], list[Picture]]:
     if used:
         left = max(links.loc[links["used"], "residual"].max(), 0.001)
         text += (
-            f" They tell that the stage stops {stage['stage_error']:.3f} µm (rms, along each axis) from where it says; "
-            f"the corrected positions, in which all places are given, agree with every overlap to {left:.3f} µm."
+            f" According to them, the stage stops {stage['stage_error']:.3f} µm (rms, along each axis) from the "
+            "position it reports; the corrected positions, in which all places are given, agree with every overlap to "
+            f"{left:.3f} µm."
         )
     if used < len(links):
         text += f" {len(links) - used} overlaps contradict the others and were left out (red)."

@@ -1,0 +1,211 @@
+"""What benchmarks there are, how each is run, and the figures of its page that count most."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from benchmarks.tables import read_markdown
+
+HERE = Path(__file__).parent
+Row = Mapping[str, str]  # column and value that tell a row of a table from the others
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a page: ``column`` in the row ``where``; divided by that of the row ``over`` if there is one."""
+
+    label: str
+    column: str
+    where: Row
+    over: Row | None = None
+    kind: Literal["share", "ratio", "number"] = "share"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark; ``{data}`` in arguments stands for the folder of real data. quick: None without small setting."""
+
+    name: str  # of its page
+    about: str
+    script: str
+    arguments: Sequence[str] = ()
+    quick: Sequence[str] | None = None
+    peer: bool = False  # installs other tools
+    figures: Sequence[Figure] = ()
+
+    def command(self, data: Path, quick: bool) -> list[str]:
+        """Arguments for Python."""
+        given = (self.quick or ()) if quick else self.arguments
+        return [str(HERE / self.script), *(argument.format(data=data) for argument in given)]
+
+    def left_out(self, data: Path, quick: bool, peers: bool) -> str | None:
+        """Why it cannot run as asked; None if it can."""
+        if quick and self.quick is None:
+            return "it has no small setting"
+        if self.peer and not peers:
+            return "it installs other tools: --peers"
+        if any("{data}" in argument for argument in self.arguments) and not data.is_dir():
+            return f"there are no data in {data}: --data"
+        return None
+
+
+def number(text: str) -> float:
+    """The number that a cell of a table begins with; `95%` is 0.95, `4 of 5` is 0.8. NaN if there is none."""
+    found = re.match(r"([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)(?: of (\d+)|(%))?", text)
+    if found is None:
+        return float("nan")
+    value = float(found[1].replace(",", ""))
+    return value / float(found[2]) if found[2] else value / 100 if found[3] else value
+
+
+def look_up(tables: Sequence[pd.DataFrame], column: str, where: Row) -> float:
+    """The number in ``column`` of the first row that fits ``where``. Raises LookupError if no table has one."""
+    for table in tables:
+        if column in table and set(where) <= set(table):
+            fits = table[(table[list(where)] == pd.Series(dict(where))).all(axis=1)]
+            if len(fits):
+                return number(fits[column].iloc[0])
+    raise LookupError(f"no table has a column {column!r} and a row {dict(where)}")
+
+
+def headlines(benchmark: Benchmark, page: str) -> list[dict[str, str | float]]:
+    """Rows of figure, kind and value, from the page of a benchmark."""
+    tables, rows = read_markdown(page), []
+    for figure in benchmark.figures:
+        value = look_up(tables, figure.column, figure.where)
+        if figure.over is not None:
+            value /= look_up(tables, figure.column, figure.over)
+        rows.append({"figure": figure.label, "kind": figure.kind, "value": value})
+    return rows
+
+
+def spots(column: str, over: str = "") -> Figure:
+    """Recall or precision of `spots` at 0.01 molecules a pixel, alone or divided by that of another method."""
+    row = {"density": "0.01", "method": "spots"}
+    if over:
+        return Figure(f"{column}, spots / {over}", column, row, row | {"method": over}, "ratio")
+    return Figure(f"{column}, spots", column, row)
+
+
+BENCHMARKS = (
+    Benchmark(
+        "decode", "accuracy and calibration of the decoders by density", "decode.py", quick=["--quick"],
+        figures=[spots("recall"), spots("precision"), spots("recall", "pixels")],
+    ),
+    Benchmark(
+        "robustness", "the decoders when cells glow, bits are shifted, or rates, PSF, signal or codebook differ",
+        "robustness.py",
+        figures=[
+            Figure(f"recall, {world}", "recall", {"world": world, "method": "spots"})
+            for world in ("nothing", "cells glow")
+        ],
+    ),
+    Benchmark(
+        "efficiency", "detection efficiency as a run states it, against the truth", "efficiency.py",
+        figures=[
+            Figure(f"{column}, spots", column, {"method": "spots", "molecules/px": "0.01"})
+            for column in ("true", "stated")
+        ],
+    ),
+    Benchmark(
+        "decode_speed", "time of the decoders against reading the stack once and a ball tree; memory",
+        "decode_speed.py", quick=["--quick"],
+        figures=[
+            Figure("pixels, kernel / reading the stack", "times_reading", {"what": "pixels: kernel and molecules"},
+                   kind="ratio"),
+            Figure("spots, peak memory / stack", "peak_over_stack", {"method": "spots", "stack": "raw uint16"},
+                   kind="ratio"),
+        ],
+    ),
+    Benchmark(
+        "decode_peers", "starfish on the same simulated stacks", "peers/decode.py", peer=True,
+        figures=[
+            Figure("recall, spots / starfish pixels", "recall", {"density": "0.01", "method": "merfish spots"},
+                   {"density": "0.01", "method": "starfish pixels, own filters"}, "ratio"),
+        ],
+    ),
+    Benchmark(
+        "decode_real", "real images against permuted codebooks; images rendered from real molecules", "decode_real.py",
+        ["--data", "{data}"], ["--data", "{data}", "--quick"],
+        figures=[Figure("genes / blanks, field 0", "ratio", {"method": "spots", "field": "0"}, kind="ratio")],
+    ),
+    Benchmark(
+        "imaging", "recall lost to drift, colours, uneven light, haze, hot pixels and stage errors", "imaging.py",
+        figures=[
+            Figure(f"recall, {name}", "recall, default", {"experiment": name})
+            for name in ("perfect", "all disturbances")
+        ],
+    ),
+    Benchmark("registration", "drift of 200 rounds with beads that move, vanish or saturate", "registration.py"),
+    Benchmark(
+        "pipeline_speed", "time of a large field by step, of tiny ones, one worker against two; memory and disk",
+        "pipeline_speed.py", quick=["--only", "tiny", "--tiny", "20"],
+        figures=[
+            Figure("ms a tiny field, the first 20", "ms a field", {"fields": "20", "processes": "this one"},
+                   kind="number"),
+        ],
+    ),
+    Benchmark(
+        "pipeline_scale", "memory and time of everything after decoding", "pipeline_scale.py",
+        quick=["--fields", "10", "--molecules", "5000"],
+    ),
+    Benchmark("faults", "faulty inputs, kills, damage, a full disk: messages, and the same results", "faults.py"),
+    Benchmark(
+        "fuzz", "mutated images and tables: what is accepted, what is refused, how fast", "fuzz.py",
+        quick=["--number", "20"],
+        figures=[Figure("TIFF, neither accepted nor refused", "anything else", {"kind": "TIFF"}, kind="number")],
+    ),
+    Benchmark(
+        "cells", "segmentation of simulated tissues: cells, molecules in their cells, volumes, borders", "cells.py",
+        figures=[
+            Figure("F1 of cells", "F1", {"tissue": "usual", "planes": "1", "resolution": "blocks"}),
+            Figure("CPU time, full / blocks", "CPU time, full / blocks", {"tissue": "usual", "planes": "1"},
+                   kind="ratio"),
+        ],
+    ),
+    Benchmark(
+        "exchange", "assignment to real outlines; memory and time by number of cells", "exchange.py",
+        ["--data", "{data}"], ["--data", "{data}", "--cells", "1000"],
+        figures=[],
+    ),
+    Benchmark(
+        "embedding", "domains against averages of principal components; needs '.[vae,analysis]'", "embedding.py",
+        figures=[
+            Figure("ARI, SpatialVAE", "median", {"method": "SpatialVAE"}),
+            Figure("ARI, SpatialVAE / mean of 15 neighbours", "median", {"method": "SpatialVAE"},
+                   {"method": "mean of 15 neighbours"}, "ratio"),
+        ],
+    ),
+    Benchmark(
+        "heldout", "likelihood of held-out cells and counts, cell types; needs '.[vae,analysis]'", "heldout.py",
+        ["{data}"],
+        figures=[Figure("log p(x) [nats a cell], osmFISH", "osmfish", {"method": "SpatialVAE"}, kind="number")],
+    ),
+    Benchmark(
+        "distribution", "evidence, cover of intervals, imputation, differential expression, sampled tissue",
+        "distribution.py", ["{data}"],
+        figures=[Figure("90 % intervals hold, osmFISH", "ranks within", {"table": "osmfish"})],
+    ),
+    Benchmark(
+        "dependence", "partial correlations of a known chain, neighbour effects, Potts models", "dependence.py",
+        figures=[Figure("95 % intervals of couplings hold", "95 % intervals hold", {"seeds": "20"})],
+    ),
+    Benchmark(
+        "single_cell", "dissociated cells: clusters and held-out likelihood, scVI beside it", "single_cell.py",
+        ["--data", "{data}/single_cell"], peer=True,
+    ),
+    Benchmark(
+        "training_speed", "training speed and the time of each part of a step", "training_speed.py",
+        quick=["--quick"],
+        figures=[
+            Figure("SpatialVAE / products alone, minibatch 1024", "minibatch 1024",
+                   {"": "SpatialVAE, without neighbours"}, {"": "matrix products alone"}, "ratio"),
+        ],
+    ),
+)  # fmt: skip
