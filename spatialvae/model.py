@@ -57,7 +57,7 @@ class SpatialVAE:
     seed : of the initial weights
     measurement : model expression as it was before it was measured (``spatialvae.measurement``): ``adata`` gives each
         gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them
-    linear_decoder : log shares are linear in z_cell, as in LDVAE, and ``get_loadings`` says how; the likelihood is lower
+    linear_decoder : log shares are linear in z_cell, as in LDVAE, and ``get_loadings`` says how
 
     Raises
     ------
@@ -190,8 +190,8 @@ class SpatialVAE:
     ) -> None:
         """Train on the table given at the start; a second call goes on from where the first ended, without warm-up.
 
-        ``training_log`` gets one row for every 100 steps. ``max_epochs`` is the same limit as ``max_steps`` in passes over
-        the table, ``train_size`` is 1 - ``held_out``, ``accelerator`` a device as in ``to_device``; without
+        ``training_log`` gets one row for every 100 steps. ``max_epochs`` is the same limit as ``max_steps`` in passes
+        over the table, ``train_size`` is 1 - ``held_out``, ``accelerator`` a device as in ``to_device``; without
         ``early_stopping`` training goes on to its limit. For the others see ``training.Plan``. Held-out cells add
         nothing to the training of parameters or to the niches of others; but the linear start has seen them, and
         results come from all cells. To judge a model by cells that it has not seen, leave them out of the table.
