@@ -151,7 +151,7 @@ class SpatialVAE:
         if not self.is_trained:
             return {}
         by_step = self.training_log.set_index("step")
-        return {name: by_step[[name]] for name in by_step}
+        return {str(name): by_step[[name]] for name in by_step}
 
     @property
     def device(self) -> torch.device:
