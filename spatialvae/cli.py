@@ -169,7 +169,7 @@ def dependence(
     labels: Annotated[str | None, typer.Option(help="obs with the type of each cell", metavar="KEY")] = None,
     genes: Annotated[int, typer.Option(min=3, help="genes whose dependence is asked for, the most variable")] = 60,
     max_false: Annotated[float, typer.Option(min=0.01, help="wrong edges to expect, at most")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of halves and exchanges")] = 0,
+    seed: Annotated[int, typer.Option(help="of halves")] = 0,
 ) -> None:
     """Which genes depend on each other given all others and the neighbours; with labels, what neighbours do to genes.
 
@@ -210,9 +210,9 @@ def dependence(
         _write_csv(shares, out / "variance.csv")
         _write_figure(plots.variance_bars(shares), out / "variance.png")
         try:
-            with _status("exchanging cells"):
+            with _status("comparing cells of a type"):
                 effects = model.neighbour_effects(
-                    expression, types, near, cells.coordinates, kinds, cells.genes, cells.samples, seed
+                    expression, types, near, cells.coordinates, kinds, cells.genes, cells.samples
                 )
         except InputError as reason:  # the table is good, only too small for this
             typer.echo(f"No effects of neighbours: {reason}.")
