@@ -314,12 +314,12 @@ def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_n
     truth_map = plots.labels_by_place(x, y, truth, truth_name, true_colours)
     found_map = plots.labels_by_place(x, y, labels, "domains found", colours)
     latent_map = plots.labels_by_place(second, first, labels, "principal components of the latent space", colours)
-    training = embedding_plots.training_curve(model.history)
+    training = embedding_plots.training_curve(model.training_log)
     figures = [
         picture(f"{name}_truth", truth_map, f"Cells by their {truth_name}", numbers),
         picture(f"{name}_domains", found_map, f"Cells by the domain found, in the colour of the {truth_name} it fits"),
         picture(f"{name}_latent", latent_map, "Cells in the latent space, by the domain found"),
-        picture(f"{name}_training", training, "Training", model.history, "wide"),
+        picture(f"{name}_training", training, "Training", model.training_log, "wide"),
     ]
     text = [
         f"SpatialVAE was trained on the counts and places alone; {n_domains} domains were then cut from its latent "

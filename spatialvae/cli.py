@@ -71,6 +71,9 @@ def train(
     measurement: Annotated[
         bool, typer.Option("--measurement", help="model what was missed and miscalled, as `merfish run` states it")
     ] = False,
+    linear_decoder: Annotated[
+        bool, typer.Option("--linear-decoder", help="expression linear in the latents; writes loadings.csv")
+    ] = False,
 ) -> None:
     """Train a model on TABLE; write OUT/model, OUT/table.h5ad, history, plots and run.json.
 
@@ -83,7 +86,7 @@ def train(
 
     SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
     with _status("reading counts, finding neighbours, fitting the spatial field"):
-        model = SpatialVAE(adata, seed=seed, measurement=measurement)
+        model = SpatialVAE(adata, seed=seed, measurement=measurement, linear_decoder=linear_decoder)
     model.train(max_epochs, seed=seed, progress=is_first())
     if not is_first():
         return
@@ -93,7 +96,7 @@ def train(
             model.domains(domains, seed=seed)
         elbo = model.get_elbo()
         _write_run(model, table, out, {"domains": domains, "seed": seed}, elbo, started)
-    shape, steps = model.module.shape, model.history["step"].iloc[-1]
+    shape, steps = model.module.shape, model.training_log["step"].iloc[-1]
     typer.echo(
         f"{adata.n_obs} cells, {shape.n_genes} genes: {steps} steps, {shape.n_niche} niche and "
         f"{shape.n_cell} cell dimensions, ELBO {elbo:.2f} nats a cell. Written to {out}"
@@ -166,7 +169,7 @@ def dependence(
     labels: Annotated[str | None, typer.Option(help="obs with the type of each cell", metavar="KEY")] = None,
     genes: Annotated[int, typer.Option(min=3, help="genes whose dependence is asked for, the most variable")] = 60,
     max_false: Annotated[float, typer.Option(min=0.01, help="wrong edges to expect, at most")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of halves and exchanges")] = 0,
+    seed: Annotated[int, typer.Option(help="of halves")] = 0,
 ) -> None:
     """Which genes depend on each other given all others and the neighbours; with labels, what neighbours do to genes.
 
@@ -207,9 +210,9 @@ def dependence(
         _write_csv(shares, out / "variance.csv")
         _write_figure(plots.variance_bars(shares), out / "variance.png")
         try:
-            with _status("exchanging cells"):
+            with _status("comparing cells of a type"):
                 effects = model.neighbour_effects(
-                    expression, types, near, cells.coordinates, kinds, cells.genes, cells.samples, seed
+                    expression, types, near, cells.coordinates, kinds, cells.genes, cells.samples
                 )
         except InputError as reason:  # the table is good, only too small for this
             typer.echo(f"No effects of neighbours: {reason}.")
@@ -554,10 +557,13 @@ def _write_run(
     model.save(out / "model", overwrite=True)
     _write_table(adata, table, out / "table.h5ad")
     with whole(out / "history.csv") as part:
-        model.history.to_csv(part, index=False)
+        model.training_log.to_csv(part, index=False)
+    if shape.linear_decoder:
+        with whole(out / "loadings.csv") as part:
+            model.get_loadings().to_csv(part, index_label="gene")
     labels = adata.obs[_keys.DOMAIN].to_numpy() if parameters["domains"] is not None else None
     latent = adata.obsm[_keys.LATENT][:, : shape.n_niche or shape.n_cell]
-    figures = {"training": plots.training_curve(model.history), "latent": plots.latent_map(latent, labels)}
+    figures = {"training": plots.training_curve(model.training_log), "latent": plots.latent_map(latent, labels)}
     if labels is not None and model.setup.spatial_key is not None:
         figures["domains"] = plots.domains_in_space(np.asarray(adata.obsm[model.setup.spatial_key]), labels)
     for name, figure in figures.items():
@@ -584,7 +590,7 @@ def _about(model: SpatialVAE, table: Path, parameters: dict[str, Any], elbo: flo
         "versions": {name: version(name) for name in ("merfish", "numpy", "torch", "anndata")},
         "input": {"path": str(table), "bytes": table.stat().st_size, "sha256": digest},
         "parameters": asdict(model.setup) | asdict(model.module.shape) | parameters,
-        "figures": {"steps": int(model.history["step"].iloc[-1]), "elbo": elbo},
+        "figures": {"steps": int(model.training_log["step"].iloc[-1]), "elbo": elbo},
         "seconds": round(time.time() - started, 2),
     }
 

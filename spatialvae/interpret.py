@@ -27,7 +27,8 @@ def latent_programs(model: SpatialVAE, seed: int = 0) -> pd.DataFrame:
 
     The mean over cells of d log rho_g / d z_d = J_gd - sum_h rho_h J_hd, where J is the Jacobian of the decoder's
     logits: 0.7 is a doubling for one unit, in which cells vary by about 1. z_niche is the smooth part of the first
-    dimensions, and has their programs.
+    dimensions, and has their programs. Those of a linear decoder are its loadings, but for a constant of
+    each dimension.
     """
     import torch
 

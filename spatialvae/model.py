@@ -57,6 +57,7 @@ class SpatialVAE:
     seed : of the initial weights
     measurement : model expression as it was before it was measured (``spatialvae.measurement``): ``adata`` gives each
         gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them
+    linear_decoder : log shares are linear in z_cell, as in LDVAE, and ``get_loadings`` says how
 
     Raises
     ------
@@ -79,6 +80,7 @@ class SpatialVAE:
         gene_likelihood: str = "nb",
         seed: int = 0,
         measurement: bool = False,
+        linear_decoder: bool = False,
         **others: Any,
     ) -> None:
         verbs.refuse(others, "SpatialVAE")
@@ -100,13 +102,14 @@ class SpatialVAE:
             len(start.field.chosen) if start.field else 0,
             n_hidden,
             gene_likelihood,
+            linear_decoder,
         )
         self.genes, self.batch_names = cells.genes, cells.batch_names
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = SpatialModule(shape, start).to(_device())
         self.module.eval()
-        self.history = pd.DataFrame()
+        self.training_log = pd.DataFrame()
         self._section = self.module.section(cells, graphs)
         self._seen = fingerprint(adata, self.setup)
 
@@ -140,7 +143,15 @@ class SpatialVAE:
 
     @property
     def is_trained(self) -> bool:
-        return len(self.history) > 0
+        return len(self.training_log) > 0
+
+    @property
+    def history(self) -> dict[str, pd.DataFrame]:
+        """As scvi-tools gives it: each column of ``training_log``, by its name, as a frame over steps."""
+        if not self.is_trained:
+            return {}
+        by_step = self.training_log.set_index("step")
+        return {str(name): by_step[[name]] for name in by_step}
 
     @property
     def device(self) -> torch.device:
@@ -179,8 +190,8 @@ class SpatialVAE:
     ) -> None:
         """Train on the table given at the start; a second call goes on from where the first ended, without warm-up.
 
-        ``history`` gets one row for every 100 steps. ``max_epochs`` is the same limit as ``max_steps`` in passes over
-        the table, ``train_size`` is 1 - ``held_out``, ``accelerator`` a device as in ``to_device``; without
+        ``training_log`` gets one row for every 100 steps. ``max_epochs`` is the same limit as ``max_steps`` in passes
+        over the table, ``train_size`` is 1 - ``held_out``, ``accelerator`` a device as in ``to_device``; without
         ``early_stopping`` training goes on to its limit. For the others see ``training.Plan``. Held-out cells add
         nothing to the training of parameters or to the niches of others; but the linear start has seen them, and
         results come from all cells. To judge a model by cells that it has not seen, leave them out of the table.
@@ -196,7 +207,7 @@ class SpatialVAE:
         if not 0 <= held_out < 1 or not learning_rate > 0:
             wanted = "a share in [0, 1) and a positive rate"
             raise InputError(f"held_out is {held_out} and learning_rate {learning_rate}; expected {wanted}")
-        section, trained = self._read(None), len(self.history) > 0
+        section, trained = self._read(None), self.is_trained
         plan = Plan(
             max_steps=max_steps,
             learning_rate=learning_rate,
@@ -212,9 +223,9 @@ class SpatialVAE:
         with _bar(plan.max_steps, progress) as report:
             history = pd.DataFrame(train(self.module, section, plan, report))
         if trained:
-            history[["step", "epoch"]] += self.history[["step", "epoch"]].iloc[-1]
-            history = pd.concat([self.history, history], ignore_index=True)
-        self.history = history.astype({"step": int, "restart": int})
+            history[["step", "epoch"]] += self.training_log[["step", "epoch"]].iloc[-1]
+            history = pd.concat([self.training_log, history], ignore_index=True)
+        self.training_log = history.astype({"step": int, "restart": int})
 
     @overload
     def get_latent_representation(
@@ -342,6 +353,21 @@ class SpatialVAE:
         if return_numpy:
             return value
         return pd.DataFrame(value, index=table.obs_names[rows], columns=[self.genes[i] for i in columns])
+
+    def get_loadings(self) -> pd.DataFrame:
+        """Of a linear decoder: how much the log share of each gene grows with each dimension of z_cell, (gene, dim).
+
+        A constant added to a column changes no share; columns have mean zero, so that a loading is relative to the
+        geometric mean of all genes. Raises InputError for models with another decoder.
+        """
+        if not self.module.shape.linear_decoder:
+            raise InputError(
+                "loadings are those of a linear decoder: make the model with linear_decoder=True, or see "
+                "spatialvae.interpret.latent_programs"
+            )
+        loadings = self.module.decoder.loadings.detach().cpu().numpy()
+        names = self.latent_names[self.module.shape.n_niche :]
+        return pd.DataFrame(loadings - loadings.mean(0), index=list(self.genes), columns=names)
 
     def get_likelihood_parameters(
         self,
@@ -746,7 +772,7 @@ class SpatialVAE:
             "setup": asdict(self.setup),
             "genes": list(self.genes),
             "batch_names": list(self.batch_names),
-            "history": self.history.to_dict("list"),
+            "history": self.training_log.to_dict("list"),
             "sha256": digest,
         }
         with whole(folder / "model.json") as part:
@@ -774,7 +800,7 @@ class SpatialVAE:
             model.module.load_state_dict(tensors)
             model.setup = Setup(**about["setup"])
             model.genes, model.batch_names = tuple(about["genes"]), tuple(about["batch_names"])
-            model.history = pd.DataFrame(about["history"])
+            model.training_log = pd.DataFrame(about["history"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder} is not a model of this version: {error}") from error
         model.module = model.module.to(verbs.device_of(accelerator) if accelerator else _device()).eval()

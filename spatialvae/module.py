@@ -53,6 +53,7 @@ class Shape:
     n_niche: int
     n_hidden: int
     likelihood: str
+    linear_decoder: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +132,8 @@ class SpatialModule(nn.Module):
         self.log_residual = nn.Parameter(_tensor(start.own).log())
         self.log_theta = nn.Parameter(torch.ones(shape.n_genes))
         self.cell_encoder = CellEncoder(self.encode.T, -self.mean @ self.encode, shift, shape.n_hidden)
-        self.decoder = Decoder(
-            self.decode, self.decode @ shift.T, self.share.log(), shape.n_hidden, shape.likelihood == "zinb"
-        )
+        hidden = None if shape.linear_decoder else shape.n_hidden
+        self.decoder = Decoder(self.decode, self.decode @ shift.T, self.share.log(), hidden, shape.likelihood == "zinb")
 
     def section(self, cells: Cells, graphs: Graphs | None) -> Section:
         """Lay everything out that does not depend on parameters that are trained."""

@@ -181,7 +181,7 @@ def effects(table: pd.DataFrame, most: int = 25) -> Figure:
     """The most certain rows of ``dependence.neighbour_effects``; filled: found at a 10 % rate of false ones."""
     rows = table.head(most).iloc[::-1]
     figure, (axes,) = _figure(1, max(len(rows) / 22, 0.6))
-    error = np.abs(rows["effect"] / rows["z"].replace(0, np.nan))
+    error = np.abs(rows["effect"] / rows["t"].replace(0, np.nan))
     place = np.arange(len(rows))
     axes.errorbar(rows["effect"], place, xerr=1.96 * error, fmt="none", ecolor="0.6", lw=1)
     found = (rows["fdr"] < 0.1).to_numpy()

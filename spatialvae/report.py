@@ -134,11 +134,11 @@ def _names(model: SpatialVAE, key: str) -> np.ndarray:
 
 
 def _training(model: SpatialVAE, elbo: float) -> Section:
-    shape, steps = model.module.shape, int(model.history["step"].iloc[-1])
+    shape, steps = model.module.shape, int(model.training_log["step"].iloc[-1])
     text = f"{steps:,} steps. {shape.n_cell} dimensions say what a cell is (z_cell)"
     text += f", the first {shape.n_niche} of them vary in space (z_niche)." if shape.n_niche else "."
     text += f" The bound on the evidence is {elbo:.2f} nats a cell."
-    return Section("Training", [text], figures=[picture(plots.training_curve(model.history), "Training, by step")])
+    return Section("Training", [text], figures=[picture(plots.training_curve(model.training_log), "Training, by step")])
 
 
 def _maps(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> list[Section]:

@@ -35,10 +35,10 @@ def run(monkeypatch, *arguments):
 
 def test_train_then_embed__write_whole_results(monkeypatch, capsys, tmp_path, table):
     out = tmp_path / "run"
-    assert run(monkeypatch, "train", table, "--out", out, "--domains", 2, "--max-epochs", 2) == 0
+    assert run(monkeypatch, "train", table, "--out", out, "--domains", 2, "--max-epochs", 2, "--linear-decoder") == 0
     written = {p.name for p in out.iterdir()}
     assert written == {
-        "model", "table.h5ad", "history.csv", "run.json", "training.png", "latent.png", "domains.png",
+        "model", "table.h5ad", "history.csv", "run.json", "training.png", "latent.png", "domains.png", "loadings.csv",
     }  # fmt: skip
     first = anndata.read_h5ad(out / "table.h5ad")
     assert first.obsm["X_spatialvae"].shape[1] == len(first.uns["X_spatialvae_names"])

@@ -88,6 +88,23 @@ def test_neighbour_effects__p_values_are_level_without_effects():
     assert sum((table["fdr"] < 0.1).any() for table in p) <= 1
 
 
+def test_neighbour_effects__smooth_expression_is_no_effect():
+    """Patches of types, and of expression that are narrower than a block but know nothing of types."""
+    p = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        places = rng.uniform(0, 40, (1500, 2))
+        graph = knn_graph(places, 6).adjacency(symmetric=True)
+        smooth = rng.normal(size=(1500, 15))
+        for _ in range(2):
+            smooth = smooth + 2 * (graph @ smooth) / graph.sum(1)[:, None]
+        types, expression = (smooth[:, :3] + rng.normal(size=(1500, 3))).argmax(1), np.exp(smooth[:, 3:])
+        p.append(dependence.neighbour_effects(expression, types, graph, places, list("abc"), list("abcdefghijkl")))
+    values = np.concatenate([table["p_value"] for table in p])
+    assert (values < 0.05).mean() == pytest.approx(0.05, abs=0.02)
+    assert sum((table["fdr"] < 0.1).any() for table in p) <= 1
+
+
 def test_variance_shares__of_genes_made_of_one_cause_each():
     rng = np.random.default_rng(0)
     n = 2000

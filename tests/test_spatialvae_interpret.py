@@ -10,8 +10,8 @@ from spatialvae import InputError, SpatialVAE, interpret
 from spatialvae.inference import spatial_blocks
 
 
-@pytest.fixture(scope="module")
-def model():
+def waves():
+    """300 cells whose first three genes follow a wave in space."""
     rng = np.random.default_rng(0)
     places = rng.uniform(0, 100, (300, 2))
     rate = np.exp(1 + np.outer(np.sin(places[:, 0] / 20), [1, 1, -1, 0, 0, 0]) + 0.3 * rng.normal(size=(300, 6)))
@@ -22,7 +22,12 @@ def model():
         obsm={"spatial": places},
     )
     SpatialVAE.setup_anndata(adata)
-    made = SpatialVAE(adata, n_latent=4, n_niche=2, n_hidden=16)
+    return adata
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = SpatialVAE(waves(), n_latent=4, n_niche=2, n_hidden=16)
     made.train(max_steps=200, progress=False)
     return made
 
@@ -38,6 +43,33 @@ def test_latent_programs__are_mean_derivatives_of_log_shares(model):
             log_share = [torch.log_softmax(model.module.decoder(z + s, batch)[0], -1) for s in (shift, -shift)]
             slope = ((log_share[0] - log_share[1]) / (2 * step)).mean(0)
             np.testing.assert_allclose(programs[name], slope, atol=2e-3)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
+def test_linear_decoder__log_shares_are_linear_in_its_loadings(tmp_path, likelihood):
+    adata = waves()
+    SpatialVAE.setup_anndata(adata, batch_key="half")
+    made = SpatialVAE(adata, n_latent=4, n_niche=2, gene_likelihood=likelihood, linear_decoder=True)
+    made.train(max_steps=200, progress=False)
+    loadings = made.get_loadings()
+    assert list(loadings.index) == list("abcdef")
+    assert list(loadings.columns) == [f"cell_{i}" for i in range(4)]
+    shares = np.log(made.get_normalized_expression(transform_batch="left", return_numpy=True))
+    linear = made.get_latent_representation(which="cell") @ loadings.to_numpy().T
+    for values in (shares, linear):
+        values -= values.mean(1, keepdims=True)  # what shares do not tell
+    np.testing.assert_allclose(np.diff(shares, axis=0), np.diff(linear, axis=0), atol=1e-4)
+    programs = interpret.latent_programs(made)
+    np.testing.assert_allclose(programs - programs.mean(0), loadings, atol=1e-5)
+    made.save(tmp_path)
+    again = SpatialVAE.load(tmp_path, adata)
+    pd.testing.assert_frame_equal(again.get_loadings(), loadings)
+    assert again.get_marginal_ll(n_mc_samples=20) == made.get_marginal_ll(n_mc_samples=20)
+
+
+def test_loadings__are_of_linear_decoders_only(model):
+    with pytest.raises(InputError, match="linear_decoder=True"):
+        model.get_loadings()
 
 
 def test_programs_and_reach__tell_what_was_put_in(model):

@@ -130,7 +130,7 @@ def test_untrained_latents__are_directions_of_unit_variance_that_rebuild_the_com
 
 def test_training__improves_the_bound_and_finds_the_domains(trained):
     table, model = trained
-    assert model.history["evidence_validation"].iloc[-1] > model.history["evidence_validation"].iloc[0]
+    assert model.training_log["evidence_validation"].iloc[-1] > model.training_log["evidence_validation"].iloc[0]
     labels = model.domains(2)
     agree = (labels == table.obs["domain"]).mean()
     assert max(agree, 1 - agree) > 0.9
@@ -167,7 +167,7 @@ def test_training__begins_again_after_a_run_that_failed(fault, monkeypatch):
     monkeypatch.setattr(training, "_train", fails_once)
     model.train(2, learning_rate=3e-3, progress=False)
     assert rates == [3e-3, 1e-3]
-    assert (model.history["restart"] == 1).all()
+    assert (model.training_log["restart"] == 1).all()
 
 
 def test_training__goes_on_and_keeps_its_history():
@@ -175,10 +175,10 @@ def test_training__goes_on_and_keeps_its_history():
     SpatialVAE.setup_anndata(table)
     model = SpatialVAE(table)
     model.train(max_steps=200, progress=False)
-    first, bound = model.history, model.get_elbo()
+    first, bound = model.training_log, model.get_elbo()
     model.train(max_steps=200, progress=False)
-    assert model.history["step"].tolist() == [100, 200, 300, 400]
-    pd.testing.assert_frame_equal(model.history.iloc[:2], first)
+    assert model.training_log["step"].tolist() == [100, 200, 300, 400]
+    pd.testing.assert_frame_equal(model.training_log.iloc[:2], first)
     assert model.get_elbo() > bound - 0.5
 
 
@@ -203,7 +203,7 @@ def test_save_and_load__round_trip(trained, tmp_path):
     again = SpatialVAE.load(tmp_path / "model", table)
     np.testing.assert_array_equal(again.get_latent_representation(), model.get_latent_representation())
     assert again.get_elbo() == model.get_elbo()
-    pd.testing.assert_frame_equal(again.history, model.history)
+    pd.testing.assert_frame_equal(again.training_log, model.training_log)
 
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])

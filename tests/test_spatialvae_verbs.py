@@ -27,6 +27,7 @@ def trained():
     SpatialVAE.setup_anndata(adata, sample_key="section", labels_key="kind")
     model = SpatialVAE(adata, gene_likelihood="zinb")
     assert not model.is_trained
+    assert model.history == {}
     model.train(2, train_size=0.8, early_stopping=False, accelerator="cpu", progress=False)
     return model
 
@@ -39,6 +40,9 @@ def test_verbs__of_scvi_tools(trained, capsys):
     shown = capsys.readouterr().out
     assert "80 cells, 6 genes" in shown
     assert "obs['section']" in shown
+    bound = trained.history["elbo_train"]
+    assert bound.index.name == "step"
+    np.testing.assert_array_equal(bound["elbo_train"], trained.training_log["elbo_train"])
     parameters = trained.get_likelihood_parameters(indices=[3, 4], n_samples=5, give_mean=False)
     assert {name: value.shape for name, value in parameters.items()} == dict.fromkeys(
         ("mean", "dispersions", "dropout"), (5, 2, 6)
