@@ -25,8 +25,10 @@ from merfish.decoding.sequential import brighter_beside, find_molecules
 from merfish.demo import match_cells
 from merfish.imaging.opening import open_experiment
 from merfish.imaging.preprocess import bandpass
+from merfish.pipeline.assemble import COUNT_DTYPE
 from merfish.pipeline.assign import assign
 from merfish.pipeline.record import run_summary
+from merfish.pipeline.tables import CHUNK, CountFile
 from merfish.simulate import simulate_experiment
 from merfish.simulate.optics import Imaging, expose, photons
 from merfish.transcripts import read_transcripts
@@ -149,6 +151,32 @@ def test_run__expects_as_many_as_the_probabilities_say(done):
     np.testing.assert_allclose(np.asarray(row.todense()).ravel(), by_gene, rtol=1e-5)
     np.testing.assert_array_equal(table.obs["n_transcripts"], table[:, word].X.sum(axis=1).A1)
     np.testing.assert_array_equal(table.obs["is_empty"], table.obs["n_transcripts"] == 0)
+
+
+def test_count_file__of_blocks_of_cells_reads_as_the_table_of_all(tmp_path):
+    rng = np.random.default_rng(0)
+    var = pd.DataFrame({"is_blank": [False, False, True]}, pd.Index(["a", "b", "blank"], name="gene"))
+    sizes = (CHUNK - 1, 0, 3, 2)  # one block ends within a chunk of the file, one is empty, one crosses its end
+    n = sum(sizes)
+    cells = pd.DataFrame({"cell_id": np.arange(1, n + 1), "fov": np.repeat(np.int32([0, 1, 2, 3]), sizes)})
+    cells = cells.assign(center_x=rng.random(n), center_y=rng.random(n), is_empty=rng.random(n) < 0.5)
+    row, word = np.nonzero(rng.random((n, 3)) < 0.3)
+    pairs = np.zeros(len(row), COUNT_DTYPE)
+    pairs["cell"], pairs["word"], pairs["count"] = row, word, rng.integers(1, 9, len(row))
+    pairs["expected"] = pairs["count"] * np.float32(0.5)
+    with CountFile(tmp_path / "blocks.h5ad", var, cells.iloc[:0]) as file:
+        for stop, size in zip(np.cumsum(sizes), sizes, strict=True):
+            own = pairs[(row >= stop - size) & (row < stop)]
+            own["cell"] -= stop - size
+            file.append(own, cells.iloc[stop - size : stop])
+    dense = {name: np.zeros((n, 3), COUNT_DTYPE[name]) for name in ("count", "expected")}
+    for name, values in dense.items():
+        values[row, word] = pairs[name]
+    table = anndata.read_h5ad(tmp_path / "blocks.h5ad")
+    np.testing.assert_array_equal(table.X.todense(), dense["count"])
+    np.testing.assert_array_equal(table.layers["expected"].todense(), dense["expected"])
+    np.testing.assert_array_equal(table.obsm["spatial"], cells[["center_x", "center_y"]])
+    pd.testing.assert_frame_equal(table.obs, cells.set_index(cells["cell_id"].astype(str).rename(None)))
 
 
 # --- depth ----------------------------------------------------------------------------------------------------------

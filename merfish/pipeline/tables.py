@@ -58,6 +58,8 @@ SEQUENTIAL_SCHEMA = pa.schema(
     ]
 )
 
+CHUNK = 1 << 10  # cells in a block of a column of ``obs``
+
 
 @dataclass(frozen=True)
 class Written:
@@ -99,24 +101,23 @@ def write_counts(
     contributors: for each field those whose molecules may lie in the cells whose home it is; var: describes the words,
     then the genes imaged one by one.
     """
-    reserve(stage, _most_bytes(fields))
+    reserve(stage, _most_bytes(fields, len(schema.names)))
     n_words = int((~var["sequential"]).sum())
     shapes = [field.name for field in schema if field.type == pa.binary()]
-    obs = [schema.empty_table().drop_columns(shapes).to_pandas()]
+    none = schema.empty_table().drop_columns(shapes).to_pandas()
+    per_cell = [none["n_transcripts"].to_numpy()]
     with (
         pq.ParquetWriter(stage / results.CELLS, geo_schema(schema)) as cell_file,
-        CountFile(stage / results.CELL_BY_GENE, var) as counts,
+        CountFile(stage / results.CELL_BY_GENE, var, none) as counts,
     ):
         for fov in display.track(fields.fovs, len(fields.fovs), "write counts"):
             cells = read_cell_part(fields, "cells", fov)
             pairs = pairs_of_cells(fields, contributors[fov], cells["cell_id"].to_numpy())
             cells = with_counts(cells, pairs[pairs["word"] < n_words])[schema.names]
-            counts.append(pairs, len(cells))
+            counts.append(pairs, cells.drop(columns=shapes))
             cell_file.write_table(cells_table(cells, schema))
-            obs.append(cells.drop(columns=shapes))
-        table = pd.concat(obs, ignore_index=True)
-        counts.finish(table)
-    return table["n_transcripts"].to_numpy()
+            per_cell.append(cells["n_transcripts"].to_numpy())
+    return np.concatenate(per_cell)
 
 
 def write_transcripts(fields: Fields, found: Reconciled, stage: Path, display: Display) -> tuple[int, int]:
@@ -145,12 +146,13 @@ def reserve(folder: Path, n_bytes: int) -> None:
         os.posix_fallocate(file.fileno(), 0, n_bytes)
 
 
-def _most_bytes(fields: Fields) -> int:
+def _most_bytes(fields: Fields, n_columns: int) -> int:
     """Upper bound on the size of counts and cells: their parts on disk, a row of ``obs`` a cell, and an empty file."""
+    empty = (1 << 17) + 16 * CHUNK * n_columns  # text takes 16 bytes besides its letters, numbers at most 8
     names = (fields.file("counts", fov) for fov in fields.fovs)
     cells = [fields.file("cells", fov).with_suffix(".parquet") for fov in fields.fovs]
     parts = sum(path.stat().st_size for path in (*names, *cells))
-    return parts + 500 * sum(pq.read_metadata(path).num_rows for path in cells) + (1 << 17)
+    return parts + 500 * sum(pq.read_metadata(path).num_rows for path in cells) + empty
 
 
 def transcript_schema(book: Codebook) -> pa.Schema:
@@ -239,9 +241,10 @@ def count_var(book: Codebook, words: pd.DataFrame, genes: Sequence[str]) -> pd.D
 
 
 class CountFile:
-    """Writes ``cell_by_gene.h5ad``: counts are appended cell by cell, the description of the cells comes last."""
+    """Writes ``cell_by_gene.h5ad``: cells are appended with their counts and their description."""
 
-    def __init__(self, path: Path, var: pd.DataFrame) -> None:
+    def __init__(self, path: Path, var: pd.DataFrame, cells: pd.DataFrame) -> None:
+        """Start a table; cells: its columns and their types, without rows."""
         from anndata import AnnData
         from anndata.io import write_elem
 
@@ -249,6 +252,11 @@ class CountFile:
         self.file = h5py.File(path, "w")
         write_elem(self.file, "/", AnnData(none["count"], var=var, layers={"expected": none["expected"]}))
         self.counts = {"count": self.file["X"], "expected": self.file["layers/expected"]}
+        del self.file["obs"], self.file["obsm"]
+        growing = {"maxshape": (None,), "chunks": (CHUNK,)}
+        write_elem(self.file, "obs", cell_obs(cells), dataset_kwargs=growing)
+        growing = {"maxshape": (None, 2), "chunks": (CHUNK, 2)}
+        write_elem(self.file, "obsm", {"spatial": _centres(cells)}, dataset_kwargs=growing)
 
     def __enter__(self) -> CountFile:
         return self
@@ -256,21 +264,31 @@ class CountFile:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def append(self, pairs: np.ndarray, n_cells: int) -> None:
-        """Append the counts of the next cells, `COUNT_DTYPE` with ``cell`` counted from the first of these.
+    def append(self, pairs: np.ndarray, cells: pd.DataFrame) -> None:
+        """Append cells and their counts, `COUNT_DTYPE` with ``cell`` the row in ``cells``.
 
         AnnData's own ``append`` reads the whole matrix each time, and so gets slower as it grows.
         """
+        if not len(cells):
+            return
         for kind, matrix in self.counts.items():
-            _append_rows(matrix, pairs[kind], pairs["cell"], pairs["word"], n_cells)
+            _append_rows(matrix, pairs[kind], pairs["cell"], pairs["word"], len(cells))
+        obs = cell_obs(cells)
+        _extend(self.file["obs/_index"], obs.index.to_numpy(object))
+        for name in obs:
+            _extend(self.file["obs"][name], obs[name].to_numpy())
+        _extend(self.file["obsm/spatial"], _centres(cells))
 
-    def finish(self, cells: pd.DataFrame) -> None:
-        """Write the description of the cells, as in ``cells.parquet``, in the order of their counts."""
-        from anndata.io import write_elem
 
-        del self.file["obs"], self.file["obsm"]
-        write_elem(self.file, "obs", cell_obs(cells))
-        write_elem(self.file, "obsm", {"spatial": cells[["center_x", "center_y"]].to_numpy(np.float64)})
+def _centres(cells: pd.DataFrame) -> np.ndarray:
+    return cells[["center_x", "center_y"]].to_numpy(np.float64)
+
+
+def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:
+    """Append values along the first axis."""
+    old = len(dataset)
+    dataset.resize(old + len(values), axis=0)
+    dataset[old:] = values
 
 
 def _append_rows(matrix: h5py.Group, values: np.ndarray, row: np.ndarray, column: np.ndarray, n_rows: int) -> None:
@@ -279,14 +297,9 @@ def _append_rows(matrix: h5py.Group, values: np.ndarray, row: np.ndarray, column
     block = csr_matrix(coo_array((values, (row, column)), shape=(n_rows, width), dtype=values.dtype))
     block.sort_indices()
     begin = len(matrix["data"])
-    for name, entries in (
-        ("data", block.data),
-        ("indices", block.indices),
-        ("indptr", block.indptr[1:].astype(np.int64) + begin),
-    ):
-        old = len(matrix[name])
-        matrix[name].resize(old + len(entries), axis=0)
-        matrix[name][old:] = entries
+    _extend(matrix["data"], block.data)
+    _extend(matrix["indices"], block.indices)
+    _extend(matrix["indptr"], block.indptr[1:].astype(np.int64) + begin)
     matrix.attrs["shape"] = [matrix.attrs["shape"][0] + n_rows, width]
 
 
