@@ -41,7 +41,6 @@ from test_spatialvae_dependence import chain, tissue
 from test_spatialvae_potts import lattice
 
 SEEDS = 20
-RUNS = 100  # of a test in which nothing is to be found: 10 % of them are known to 3 %
 
 
 def chains(n: int, depth: float) -> list[dict[str, object]]:
@@ -170,8 +169,8 @@ def without_effects(table: anndata.AnnData, name: str, label: str, layer: str | 
         return int((effects["fdr"] < 0.1).sum()), len(effects)
 
     def runs(how: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]]) -> str:
-        any_found = [found(*how(np.random.default_rng(seed)))[0] > 0 for seed in range(RUNS)]
-        return f"{np.mean(any_found):.0%} of {RUNS}"
+        any_found = [found(*how(np.random.default_rng(seed)))[0] > 0 for seed in range(SEEDS)]
+        return f"{np.mean(any_found):.0%} of {SEEDS}"
 
     same = np.arange(len(places))
     true, tests = found(places, same)
@@ -211,7 +210,7 @@ def main() -> None:
             [*chains(2000, 10), *chains(2000, 3), *chains(6000, 10)],
         ),
         "Neighbour effects: where there are none": (
-            "Share of runs that report any at an FDR of 10 %. permuted: coordinates, among all cells. shifted: each "
+            "Share of 20 runs that report any at an FDR of 10 %. permuted: coordinates, among all cells. shifted: each "
             "cell gets the expression of the cell that is nearest after a shift around the torus, of whatever type, so "
             "that expression is smooth and has steps but knows nothing of neighbours; within types: of a cell of its "
             "own type. And the number of effects in the tissue as it is.",
