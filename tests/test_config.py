@@ -51,10 +51,10 @@ BOMB = "a: &a [x, x]\n" + "".join(
 )
 def test_read_config__refuses(text, message, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(InputError, match=message) as caught:
         read_config(tmp_path / "run.yaml")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert len(str(caught.value)) < 2000
 
 

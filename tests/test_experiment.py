@@ -321,6 +321,14 @@ def test_tables__that_are_pipes(folder):
         (folder / "whole").rename(folder / name)
 
 
+def test_tables__that_are_missing_are_named_together_with_what_is_there(folder):
+    (folder / "codebook.csv").rename(folder / "book.csv")
+    (folder / "microscope.json").unlink()
+    message = r"not found: codebook.csv, microscope.json. Name other files with --codebook, --microscope. .* book.csv"
+    with pytest.raises(InputError, match=message):
+        open_experiment(folder)
+
+
 def test_chosen_stains__default_may_be_absent_but_not_what_was_asked(folder):
     edit(folder / "data_organization.csv", "polyT,polyT", "cyto,cyto")
     opened = open_experiment(folder)

@@ -65,7 +65,9 @@ def open_experiment(
     }
     if data_organization is None and not tables["data_organization"].exists() and (stacks := stack_files(root)):
         del tables["data_organization"]
+        _refuse_missing(root, tables)
         return open_registered(root, stacks, tables)
+    _refuse_missing(root, tables)
     book = read_codebook(tables["codebook"])
     channels = read_data_organization(tables["data_organization"], book.bit_names)
     bits, stains = _match_bits(channels, book, tables["data_organization"])
@@ -75,6 +77,19 @@ def open_experiment(
     files = _find_files(root, movies, len(stage), tables["data_organization"])
     _refuse_shared_frames(bits, files, tables["data_organization"])
     return Experiment(root, tables, book, positions=stage, bits=bits, stains=stains, files=files, **scope)
+
+
+def _refuse_missing(root: Path, tables: dict[str, Path]) -> None:
+    """Refuse an experiment that lacks tables, with the options that name other files and what the folder has."""
+    missing = {name: path for name, path in tables.items() if not path.exists()}
+    if not missing:
+        return
+    paths = ", ".join(path.name if path.parent == root else str(path) for path in missing.values())
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+    kinds = {path.suffix for path in missing.values()}
+    there = sorted(path.name for path in root.iterdir() if path.suffix in kinds)
+    hint = f" The folder has {listed(there, ', ')}." if there else ""
+    raise InputError(f"{root}: not found: {paths}. Name other files with {options}.{hint}")
 
 
 def _match_bits(

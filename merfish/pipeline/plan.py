@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +97,8 @@ def run_cost(
 
 
 def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(minutes=max(1, round(seconds / 60))))[:-3] + " h"
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 def _bytes(n: float) -> str:

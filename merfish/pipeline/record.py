@@ -153,7 +153,7 @@ def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
     if rate is None:
         return [line, *warnings]
     few = few_blanks(figures["n_found_blank"], figures["blanks_in_book"])
-    return [f"{line}, {rate:.1%} expected wrong", *([few] if few else []), *warnings]
+    return [f"{line}, {rate:.1%} expected to be wrong", *([few] if few else []), *warnings]
 
 
 def sequential_lines(fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
