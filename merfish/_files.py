@@ -20,11 +20,12 @@ from merfish.errors import InputError
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike[str], flushed: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it over ``path``.
 
     A crash or an error leaves whatever stood at ``path`` before, and no temporary file. A folder written at the
-    temporary path replaces a folder at ``path``.
+    temporary path replaces a folder at ``path``. Without ``flushed`` that does not hold for a power cut: the file may
+    be damaged then, and its reader must check it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,11 +33,13 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     part = work / path.name
     try:
         yield part
-        flush(part)
+        if flushed:
+            flush(part)
         if path.is_dir() and part.is_dir():
             path.rename(work / "replaced")
         part.replace(path)
-        flush(path.parent, recurse=False)
+        if flushed:
+            flush(path.parent, recurse=False)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

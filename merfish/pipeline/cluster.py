@@ -41,8 +41,8 @@ class Failure:
 
 
 def cores() -> int:
-    """Cores of this machine: more processes than that take memory and gain nothing."""
-    return os.cpu_count() or 1
+    """Cores that this process may use: more processes than that take memory and gain nothing."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class StepError(RuntimeError):
@@ -181,10 +181,12 @@ class _Processes:
 def _serve(connection: Connection, threads: int) -> None:
     """Main loop of a worker: it receives functions, and items to apply the last one to; it ends with its parent."""
     import numba
+    import pyarrow as pa
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     numba.set_num_threads(min(threads, numba.get_num_threads()))
+    pa.set_cpu_count(threads)
     work: Work | None = None
     while True:
         try:

@@ -253,10 +253,9 @@ class CountFile:
         write_elem(self.file, "/", AnnData(none["count"], var=var, layers={"expected": none["expected"]}))
         self.counts = {"count": self.file["X"], "expected": self.file["layers/expected"]}
         del self.file["obs"], self.file["obsm"]
-        growing = {"maxshape": (None,), "chunks": (CHUNK,)}
-        write_elem(self.file, "obs", cell_obs(cells), dataset_kwargs=growing)
-        growing = {"maxshape": (None, 2), "chunks": (CHUNK, 2)}
-        write_elem(self.file, "obsm", {"spatial": _centres(cells)}, dataset_kwargs=growing)
+        rows, pairs = ({"maxshape": (None, *one), "chunks": (CHUNK, *one)} for one in ((), (2,)))
+        write_elem(self.file, "obs", cell_obs(cells), dataset_kwargs=rows)
+        write_elem(self.file, "obsm", {"spatial": _centres(cells)}, dataset_kwargs=pairs)
 
     def __enter__(self) -> CountFile:
         return self
