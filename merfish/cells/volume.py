@@ -35,8 +35,8 @@ def segment_planes(
 
     nuclei, cytoplasm: planes (z, y, x) of stains in register, pixels of about 0.25 micrometre; heights: (z,)
     micrometre, ascending, evenly spaced. Nuclei are found in each plane and linked; a dark plane separates those above
-    each other. Cells grow from them to where the cytoplasm's stain ends, neighbours above each other as those beside
-    each other: along the dark line between them, else half-way. A cell is one piece without holes in any plane.
+    each other. Cells grow from them to where the cytoplasm's stain ends; neighbours are separated along the dark line
+    between them in a plane, else half-way between their nuclei. A cell is one piece without holes in any plane.
     """
     sampling = (float(np.median(np.diff(heights))) if len(heights) > 1 else 1.0, microns_per_pixel, microns_per_pixel)
     seeds = segment_nuclei(nuclei, microns_per_pixel)
@@ -46,9 +46,10 @@ def segment_planes(
     else:
         signal, stained = _stained(cytoplasm, microns_per_pixel)
         size = 2 * round(GAP / microns_per_pixel) + 1
-        filled = np.maximum(ndimage.grey_closing(signal, size=(1, size, size)), between(signal))
+        filled = ndimage.grey_closing(signal, size=(1, size, size))
         reach = distance / REACH
-        height = 1.0 - signal / np.maximum(filled, 1e-6) + 0.5 * reach
+        # there is less of the stain in nuclei, which is no line between cells
+        height = np.where(seeds > 0, 0.0, 1.0 - signal / np.maximum(filled, 1e-6)) + 0.5 * reach
         labels = watershed(height, seeds, (stained & (reach <= 1.0)) | (seeds > 0))
         labels[(signal < EDGE_LEVEL * levels(signal, labels, 50)[labels]) & (seeds == 0)] = 0
     kept = _tidy(labels, CELL_AREA, microns_per_pixel)
@@ -129,8 +130,9 @@ def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: floa
             continue
         piece = largest_part(labels[box] == label)
         piece = np.stack([ndimage.binary_fill_holes(plane) for plane in piece])
+        piece &= out[box] == 0
         cut = any(side.start == 0 or side.stop == n for side, n in zip(box[1:], labels.shape[1:], strict=True))
         if (0.25 if cut else 1.0) * smallest <= piece.sum(axis=(1, 2)).max() <= largest:
             number += 1
-            out[box][piece & (out[box] == 0)] = number
+            out[box][piece] = number
     return out

@@ -48,6 +48,7 @@ def simulate_experiment(
     shape: tuple[int, int] = (512, 512),
     density: float = 0.012,
     planes: int = 1,
+    layers: int = 1,
     drift: float = 5.0,
     seed: int = 0,
     imaging: Imaging | None = None,
@@ -62,7 +63,7 @@ def simulate_experiment(
 
     - molecules.parquet: barcode_id, gene, is_blank, cell_id (-1 = outside cells), global_x, global_y, global_z
       (micrometre), brightness, shown (uint64, the bits that are on, first least significant);
-    - cells.parquet: cell_id, domain, cell_type, center_x, center_y, area, visible, geometry (WKB), of the part
+    - cells.parquet: cell_id, domain, cell_type, layer, center_x, center_y, area, visible, geometry (WKB), of the part
       of each cell that was imaged (visible: its share); cell_by_gene.h5ad: true counts of the same cells;
     - drift.csv: dy, dx (pixels) by fov and round; fields.csv: true positions; bits.csv: PSF and brightness of
       each bit; chromatic.csv: map from positions (y, x) in the beads' colour to those in each colour:
@@ -73,7 +74,8 @@ def simulate_experiment(
 
     codebook: genes and words; without it, an MHD4 codebook is made for ``genes`` genes.
     fields: (rows, columns), overlapping by a tenth. shape: (y, x) of a frame. density: molecules per pixel
-    of cell and plane. planes: z planes. drift: largest drift of a round in y and in x, pixels.
+    of cell and plane. planes: z planes. layers: of cells above each other, in as many planes or more.
+    drift: largest drift of a round in y and in x, pixels.
 
     The same arguments give the same bytes. ``out`` is written whole or not at all.
     Raises InputError for numbers out of range, and if ``out`` exists and is not an empty folder.
@@ -86,12 +88,14 @@ def simulate_experiment(
             f"expected at least one field and plane, frames of 32 pixels, density and drift >= 0; "
             f"got fields {fields}, planes {planes}, shape {shape}, density {density}, drift {drift}"
         )
+    if not 1 <= layers <= planes:
+        raise InputError(f"expected 1 to {planes} layers of cells in {planes} planes, got {layers}")
     streams = np.random.SeedSequence(seed).spawn(3)
     imaging, disturbances = imaging or Imaging(), disturbances or Disturbances()
     optics, biology = np.random.default_rng(streams[0]), np.random.default_rng(streams[1])
     n_bits = codebook.n_bits if codebook else 16
     plan = _draw_plan(n_bits, fields, shape, planes, drift, imaging, disturbances, optics)
-    codebook, scene = _draw_scene(plan, codebook, genes, density, biology)
+    codebook, scene = _draw_scene(plan, codebook, genes, density, layers, biology)
     with whole_file(out) as folder:
         (folder / "truth").mkdir(parents=True)
         _write_description(folder, codebook, plan)
@@ -141,7 +145,7 @@ def _draw_plan(
 
 
 def _draw_scene(
-    plan: Plan, codebook: Codebook | None, genes: int, density: float, rng: np.random.Generator
+    plan: Plan, codebook: Codebook | None, genes: int, density: float, layers: int, rng: np.random.Generator
 ) -> tuple[Codebook, Scene]:
     largest = np.abs(plan.drift).max() + plan.disturbances.chromatic + 10.0
     # At least 12, so that the same seed gives the same tissue with and without common disturbances.
@@ -151,7 +155,7 @@ def _draw_scene(
     coding = np.arange(genes) if codebook is None else np.flatnonzero(~codebook.is_blank)
     if not len(coding):
         raise InputError("expected at least one gene, got a codebook of blanks only")
-    tissue = make_tissue(bounds, len(coding), rng)
+    tissue = make_tissue(bounds, len(coding), rng, layers)
     if codebook is None:
         names = [f"Gene{k:03d}" for k in range(1, genes + 1)]
         codebook = mhd4_codebook(names, expression=list(tissue.profile.mean(axis=0)))
@@ -295,6 +299,7 @@ def _true_cells(plan: Plan, tissue: Tissue) -> pd.DataFrame:
             "row": rows,
             "domain": tissue.domain[rows],
             "cell_type": tissue.cell_type[rows],
+            "layer": tissue.layer[rows],
             "center_x": center[:, 0],
             "center_y": center[:, 1],
             "area": shapely.area(seen),

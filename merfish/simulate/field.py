@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import shapely
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from merfish.simulate._kernels import add_spot
 from merfish.simulate.disturbances import Disturbances, add_haze, heat_pixels, illumination
 from merfish.simulate.optics import Imaging, expose, photons
-from merfish.simulate.tissue import Tissue
+from merfish.simulate.tissue import NUCLEUS_HEIGHT, Tissue
 
 MICRONS_PER_PIXEL = 0.108
 STAIN_BACKGROUND = 60.0  # photons a pixel
@@ -20,6 +20,8 @@ DAPI_LIGHT = 500.0  # photons a pixel of nucleus
 POLYT_LIGHT = 350.0  # photons a pixel of cytoplasm
 STAIN_BLUR = 2.0  # pixels
 GRAIN_SIGMA = 4.0  # pixels
+N_GRAINS = (8, 20)  # of a nucleus and of a cell
+STAIN_AXIAL_BLUR = 0.8  # sigma along z of stains in several layers, micrometre: an objective's and more, for its tails
 BEAD_SIGMA = 1.4  # pixels
 BEAD_LIGHT = 3000.0  # photons at the centre of a bead
 BEAD_DENSITY = 1.5e-4  # beads a pixel
@@ -81,7 +83,7 @@ def field_counts(
     wrong, imaging = plan.disturbances, plan.imaging
     bits = _bits(plan, scene, fov)
     beads = _beads(plan, scene, fov)
-    stains = np.repeat(_stains(plan, scene, fov)[:, None], plan.n_planes, axis=1)
+    stains = _stain_planes(plan, scene, fov)
     groups = [image.reshape(-1, *plan.shape) for image in (bits, beads, stains)]
     light = np.concatenate(groups)
     light *= illumination(plan.shape, wrong.vignetting)
@@ -153,7 +155,7 @@ def draw_stains(tissue: Tissue, rng: np.random.Generator) -> tuple[np.ndarray, n
     n = len(tissue.outlines)
     light = np.array([[DAPI_LIGHT], [POLYT_LIGHT]]) * np.exp(rng.normal(0.0, 0.25, (2, n)))
     grains = []
-    for stain, (shapes, number) in enumerate(((tissue.nuclei, 8), (tissue.outlines, 20))):
+    for stain, (shapes, number) in enumerate(zip((tissue.nuclei, tissue.outlines), N_GRAINS, strict=True)):
         spread = np.sqrt(shapely.area(shapes))[:, None, None] * rng.normal(0.0, 0.25, (n, number, 2))
         place = shapely.get_coordinates(shapely.centroid(shapes))[:, None, :] + spread
         flux = light[stain][:, None] * rng.uniform(0.1, 0.4, (n, number)) * 2.0 * np.pi * GRAIN_SIGMA**2
@@ -161,16 +163,33 @@ def draw_stains(tissue: Tissue, rng: np.random.Generator) -> tuple[np.ndarray, n
     return light, np.concatenate(grains)
 
 
-def _stains(plan: Plan, scene: Scene, fov: int) -> np.ndarray:
-    """DAPI and polyT (2, y, x), photons. There is less messenger RNA in the nucleus than around it."""
+def _stain_planes(plan: Plan, scene: Scene, fov: int) -> np.ndarray:
+    """DAPI and polyT (2, z, y, x), photons; the same in all planes unless several layers of cells lie in them."""
+    tissue, step = scene.tissue, plan.imaging.plane_step
+    if tissue.n_layers == 1:
+        every = np.ones((2, len(tissue.outlines)), bool)
+        return np.repeat(_stains(plan, scene, fov, every)[:, None], plan.n_planes, axis=1)
+    low, high = tissue.span((plan.n_planes - 1) * step)
+    reach = np.array([[NUCLEUS_HEIGHT], [1.0]]) * (high - low) / 2
+    planes = [_stains(plan, scene, fov, np.abs(z * step - (low + high) / 2) <= reach) for z in range(plan.n_planes)]
+    return gaussian_filter1d(np.stack(planes, axis=1), STAIN_AXIAL_BLUR / step, axis=1, mode="nearest")
+
+
+def _stains(plan: Plan, scene: Scene, fov: int, there: np.ndarray) -> np.ndarray:
+    """DAPI and polyT (2, y, x), photons. There is less messenger RNA in the nucleus than around it.
+
+    there: (2, cell) bool, whether the plane meets the nucleus and the cell.
+    """
     dy, dx = plan.drift[fov, -1]
     tissue = scene.tissue
-    dapi = _paint(plan, tissue.nuclei, scene.stain_light[0], fov, dy, dx)
-    polyt = _paint(plan, tissue.outlines, scene.stain_light[1], fov, dy, dx)
-    polyt -= _paint(plan, tissue.nuclei, 0.4 * scene.stain_light[1], fov, dy, dx)
+    light = scene.stain_light * there
+    dapi = _paint(plan, tissue.nuclei, light[0], fov, dy, dx)
+    polyt = _paint(plan, tissue.outlines, light[1], fov, dy, dx)
+    polyt -= _paint(plan, tissue.nuclei, 0.4 * light[1] * there[0], fov, dy, dx)
     image = np.stack([gaussian_filter(dapi, STAIN_BLUR), gaussian_filter(polyt, STAIN_BLUR)])
     image += STAIN_BACKGROUND
-    grains = scene.grains[plan.near(fov, scene.grains[:, 1], scene.grains[:, 2], 30.0)]
+    grains = scene.grains[np.concatenate([np.repeat(*pair) for pair in zip(there, N_GRAINS, strict=True)])]
+    grains = grains[plan.near(fov, grains[:, 1], grains[:, 2], 30.0)]
     px, py = plan.pixels(fov, grains[:, 1], grains[:, 2])
     for stain, x, y, flux in zip(grains[:, 0], px + dx, py + dy, grains[:, 3], strict=True):
         add_spot(image[int(stain)], y, x, flux, GRAIN_SIGMA)

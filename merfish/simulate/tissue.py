@@ -20,6 +20,8 @@ MISSING_CELLS = 0.05  # share of the lattice's sites that are empty
 OUTSIDE_DENSITY = 0.1  # relative to the density in cells
 MARKER_FOLD = 5.0  # expression of a type's markers over other types
 DOMAIN_FOLD = 2.2  # expression of a domain's genes over other domains
+LAYER_GAP = 1.0  # between cells above each other
+NUCLEUS_HEIGHT = 0.5  # of a cell's, where cells lie above each other
 CELL_SPREAD = 0.2  # sigma of the lognormal number of molecules an area
 
 
@@ -29,7 +31,7 @@ class Tissue:
 
     outlines, nuclei: (cell,) shapely polygons; domain, cell_type: (cell,) int64 from 0;
     profile: (cell, gene) share of each gene among a cell's molecules; amount: (cell,) molecules an area,
-    mean 1.
+    mean 1. layer: (cell,) int64 from 0, the lowest; cells of one layer do not overlap. n_layers: their number.
     """
 
     outlines: np.ndarray
@@ -38,15 +40,26 @@ class Tissue:
     cell_type: np.ndarray
     profile: np.ndarray
     amount: np.ndarray
+    layer: np.ndarray
+    n_layers: int
+
+    def span(self, thickness: float) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest z (cell,) of each cell in tissue from 0 to ``thickness``, micrometre."""
+        height, gap = thickness / self.n_layers, min(LAYER_GAP / 2, thickness / 4)
+        low = self.layer * height + np.where(self.layer > 0, gap, 0.0)
+        return low, (self.layer + 1) * height - np.where(self.layer < self.n_layers - 1, gap, 0.0)
 
 
-def make_tissue(bounds: tuple[float, float, float, float], n_genes: int, rng: np.random.Generator) -> Tissue:
+def make_tissue(
+    bounds: tuple[float, float, float, float], n_genes: int, rng: np.random.Generator, layers: int = 1
+) -> Tissue:
     """Fill ``bounds`` (x0, y0, x1, y1) with cells in layers; each has all types and its own expression program.
 
     The domain of a cell is not its type: only the shares of types change between layers, while the genes of a
-    layer's program are raised in every cell of the layer.
+    layer's program are raised in every cell of the layer. ``layers`` of cells lie above each other, each packed apart.
     """
-    outlines = _pack_cells(bounds, rng)
+    packed = [_pack_cells(bounds, rng) for _ in range(layers)]
+    outlines = np.concatenate(packed)
     centers = np.column_stack([shapely.get_x(shapely.centroid(outlines)), shapely.get_y(shapely.centroid(outlines))])
     domain = _layers(centers, bounds, rng)
     shares = 0.5 * rng.dirichlet(np.full(N_TYPES, 0.8), N_DOMAINS) + 0.5 / N_TYPES
@@ -66,6 +79,8 @@ def make_tissue(bounds: tuple[float, float, float, float], n_genes: int, rng: np
         cell_type=cell_type,
         profile=profile / profile.sum(axis=1, keepdims=True),
         amount=np.exp(rng.normal(-(CELL_SPREAD**2) / 2, CELL_SPREAD, len(outlines))),
+        layer=np.repeat(np.arange(layers), [len(cells) for cells in packed]),
+        n_layers=layers,
     )
 
 
@@ -130,11 +145,11 @@ def scatter_molecules(
 ) -> pd.DataFrame:
     """Molecules in and between the cells.
 
-    density: molecules a square micrometre of cell. thickness: height of the tissue about z = 0 ... in
+    density: molecules a square micrometre of cell, over all layers. thickness: height of the tissue about z = 0 ... in
     micrometre, 0 = flat. Returns cell (row of the tissue, -1 = outside cells), gene (column of the profile), x, y,
     z, those within ``bounds``.
     """
-    number = rng.poisson(density * shapely.area(tissue.outlines) * tissue.amount)
+    number = rng.poisson(density * shapely.area(tissue.outlines) * tissue.amount / tissue.n_layers)
     cell = np.repeat(np.arange(len(number)), number)
     x, y = _points_inside(tissue.outlines, cell, rng)
     x0, y0, x1, y1 = bounds
@@ -152,7 +167,8 @@ def scatter_molecules(
         ]
     )
     table = pd.DataFrame({"cell": cell, "gene": gene.clip(max=profile.shape[1] - 1), "x": x, "y": y})
-    table["z"] = rng.uniform(0.0, thickness, len(table)) if thickness else 0.0
+    low, high = (np.append(end, outer) for end, outer in zip(tissue.span(thickness), (0.0, thickness), strict=True))
+    table["z"] = rng.uniform(low[cell], high[cell]) if thickness else 0.0
     return table[(x >= x0) & (x < x1) & (y >= y0) & (y < y1)].reset_index(drop=True)
 
 
