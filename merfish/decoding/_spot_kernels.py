@@ -53,12 +53,17 @@ def sample(image, y, x, first_row, last_row):
 
 
 SAME_SPOT = 0.83  # of the radius: a spot's peak in the next plane is closer than this to its place
+TAIL_PLANES = 2  # up to which a spot out of focus leaves peaks
+# of a spot's height, for each plane away: peaks around it that are lower are its own light. Without it a molecule's
+# wide light in the next planes is called once more, or hides what is there.
+TAIL = 0.5
 
 
 class Scene(NamedTuple):
     """Peaks of all bits and the light that they do not explain; see `merfish.decoding.spots`.
 
-    px, py (rows), pa, pb (peak,): place, height and bit; pz (peak,): depth in planes. start, order, cell, n_across: their grid (see `fill_grid`).
+    px, py (rows), pa, pb, pz (peak,): place, height, bit, and depth in planes. start, order, cell, n_across: their
+    grid (see `fill_grid`).
     radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, what
     no peak explains, in units of ``step``. shift_y, shift_x (bit,): how far a bit's image lies from the peaks' places.
     height: rows of a plane.
@@ -345,13 +350,30 @@ def changed(seed, scene, taken):
 
 @kernel
 def take_tails(peak, scene, taken):
-    """Take the weaker peaks of the same spot in the planes below and above."""
-    n_rows = scene.light.shape[1]
-    for row in (scene.py[peak] - scene.height, scene.py[peak] + scene.height):
-        if row >= 0 and row < n_rows:
-            i = nearest_peak(scene, scene.px[peak], row, scene.pb[peak])
-            if i >= 0 and scene.pa[i] < scene.pa[peak]:
-                taken[i] = True
+    """Take the weaker peaks that the same spot leaves, out of focus, in the planes below and above.
+
+    These are weaker peaks at its place, and within a cell of it those below `TAIL` of its height for each plane away.
+    """
+    x, y, bit, height = scene.px[peak], scene.py[peak], scene.pb[peak], scene.height
+    n_rows, cell, n_across = scene.light.shape[1], scene.cell, scene.n_across
+    column = int(x / cell)
+    for away in range(-TAIL_PLANES, TAIL_PLANES + 1):
+        row = y + away * height
+        if away == 0 or row < 0 or row >= n_rows:
+            continue
+        plane = int(row) // height
+        for r in range(max(int(row / cell) - 1, 0), int(row / cell) + 2):
+            for c in range(max(column - 1, 0), min(column + 2, n_across)):
+                if r * n_across + c >= len(scene.start) - 1:
+                    continue
+                for k in range(scene.start[r * n_across + c], scene.start[r * n_across + c + 1]):
+                    i = scene.order[k]
+                    if scene.pb[i] != bit or int(scene.py[i]) // height != plane:
+                        continue
+                    apart = (scene.px[i] - x) ** 2 + (scene.py[i] - row) ** 2
+                    share = 1.0 if apart < (SAME_SPOT * scene.radius) ** 2 else TAIL ** abs(away)
+                    if apart < cell * cell and scene.pa[i] < share * scene.pa[peak]:
+                        taken[i] = True
 
 
 @kernel

@@ -15,7 +15,7 @@ from merfish.decoding.pixels import on_bits
 
 # where the histograms start from: Chen et al. 2015, and peaks located to 0.16 sigma of the PSF
 START_LOST, START_GAINED, START_SIGMA, START_SPREAD, START_CROWD = 0.10, 0.04, 0.15, 0.3, 0.04
-START_DEPTH = (0.8, 0.15, 0.05)
+START_DEPTH = (0.8, 0.15, 0.05)  # of a molecule's own peaks, by how far they seem away from its depth
 START_NOTHING, START_EVERYTHING = 0.3, 0.001  # share of candidates
 # prior count of every word: with few molecules, chance must not make a gene look abundant
 PRIOR_CALLS = 5.0
@@ -49,7 +49,9 @@ def learn_classes(
     return _classes(codebook, live, ratio, nothing - something, np.append(kinds[0] * abundance, kinds[1:]))
 
 
-def _classes(codebook: Codebook, live: np.ndarray, ratio: np.ndarray, dim: np.ndarray, share: np.ndarray) -> kernels.Classes:
+def _classes(
+    codebook: Codebook, live: np.ndarray, ratio: np.ndarray, dim: np.ndarray, share: np.ndarray
+) -> kernels.Classes:
     words = codebook.words
     on = np.concatenate([words, np.zeros((1, words.shape[1]), np.uint8), np.ones((1, words.shape[1]), np.uint8)])
     bits = np.zeros((len(on), words.shape[1]), np.uint8)
