@@ -56,7 +56,7 @@ SAME_SPOT = 0.83  # of the radius: a spot's peak in the next plane is closer tha
 TAIL_PLANES = 2  # up to which a spot out of focus leaves peaks
 # of a spot's height, for each plane away: peaks around it that are lower are its own light. Without it a molecule's
 # wide light in the next planes is called once more, or hides what is there.
-TAIL = 0.5
+TAIL = 0.7
 
 
 class Scene(NamedTuple):
