@@ -24,6 +24,14 @@ _BIT_COLUMN = re.compile(r"bit[ _]?0*(\d+)", re.IGNORECASE)
 _BLANK = re.compile(r"blank|notarget", re.IGNORECASE)
 
 
+def too_many_bits(n_bits: int) -> str:
+    """What is wrong with words of more than `MAX_BITS` bits, and what to do."""
+    return (
+        f"{n_bits} bits, at most {MAX_BITS} can be decoded at once; if sets of genes have bits of their own (channels "
+        "of seqFISH+), decode each set with a book and a stack of its bits alone"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Codebook:
     """The words of an experiment, one row for each RNA species.
@@ -43,7 +51,7 @@ class Codebook:
         if words.ndim != 2 or not len(words):
             raise InputError(f"words: expected an array (word, bit), got shape {words.shape}")
         if words.shape[1] > MAX_BITS:
-            raise InputError(f"words: expected at most {MAX_BITS} bits, got {words.shape[1]}")
+            raise InputError(f"words: {too_many_bits(words.shape[1])}")
         if words.max() > 1:
             raise InputError(f"words: expected 0 and 1 only, got {words.max()}")
         if not len(self.names) == len(self.ids) == len(words) or len(self.bit_names) != words.shape[1]:
@@ -183,7 +191,7 @@ def _assemble(
         words.append(word)
     n_bits = len(words[0])
     if n_bits > MAX_BITS:
-        raise InputError(f"{path}: {n_bits} bits, at most {MAX_BITS} are supported")
+        raise InputError(f"{path}: {too_many_bits(n_bits)}")
     if bit_names and len(bit_names) != n_bits:
         raise InputError(f"{path}: bit_names lists {len(bit_names)} bits, the words have {n_bits}")
     array = np.array([[int(bit) for bit in word] for word in words], dtype=np.uint8)

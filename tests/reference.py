@@ -49,6 +49,18 @@ def light_by_plane(x, y, on, peaks, radius, left, height):
     return light
 
 
+def tails(peak, peaks, height, near, far, share):
+    """Which peaks (x, y, height, bit) are the light of one of them, out of focus, at most two planes away."""
+    x, y, top, bit = peaks[peak]
+    found = []
+    for px, py, h, b in peaks:
+        away = abs(py // height - y // height)
+        apart = np.hypot(px - x, py % height - y % height)
+        most = 1 if apart < near else share**away if apart < far else 0
+        found.append(bool(b == bit and 1 <= away <= 2 and h < most * top))
+    return found
+
+
 def components(word):
     """8-connected components of equal word in one plane (y, x): a list of sets of (y, x), in scan order."""
     height, width = word.shape

@@ -281,3 +281,19 @@ def test_merge_planes_joins_neighbouring_planes_only():
     keep, z = merge_planes(word, x, np.zeros(5), np.array([0, 1, 3, 0, 1]), np.array([1.0, 3.0, 1.0, 1.0, 1.0]))
     assert keep.tolist() == [1, 2, 3, 4]
     assert z.tolist() == [0.75, 3, 0, 1]
+
+
+@pytest.mark.parametrize("method", ["pixels", "hamming"])
+def test_patches_of_a_book_without_blanks_have_odds_that_hold(method):
+    genes = np.flatnonzero(~BOOK.is_blank)
+    book = Codebook(tuple(BOOK.names[k] for k in genes), ("",) * len(genes), BOOK.words[genes], BOOK.bit_names)
+    stack, truth = simulate_stack(book, shape=(384, 384), density=0.01, seed=31)
+    calls = decode(stack, book, method=method)
+    wrong = 1 - score_calls(calls, truth, shape=(384, 384))["precision"]
+    assert 0.03 < wrong < 0.07
+    assert wrong == pytest.approx(1 - calls["probability"].mean(), abs=0.02)
+
+
+def test_a_book_of_more_bits_than_can_be_decoded_is_told_what_to_do():
+    with pytest.raises(InputError, match=r"80 bits, at most 64 .* a book and a stack of its bits alone"):
+        Codebook(("a",), ("",), np.ones((1, 80), np.uint8), tuple(f"bit{k}" for k in range(80)))

@@ -7,37 +7,55 @@ import pytest
 
 import reference
 from merfish import decode, mhd4_codebook, simulate_stack
+from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding import spots
 from merfish.decoding._plane_kernels import light_by_plane
 from merfish.decoding.overlap import same_molecule_pairs, splinters
 from merfish.decoding.peaks import Fit
-from merfish.decoding.planes import LIGHT_RADIUS, depth
+from merfish.decoding.planes import depth
 from merfish.simulate import match_calls, score_calls
 
 BOOK = mhd4_codebook([f"g{k}" for k in range(130)])
 
 
+N_BITS, N_PLANES, HEIGHT, WIDTH = 3, 3, 6, 7
+
+
+def some_scene(rng):
+    """A scene of 60 peaks in three planes, and the peaks as (x, y, height, bit)."""
+    left = rng.integers(-20, 20, (N_BITS, N_PLANES * HEIGHT, WIDTH)).astype(np.int8)
+    n = 60
+    plane = rng.integers(0, N_PLANES, n) * HEIGHT
+    bit = np.sort(rng.integers(0, N_BITS, n))
+    px, py, top = rng.uniform(0, WIDTH - 1, n), plane + rng.uniform(0, HEIGHT - 1, n), rng.uniform(0, 2, n)
+    fits = [Fit(px[bit == b], py[bit == b], top[bit == b], None) for b in range(N_BITS)]
+    scene = spots.make_scene(fits, left, HEIGHT, 1.0, np.zeros((N_BITS, 2)))._replace(step=0.1)
+    return scene, list(zip(px, py, top, bit, strict=True))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_light_by_plane_equals_the_reference(seed):
     rng = np.random.default_rng(seed)
-    n_bits, n_planes, height, width = 3, 3, 6, 7
-    left = rng.integers(-20, 20, (n_bits, n_planes * height, width)).astype(np.int8)
-    n = 60
-    plane = rng.integers(0, n_planes, n) * height
-    bit = np.sort(rng.integers(0, n_bits, n))
-    px, py, top = rng.uniform(0, width - 1, n), plane + rng.uniform(0, height - 1, n), rng.uniform(0, 2, n)
-    fits = [Fit(px[bit == b], py[bit == b], top[bit == b], None) for b in range(n_bits)]
-    scene = spots.make_scene(fits, left, height, 1.0, np.zeros((n_bits, 2)))._replace(step=0.1)
-    x, y = rng.uniform(0, width - 1, 20), rng.integers(0, n_planes, 20) * height + rng.uniform(0, height - 1, 20)
-    bits = rng.integers(1, 1 << n_bits, 20).astype(np.uint64)
+    scene, peaks = some_scene(rng)
+    x, y = rng.uniform(0, WIDTH - 1, 20), rng.integers(0, N_PLANES, 20) * HEIGHT + rng.uniform(0, HEIGHT - 1, 20)
+    bits = rng.integers(1, 1 << N_BITS, 20).astype(np.uint64)
     out = np.empty((20, 3))
-    light_by_plane(x, y, bits, scene, LIGHT_RADIUS, out)
+    light_by_plane(x, y, bits, scene, out)
+    radius = kernels.SAME_SPOT * scene.radius
     for m in range(20):
-        on = [bit for bit in range(n_bits) if int(bits[m]) >> bit & 1]
-        expected = reference.light_by_plane(
-            x[m], y[m], on, list(zip(px, py, top, bit, strict=True)), LIGHT_RADIUS, 0.1 * left, height
-        )
+        on = [bit for bit in range(N_BITS) if int(bits[m]) >> bit & 1]
+        expected = reference.light_by_plane(x[m], y[m], on, peaks, radius, 0.1 * scene.light, HEIGHT)
         assert out[m] == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tails_equal_the_reference(seed):
+    scene, peaks = some_scene(np.random.default_rng(seed))
+    near = kernels.SAME_SPOT * scene.radius
+    for peak in range(len(peaks)):
+        taken = np.zeros(len(peaks), bool)
+        kernels.take_tails(peak, scene, taken)
+        assert taken.tolist() == reference.tails(peak, peaks, HEIGHT, near, scene.cell, kernels.TAIL)
 
 
 @pytest.mark.parametrize("focal_range", [0.7, 1.0])

@@ -57,11 +57,15 @@ def test_locate_peaks_finds_more_than_it_has_room_for_at_first():
 def test_best_class_equals_the_reference(data):
     seen = data.draw(arrays(np.int64, 16, elements=st.integers(0, kernels.N_BINS - 1)))
     ratio = data.draw(arrays(np.float64, (16, kernels.N_BINS), elements=st.floats(-5, 5, width=16), fill=st.just(0)))
-    classes = start_classes(BOOK, np.ones(16, bool))._replace(ratio=ratio)
+    dim = np.linspace(2, -2, kernels.N_STEPS)
+    classes = start_classes(BOOK, np.ones(16, bool))._replace(ratio=ratio, dim=dim)
+    bright = data.draw(st.floats(0, 4))
     score = np.empty(BOOK.n_words + 2)
-    best = kernels.best_class(seen, classes, score)
+    best = kernels.best_class(seen, bright, classes, score)
     words = np.concatenate([BOOK.words, np.zeros((1, 16)), np.ones((1, 16))])
-    assert score == pytest.approx(reference.word_scores(seen, ratio, classes.log_prior, words))
+    expected = reference.word_scores(seen, ratio, classes.log_prior, words)
+    expected[-2] += dim[kernels.step_of(bright)]
+    assert score == pytest.approx(expected)
     assert best == int(np.argmax(score))
 
 
@@ -86,11 +90,12 @@ def test_sample_is_linear_interpolation(x, y):
 def test_the_start_favours_near_peaks_of_like_height_and_dark_places_least():
     off, on = start_histograms()
     ratio = np.log(on / off)
-    near = ratio[kernels.bin_of(0.05, 1.0)]
-    assert near > ratio[kernels.bin_of(0.05, 0.3)]
-    assert near > ratio[kernels.bin_of(0.9, 1.0)]
+    near = ratio[kernels.bin_of(0.05, 1.0, 0.0)]
+    assert near > ratio[kernels.bin_of(0.05, 0.3, 0.0)]
+    assert near > ratio[kernels.bin_of(0.9, 1.0, 0.0)]
+    assert near > ratio[kernels.bin_of(0.05, 1.0, 1.0)]
     assert near > 2
-    assert ratio[kernels.bin_of(-1.0, 0.0)] < -1
+    assert ratio[kernels.bin_of(-1.0, 0.0, 0.0)] < -1
 
 
 def test_blanks_are_spread_over_the_abundances_of_genes():

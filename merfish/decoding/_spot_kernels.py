@@ -52,10 +52,18 @@ def sample(image, y, x, first_row, last_row):
     return upper * (1 - v) + lower * v
 
 
+SAME_SPOT = 0.83  # of the radius: a spot's peak in the next plane is closer than this to its place
+TAIL_PLANES = 2  # up to which a spot out of focus leaves peaks
+# of a spot's height, for each plane away: peaks around it that are lower are its own light. Without it a molecule's
+# wide light in the next planes is called once more, or hides what is there.
+TAIL = 0.7
+
+
 class Scene(NamedTuple):
     """Peaks of all bits and the light that they do not explain; see `merfish.decoding.spots`.
 
-    px, py (rows), pa, pb (peak,): place, height and bit. start, order, cell, n_across: their grid (see `fill_grid`).
+    px, py (rows), pa, pb, pz (peak,): place, height, bit, and depth in planes. start, order, cell, n_across: their
+    grid (see `fill_grid`).
     radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, what
     no peak explains, in units of ``step``. shift_y, shift_x (bit,): how far a bit's image lies from the peaks' places.
     height: rows of a plane.
@@ -65,6 +73,7 @@ class Scene(NamedTuple):
     py: np.ndarray
     pa: np.ndarray
     pb: np.ndarray
+    pz: np.ndarray
     start: np.ndarray
     order: np.ndarray
     cell: float
@@ -77,15 +86,39 @@ class Scene(NamedTuple):
     height: int
 
 
+@kernel
+def nearest_peak(scene, x, y, bit):
+    """The peak of a bit nearest to a place within `SAME_SPOT` of the radius and in its plane, or -1."""
+    start, n_across = scene.start, scene.n_across
+    n_cells = len(start) - 1
+    plane = int(y) // scene.height
+    row, column = int(y / scene.cell), int(x / scene.cell)
+    found, best = -1, (SAME_SPOT * scene.radius) ** 2
+    for r in range(row - 1, row + 2):
+        for c in range(column - 1, column + 2):
+            if r < 0 or c < 0 or c >= n_across or r * n_across + c >= n_cells:
+                continue
+            for k in range(start[r * n_across + c], start[r * n_across + c + 1]):
+                i = scene.order[k]
+                if scene.pb[i] != bit or int(scene.py[i]) // scene.height != plane:
+                    continue
+                d = (scene.px[i] - x) ** 2 + (scene.py[i] - y) ** 2
+                if d < best:
+                    found, best = i, d
+    return found
+
+
 class Classes(NamedTuple):
     """What a candidate may be: a word of the book, nothing, or an object that is bright in every bit.
 
     ratio (bit, bin): log of how much likelier an observation is where the bit is on than where it is off.
     log_prior (class,). bits (class, place) uint8, weight (class,) int64: on-bits; on (class, bit) uint8.
-    Words come first; the last class but one is nothing, the last an object that is bright in every bit.
+    Words come first; the last class but one is nothing, the last an object that is bright in every bit. dim (step,):
+    log of how much likelier a candidate is of that brightness if it is nothing, see `step_of`.
     """
 
     ratio: np.ndarray
+    dim: np.ndarray
     log_prior: np.ndarray
     bits: np.ndarray
     weight: np.ndarray
@@ -111,17 +144,17 @@ def observe(seed, scene, taken, members, seen):
     observed, see `bin_of`. Peaks farther away than twice the radius are ignored. Returns centre x, y and brightness,
     the mean height of the members, without the weakest and the brightest if there are four or more.
     """
-    px, py, pa, pb = scene.px, scene.py, scene.pa, scene.pb
+    px, py, pa, pb, pz = scene.px, scene.py, scene.pa, scene.pb, scene.pz
     start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
     radius, height = scene.radius, scene.height
     n_bits = len(members)
     n_cells = len(start) - 1
-    cx, cy = px[seed], py[seed]
+    cx, cy, cz = px[seed], py[seed], pz[seed]
     first_row = int(cy) // height * height
     end_row = first_row + height
     best = np.empty(n_bits)
     used = np.empty(n_bits)
-    for _ in range(2):
+    for _ in range(LOOKS):
         members[:] = -1
         best[:] = radius * radius
         used[:] = radius * radius
@@ -140,18 +173,19 @@ def observe(seed, scene, taken, members, seen):
                     elif d < best[pb[i]]:
                         best[pb[i]] = d
                         members[pb[i]] = i
-        sx = sy = mass = 0.0
+        sx = sy = sz = mass = 0.0
         for bit in range(n_bits):
             i = members[bit]
             if i >= 0:
                 # a distant peak more likely belongs to another molecule
-                w = min(pa[i], 2.0) * np.exp(-best[bit] / (0.5 * radius * radius))
+                w = min(pa[i], 2.0) * np.exp(-best[bit] / (PULL * radius * radius))
                 sx += w * px[i]
                 sy += w * py[i]
+                sz += w * pz[i]
                 mass += w
         if mass == 0.0:
             break
-        cx, cy = sx / mass, sy / mass
+        cx, cy, cz = sx / mass, sy / mass, sz / mass
     total = 0.0
     number = 0
     low, high = np.inf, -np.inf
@@ -169,22 +203,26 @@ def observe(seed, scene, taken, members, seen):
         i = members[bit]
         if i >= 0:
             d = np.sqrt((px[i] - cx) ** 2 + (py[i] - cy) ** 2)
-            seen[bit] = bin_of(d / radius, pa[i] / bright)
+            seen[bit] = bin_of(d / radius, pa[i] / bright, abs(pz[i] - cz))
         else:
             y, x = cy + scene.shift_y[bit], cx + scene.shift_x[bit]
             v = scene.step * sample(scene.light[bit], y, x, first_row, end_row - 1)
-            shown = bin_of(-1.0, v / bright)
+            shown = bin_of(-1.0, v / bright, 0.0)
             if used[bit] < radius * radius:
                 shown += N_EMPTY * (1 + int(np.sqrt(used[bit]) / radius * N_USED))
             seen[bit] = shown
     return cx, cy, bright
 
 
+LOOKS = 3  # steps towards the centre of a candidate
+PULL = 0.1  # of the radius squared: twice the variance of the weight of a peak by its distance from the centre
 CHUNK = 1024  # seeds that one thread scores in a row
 
-# Bins of distance and of height of a peak, and of brightness of a place without one.
-N_NEAR, N_HEIGHT, N_EMPTY, N_USED = 6, 8, 10, 3
-N_BINS = N_NEAR * N_HEIGHT + N_EMPTY * (1 + N_USED)
+# Bins of depth, of distance and of height of a peak, and of brightness of a place without one.
+N_DEPTH, N_NEAR, N_HEIGHT, N_EMPTY, N_USED = 3, 6, 8, 10, 3
+N_PEAK = N_DEPTH * N_NEAR * N_HEIGHT
+N_BINS = N_PEAK + N_EMPTY * (1 + N_USED)
+DEPTH_STEP = 0.25  # planes
 LOWEST_LOG_HEIGHT, LOG_HEIGHT_STEP = -1.6, 0.4
 LOWEST_EMPTY, EMPTY_STEP = -0.1, 0.12
 # a place at least half as bright as the molecule shows the bit, even if its peak is hidden in a neighbour's
@@ -192,24 +230,40 @@ HIDDEN = int((0.5 - LOWEST_EMPTY) / EMPTY_STEP)
 
 
 @kernel
-def bin_of(near, height):
-    """Bin of an observation: a peak at ``near`` (share of the radius) of relative height, or (near < 0) no peak."""
+def bin_of(near, height, depth):
+    """Bin of an observation: a peak at ``near`` (share of the radius) of relative height, or (near < 0) no peak.
+
+    depth: of the peak relative to the candidate, planes, at least 0.
+    """
     if near >= 0:
         a = int(np.floor((np.log(max(height, 1e-6)) - LOWEST_LOG_HEIGHT) / LOG_HEIGHT_STEP))
-        return min(int(near * N_NEAR), N_NEAR - 1) * N_HEIGHT + min(max(a, 0), N_HEIGHT - 1)
-    return N_NEAR * N_HEIGHT + min(max(int((height - LOWEST_EMPTY) / EMPTY_STEP), 0), N_EMPTY - 1)
+        place = min(int(depth / DEPTH_STEP), N_DEPTH - 1) * N_NEAR + min(int(near * N_NEAR), N_NEAR - 1)
+        return place * N_HEIGHT + min(max(a, 0), N_HEIGHT - 1)
+    return N_PEAK + min(max(int((height - LOWEST_EMPTY) / EMPTY_STEP), 0), N_EMPTY - 1)
+
+
+N_STEPS = 8  # of a candidate's brightness, e^-1.6 to e^1.2 of a molecule's
 
 
 @kernel
-def best_class(seen, classes, score):
+def step_of(bright):
+    """Step of a candidate's brightness."""
+    step = int(np.floor((np.log(max(bright, 1e-6)) - LOWEST_LOG_HEIGHT) / LOG_HEIGHT_STEP))
+    return min(max(step, 0), N_STEPS - 1)
+
+
+@kernel
+def best_class(seen, bright, classes, score):
     """Log posterior odds of each class (class,) into ``score``; returns the best."""
     ratio, bits, weight = classes.ratio, classes.bits, classes.weight
-    best, top = 0, -np.inf
+    best, top, nothing = 0, -np.inf, len(weight) - 2
     says = np.empty(len(seen))
     for bit in range(len(seen)):
         says[bit] = ratio[bit, seen[bit]]
     for w in range(len(weight)):
         total = classes.log_prior[w]
+        if w == nothing:
+            total += classes.dim[step_of(bright)]
         for k in range(weight[w]):
             total += says[bits[w, k]]
         score[w] = total
@@ -258,22 +312,23 @@ def observe_all(scene, free, views):
 
 
 @kernel
-def score_some(seen, begin, end, classes, first):
+def score_some(views, begin, end, classes, first):
     """Scores of the seeds ``begin`` to below ``end``; see `score_seeds`."""
     score = np.empty(len(classes.weight))
     for seed in range(begin, end):
-        first[seed] = score[best_class(seen[seed], classes, score)]
+        best = best_class(views.seen[seed], views.centre[seed, 2], classes, score)
+        first[seed] = -np.inf if best == len(score) - 2 else score[best]
 
 
 @parallel_kernel
-def score_seeds(seen, classes, first):
+def score_seeds(views, classes, first):
     """Score of the best class around each peak while all peaks are free, into ``first`` (peak,) float64.
 
-    seen (peak, bit): see `Views`.
+    Minus infinity where that is nothing.
     """
-    n_peaks = len(seen)
+    n_peaks = len(views.seen)
     for chunk in prange((n_peaks + CHUNK - 1) // CHUNK):
-        score_some(seen, chunk * CHUNK, min((chunk + 1) * CHUNK, n_peaks), classes, first)
+        score_some(views, chunk * CHUNK, min((chunk + 1) * CHUNK, n_peaks), classes, first)
 
 
 @kernel
@@ -294,7 +349,35 @@ def changed(seed, scene, taken):
 
 
 @kernel
-def call_molecules(scene, views, classes, first, explained, table, evidence, owner, share, shows):
+def take_tails(peak, scene, taken):
+    """Take the weaker peaks that the same spot leaves, out of focus, in the planes below and above.
+
+    These are weaker peaks at its place, and within a cell of it those below `TAIL` of its height for each plane away.
+    """
+    x, y, bit, height = scene.px[peak], scene.py[peak], scene.pb[peak], scene.height
+    n_rows, cell, n_across = scene.light.shape[1], scene.cell, scene.n_across
+    column = int(x / cell)
+    for away in range(-TAIL_PLANES, TAIL_PLANES + 1):
+        row = y + away * height
+        if away == 0 or row < 0 or row >= n_rows:
+            continue
+        plane = int(row) // height
+        for r in range(max(int(row / cell) - 1, 0), int(row / cell) + 2):
+            for c in range(max(column - 1, 0), min(column + 2, n_across)):
+                if r * n_across + c >= len(scene.start) - 1:
+                    continue
+                for k in range(scene.start[r * n_across + c], scene.start[r * n_across + c + 1]):
+                    i = scene.order[k]
+                    if scene.pb[i] != bit or int(scene.py[i]) // height != plane:
+                        continue
+                    apart = (scene.px[i] - x) ** 2 + (scene.py[i] - row) ** 2
+                    share = 1.0 if apart < (SAME_SPOT * scene.radius) ** 2 else TAIL ** abs(away)
+                    if apart < cell * cell and scene.pa[i] < share * scene.pa[peak]:
+                        taken[i] = True
+
+
+@kernel
+def call_molecules(scene, views, classes, first, explained, table, evidence, owner, share, shows, light):
     """Call molecules, the most certain first, each from peaks that no other call has taken.
 
     scene, views, classes: see `Scene`, `Views` and `Classes`; first (peak,) from `score_seeds`. Peaks around
@@ -303,7 +386,8 @@ def call_molecules(scene, views, classes, first, explained, table, evidence, own
     out, a row a call: table (x, y, brightness, score, log odds against all other classes), evidence uint64 (word, its
     bits that are wrong); owner (peak,) int64, the call that has taken a peak, or -1. Added to: share (class,), the
     posterior of each class summed over candidates; shows (2, bit, bin), how often each bit showed what, where there is
-    something, weighted by the posterior that the bit is off, and on. Returns the number of calls.
+    something, weighted by the posterior that the bit is off, and on; light (2, step), how often nothing, and something,
+    was how bright. Returns the number of calls.
     """
     px, py, pa = scene.px, scene.py, scene.pa
     n_peaks = len(px)
@@ -318,7 +402,7 @@ def call_molecules(scene, views, classes, first, explained, table, evidence, own
     is_on = np.empty(n_bits)
     heap = [(0.0, -1)]
     for seed in range(n_peaks):
-        if first[seed] > classes.log_prior[nothing]:
+        if first[seed] > -np.inf:
             heap.append((-first[seed], seed))
     heapq.heapify(heap)
     calls = 0
@@ -331,7 +415,7 @@ def call_molecules(scene, views, classes, first, explained, table, evidence, own
         else:
             members[:], seen[:] = views.members[seed], views.seen[seed]
             cx, cy, bright = views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2]
-        best = best_class(seen, classes, score)
+        best = best_class(seen, bright, classes, score)
         if score[best] < -negative - 1e-9:
             heapq.heappush(heap, (-score[best], seed))
             continue
@@ -352,6 +436,8 @@ def call_molecules(scene, views, classes, first, explained, table, evidence, own
             for k in range(classes.weight[w]):
                 is_on[classes.bits[w, k]] += posterior
         something = 1.0 - score[nothing] / (1.0 + others)
+        light[0, step_of(bright)] += 1.0 - something
+        light[1, step_of(bright)] += something
         for bit in range(n_bits):
             shows[0, bit, seen[bit]] += something - is_on[bit]
             shows[1, bit, seen[bit]] += is_on[bit]
@@ -367,6 +453,7 @@ def call_molecules(scene, views, classes, first, explained, table, evidence, own
                 near = (px[i] - cx) ** 2 + (py[i] - cy) ** 2 <= explained * explained
                 if on or near:
                     taken[i] = True
+                    take_tails(i, scene, taken)
                     if word >= 0:
                         owner[i] = calls
                 if on:
@@ -375,7 +462,7 @@ def call_molecules(scene, views, classes, first, explained, table, evidence, own
                     mass += pa[i]
                 elif near:
                     errors |= np.uint64(1) << np.uint64(bit)
-            elif on and (seen[bit] - N_NEAR * N_HEIGHT) % N_EMPTY < HIDDEN:
+            elif on and (seen[bit] - N_PEAK) % N_EMPTY < HIDDEN:
                 errors |= np.uint64(1) << np.uint64(bit)
         taken[seed] = True
         if word < 0:

@@ -15,6 +15,7 @@ from merfish.decoding.pixels import on_bits
 
 # where the histograms start from: Chen et al. 2015, and peaks located to 0.16 sigma of the PSF
 START_LOST, START_GAINED, START_SIGMA, START_SPREAD, START_CROWD = 0.10, 0.04, 0.15, 0.3, 0.04
+START_DEPTH = (0.8, 0.15, 0.05)  # of a molecule's own peaks, by how far they seem away from its depth
 START_NOTHING, START_EVERYTHING = 0.3, 0.001  # share of candidates
 # prior count of every word: with few molecules, chance must not make a gene look abundant
 PRIOR_CALLS = 5.0
@@ -28,23 +29,29 @@ def start_classes(codebook: Codebook, live: np.ndarray) -> kernels.Classes:
     share = np.full(codebook.n_words + 2, (1 - START_NOTHING - START_EVERYTHING) / codebook.n_words)
     share[-2:] = START_NOTHING, START_EVERYTHING
     off, on = start_histograms()
-    return _classes(codebook, live, np.tile(np.log(on / off), (codebook.n_bits, 1)), share)
+    return _classes(codebook, live, np.tile(np.log(on / off), (codebook.n_bits, 1)), np.zeros(kernels.N_STEPS), share)
 
 
-def learn_classes(codebook: Codebook, live: np.ndarray, share: np.ndarray, shows: np.ndarray) -> kernels.Classes:
+def learn_classes(
+    codebook: Codebook, live: np.ndarray, share: np.ndarray, shows: np.ndarray, light: np.ndarray
+) -> kernels.Classes:
     """Update the classes from a round of calls.
 
-    share (class,) and shows (2, bit, bin): see `_spot_kernels.call_molecules`.
+    share (class,), shows (2, bit, bin) and light (2, step): see `_spot_kernels.call_molecules`.
     """
     n_words = codebook.n_words
     abundance = word_abundance(share[:n_words], codebook.is_blank)
     kinds = np.array([share[:n_words].sum(), *share[n_words:]]) + 1.0
     kinds /= kinds.sum()
     ratio = bit_log_ratio(np.where(live[:, None], shows, 0.0))
-    return _classes(codebook, live, ratio, np.append(kinds[0] * abundance, kinds[1:]))
+    light = light + START_WEIGHT / kernels.N_STEPS
+    nothing, something = np.log(light / light.sum(axis=1, keepdims=True))
+    return _classes(codebook, live, ratio, nothing - something, np.append(kinds[0] * abundance, kinds[1:]))
 
 
-def _classes(codebook: Codebook, live: np.ndarray, ratio: np.ndarray, share: np.ndarray) -> kernels.Classes:
+def _classes(
+    codebook: Codebook, live: np.ndarray, ratio: np.ndarray, dim: np.ndarray, share: np.ndarray
+) -> kernels.Classes:
     words = codebook.words
     on = np.concatenate([words, np.zeros((1, words.shape[1]), np.uint8), np.ones((1, words.shape[1]), np.uint8)])
     bits = np.zeros((len(on), words.shape[1]), np.uint8)
@@ -55,7 +62,7 @@ def _classes(codebook: Codebook, live: np.ndarray, ratio: np.ndarray, share: np.
     log_prior = np.log(share)
     if (words.min(axis=1) == 1).any():
         log_prior[-1] = -np.inf  # a word of the book
-    return kernels.Classes(ratio * live[:, None], log_prior, bits, weight, on)
+    return kernels.Classes(ratio * live[:, None], dim, log_prior, bits, weight, on)
 
 
 def word_abundance(share: np.ndarray, is_blank: np.ndarray) -> np.ndarray:
@@ -118,6 +125,8 @@ def start_histograms() -> tuple[np.ndarray, np.ndarray]:
     seen = 0.95 * np.outer(near, own)
     stray = np.outer(accidental, any_height)
     both = np.full(kernels.N_USED * kernels.N_EMPTY, hidden)  # a peak assigned to another molecule
+    at_depth = np.array(START_DEPTH)[:, None, None]
+    seen, stray = at_depth * seen, stray / kernels.N_DEPTH
     on = np.concatenate(
         [((1 - START_LOST) * seen + START_LOST * stray + 1e-4).ravel(), START_LOST * dark + hidden, both]
     )

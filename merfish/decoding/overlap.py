@@ -15,6 +15,8 @@ SPLINTER_RADIUS = 3.0
 # relative to the brightest fragment. Of simulated calls in five planes this removes a third to a half of the wrong ones
 # and up to 1 % of the right ones; half of it, or twice as far, is worse
 SPLINTER_SHARE = 0.7
+SPLINTER_PLANES = 2  # away, at most
+HALO_PLANES = 1
 
 
 def same_molecule_pairs(word: np.ndarray, x: np.ndarray, y: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
@@ -50,26 +52,33 @@ def halos(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mas
     A patch is one if there is another of its word within 5 px, in the same or the next plane, with more than three
     times its mass (brightness times area). All arrays (molecule,); x, y pixel.
     """
-    return _outshone(word, x, y, plane, mass, HALO_RADIUS, HALO_SHARE)
+    return _outshone(word, x, y, plane, mass, HALO_RADIUS, HALO_SHARE, HALO_PLANES)
 
 
 def splinters(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, light: np.ndarray) -> np.ndarray:
     """Which spots are fragments of an out-of-focus molecule between planes; (molecule,) bool, none in one plane.
 
-    A spot is one if there is another of its word within 3 px, in the same or the next plane, and it has less than 0.7
-    of that one's brightness. All arrays (molecule,); x, y pixel.
+    A spot is one if there is another of its word within 3 px, at most two planes away, and it has less than 0.7 of
+    that one's brightness. All arrays (molecule,); x, y pixel.
     """
     if not plane.any():
         return np.zeros(len(word), bool)
-    return _outshone(word, x, y, plane, light, SPLINTER_RADIUS, SPLINTER_SHARE)
+    return _outshone(word, x, y, plane, light, SPLINTER_RADIUS, SPLINTER_SHARE, SPLINTER_PLANES)
 
 
 def _outshone(
-    word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mass: np.ndarray, radius: float, share: float
+    word: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    plane: np.ndarray,
+    mass: np.ndarray,
+    radius: float,
+    share: float,
+    reach: int,
 ) -> np.ndarray:
-    """Which have below ``share`` of the mass of another of their word within ``radius`` in the same or next plane."""
+    """Which have below ``share`` of the mass of another of their word within ``radius`` in up to ``reach`` planes."""
     i, j = same_molecule_pairs(word, x, y, radius)
-    near = np.abs(plane[i] - plane[j]) <= 1
+    near = np.abs(plane[i] - plane[j]) <= reach
     weak, strong = np.where(mass[i] < mass[j], (i, j), (j, i))[:, near]
     outshone = np.zeros(len(word), bool)
     outshone[weak[mass[weak] < share * mass[strong]]] = True

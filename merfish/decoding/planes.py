@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-LIGHT_RADIUS = 0.75  # sigmas of the PSF; a molecule's peak in the next plane is closer than this to its position
 # relative to molecules' height; less is noise and residuals of neighbours. Positions of simulated molecules are the
 # same with 0.015 to 0.03; with twice as much the median error is 0.03 planes larger.
 LEAST_LIGHT = 0.03

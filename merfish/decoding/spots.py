@@ -24,7 +24,7 @@ from merfish.decoding._plane_kernels import light_by_plane
 from merfish.decoding.alignment import BitShifts, bit_shifts
 from merfish.decoding.evidence import learn_classes, start_classes
 from merfish.decoding.peaks import Fit, fit_peaks, share_peaks
-from merfish.decoding.planes import LIGHT_RADIUS, depth
+from merfish.decoding.planes import depth
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed
 
@@ -78,17 +78,17 @@ def decode_spots(
     views = look(some)
     for _ in range(ROUNDS):
         called = call(some, views, classes, sigma)
-        classes = learn_classes(codebook, live, called.share, called.shows)
+        classes = learn_classes(codebook, live, called.share, called.shows, called.light)
     scene = make_scene(fits, left, height, sigma, shifts.shift)
     if len(scene.px) > len(some.px):
         called = call(scene, look(scene), classes, sigma)
     for _ in range(REFITS):
-        classes = learn_classes(codebook, live, called.share, called.shows)
+        classes = learn_classes(codebook, live, called.share, called.shows, called.light)
         fits = refit(fits, scene, called, left, sigma)
         scene = make_scene(fits, left, height, sigma, shifts.shift)
         views = look(scene)
         called = call(scene, views, classes, sigma)
-    classes = learn_classes(codebook, live, called.share, called.shows)
+    classes = learn_classes(codebook, live, called.share, called.shows, called.light)
     return _molecules(call(scene, views, classes, sigma), scene, codebook, shifts)
 
 
@@ -101,7 +101,7 @@ def _molecules(called: Calls, scene: kernels.Scene, codebook: Codebook, shifts: 
     if scene.light.shape[1] > height:
         bits = codebook.codes[word] & ~errors
         light = np.empty((len(word), 3))
-        light_by_plane(table[:, 0], table[:, 1], bits, scene, LIGHT_RADIUS * scene.radius / RADIUS, light)
+        light_by_plane(table[:, 0], table[:, 1], bits, scene, light)
         z = depth(light, plane)
     return Spots(
         word=word,
@@ -200,16 +200,23 @@ def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, shi
     start, order = np.empty(n_across * n_down + 1, np.int64), np.empty(len(x), np.int64)
     kernels.fill_grid(x, y, cell, n_across, start, order)
     shift_y, shift_x = np.ascontiguousarray(shift.T)
-    return kernels.Scene(
-        x, y, top, bit, start, order, cell, n_across, RADIUS * sigma, left, LIGHT_STEP, shift_y, shift_x, height
-    )
+    plane = (first // height).astype(np.int32)
+    scene = kernels.Scene(
+        x, y, top, bit, plane.astype(np.float32), start, order, cell, n_across, RADIUS * sigma, left, LIGHT_STEP,
+        shift_y, shift_x, height,
+    )  # fmt: skip
+    if n_rows == height:
+        return scene
+    light = np.empty((len(x), 3))
+    light_by_plane(x, y, np.uint64(1) << bit.astype(np.uint64), scene, light)
+    return scene._replace(pz=depth(light, plane))
 
 
 class Calls(NamedTuple):
     """One round of calls.
 
     table (call, 5): x, y, brightness, score, log odds. evidence (call, 2) uint64: word, wrong bits. owner (peak,): call
-    that has it, or -1. share (class,), shows (2, bit, bin): see `_spot_kernels.call_molecules`.
+    that has it, or -1. share (class,), shows (2, bit, bin), light (2, step): see `_spot_kernels.call_molecules`.
     """
 
     table: np.ndarray
@@ -217,6 +224,7 @@ class Calls(NamedTuple):
     owner: np.ndarray
     share: np.ndarray
     shows: np.ndarray
+    light: np.ndarray
 
 
 def look(scene: kernels.Scene) -> kernels.Views:
@@ -236,10 +244,13 @@ def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, s
     most = len(scene.px)
     table, evidence, owner = np.empty((most, 5)), np.empty((most, 2), np.uint64), np.empty(most, np.int64)
     share, shows = np.zeros(len(classes.weight)), np.zeros((2, len(scene.light), kernels.N_BINS))
+    light = np.zeros((2, kernels.N_STEPS))
     first = np.empty(most)
     if most <= kernels.CHUNK:
-        kernels.score_some(views.seen, 0, most, classes, first)
+        kernels.score_some(views, 0, most, classes, first)
     else:
-        kernels.score_seeds(views.seen, classes, first)
-    n = kernels.call_molecules(scene, views, classes, first, EXPLAINED * sigma, table, evidence, owner, share, shows)
-    return Calls(table[:n], evidence[:n], owner, share, shows)
+        kernels.score_seeds(views, classes, first)
+    n = kernels.call_molecules(
+        scene, views, classes, first, EXPLAINED * sigma, table, evidence, owner, share, shows, light
+    )
+    return Calls(table[:n], evidence[:n], owner, share, shows, light)
