@@ -169,6 +169,7 @@ BENCHMARKS = (
                    kind="ratio"),
         ],
     ),
+    Benchmark("stacked_cells", "segmentation of simulated tissues of two layers of cells", "stacked_cells.py"),
     Benchmark(
         "exchange", "assignment to real outlines; memory and time by number of cells", "exchange.py",
         ["--data", "{data}"], ["--data", "{data}", "--cells", "1000"],
@@ -186,6 +187,12 @@ BENCHMARKS = (
         "heldout", "likelihood of held-out cells and counts, cell types; needs '.[vae,analysis]'", "heldout.py",
         ["{data}"],
         figures=[Figure("log p(x) [nats a cell], osmFISH", "osmfish", {"method": "SpatialVAE"}, kind="number")],
+    ),
+    Benchmark(
+        "neighbours", "what a cell's neighbours say of it, by niche_encoder; intervals of held-out counts",
+        "neighbours.py",
+        [f"{{data}}/spatial_tables/{name}.h5ad" for name in (
+            "starmap_mpfc_BZ5", "starmap_mpfc_BZ14", "osmfish_cortex", "merfish_hypothalamus", "merfish_mop_slice1")],
     ),
     Benchmark(
         "distribution", "evidence, cover of intervals, imputation, differential expression, sampled tissue",

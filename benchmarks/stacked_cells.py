@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import shapely
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from merfish.cells.counts import read_cells
 from merfish.cells.measure import find_cells, find_stacked_cells
@@ -75,7 +75,7 @@ def main() -> None:
                 rows.append(measure(seed, n_planes, Path(folder)))
             print(rows[-1], flush=True)
     text = f"{(__doc__ or '').strip()}\n\n{as_markdown(pd.DataFrame(rows))}\n"
-    (Path(__file__).parent / "results" / "stacked_cells.md").write_text(text)
+    (RESULTS / "stacked_cells.md").write_text(text)
 
 
 if __name__ == "__main__":
