@@ -22,7 +22,6 @@ from spatialvae.data import (
     build_graphs,
     check_table,
     fingerprint,
-    graphs_of,
     minibatches,
     read_cells,
 )
@@ -418,7 +417,8 @@ class SpatialVAE:
             if self.neighbours is None:
                 parts = sampling.predictive_at(self.module, section, self._places(table), rows, n_samples, seed, known)
             else:
-                parts = sampling.predictive_of(self.module, section, rows, n_samples, seed, self._expected(table, given))
+                expected = self._expected(table, given)
+                parts = sampling.predictive_of(self.module, section, rows, n_samples, seed, expected)
         counts = np.concatenate([drawn[..., columns] for _, drawn in parts], 1)
         return counts[0] if n_samples == 1 else np.moveaxis(counts, 0, -1)
 
@@ -871,7 +871,7 @@ def _device() -> torch.device:
 def _own_encoder(folder: Path, saved: str, given: torch.nn.Module | None) -> torch.nn.Module | None:
     """``given``, if it is what a model that was ``saved`` with a ``niche_encoder`` needs."""
     if saved == OWN and given is None:
-        raise InputError(f"{folder} was made with a niche_encoder of your own: pass one like it to load(niche_encoder=)")
+        raise InputError(f"{folder} has a niche_encoder of your own: pass one like it to load(niche_encoder=)")
     if saved != OWN and given is not None:
         raise InputError(f"{folder} was made with niche_encoder={saved!r}; leave out niche_encoder")
     return given

@@ -76,8 +76,9 @@ class Surroundings:
     def of(self, rows: np.ndarray, device: torch.device) -> Surroundings:
         """Those of ``rows`` alone, on ``device``."""
         chosen = torch.from_numpy(rows)
-        each = (value[chosen].to(device) for value in (self.mean, self.variance, self.index, self.distance))
-        return Surroundings(*each, self.values)
+        mean, variance = self.mean[chosen].to(device), self.variance[chosen].to(device)
+        index, distance = self.index[chosen].to(device), self.distance[chosen].to(device)
+        return Surroundings(mean, variance, index, distance, self.values)
 
     def stars(self) -> tuple[Tensor, Tensor, Tensor]:
         """x (node, dim), the places first and zero; edge_index (2, edge) from neighbours to places; and edge_attr

@@ -88,7 +88,7 @@ def threads_for(work: int) -> Iterator[None]:
 
 
 def divided(section: Section, plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that are held out and rows that are trained on, of the cells that have counts; ``rng`` of the plan's seed."""
+    """Rows that are held out and rows that are trained on, of cells with counts; ``rng`` of the plan's seed."""
     order = rng.permutation(np.flatnonzero(section.cells.depth > 0))
     n_held = int(plan.held_out * len(order))
     return np.sort(order[:n_held]), np.sort(order[n_held:])
