@@ -128,10 +128,12 @@ def page(rows: pd.DataFrame, seeds: int, samples: int, command: str) -> str:
 Made by `{command}`.
 
 Seeds: {seeds}; where there are several, their mean. {REMOVED:.0%} of the cells with at least {LEAST} counts are held
-out; {samples} importance samples. "field": the Gaussian field alone; "mixture": and types weighted by the field; "gatv2",
-"sage", "gin": and by messages of 15 neighbours. All share encoder, decoder and field of one training.
-"{ALONE}": the mixture with constant weights, which says how much of a gain is the shape of the prior and not
-the neighbours.
+out; {samples} importance samples.
+
+- "field": the Gaussian field alone; "mixture": and types weighted by the field; "gatv2", "sage", "gin": and by messages
+  of 15 neighbours. All share encoder, decoder and field of one training.
+- "{ALONE}": the mixture with constant weights, which says how much of a gain is the shape of the prior and
+  not the neighbours.
 
 ## Gain of the neighbours
 

@@ -62,8 +62,9 @@ class SpatialVAE:
     niche_encoder : what is expected of a cell from others' counts (``spatialvae.neighbours``), for everything that is
         asked with ``given``; embeddings do not depend on it. "field": the Gaussian field alone; "mixture": also types
         of cells, weighted by the field; "gatv2", "sage", "gin": by messages of the 15 neighbours, too, with layers of
-        torch_geometric ("gatv2" predicts best: benchmarks/results/neighbours.md); or a ``torch.nn.Module`` with forward(x, edge_index, edge_attr) that returns a row for each
-        node. x (node, z_cell's dimensions) are neighbours' z_cell, zeros for the cells in question; edge_attr (edge, 1)
+        torch_geometric ("gatv2" predicts best: benchmarks/results/neighbours.md); or a ``torch.nn.Module`` with
+        forward(x, edge_index, edge_attr) that returns a row for each node. x (node, z_cell's dimensions) are
+        neighbours' z_cell, zeros for the cells in question; edge_attr (edge, 1)
         distances in mean spacings of neighbours
 
     Raises
