@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -16,20 +16,20 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from spatialvae import _keys, analysis, differential, evidence, sampling, verbs
+from spatialvae import _keys, analysis, differential, evidence, neighbours, sampling, verbs
 from spatialvae._files import whole
 from spatialvae.data import (
     build_graphs,
     check_table,
     fingerprint,
-    graphs_of,
     minibatches,
     read_cells,
 )
 from spatialvae.differential import Selection
 from spatialvae.errors import InputError
 from spatialvae.linear import fit_linear
-from spatialvae.module import LIKELIHOODS, ROWS_AT_ONCE, Section, Shape, Sites, SpatialModule
+from spatialvae.mixture import Mixture
+from spatialvae.module import LIKELIHOODS, ROWS_AT_ONCE, Section, Shape, SpatialModule
 from spatialvae.posterior import posterior
 from spatialvae.setup import Setup, check_key, checked_coordinates, read_places
 from spatialvae.training import Plan, train
@@ -42,6 +42,8 @@ FILES = ("model.json", "model.safetensors")
 TABLE = "adata.h5ad"
 WHICH = ("both", "niche", "cell")
 CELLS = ("model", "table")
+OWN = "module"  # a user's niche_encoder, in model.json
+_NEIGHBOURS = "neighbours."  # before its tensors' names in model.safetensors
 
 
 class SpatialVAE:
@@ -58,6 +60,13 @@ class SpatialVAE:
     measurement : model expression as it was before it was measured (``spatialvae.measurement``): ``adata`` gives each
         gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them
     linear_decoder : log shares are linear in z_cell, as in LDVAE, and ``get_loadings`` says how
+    niche_encoder : what is expected of a cell from others' counts (``spatialvae.neighbours``), for everything that is
+        asked with ``given``; embeddings do not depend on it. "field": the Gaussian field alone; "mixture": also types
+        of cells, weighted by the field; "gatv2", "sage", "gin": by messages of the 15 neighbours, too, with layers of
+        torch_geometric ("gatv2" predicts best: benchmarks/results/neighbours.md); or a ``torch.nn.Module`` with
+        forward(x, edge_index, edge_attr) that returns a row for each node. x (node, z_cell's dimensions) are
+        neighbours' z_cell, zeros for the cells in question; edge_attr (edge, 1)
+        distances in mean spacings of neighbours
 
     Raises
     ------
@@ -81,6 +90,7 @@ class SpatialVAE:
         seed: int = 0,
         measurement: bool = False,
         linear_decoder: bool = False,
+        niche_encoder: str | torch.nn.Module = "field",
         **others: Any,
     ) -> None:
         verbs.refuse(others, "SpatialVAE")
@@ -108,7 +118,9 @@ class SpatialVAE:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = SpatialModule(shape, start).to(_device())
-        self.module.eval()
+            self.neighbours = neighbours.prior_for(niche_encoder, self.module)
+        self._niche_encoder = niche_encoder if isinstance(niche_encoder, str) else OWN
+        self._to(self.module.mean.device)
         self.training_log = pd.DataFrame()
         self._section = self.module.section(cells, graphs)
         self._seen = fingerprint(adata, self.setup)
@@ -159,7 +171,12 @@ class SpatialVAE:
 
     def to_device(self, device: str) -> None:
         """Move the model to "cpu", "cuda:0", ...; training goes on there."""
-        self.module.to(verbs.device_of(device))
+        self._to(verbs.device_of(device))
+
+    def _to(self, device: torch.device) -> None:
+        self.module.to(device).eval()
+        if self.neighbours is not None:
+            self.neighbours.to(device)
 
     def view_anndata_setup(self) -> None:
         """Print what ``setup_anndata`` was told."""
@@ -222,6 +239,10 @@ class SpatialVAE:
             plan = replace(plan, max_steps=max_epochs * -(-n_train // plan.batch_size))
         with _bar(plan.max_steps, progress) as report:
             history = pd.DataFrame(train(self.module, section, plan, report))
+        if self.neighbours is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                neighbours.fit(self.neighbours, self.module, section, plan, fresh=not trained)
         if trained:
             history[["step", "epoch"]] += self.training_log[["step", "epoch"]].iloc[-1]
             history = pd.concat([self.training_log, history], ignore_index=True)
@@ -420,7 +441,11 @@ class SpatialVAE:
             parts = sampling.predictive(self.module, section, rows, n_samples, seed)
         else:
             known = self._read(given), self._places(given)
-            parts = sampling.predictive_at(self.module, section, self._places(table), rows, n_samples, seed, known)
+            if self.neighbours is None:
+                parts = sampling.predictive_at(self.module, section, self._places(table), rows, n_samples, seed, known)
+            else:
+                expected = self._expected(table, given)
+                parts = sampling.predictive_of(self.module, section, rows, n_samples, seed, expected)
         counts = np.concatenate([drawn[..., columns] for _, drawn in parts], 1)
         return counts[0] if n_samples == 1 else np.moveaxis(counts, 0, -1)
 
@@ -699,23 +724,27 @@ class SpatialVAE:
         if n_mc_samples < 1:
             raise InputError(f"n_mc_samples is {n_mc_samples}; expected at least 1")
         section = self._read(adata)
-        niche = None if given is None else self._niche_given(self.adata if adata is None else adata, given)
+        expected = None if given is None else self._expected(self.adata if adata is None else adata, given)
         rows = self._counted(section, adata, indices)
-        value, error = evidence.log_evidence(self.module, section, rows, n_mc_samples, seed, niche)
+        value, error = evidence.log_evidence(self.module, section, rows, n_mc_samples, seed, expected)
         if return_mean:
             mean, error_of_mean = evidence.mean_with_error(value, error)
             return (mean, error_of_mean) if return_error else mean
         return (value, error) if return_error else value
 
-    def _niche_given(self, adata: AnnData, given: AnnData) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance (cell, D) of z_niche at the places of ``adata`` given the counts of ``given`` alone."""
-        places = [self._places(table) for table in (adata, given)]
-        sites = self.module.sites(self._read(given))
-        n, asked = adata.n_obs, Sites(*(torch.zeros(adata.n_obs, self.module.shape.n_cell) for _ in range(2)))
-        space = self.module.space(graphs_of(*(np.concatenate(pair) for pair in zip(*places, strict=True))))
-        both = Sites(torch.cat([asked.target, sites.target]), torch.cat([asked.log_precision, sites.log_precision]))
-        niche = self.module.solve(space, both, known=np.arange(n + given.n_obs) >= n)
-        return niche.mean[:n], niche.variance[:n]
+    def _around(self, adata: AnnData, given: AnnData) -> neighbours.Surroundings:
+        """What is known of the places of ``adata`` from the counts of ``given`` alone."""
+        return neighbours.surroundings(self.module, self._places(adata), self._read(given), self._places(given))
+
+    def _expected(self, adata: AnnData, given: AnnData) -> Callable[[np.ndarray], Mixture]:
+        """What is expected of z_cell of rows of ``adata`` from the counts of ``given`` alone."""
+        around = self._around(adata, given)
+
+        def expected(rows: np.ndarray) -> Mixture:
+            here, own = around.of(rows, self.device), self.module.log_residual.exp()
+            return neighbours.of_field(here, own) if self.neighbours is None else self.neighbours(here, own)
+
+        return expected
 
     def domains(
         self, k: int | None = None, adata: AnnData | None = None, seed: int = 0, smooth: bool = False
@@ -762,7 +791,10 @@ class SpatialVAE:
         there = [name for name in (*FILES, *([TABLE] if save_anndata else [])) if (folder / name).exists()]
         if there and not overwrite:
             raise InputError(f"{folder} has a {there[0]} already; pass overwrite=True to replace it")
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.module.state_dict().items()}
+        tensors = self.module.state_dict()
+        if self.neighbours is not None:
+            tensors |= {_NEIGHBOURS + name: value for name, value in self.neighbours.state_dict().items()}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         with whole(folder / "model.safetensors") as part:
             save_file(tensors, part)
             digest = _digest(part)
@@ -773,6 +805,7 @@ class SpatialVAE:
             "genes": list(self.genes),
             "batch_names": list(self.batch_names),
             "history": self.training_log.to_dict("list"),
+            "niche_encoder": self._niche_encoder,
             "sha256": digest,
         }
         with whole(folder / "model.json") as part:
@@ -782,28 +815,44 @@ class SpatialVAE:
                 self.adata.to_memory().write_h5ad(part)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], adata: AnnData | None = None, accelerator: str | None = None) -> Self:
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        adata: AnnData | None = None,
+        accelerator: str | None = None,
+        niche_encoder: torch.nn.Module | None = None,
+    ) -> Self:
         """Read a saved model and give it a table with the same genes, the one it was trained on or another.
 
         ``adata`` needs no ``setup_anndata``; the model knows its keys. Without it the table is that of
         ``save(save_anndata=True)``, or the one beside the model in the folder that ``spatialvae train`` wrote.
-        ``accelerator`` is the device to load to, as in ``to_device``.
+        ``accelerator`` is the device to load to, as in ``to_device``. ``niche_encoder``: your own module, if the model
+        was made with one: files hold its parameters, and not its code.
 
         Raises
         ------
-        InputError : if the folder is not a whole model, or the table lacks genes or keys that the model needs
+        InputError : if the folder is not a whole model, the table lacks genes or keys that the model needs, or
+            ``niche_encoder`` is not what the model was made with
         """
         about, tensors = _read_folder(Path(folder))
         model = cls.__new__(cls)
         try:
             model.module = SpatialModule(Shape(**about["shape"]))
+            of_neighbours = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_NEIGHBOURS)}
             model.module.load_state_dict(tensors)
+            model._niche_encoder = about.get("niche_encoder", "field")
+            own = _own_encoder(Path(folder), model._niche_encoder, niche_encoder)
+            model.neighbours = neighbours.prior_for(own or model._niche_encoder, model.module)
+            if model.neighbours is not None:
+                model.neighbours.load_state_dict(
+                    {name.removeprefix(_NEIGHBOURS): value for name, value in of_neighbours.items()}
+                )
             model.setup = Setup(**about["setup"])
             model.genes, model.batch_names = tuple(about["genes"]), tuple(about["batch_names"])
             model.training_log = pd.DataFrame(about["history"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder} is not a model of this version: {error}") from error
-        model.module = model.module.to(verbs.device_of(accelerator) if accelerator else _device()).eval()
+        model._to(verbs.device_of(accelerator) if accelerator else _device())
         model.adata = _saved_table(Path(folder)) if adata is None else adata
         model._read(None, fresh=True)
         return model
@@ -844,6 +893,15 @@ def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _own_encoder(folder: Path, saved: str, given: torch.nn.Module | None) -> torch.nn.Module | None:
+    """``given``, if it is what a model that was ``saved`` with a ``niche_encoder`` needs."""
+    if saved == OWN and given is None:
+        raise InputError(f"{folder} has a niche_encoder of your own: pass one like it to load(niche_encoder=)")
+    if saved != OWN and given is not None:
+        raise InputError(f"{folder} was made with niche_encoder={saved!r}; leave out niche_encoder")
+    return given
 
 
 def _saved_table(folder: Path) -> AnnData:

@@ -9,7 +9,7 @@ of new tissue::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from spatialvae import likelihoods
 from spatialvae.data import graphs_of, minibatches
 from spatialvae.errors import InputError
+from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, SpatialModule
 from spatialvae.posterior import expansion, latent_draws, niche_draws
 
@@ -157,6 +158,24 @@ def predictive_at(
     rng = np.random.default_rng([seed, 1])
     for part in minibatches(np.arange(len(rows)), ROWS_AT_ONCE):
         yield rows[part], np.stack([draw_counts(module, section, rows[part], z[part], rng) for z in z_cell])
+
+
+@torch.no_grad()
+def predictive_of(
+    module: SpatialModule,
+    section: Section,
+    rows: np.ndarray,
+    n_samples: int,
+    seed: int,
+    expected: Callable[[np.ndarray], Mixture],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same where z_cell of rows is drawn from what is ``expected`` of it, of each cell by itself."""
+    if n_samples < 1:
+        raise InputError(f"n_samples is {n_samples}; expected at least 1")
+    rng, generator = np.random.default_rng([seed, 1]), torch.Generator().manual_seed(seed)
+    for part in minibatches(rows, ROWS_AT_ONCE):
+        z_cell = expected(part).draw(n_samples, generator).to(module.mean.device)
+        yield part, np.stack([draw_counts(module, section, part, z, rng) for z in z_cell])
 
 
 def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed: int) -> Tensor:

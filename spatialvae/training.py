@@ -87,6 +87,13 @@ def threads_for(work: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def divided(section: Section, plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rows that are held out and rows that are trained on, of cells with counts; ``rng`` of the plan's seed."""
+    order = rng.permutation(np.flatnonzero(section.cells.depth > 0))
+    n_held = int(plan.held_out * len(order))
+    return np.sort(order[:n_held]), np.sort(order[n_held:])
+
+
 class _Run:
     """The state that changes while a module is trained."""
 
@@ -94,9 +101,7 @@ class _Run:
         self.module, self.section, self.plan, self.team = module, section, plan, team
         self.rng = np.random.default_rng(plan.seed)
         self.generator = torch.Generator().manual_seed(plan.seed)
-        order = self.rng.permutation(np.flatnonzero(section.cells.depth > 0))
-        n_held = int(plan.held_out * len(order))
-        self.held, self.rows = np.sort(order[:n_held]), np.sort(order[n_held:])
+        self.held, self.rows = divided(section, plan, self.rng)
         self.known = np.ones(section.cells.n_cells, bool)
         self.known[self.held] = False
         self.parameters, self.gradient = flattened(module)

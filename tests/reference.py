@@ -319,3 +319,12 @@ def weigh_pairs(step, a, b, shift, share, width, chance):
         total += weight
         scatter += weight * (off**2).sum()
     return links, pull, total, scatter
+
+
+def mixture_log_density(weight, mean, variance, z):
+    """Of points z (cell, point, dim) in mixtures of Gaussians, (cell, part) and (cell, part, dim)."""
+    out = np.empty(z.shape[:2])
+    for i, j in np.ndindex(*out.shape):
+        parts = np.exp(-0.5 * (z[i, j] - mean[i]) ** 2 / variance[i]) / np.sqrt(2 * np.pi * variance[i])
+        out[i, j] = np.log((weight[i] * parts.prod(1)).sum())
+    return out

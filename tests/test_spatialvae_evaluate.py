@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 
 from spatialvae import InputError, SpatialVAE, cli, comparison, evidence
+from spatialvae.mixture import Mixture
 
 
 def linear_gaussian(cells=40, genes=12, dim=8, seed=0):
@@ -41,7 +42,8 @@ def estimate(mode, samples, seed=0):
         return torch.distributions.Normal(z @ w.T, 0.5**0.5).log_prob(x_).sum(-1)
 
     start = torch.from_numpy(best if mode is None else mode(best)).float()
-    value, error = evidence.log_mean_weight(likelihood, (c, v), start, p, samples, torch.Generator().manual_seed(seed))
+    prior, generator = Mixture.gaussian(c, v), torch.Generator().manual_seed(seed)
+    value, error = evidence.log_mean_weight(likelihood, prior, start, p, samples, generator)
     return value.numpy(), error.numpy(), exact
 
 

@@ -108,10 +108,10 @@ def test_embedding__of_one_section_ignores_the_other(trained):
 def test_niche_of_others__does_not_see_the_cell(trained):
     table, model = trained
     asked, known = table[:40].copy(), table[40:].copy()
-    before = model._niche_given(asked, known)
+    before = model._around(asked, known)
     asked.X = asked.X[::-1]
-    for value, changed in zip(before, model._niche_given(asked, known), strict=True):
-        torch.testing.assert_close(value, changed, rtol=0, atol=0)
+    after = model._around(asked, known)
+    torch.testing.assert_close((before.mean, before.variance), (after.mean, after.variance), rtol=0, atol=0)
 
 
 def test_untrained_latents__are_directions_of_unit_variance_that_rebuild_the_components():
@@ -278,9 +278,9 @@ def test_cell_without_neighbours__has_the_prior_of_one_whose_neighbours_are_unkn
     module, space = model.module, model._section.space
     precision = 1 + float(module.range) * space.laplacian.diagonal()[0]
     np.testing.assert_allclose(module.smooth_variance / precision, module.niche_variance, rtol=1e-5)
-    unknown = model._niche_given(table[:1].copy(), table[1:].copy())
-    torch.testing.assert_close(unknown[0], torch.zeros_like(unknown[0]))
-    torch.testing.assert_close(unknown[1][0], module.niche_variance, rtol=1e-4, atol=0)
+    unknown = model._around(table[:1].copy(), table[1:].copy())
+    torch.testing.assert_close(unknown.mean, torch.zeros_like(unknown.mean))
+    torch.testing.assert_close(unknown.variance[0], module.niche_variance, rtol=1e-4, atol=0)
 
 
 def test_marginal_likelihood__knows_more_with_neighbours(trained):

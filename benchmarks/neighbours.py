@@ -1,0 +1,190 @@
+"""What a cell's neighbours are worth: log p(x_i | neighbours) - log p(x_i) of held-out cells, by niche_encoder.
+
+    python benchmarks/neighbours.py TABLE ... [--seeds N] [--samples N] [--models FOLDER]
+
+TABLE is an AnnData file with counts in X, or in layers["counts_recovered"] if there is such a layer, and
+obsm["spatial"]. FOLDER keeps encoder, decoder and field of each table and seed, so that they are trained once. Writes
+benchmarks/results/neighbours.md.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread mostly waits
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+from heldout_tables import LEAST, REMOVED, dense, prepared, split
+from scipy.stats import multivariate_normal
+from sklearn.decomposition import PCA
+from tables import as_markdown
+
+from spatialvae import SpatialVAE, neighbours
+from spatialvae.graph import knn_graph
+from spatialvae.mixture import Mixture
+from spatialvae.training import Plan
+
+RESULTS = Path(__file__).parent / "results"
+COMPONENTS, AVERAGED = 20, 15  # of the linear predictor: principal components, neighbours
+DRAWS, LEVEL = 200, 0.9  # of counts
+ALONE = "types, no neighbours"
+LINEAR = "linear Gaussian, 20 principal components"
+
+Row = tuple[str, str, int, float, float, float, float]  # section, method, seed, gain, over field, ranks within, CPU s
+
+
+class Alone(neighbours.NeighbourPrior):
+    """The same mixture where nothing is known of any place: what types are worth without neighbours."""
+
+    unknown: torch.Tensor
+
+    def forward(self, around: neighbours.Surroundings, own: torch.Tensor) -> Mixture:
+        nothing = replace(around, mean=torch.zeros_like(around.mean), variance=self.unknown.expand_as(around.mean))
+        return super().forward(nothing, own)
+
+
+def trained(name: str, rest: anndata.AnnData, seed: int, models: Path | None) -> SpatialVAE:
+    """With the field alone, from ``models`` if it is there."""
+    folder = None if models is None else models / f"{name}-{seed}"
+    if folder is not None and folder.exists():
+        return SpatialVAE.load(folder, rest)
+    SpatialVAE.setup_anndata(rest)
+    model = SpatialVAE(rest, seed=seed)
+    model.train(seed=seed, progress=False)
+    if folder is not None:
+        model.save(folder)
+    return model
+
+
+def of_section(name: str, table: anndata.AnnData, seed: int, samples: int, models: Path | None) -> Iterator[Row]:
+    rest, held = split(table)
+    model = trained(name, rest, seed, models)
+    alone = model.get_marginal_ll(held, samples, seed, return_mean=False)
+    field = None
+    for method in ("field", ALONE, *neighbours.ENCODERS[1:]):
+        began = time.process_time()
+        torch.manual_seed(seed)
+        if method == ALONE:
+            model.neighbours = Alone(model.module.shape.n_cell, model.module.shape.n_niche, None)
+            model.neighbours.unknown = model.module.niche_variance
+        else:
+            model.neighbours = neighbours.prior_for(method, model.module)
+        if model.neighbours is not None:
+            plan = Plan(seed=seed).fitted_to(rest.n_obs)
+            neighbours.fit(model.neighbours, model.module, model._section, plan, fresh=True)
+        took = time.process_time() - began
+        given = model.get_marginal_ll(held, samples, seed, given=rest, return_mean=False)
+        field = given if field is None else field
+        drawn = model.posterior_predictive_sample(held, n_samples=DRAWS, given=rest, seed=seed)
+        inside = within(drawn, dense(held.X), seed)
+        yield name, method, seed, float((given - alone).mean()), float((given - field).mean()), inside, took
+    yield name, LINEAR, seed, linear_gain(rest, held), np.nan, np.nan, np.nan
+
+
+def within(drawn: np.ndarray, x: np.ndarray, seed: int) -> float:
+    """Share of counts whose rank among draws, ties broken at random (randomised PIT), is in the central ``LEVEL``."""
+    below = (drawn < x[..., None]).sum(-1)
+    tied = (drawn == x[..., None]).sum(-1)
+    rank = (below + np.random.default_rng(seed).random(x.shape) * (tied + 1)) / (drawn.shape[-1] + 1)
+    return float((np.abs(rank - 0.5) < LEVEL / 2).mean())
+
+
+def linear_gain(rest: anndata.AnnData, held: anndata.AnnData) -> float:
+    """Mean log p(y | neighbours) - log p(y) of held-out cells, y the principal components of log counts, both Gaussian,
+    the mean linear in the average of the nearest training cells."""
+    scale = np.median(dense(rest.X).sum(1))
+    logs = [np.log1p(scale * dense(t.X) / dense(t.X).sum(1, keepdims=True)) for t in (rest, held)]
+    pca = PCA(COMPONENTS, random_state=0).fit(logs[0])
+    y, other = (pca.transform(log) for log in logs)
+    places = np.concatenate([rest.obsm["spatial"], held.obsm["spatial"]])
+    near = knn_graph(rest.obsm["spatial"], AVERAGED).index
+    distance = np.linalg.norm(held.obsm["spatial"][:, None] - places[None, : rest.n_obs], axis=-1)
+    around, around_other = y[near].mean(1), y[np.argsort(distance, 1)[:, :AVERAGED]].mean(1)
+    weight = np.linalg.lstsq(around, y, rcond=None)[0]
+    left = y - around @ weight
+    given = multivariate_normal(np.zeros(COMPONENTS), np.cov(left.T)).logpdf(other - around_other @ weight)
+    return float((given - multivariate_normal(y.mean(0), np.cov(y.T)).logpdf(other)).mean())
+
+
+def page(rows: pd.DataFrame, seeds: int, samples: int, command: str) -> str:
+    def wide(value: str, digits: int) -> str:
+        part = rows.dropna(subset=value)
+        table = part.pivot_table(index="method", columns="section", values=value, sort=False)
+        table["mean"] = table.mean(1)
+        return as_markdown(table.map(lambda v: f"{v:.{digits}f}").reset_index())
+
+    return f"""# What neighbours are worth
+
+Made by `{command}`.
+
+Seeds: {seeds}; where there are several, their mean. {REMOVED:.0%} of the cells with at least {LEAST} counts are held
+out; {samples} importance samples.
+
+- "field": the Gaussian field alone; "mixture": and types weighted by the field; "gatv2", "sage", "gin": and by messages
+  of 15 neighbours. All share encoder, decoder and field of one training.
+- "{ALONE}": the mixture with constant weights, which says how much of a gain is the shape of the prior and
+  not the neighbours.
+
+## Gain of the neighbours
+
+log p(x_i | neighbours) - log p(x_i), nats a cell, log p(x_i) under the Gaussian prior. The linear predictor has 20
+principal components of log counts and the mean of 15 neighbours.
+
+{wide("gain", 2)}
+
+## Over the field
+
+{wide("over field", 2)}
+
+## Intervals of held-out counts
+
+Share of held-out counts, given neighbours and total counts, whose randomised rank among {DRAWS} draws is in the central
+{LEVEL:.0%}; {LEVEL} is right.
+
+{wide("within", 3)}
+
+## CPU seconds to fit
+
+After encoder, decoder and field, on a machine that others used, too.
+
+{wide("seconds", 1)}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", type=Path, metavar="TABLE")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=100, help="importance samples")
+    parser.add_argument("--models", type=Path, help="folder of trained models")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    for seed, path in product(range(options.seeds), options.tables):
+        read = anndata.read_h5ad(path)
+        counts = dense(read.layers.get("counts_recovered", read.X))
+        seen = counts.sum(0) > 0
+        table = prepared(counts[:, seen], read.var_names[seen], read.obsm["spatial"], None)
+        for row in of_section(path.stem, table, seed, options.samples, options.models):
+            rows.append(row)
+            print(*row, flush=True)
+    columns = ["section", "method", "seed", "gain", "over field", "within", "seconds"]
+    names = " ".join(path.name for path in options.tables)
+    command = f"python benchmarks/neighbours.py {names} --seeds {options.seeds} --samples {options.samples}"
+    RESULTS.mkdir(exist_ok=True)
+    text = page(pd.DataFrame(rows, columns=columns), options.seeds, options.samples, command)
+    (RESULTS / "neighbours.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import reference
+from spatialvae import InputError, SpatialVAE
+from spatialvae.mixture import Mixture
+from spatialvae.neighbours import CONVOLUTIONS, ENCODERS, Surroundings
+
+
+class Sum(torch.nn.Module):
+    """Two layers of a user's own, in which places send messages, too, if there are edges from them."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(dim, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, x, edge_index, edge_attr):
+        for layer in (self.first, self.second):
+            x = layer(x + torch.zeros_like(x).index_add(0, edge_index[1], x[edge_index[0]] / (1 + edge_attr)))
+        return x
+
+
+def interneurons(n=900, seed=0):
+    """Right of x = 50 half of the cells are of a second type and half of a third: no mean says that."""
+    rng = np.random.default_rng(seed)
+    places = rng.uniform(0, 100, (n, 2))
+    kind = np.where(places[:, 0] < 50, 0, 1 + (rng.random(n) < 0.5))
+    x = rng.poisson(np.where(np.arange(12) % 3 == kind[:, None], 8.0, 1.0)).astype(np.float32)
+    obs = pd.DataFrame(index=[f"c{i}" for i in range(n)])
+    table = anndata.AnnData(x, obs, pd.DataFrame(index=[f"g{i}" for i in range(12)]), obsm={"spatial": places})
+    rest, held = table[:720].copy(), table[720:].copy()
+    SpatialVAE.setup_anndata(rest)
+    return rest, held
+
+
+def fitted(niche_encoder, steps=300, **options):
+    rest, held = interneurons()
+    torch.manual_seed(0)
+    model = SpatialVAE(rest, n_latent=6, niche_encoder=niche_encoder, **options)
+    if steps:
+        model.train(max_steps=steps, progress=False)
+    return model, rest, held
+
+
+@pytest.fixture(scope="module", params=["mixture", "gatv2"])
+def trained(request):
+    return fitted(request.param)
+
+
+def test_mixture__is_that_of_a_naive_sum():
+    rng = np.random.default_rng(0)
+    weight, z = rng.dirichlet(np.ones(3), 4), rng.normal(size=(4, 5, 2))
+    mean, variance = rng.normal(size=(4, 3, 2)), rng.uniform(0.2, 2, (4, 3, 2))
+    made = Mixture(*(torch.from_numpy(a) for a in (np.log(weight), mean, variance)))
+    expected = reference.mixture_log_density(weight, mean, variance, z)
+    np.testing.assert_allclose(made.log_density(torch.from_numpy(z)), expected, rtol=1e-6)
+    drawn = made.draw(20_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn.mean(0), made.moments()[0], atol=0.05, rtol=0)
+    torch.testing.assert_close(drawn.var(0), made.moments()[1], atol=0.1, rtol=0)
+
+
+def test_types__say_that_half_are_of_one_kind(trained, monkeypatch):
+    model, rest, held = trained
+    mixture = model.get_marginal_ll(held, 200, given=rest)
+    monkeypatch.setattr(model, "neighbours", None)
+    assert mixture > model.get_marginal_ll(held, 200, given=rest) + 0.05
+
+
+@pytest.mark.parametrize("kind", [*CONVOLUTIONS, "own"])
+def test_context__of_a_cell_does_not_see_its_own_counts(kind):
+    model, _, _ = fitted(Sum(6) if kind == "own" else kind, steps=0)
+    prior, generator = model.neighbours, torch.Generator().manual_seed(1)
+    for parameter in prior.parameters():
+        parameter.data.normal_(generator=generator)
+    n, d, dim = 30, model.module.shape.n_niche, model.module.shape.n_cell
+    index = torch.from_numpy(model._section.graphs.wide.index[:n].astype(np.int64)) % n
+    near = torch.rand(index.shape, generator=generator) + 0.5
+    values = torch.randn(n, dim, generator=generator)
+    values.requires_grad_()
+    index[index == torch.arange(n)[:, None]] = -1
+    mixture = prior(Surroundings(torch.zeros(n, d), torch.ones(n, d), index, near, values), torch.ones(dim))
+    for i in (0, 7):
+        outcome = mixture.mean[i, 0].sum() + mixture.log_weight[i, 1]
+        slope = torch.autograd.grad(outcome, values, retain_graph=True)[0].abs().sum(1)
+        seen = np.unique(index[i][index[i] >= 0])
+        assert set(np.flatnonzero(slope)) == set(seen)
+        assert i not in seen
+
+
+def test_prediction__sees_others_and_not_the_cell(trained):
+    model, rest, held = trained
+    before = model._expected(held, rest)(np.arange(5))
+    other = held.copy()
+    other.X = other.X[::-1]
+    after = model._expected(other, rest)(np.arange(5))
+    torch.testing.assert_close(before.log_weight, after.log_weight, rtol=0, atol=0)
+    rest = rest.copy()
+    rest.X = rest.X[::-1]
+    assert (model._expected(held, rest)(np.arange(5)).log_weight - before.log_weight).abs().max() > 0.01
+
+
+def test_before_training__is_the_field():
+    field, rest, held = fitted("field", 0)
+    for kind in ("mixture", "sage"):
+        model = fitted(kind, 0)[0]
+        expected = field.get_marginal_ll(held, 20, given=rest)
+        assert model.get_marginal_ll(held, 20, given=rest) == pytest.approx(expected, abs=1e-3)
+
+
+def test_counts_given_neighbours__have_the_composition_of_their_place(trained):
+    model, rest, held = trained
+    drawn = model.posterior_predictive_sample(held, n_samples=50, given=rest)
+    assert drawn.shape == (*held.shape, 50)
+    right = held.obsm["spatial"][:, 0] > 60
+    of_kind = np.stack([drawn[right][:, kind::3].sum(1) for kind in range(3)], 1)
+    share = np.bincount(of_kind.argmax(1).ravel(), minlength=3) / of_kind[:, 0].size
+    np.testing.assert_allclose(share, [0, 0.5, 0.5], atol=0.12)
+
+
+def test_saved_model__predicts_the_same(trained, tmp_path):
+    model, rest, held = trained
+    model.save(tmp_path / "model")
+    again = SpatialVAE.load(tmp_path / "model", rest)
+    assert again.get_marginal_ll(held, 20, given=rest) == model.get_marginal_ll(held, 20, given=rest)
+    with pytest.raises(InputError, match="leave out niche_encoder"):
+        SpatialVAE.load(tmp_path / "model", rest, niche_encoder=Sum(6))
+
+
+def test_own_encoder__is_given_again_with_the_saved_parameters(tmp_path):
+    model, rest, held = fitted(Sum(6), steps=0)
+    for parameter in model.neighbours.parameters():
+        parameter.data.normal_()
+    model.save(tmp_path / "model")
+    with pytest.raises(InputError, match="niche_encoder of your own"):
+        SpatialVAE.load(tmp_path / "model", rest)
+    again = SpatialVAE.load(tmp_path / "model", rest, niche_encoder=Sum(6))
+    assert again.get_marginal_ll(held, 20, given=rest) == model.get_marginal_ll(held, 20, given=rest)
+
+
+def test_wrong_encoder__is_refused():
+    with pytest.raises(InputError, match=f"niche_encoder is 'gat'; expected one of .*{ENCODERS[-1]}"):
+        fitted("gat", 0)
+    with pytest.raises(InputError, match=r"made .* of 2 nodes"):
+        fitted(Flat(), 0)
+
+
+class Flat(torch.nn.Module):
+    def forward(self, x, edge_index, edge_attr):
+        return x.sum()
