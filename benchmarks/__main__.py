@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.registry import BENCHMARKS, Benchmark, headlines
 from benchmarks.tables import RESULTS, RESULTS_VARIABLE, as_markdown
@@ -87,6 +88,9 @@ def draw(figures: pd.DataFrame, costs: pd.DataFrame, path: Path) -> None:
         ax.grid(axis="x", linewidth=0.4)
     shares.set(title="shares", xlim=(0, 1.02))
     ratios.set(title="ratios, measured in one run", xscale="log")
+    ratios.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ratios.xaxis.set_major_formatter("{x:g}")
+    ratios.xaxis.set_minor_locator(NullLocator())
     for ax, column, title in ((seconds, "seconds", "time [s]"), (memory, "peak memory [GB]", "peak memory [GB]")):
         ax.barh(costs["benchmark"], costs[column], color=plots.MUTED)
         ax.set(title=title)
@@ -102,8 +106,8 @@ def summary(figures: pd.DataFrame, costs: pd.DataFrame, command: str) -> str:
 
 Made by `{command}`.
 
-{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}. Compare figures of this page with each
-other, not with those of other machines.
+{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}. Compare figures of this page with
+each other, not with those of other machines.
 
 ## Figures
 

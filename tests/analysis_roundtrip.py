@@ -1,4 +1,7 @@
-"""The usual analyses of scanpy, squidpy and scvi-tools on the table of a run; `.ci/exchange` runs them."""
+"""The usual analyses of scanpy, squidpy and scvi-tools on the table of a run.
+
+`.ci/exchange` runs them, the last one only where scvi-tools is installed.
+"""
 
 from __future__ import annotations
 
