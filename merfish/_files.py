@@ -20,12 +20,11 @@ from merfish.errors import InputError
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str], flushed: bool = True) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it over ``path``.
 
     A crash or an error leaves whatever stood at ``path`` before, and no temporary file. A folder written at the
-    temporary path replaces a folder at ``path``. Without ``flushed`` that does not hold for a power cut: the file may
-    be damaged then, and its reader must check it.
+    temporary path replaces a folder at ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,13 +32,11 @@ def whole_file(path: str | os.PathLike[str], flushed: bool = True) -> Iterator[P
     part = work / path.name
     try:
         yield part
-        if flushed:
-            flush(part)
+        flush(part)
         if path.is_dir() and part.is_dir():
             path.rename(work / "replaced")
         part.replace(path)
-        if flushed:
-            flush(path.parent, recurse=False)
+        flush(path.parent, recurse=False)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

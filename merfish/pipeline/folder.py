@@ -92,8 +92,7 @@ def new_record(folder: Path, parts: Mapping[str, str]) -> Iterator[tuple[Path, d
 
     parts: digests of what it depends on, by name; together they are its key.
     """
-    # checksums find what a power cut damages, so that nothing has to wait for the disk
-    with whole_file(folder, flushed=False) as part:
+    with whole_file(folder) as part:
         part.mkdir()
         says: dict[str, Any] = {}
         yield part, says
