@@ -61,12 +61,12 @@ class SpatialVAE:
         gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them
     linear_decoder : log shares are linear in z_cell, as in LDVAE, and ``get_loadings`` says how
     niche_encoder : what is expected of a cell from others' counts (``spatialvae.neighbours``), for everything that is
-        asked with ``given``; embeddings do not depend on it. "field": the Gaussian field alone; "mixture": also types
-        of cells, weighted by the field; "gatv2", "sage", "gin": by messages of the 15 neighbours, too, with layers of
-        torch_geometric ("gatv2" predicts best: benchmarks/results/neighbours.md); or a ``torch.nn.Module`` with
-        forward(x, edge_index, edge_attr) that returns a row for each node. x (node, z_cell's dimensions) are
-        neighbours' z_cell, zeros for the cells in question; edge_attr (edge, 1)
-        distances in mean spacings of neighbours
+        asked with ``given``; embeddings do not depend on it. "gatv2", "sage", "gin": layers of torch_geometric that take
+        messages of the 15 neighbours, of which the first predicts best (benchmarks/results/neighbours.md); "mixture":
+        types of cells weighted by the Gaussian field; "field": the field alone, whose cells can be drawn together and
+        not only one by one; or a ``torch.nn.Module`` with forward(x, edge_index, edge_attr) that returns a row for
+        each node. x (node, z_cell's dimensions) are neighbours' z_cell, zeros for the cells in question; edge_attr
+        (edge, 1) distances in mean spacings of neighbours
 
     Raises
     ------
@@ -90,7 +90,7 @@ class SpatialVAE:
         seed: int = 0,
         measurement: bool = False,
         linear_decoder: bool = False,
-        niche_encoder: str | torch.nn.Module = "field",
+        niche_encoder: str | torch.nn.Module = "gatv2",
         **others: Any,
     ) -> None:
         verbs.refuse(others, "SpatialVAE")
