@@ -61,12 +61,12 @@ class SpatialVAE:
         gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them
     linear_decoder : log shares are linear in z_cell, as in LDVAE, and ``get_loadings`` says how
     niche_encoder : what is expected of a cell from others' counts (``spatialvae.neighbours``), for everything that is
-        asked with ``given``; embeddings do not depend on it. "gatv2", "sage", "gin": layers of torch_geometric that take
-        messages of the 15 neighbours, of which the first predicts best (benchmarks/results/neighbours.md); "mixture":
-        types of cells weighted by the Gaussian field; "field": the field alone, whose cells can be drawn together and
-        not only one by one; or a ``torch.nn.Module`` with forward(x, edge_index, edge_attr) that returns a row for
-        each node. x (node, z_cell's dimensions) are neighbours' z_cell, zeros for the cells in question; edge_attr
-        (edge, 1) distances in mean spacings of neighbours
+        asked with ``given``; embeddings do not depend on it. "gatv2", "sage", "gin": layers of torch_geometric that
+        take messages of the 15 neighbours, of which the first predicts best (benchmarks/results/neighbours.md);
+        "mixture": types of cells weighted by the Gaussian field; "field": the field alone, whose cells can be drawn
+        together and not only one by one; or a ``torch.nn.Module`` with forward(x, edge_index, edge_attr) that returns
+        a row for each node. x (node, z_cell's dimensions) are neighbours' z_cell, zeros for the cells in question;
+        edge_attr (edge, 1) distances in mean spacings of neighbours
 
     Raises
     ------

@@ -7,8 +7,9 @@ slopes J = d log mu / d z and the Fisher information w of a count about its log 
     F = J' diag(w) J,   h = F z* + J' (x - mu) w / mu
 
 stand for precision and precision times mean. z_cell is integrated out as before, which gives the niche of cell i the
-precision S^-1 - S^-1 (F + S^-1)^-1 S^-1 and the linear term S^-1 (F + S^-1)^-1 h, of the first D dimensions. Given
-the niche z_cell is Gaussian with precision F + S^-1, so that both latents of a whole section can be drawn together.
+precision (1 + F S)^-1 F and the linear term (1 + F S)^-1 h, of the first D dimensions. (S^-1 - S^-1 (F + S^-1)^-1 S^-1
+is the same, but rounds to nothing where S is small.) Given the niche z_cell is Gaussian with precision F + S^-1, so
+that both latents of a whole section can be drawn together.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def expansion(module: SpatialModule, section: Section, sites: Sites) -> Expansio
         prior_mean = module.prior_of_cells(niche.mean[index].to(own.device))[0]
         mode[index] = climbed(module, section, rows, mode[index], prior_mean, own)
         precision, linear = expanded(module, section, rows, mode[index])
-        given = torch.linalg.inv(precision + own.reciprocal().diag())
-        inner = own.reciprocal().diag()[:d, :d] - (given / own[:, None] / own)[:, :d, :d]
-        weight[rows] = inner.cpu().numpy()
-        target[rows] = ((given @ linear[..., None])[..., 0] / own)[:, :d].cpu().numpy()
+        outer = precision * own + torch.eye(len(own), device=own.device)
+        found = torch.linalg.solve(outer, torch.cat([precision, linear[..., None]], -1))[:, :d]
+        weight[rows] = (0.5 * (found[..., :d] + found[..., :d].mT)).cpu().numpy()
+        target[rows] = found[..., -1].cpu().numpy()
     return Expansion(mode, weight, target)
 
 
