@@ -43,7 +43,7 @@ from spatialvae.mixture import Mixture
 from spatialvae.module import Section, Sites, SpatialModule
 from spatialvae.posterior import blocks
 from spatialvae.sampling import Places
-from spatialvae.training import MOST_HELD, Plan, divided
+from spatialvae.training import MOST_HELD, Plan, divided, threads_for
 
 CONVOLUTIONS = ("gatv2", "sage", "gin")
 ENCODERS = ("field", "mixture", *CONVOLUTIONS)
@@ -217,6 +217,7 @@ def own_values(module: SpatialModule, sites: Sites) -> tuple[Tensor, Tensor]:
     return gain * sites.target, (1 - gain) * variance
 
 
+@threads_for(0)  # matrices are small
 def fit(prior: NeighbourPrior, module: SpatialModule, section: Section, plan: Plan, fresh: bool) -> None:
     """Fit ``prior`` in place to the cells that ``plan`` trains on, until those it holds out are explained no better;
     ``fresh``: from types that are found first."""
