@@ -152,7 +152,7 @@ def permuted_control(real: float, permuted: Sequence[float], label: str, title: 
     ax.hist(permuted, bins=10, color=MUTED, label=f"{len(permuted)} permuted codebooks")
     ax.axvline(real, color=GENE, linewidth=2.5, label="real codebook")
     ax.set(xlabel=label, ylabel="codebooks", title=title)
-    ax.legend(fontsize=8, frameon=False, loc="upper center")
+    ax.legend(fontsize=8, frameon=False, loc="best")
     return figure
 
 
