@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numba
@@ -45,14 +44,9 @@ def compilation_said(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def map_bits(work: Callable[[Any], Any], stack: Any) -> list[Any]:
-    """``work`` on each bit of a stack, on all of Numba's threads; it must call neither parallel kernels nor this."""
+    """``work`` on each bit of a stack, on all of Numba's threads; it must not call parallel kernels."""
     threads = numba.get_num_threads()
     if threads == 1:
         return [work(stack[bit]) for bit in range(len(stack))]
-    return list(_threads(threads).map(lambda bit: work(stack[bit]), range(len(stack))))
-
-
-@cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    """Threads that stay: to start them takes as long as the work on a small image."""
-    return ThreadPoolExecutor(number)
+    with ThreadPoolExecutor(threads) as pool:  # threads that stay would be missing in a process that is forked
+        return list(pool.map(lambda bit: work(stack[bit]), range(len(stack))))

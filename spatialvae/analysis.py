@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,6 +67,13 @@ def _mixture(latent: np.ndarray, k: int, seed: int, starts: int) -> GaussianMixt
     mixture = GaussianMixture(
         k, covariance_type="tied", n_init=starts, reg_covar=ridge, random_state=seed, max_iter=300
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Number of distinct clusters")  # fewer different rows than k
+    with equal_rows_allowed():
         return mixture.fit(latent)
+
+
+@contextmanager
+def equal_rows_allowed() -> Iterator[None]:
+    """Without scikit-learn's warning about fewer different rows than clusters: cells can be equal."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Number of distinct clusters")
+        yield

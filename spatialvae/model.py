@@ -433,19 +433,18 @@ class SpatialVAE:
 
         By default z is drawn from the posterior given the table's counts: what a second measurement of the same cells
         would give. With ``given``, another table, nothing of ``adata`` is looked at but the cells' places and total
-        counts: z is drawn from what the cells of ``given`` say of these places.
+        counts: z is drawn from what the cells of ``given`` say of these places, of all cells together if the model was
+        made with niche_encoder="field", else of each by itself.
         """
         section, table = self._read(adata), self.adata if adata is None else adata
         columns, rows = self._columns(gene_list), self._rows(table, indices)
         if given is None:
             parts = sampling.predictive(self.module, section, rows, n_samples, seed)
-        else:
+        elif self.neighbours is None:
             known = self._read(given), self._places(given)
-            if self.neighbours is None:
-                parts = sampling.predictive_at(self.module, section, self._places(table), rows, n_samples, seed, known)
-            else:
-                expected = self._expected(table, given)
-                parts = sampling.predictive_of(self.module, section, rows, n_samples, seed, expected)
+            parts = sampling.predictive_at(self.module, section, self._places(table), rows, n_samples, seed, known)
+        else:
+            parts = sampling.predictive_of(self.module, section, rows, n_samples, seed, self._expected(table, given))
         counts = np.concatenate([drawn[..., columns] for _, drawn in parts], 1)
         return counts[0] if n_samples == 1 else np.moveaxis(counts, 0, -1)
 

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spatialvae.analysis import equal_rows_allowed
 from spatialvae.data import graphs_of, minibatches
 from spatialvae.errors import InputError
 from spatialvae.evidence import proposal, weighted_draws
@@ -151,7 +152,8 @@ class NeighbourPrior(nn.Module):
         together as much weight as the field."""
         from sklearn.cluster import KMeans
 
-        found = KMeans(min(TYPES, len(cells)), n_init=1, random_state=seed).fit(cells.numpy())
+        with equal_rows_allowed():
+            found = KMeans(min(TYPES, len(cells)), n_init=1, random_state=seed).fit(cells.numpy())
         label = torch.from_numpy(found.labels_.astype(np.int64))
         sums, share = torch.zeros_like(self.types).cpu(), torch.bincount(label, minlength=TYPES) / len(cells)
         centre = sums.clone()

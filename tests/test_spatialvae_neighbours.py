@@ -152,3 +152,13 @@ def test_wrong_encoder__is_refused():
 class Flat(torch.nn.Module):
     def forward(self, x, edge_index, edge_attr):
         return x.sum()
+
+
+def test_types__of_cells_that_are_equal():
+    counts = np.random.default_rng(0).poisson(3, (6, 8)).astype(np.float32)
+    places = np.random.default_rng(1).uniform(0, 100, (120, 2))
+    table = anndata.AnnData(counts[np.arange(120) % 6], obsm={"spatial": places})
+    SpatialVAE.setup_anndata(table)
+    model = SpatialVAE(table, niche_encoder="mixture")
+    model.train(max_steps=50, progress=False)
+    assert np.isfinite(model.get_marginal_ll(n_mc_samples=10, given=table))
