@@ -20,6 +20,7 @@ from typing import Any
 import numba
 import numpy as np
 import pandas as pd
+from memory import forget_peak, peak_bytes
 from tables import RESULTS, as_markdown
 
 from merfish import decode, mhd4_codebook, plots, simulate_stack
@@ -138,11 +139,10 @@ def measure_memory(method: str, preprocess: bool, side: int) -> float:
     if not preprocess:
         stack = bandpass(stack, smoothing=1.0, background=3.0)
         stack /= peak_normalization(stack).scale[:, None, None]
-    Path("/proc/self/clear_refs").write_text("5")  # forget the simulator's peak
+    forget_peak()  # the simulator's
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     decode(stack, BOOK, method=method, preprocess=preprocess)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return (int(peak.split()[1]) * 1024 - before + stack.nbytes) / stack.nbytes
+    return (peak_bytes() - before + stack.nbytes) / stack.nbytes
 
 
 def scaling() -> tuple[pd.DataFrame, pd.DataFrame]:

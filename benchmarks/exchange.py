@@ -3,7 +3,8 @@
     python benchmarks/exchange.py [--cells 10000 100000 1000000] [--data ../shared/data]
 
 Writes results/exchange.md. The runs are made up of molecules alone (fields of 1000 cells, 50 molecules a cell, three
-genes in four), as `merfish run` writes them; the page of the run is not drawn. Each size runs in a process of its own.
+genes in four), as `merfish run` writes them; the page of the run is not drawn. Label images are discs on a grid, as
+tiled TIFF. Each size runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
-import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -22,6 +23,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
+import tifffile
+from memory import peak_bytes
 from scipy.sparse import csr_matrix
 from tables import RESULTS, as_markdown
 
@@ -29,14 +32,17 @@ from merfish import results
 from merfish._files import write_json
 from merfish.cells.counts import word_var, write_cells
 from merfish.codebook import Codebook, mhd4_codebook
+from merfish.exchange.labels import read_label_outlines
 from merfish.pipeline import assign as assigning
 from merfish.pipeline.tables import transcript_schema
 from merfish.transcripts import transcript_table
 
 HERE = Path(__file__).parent
 CELLS_A_FIELD, MOLECULES_A_CELL = 1000, 50
+TILE = 64  # pixels; a cell of a label image
 PITCH = 10.0  # micrometre between cells
 SCALE = 0.108
+COST = ("CPU seconds", "peak memory [GB]")
 
 
 def write_run(
@@ -137,16 +143,44 @@ def _assign_and_tell(folder: Path, queue: mp.Queue) -> None:
     started, began = time.perf_counter(), time.process_time()
     assign(folder / "run", folder / "cells.parquet")
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = peak_bytes() / 1e9
     table = anndata.read_h5ad(folder / "run" / results.CELL_BY_GENE)
     molecules = pq.read_table(folder / "run" / results.TRANSCRIPTS, columns=["cell_id"])["cell_id"].to_numpy()
     right = int(table.X.sum()) == int((molecules >= 0).sum())
     queue.put((table.n_obs, len(molecules), float((molecules >= 0).mean()), right, seconds, cpu_seconds, peak))
 
 
+def label_image(pixels: int, queue: mp.Queue) -> None:
+    """Size in the file, cells, seconds and peak memory of the outlines of a label image of pixels x pixels."""
+    place = np.arange(TILE) - TILE / 2 + 0.5
+    disc = np.hypot(place, place[:, None]) < 0.45 * TILE
+    across = pixels // TILE
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "labels.tif"
+        tiles = (disc * np.uint32(label) for label in range(1, across**2 + 1))
+        layout = {"tile": (TILE, TILE), "compression": "zlib", "photometric": "minisblack"}
+        tifffile.imwrite(path, tiles, shape=(across * TILE, across * TILE), dtype=np.uint32, **layout)
+        began = time.process_time()
+        found = len(read_label_outlines(path)[1])
+        seconds = time.process_time() - began
+        peak = peak_bytes() / 1e9
+        queue.put((pixels, pixels**2 * 4 / 1e9, path.stat().st_size / 1e6, found, found == across**2, seconds, peak))
+
+
+def apart(work: Any, size: int) -> tuple:
+    """What a function puts into its queue, in a process of its own."""
+    context = mp.get_context("spawn")
+    queue: mp.Queue = context.Queue()
+    made = context.Process(target=work, args=(size, queue))
+    made.start()
+    made.join()
+    return queue.get()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--pixels", type=int, nargs="+", default=[8_192, 32_768])
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -156,11 +190,16 @@ def main() -> None:
         queue: mp.Queue = mp.get_context("spawn").Queue()
         large(n_cells, queue)
         rows.append(queue.get())
-    columns = ["cells", "molecules", "share in cells", "counts add up", "seconds", "CPU seconds", "peak memory [GB]"]
+    images = pd.DataFrame(
+        [apart(label_image, pixels) for pixels in options.pixels],
+        columns=["pixels along a side", "in memory [GB]", "file [MB]", "cells", "all found", *COST],
+    )
+    columns = ["cells", "molecules", "share in cells", "counts add up", "seconds", *COST]
     table = pd.DataFrame(rows, columns=columns)
+    sizes = f"--cells {' '.join(map(str, options.cells))} --pixels {' '.join(map(str, options.pixels))}"
     page = f"""# Others' cells for molecules that were decoded already
 
-    python benchmarks/exchange.py --cells {" ".join(map(str, options.cells))}
+    python benchmarks/exchange.py {sizes}
 
 ## Real outlines
 
@@ -170,10 +209,15 @@ with the authors' outlines as GeoJSON.
 ## Large sections
 
 `merfish assign` of outlines with 32 corners in one GeoParquet file, one process: reading cells, placing molecules, and
-writing the tables. Seconds are by the clock of a machine on which others computed too. A circle takes
-{np.pi * 16 / 81:.1%} of the square in which the molecules of its cell lie.
+writing the tables. A circle takes {np.pi * 16 / 81:.1%} of the square in which the molecules of its cell lie.
 
 {as_markdown(table)}
+
+## Label images of large sections
+
+Outlines of a label image uint32 in a tiled TIFF (zlib), read in blocks of rows.
+
+{as_markdown(images)}
 """
     (RESULTS / "exchange.md").write_text(page)
     print(page)

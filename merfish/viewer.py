@@ -136,7 +136,7 @@ def _section_images(out: Path, fovs: list[int], places: np.ndarray, scale: float
         stores = [open_image(image_folder(out, fov) / STAINS) for fov in fovs]
         for k, name in enumerate(stores[0][1]):
             levels = [
-                lazy_mosaic([Channel(found[level], k) for found, _ in stores], corners / 2**level)
+                lazy_mosaic([Channel(found[level], names.index(name)) for found, names in stores], corners / 2**level)
                 for level in range(len(stores[0][0]))
             ]
             limits = _limits(np.concatenate([np.asarray(found[-1][k]).ravel() for found, _ in stores[:50]]))

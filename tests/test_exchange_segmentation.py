@@ -23,8 +23,9 @@ from merfish import InputError, results
 from merfish.cells.counts import assign_cells, read_cells
 from merfish.exchange.geojson import read_geojson
 from merfish.exchange.geoparquet import geo_schema
-from merfish.exchange.labels import label_image, label_outlines, read_labels, write_labels
+from merfish.exchange.labels import label_image, label_outlines, read_label_outlines, write_labels
 from merfish.exchange.outlines import read_outlines
+from merfish.imaging import _header
 from merfish.pipeline import assign as assigning
 from merfish.pipeline.assign import assign
 from merfish.pipeline.segmentations import find_segmentation
@@ -44,6 +45,7 @@ SQUARES = [shapely.box(0, 0, 4, 4), shapely.box(10, 0, 14, 4)]
 def test_label_image_to_outlines_and_back(labels):
     found, outlines = label_outlines(labels)
     assert found.tolist() == sorted(set(labels.ravel().tolist()) - {0})
+    assert shapely.is_valid(outlines).all()
     assert shapely.area(outlines).tolist() == [(labels == label).sum() for label in found]
     np.testing.assert_array_equal(label_image(outlines, found, labels.shape), labels)
 
@@ -55,17 +57,34 @@ def test_label_outlines__join_planes():
     assert (label, outline.area) == (3, 7.0)
 
 
-def test_read_labels__of_every_format(tmp_path):
-    labels = np.arange(30, dtype=np.uint16).reshape(5, 6)
+@pytest.mark.parametrize("most", [1, 1 << 26])
+def test_label_images__of_every_format_in_blocks(monkeypatch, tmp_path, most):
+    monkeypatch.setattr(_header, "MOST_BLOCK", most)
+    labels = np.zeros((2, 40, 50), np.uint16)
+    labels[0, 3:9, 4:30], labels[0, 20:40, 33:50], labels[1, 5:37, 2:8] = 7, 2, 7
     np.save(tmp_path / "a.npy", labels)
     write_labels(labels, tmp_path / "b.tif")
-    tifffile.imwrite(tmp_path / "c.ome.tif", labels, metadata={"axes": "YX"})
-    zarr.save_array(str(tmp_path / "d.zarr"), labels)
-    np.save(
-        tmp_path / "e_seg.npy", {"masks": labels, "outlines": labels * 0, "est_diam": 30.0, "flows": [labels, None]}
-    )
+    tifffile.imwrite(tmp_path / "c.ome.tif", labels, metadata={"axes": "ZYX"})
+    tifffile.imwrite(tmp_path / "d.tif", labels, tile=(16, 32), compression="zlib", byteorder=">")
+    tifffile.imwrite(tmp_path / "e.tif", labels, rowsperstrip=7, compression="lzw")
+    chunked = zarr.create_array(str(tmp_path / "f.zarr"), shape=labels.shape, chunks=(1, 16, 16), dtype=float)
+    chunked[:] = labels  # chunks of zeros have no file
+    np.save(tmp_path / "g_seg.npy", {"masks": labels, "outlines": labels * 0, "est_diam": 30.0})
+    found, outlines = label_outlines(labels)
+    assert found.tolist() == [2, 7]
     for path in tmp_path.iterdir():
-        np.testing.assert_array_equal(read_labels(path), labels, err_msg=path.name)
+        shape, same, again = read_label_outlines(path)
+        assert (shape, same.tolist()) == (labels.shape, [2, 7]), path.name
+        assert shapely.equals_exact(again, outlines).all(), path.name
+
+
+@pytest.mark.parametrize("suffix", ["npy", "tif"])
+def test_label_image__of_no_labels(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    labels = np.full((5, 7), 0.5, np.float32)
+    np.save(path, labels) if suffix == "npy" else tifffile.imwrite(path, labels)
+    with pytest.raises(InputError, match=rf"a\.{suffix}: expected a label image of integers, got float32"):
+        read_label_outlines(path)
 
 
 class Harm:
@@ -78,7 +97,7 @@ def test_cellpose_file__is_never_unpickled(monkeypatch, tmp_path, content):
     monkeypatch.chdir(tmp_path)
     np.save("x_seg.npy", np.array([{"masks": 1}, content], dtype=object)[1:], allow_pickle=True)
     with pytest.raises(InputError, match=r"save the masks as \.tif or \.npy"):
-        read_labels("x_seg.npy")
+        read_label_outlines("x_seg.npy")
     assert not (tmp_path / "harm").exists()
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -10,58 +13,121 @@ import shapely
 
 from merfish._files import whole_file
 from merfish.errors import InputError
+from merfish.exchange._kernels import find_corners, follow
 from merfish.exchange.cellpose import read_seg_npy
-from merfish.imaging.images import read_frames, read_header
+from merfish.imaging.blocks import Block, read_blocks, row_blocks
 
 LABEL_SUFFIXES = (".tif", ".tiff", ".npy", ".zarr")
+MOST_CORNERS = 1 << 20  # corners that are joined to outlines at a time
 
 
-def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
-    """Labels (y, x) or, of several planes, (z, y, x), from TIFF, OME-TIFF, .npy, Zarr or Cellpose's ``_seg.npy``.
+def read_label_outlines(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    """Shape (y, x) or (z, y, x), labels and outlines of a label image, as `label_outlines` gives them.
 
-    Raises InputError for what cannot be read, and for values that are no integers from 0.
+    Reads TIFF, OME-TIFF, .npy, Zarr and Cellpose's ``_seg.npy`` in blocks of rows: a label image of a whole section
+    need not fit in memory. Raises InputError for what cannot be read, and for values that are not integers from 0.
     """
     path = Path(path)
-    if path.name.endswith("_seg.npy"):
-        labels = read_seg_npy(path)
-    else:
-        labels = read_frames(path, range(read_header(path).frames))
-    if labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)):
-        labels = labels.astype(np.int64)
-    if labels.dtype.kind not in "iu":
-        raise InputError(f"{path}: expected a label image of integers, got {labels.dtype}")
-    if labels.size and labels.min() < 0:
-        raise InputError(f"{path}: expected labels from 0, got {labels.min()}")
-    if labels.ndim == 3 and len(labels) == 1:
-        labels = labels[0]
-    if labels.ndim not in (2, 3):
-        raise InputError(f"{path}: expected a label image (y, x) or (z, y, x), got shape {labels.shape}")
-    return labels
+    blocks = row_blocks(read_seg_npy(path)) if path.name.endswith("_seg.npy") else read_blocks(path)
+    shape, labels, outlines = _outlines((frame, _checked(path, rows)) for frame, rows in blocks)
+    return shape if shape[0] > 1 else shape[1:], labels, outlines
 
 
 def label_outlines(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Labels (cell,) in ascending order and their outlines (cell,), pixels x, y, centre of the first pixel at 0.
 
-    An outline runs along the edges of pixels, so that it holds just the centres of its own; all pieces and holes are
-    kept. A label of several planes (z, y, x) is all that it covers in any of them.
+    labels: integers (y, x) or (z, y, x), 0 = outside. An outline runs along the edges of pixels, so that it holds just
+    the centres of its own; all pieces and holes are kept. A label of several planes is all that it covers in any.
     """
-    width = labels.shape[-1]
-    rows = labels.reshape(-1, width)
-    padded = np.zeros((len(rows), width + 2), labels.dtype)
-    padded[:, 1:-1] = rows
-    # where a run of equal labels begins; the next change in the row ends it
-    row, begin = np.nonzero(padded[:, 1:] != padded[:, :-1])
-    label, end = padded[row, begin + 1], np.append(begin[1:], 0)
-    inside = label != 0
-    order = np.argsort(label[inside], kind="stable")
-    row, begin, end, label = (values[inside][order] for values in (row, begin, end, label))
-    y = row % labels.shape[-2]
-    boxes = shapely.box(begin - 0.5, y - 0.5, end - 0.5, y + 0.5)
-    found, of_box = np.unique(label, return_inverse=True)
-    if not len(found):
-        return found.astype(np.int64), np.empty(0, dtype=object)
-    joined = shapely.union_all(shapely.multipolygons(boxes, indices=of_box)[:, None], axis=1)
-    return found.astype(np.int64), np.asarray(shapely.simplify(joined, 0), dtype=object)
+    return _outlines(row_blocks(labels))[1:]
+
+
+def _checked(path: Path, rows: np.ndarray) -> np.ndarray:
+    """Rows of labels as integers; raises InputError for other values."""
+    if rows.dtype.kind == "f" and np.array_equal(rows, np.rint(rows)):
+        rows = rows.astype(np.int64)
+    if rows.dtype.kind not in "iu":
+        raise InputError(f"{path}: expected a label image of integers, got {rows.dtype}")
+    if rows.size and rows.min() < 0:
+        raise InputError(f"{path}: expected labels from 0, got {rows.min()}")
+    return rows
+
+
+def _outlines(blocks: Iterable[Block]) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
+    """Shape, labels and outlines of a label image, given block by block."""
+    shape, corners = _corners(blocks)
+    label, frame, y, x = (np.concatenate(parts) for parts in zip(*corners, strict=True))
+    order = np.lexsort((frame, label))
+    label, frame, y, x = (values[order] for values in (label, frame, y, x))
+    # an area is all that a label covers in a frame
+    first = np.ones(len(label), bool)
+    first[1:] = (label[1:] != label[:-1]) | (frame[1:] != frame[:-1])
+    begin, area = np.flatnonzero(first), np.cumsum(first) - 1
+    cuts = [*np.unique(begin[area[::MOST_CORNERS]]), len(label)]
+    areas = [_join(area[a:b] - area[a], y[a:b], x[a:b]) for a, b in pairwise(cuts)]
+    found, of_area = np.unique(label[begin], return_inverse=True)
+    outlines = np.concatenate([np.empty(0, object), *areas])
+    if len(found) < len(outlines):
+        collected = np.asarray(shapely.geometrycollections(outlines, indices=of_area), dtype=object)
+        outlines = np.asarray(shapely.simplify(shapely.union_all(collected[:, None], axis=1), 0), dtype=object)
+    return shape, found.astype(np.int64), outlines
+
+
+def _corners(blocks: Iterable[Block]) -> tuple[tuple[int, int, int], list[tuple[np.ndarray, ...]]]:
+    """Shape of a label image, and label, frame, y and x of the corners of its areas, half a pixel too high."""
+    shape, corners = (0, 0, 0), [(np.empty(0, np.int64), *np.empty((3, 0), np.int32))]
+    for frame, of_frame in groupby(blocks, key=itemgetter(0)):
+        top, last = 0, None
+        for _, rows in of_frame:
+            corners.append(_traced(frame, top, np.zeros_like(rows[0]) if last is None else last, rows))
+            top, last = top + len(rows), rows[-1]
+        if last is not None:
+            corners.append(_traced(frame, top, last, np.zeros_like(last)[None]))
+            shape = (frame + 1, top, len(last))
+    return shape, corners
+
+
+def _traced(frame: int, top: int, above: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Label, frame, y and x of the corners between rows (row, x), the first being number top, and above (x,) them."""
+    padded = np.zeros((len(rows) + 1, rows.shape[1] + 2), rows.dtype)
+    padded[0, 1:-1], padded[1:, 1:-1] = above, rows
+    n, held = rows.size // 16, -1  # far more than images of cells have
+    while held < n:
+        held = n
+        label, y, x = np.empty(n, rows.dtype), np.empty(n, np.int32), np.empty(n, np.int32)
+        n = find_corners(padded, label, y, x)
+    return label[:n].astype(np.int64), np.full(n, frame, np.int32), y[:n] + np.int32(top), x[:n].copy()
+
+
+def _join(area: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Outlines of areas, given the number from 0 (corner,), ascending, and the place of all their corners.
+
+    Between the first and second corner of an area in a row of corners runs an edge, and so on; likewise in columns.
+    """
+    by_row, by_column = np.lexsort((x, y, area)), np.lexsort((y, x, area))
+    order, ring = np.empty(len(area), np.int64), np.full(len(area), -1, np.int64)
+    n_rings = follow(_partners(by_row), _partners(by_column), order, ring)
+    ring = np.sort(ring)
+    rings = shapely.linearrings(np.column_stack([x, y])[order] - 0.5, indices=ring)
+    parts = np.asarray(shapely.polygons(rings), dtype=object)
+    of_ring = area[order[np.searchsorted(ring, np.arange(n_rings))]]
+    same = (np.diff(area[by_row]) == 0) & (np.diff(y[by_row]) == 0) & (np.diff(x[by_row]) == 0)
+    simple = np.bincount(of_ring) == 1
+    simple[area[by_row[1:][same]]] = False  # it touches itself
+    outlines = np.empty(len(simple), object)
+    whole = simple[of_ring]
+    outlines[of_ring[whole]] = parts[whole]
+    for k in np.flatnonzero(~simple):
+        low, high = np.searchsorted(of_ring, (k, k + 1))
+        outlines[k] = shapely.make_valid(shapely.multipolygons(list(parts[low:high])))
+    return outlines
+
+
+def _partners(order: np.ndarray) -> np.ndarray:
+    """The corner at the other end of each one's edge; order: corners, those of an edge beside each other."""
+    partners = np.empty_like(order)
+    partners[order[::2]], partners[order[1::2]] = order[1::2], order[::2]
+    return partners
 
 
 def label_image(outlines: np.ndarray, labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -16,7 +16,7 @@ from merfish._text import shown
 from merfish.errors import InputError
 from merfish.exchange.geojson import NAMES, read_geojson
 from merfish.exchange.geoparquet import read_geoparquet
-from merfish.exchange.labels import LABEL_SUFFIXES, label_outlines, read_labels
+from merfish.exchange.labels import LABEL_SUFFIXES, read_label_outlines
 
 POLYGON_SUFFIXES = (".geojson", ".json", ".parquet")
 _POLYGON = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
@@ -42,7 +42,7 @@ def read_outlines(path: str | os.PathLike[str]) -> pd.DataFrame:
     if not path.exists():
         raise InputError(f"{path}: no such file; expected a segmentation")
     if is_label_image(path):
-        labels, geometry = label_outlines(read_labels(path))
+        _, labels, geometry = read_label_outlines(path)
         return pd.DataFrame({"cell_id": labels, "geometry": geometry})
     names, geometry = _read_parquet(path) if path.suffix == ".parquet" else read_geojson(path)
     return numbered(*_one_each(names, _polygons(path, names, geometry)))

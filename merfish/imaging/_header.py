@@ -1,7 +1,8 @@
-"""Shared by all readers of image files: the header they return, and the limit on the memory that a file may need."""
+"""Shared by all readers of image files: the header they return, blocks of rows, and limits on memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 from merfish.errors import InputError
 
 MOST_FRAME = 1 << 29  # bytes of one frame, 16,384 x 16,384 px; a header that needs more is damaged
+Block = tuple[int, np.ndarray]  # number of a frame, and some of its rows (row, x)
+MOST_BLOCK = 1 << 26  # bytes of the rows that are read at a time, where the layout of the file allows
 # Limits on the unpacked size of a compressed file, in bytes and relative to its own: camera noise compresses no further
 FREE_BYTES, MOST_UNPACKED = 1 << 28, 50
 
@@ -37,3 +40,17 @@ def refuse_bomb(path: Path, unpacked: int, stored: int) -> None:
             f"{path}: {stored} bytes on disk would unpack to {unpacked}; expected at most {MOST_UNPACKED} "
             "times as many: the file is damaged, or was made to exhaust the memory"
         )
+
+
+def row_blocks(array: Any, multiple: int = 1) -> Iterator[Block]:
+    """Number of the frame and rows (row, x), block after block, of an array (..., y, x) of which slices can be taken.
+
+    multiple: of rows that a block has, such as the height of a chunk.
+    """
+    if array.ndim < 2:
+        raise InputError(f"an array of shape {array.shape}, expected (frame, y, x)")
+    *before, height, width = array.shape
+    step = max(1, MOST_BLOCK // max(1, multiple * width * array.dtype.itemsize)) * multiple
+    for frame, place in enumerate(np.ndindex(*before)):
+        for top in range(0, height, step):
+            yield frame, np.asarray(array[(*place, slice(top, top + step))])

@@ -22,7 +22,7 @@ import numpy as np
 
 from merfish._text import shown
 from merfish.errors import InputError
-from merfish.imaging._header import Header, refuse_bomb
+from merfish.imaging._header import MOST_FRAME, Block, Header, refuse_bomb, row_blocks
 
 MOST_PAGES = 100_000
 MOST_TAGS = 4096  # of a page
@@ -161,6 +161,39 @@ def _frames(path: Path, tif: Any, frames: Sequence[int], header: Header) -> np.n
         movie = np.memmap(path, dtype, "r", offset, (header.frames, *header.shape))
         return np.stack([movie[frame] for frame in frames])
     return np.stack([pages[frame].asarray() for frame in frames])
+
+
+def read_blocks(path: Path) -> Iterator[Block]:
+    """Number of the frame and rows (row, x), block after block."""
+    with _opened(path) as tif:
+        header = _header(path, tif)
+        if header.problem:
+            raise InputError(f"{path}: {header.problem}")
+        pages = _pages(tif)
+        dtype = header.dtype.newbyteorder(tif.byteorder)
+        if contiguous := _contiguous(tif, pages):
+            yield from row_blocks(np.memmap(path, dtype, "r", contiguous[1], (header.frames, *header.shape)))
+            return
+        for frame, page in enumerate(pages):
+            if page.is_memmappable:
+                mapped = np.memmap(path, dtype, "r", page.dataoffsets[0], header.shape)
+                yield from ((frame, rows) for _, rows in row_blocks(mapped))
+            else:
+                yield from ((frame, rows) for rows in _segment_rows(path, page))
+
+
+def _segment_rows(path: Path, page: Any) -> Iterator[np.ndarray]:
+    """Rows (row, x) of a page, a strip or a row of tiles at a time."""
+    height, width = page.shape
+    rows = min(page.chunks[0], height)
+    if rows * width * page.dtype.itemsize > MOST_FRAME:
+        raise InputError(f"{path}: strips or tiles of {rows} rows of {width} px; expected at most {MOST_FRAME} bytes")
+    block = np.zeros((rows, width), page.dtype)
+    for segment, (_, _, top, left, _), _ in page.segments(maxworkers=1):
+        part = segment[0, : height - top, : width - left, 0]
+        block[: part.shape[0], left : left + part.shape[1]] = part
+        if left + part.shape[1] == width:
+            yield block[: height - top].copy()
 
 
 def read_stack(path: Path) -> tuple[np.ndarray, str]:

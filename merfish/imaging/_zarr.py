@@ -9,7 +9,7 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import numpy as np
 
 from merfish._text import read_text, shown
 from merfish.errors import InputError
-from merfish.imaging._header import Header, refuse_bomb
+from merfish.imaging._header import Block, Header, refuse_bomb, row_blocks
 
 MOST_CHUNKS = 1_000_000
 MOST_METADATA = 1 << 20  # bytes
@@ -218,6 +218,12 @@ def read_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
     array = _checked_array(store)
     places = [np.unravel_index(frame, store.shape[:-2]) if len(store.shape) > 2 else () for frame in frames]
     return np.stack([np.asarray(array[place]) for place in places])
+
+
+def read_blocks(path: Path) -> Iterator[Block]:
+    """Number of the frame and rows (row, x), block after block; chunks without a file hold the array's fill value."""
+    array = _checked_array(open_store(path))
+    return row_blocks(array, array.chunks[-2] if array.ndim > 1 else 1)
 
 
 def read_stack(path: Path) -> tuple[np.ndarray, str]:

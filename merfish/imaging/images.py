@@ -36,7 +36,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises InputError if the file cannot be interpreted at all.
     """
     path = Path(path)
-    with _understood(path):
+    with understood(path):
         header: Header = _FORMATS[_suffix(path)][0](path)
         size = f"{header.shape[1]} x {header.shape[0]} px"
         if header.frame_bytes > MOST_FRAME:
@@ -52,7 +52,7 @@ def read_frames(path: str | os.PathLike[str], frames: Sequence[int]) -> np.ndarr
     Raises InputError for a frame that is missing or truncated.
     """
     path = Path(path)
-    with _understood(path):
+    with understood(path):
         found = read_header(path)
         beyond = [frame for frame in frames if not 0 <= frame < found.frames]
         if found.problem or beyond:
@@ -102,10 +102,10 @@ def read_stack(path: str | os.PathLike[str]) -> np.ndarray:
     Raises InputError for other axes, for truncated files and for values that are not real numbers.
     """
     path = Path(path)
-    with _understood(path):
+    with understood(path):
         suffix = _suffix(path)
         if suffix == ".npy":
-            stack, axes = np.array(_load_npy(path)), ""
+            stack, axes = np.array(load_npy(path)), ""
         elif suffix == ".zarr":
             stack, axes = _zarr.read_stack(path)
         elif suffix in (".tif", ".tiff"):
@@ -142,7 +142,7 @@ def _in_order(path: Path, stack: np.ndarray, axes: str) -> np.ndarray:
 
 
 @contextmanager
-def _understood(path: Path) -> Iterator[None]:
+def understood(path: Path) -> Iterator[None]:
     """Turn any exception of a reader into an InputError that names the file."""
     _refuse_special(path)
     try:
@@ -279,7 +279,8 @@ def _nd2_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
 # --- .npy and Zarr: arrays whose last two axes are y, x; the axes before count frames.
 
 
-def _load_npy(path: Path) -> np.ndarray:
+def load_npy(path: Path) -> np.ndarray:
+    """Map the array of an .npy file into memory."""
     # mapped: a header that claims more than the file holds is refused before any memory is allocated
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
@@ -292,12 +293,12 @@ def _array_header(shape: tuple[int, ...], dtype: np.dtype[Any], problem: str = "
 
 
 def _npy_header(path: Path) -> Header:
-    array = _load_npy(path)
+    array = load_npy(path)
     return _array_header(array.shape, array.dtype)
 
 
 def _npy_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray:
-    movie = _load_npy(path).reshape(-1, *header.shape)
+    movie = load_npy(path).reshape(-1, *header.shape)
     return np.stack([movie[frame] for frame in frames])
 
 

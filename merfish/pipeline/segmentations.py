@@ -19,7 +19,7 @@ from merfish._text import listed
 from merfish.calls.overlap import FIELD_RADIUS
 from merfish.cells.merging import DEPTH, NO_LINKS, number_cells
 from merfish.errors import InputError
-from merfish.exchange.labels import LABEL_SUFFIXES, label_outlines, read_labels
+from merfish.exchange.labels import LABEL_SUFFIXES, read_label_outlines
 from merfish.exchange.outlines import POLYGON_SUFFIXES, is_label_image, read_outlines
 from merfish.imaging.images import fingerprint
 from merfish.pipeline.assemble import PartWork, UniteWork, write_cell_part
@@ -131,9 +131,8 @@ def section_cells(fields: Fields, path: Path, depth: float) -> pd.DataFrame:
     Raises InputError if none of them lies where the fields are.
     """
     if is_label_image(path):
-        labels = read_labels(path)
-        found, outlines = label_outlines(labels)
-        outlines = _in_micrometre(fields, path, labels.shape, outlines)
+        shape, found, outlines = read_label_outlines(path)
+        outlines = _in_micrometre(fields, path, shape, outlines)
         table = pd.DataFrame({"cell_id": found})
     else:
         table = read_outlines(path)
@@ -213,12 +212,9 @@ class ReadWork:
         path = self.files[fov]
         height, width = self.fields.shape
         if is_label_image(path):
-            labels = read_labels(path)
-            if labels.shape[-2:] != (height, width):
-                raise InputError(
-                    f"{path}: labels of {labels.shape[-1]} x {labels.shape[-2]} pixels, fields have {width} x {height}"
-                )
-            outlines = label_outlines(labels)[1]
+            shape, _, outlines = read_label_outlines(path)
+            if shape[-2:] != (height, width):
+                raise InputError(f"{path}: labels of {shape[-1]} x {shape[-2]} pixels, fields have {width} x {height}")
         else:
             outlines = read_outlines(path)["geometry"].to_numpy(object)
         if len(outlines):

@@ -19,6 +19,7 @@ MANY = 500  # fields or points, above which a picture is drawn in pixels rather 
 LEAST_OFF = 1e-3  # micrometre; less is no arrow
 ENLARGED = (1, 2, 5, 10, 20, 50, 100)  # of arrows
 MOST_COMPARED = 2000  # fields among which the nearest are looked for
+MOST_NAMED, NAME_SIZE = 5, (0.15, 0.04)  # genes in a picture; width and height of a name, shares of the axes
 SMALL, NORMAL, LEAST_HEIGHT = 4.0, 6.4, 2.0  # inches
 
 
@@ -36,7 +37,12 @@ def map_figure(width: float, extent: np.ndarray) -> tuple[Figure, Axes]:
 
 def _colours_beside(ax: Axes, drawn: ScalarMappable, label: str) -> None:
     """What the colours of a map mean, as high as the map."""
-    ax.figure.colorbar(drawn, cax=ax.inset_axes((1.04, 0, 0.045, 1)), label=label)
+    from matplotlib.ticker import MaxNLocator
+
+    # a number of ticks that depended on the height would change the width, and so the height, with every layout
+    ax.figure.colorbar(
+        drawn, cax=ax.inset_axes((1.04, 0, 0.045, 1)), label=label, ticks=MaxNLocator(5, steps=[1, 2, 5, 10])
+    )
 
 
 def field_map(
@@ -232,11 +238,22 @@ def correlation(x: np.ndarray, y: np.ndarray, names: Sequence[str], labels: tupl
         middle = np.median(ratio)
         ends = np.array([x[both].min(), x[both].max()])
         ax.loglog(ends, ends * 10**middle, color=MUTED, linewidth=1)
-        for k in both[np.argsort(-np.abs(ratio - middle))[:5]]:
+        places = np.log10(np.column_stack([x, y])[both])
+        for k in both[_legible(np.argsort(-np.abs(ratio - middle)), places)]:
             ax.annotate(names[k], (x[k], y[k]), fontsize=7, xytext=(3, 3), textcoords="offset points", parse_math=False)
     ax.set(xlabel=labels[0], ylabel=labels[1])
     ax.set_title(f"r = {r:.3f} of log10, {len(both)} genes", fontsize=9, loc="left")
     return figure
+
+
+def _legible(wanted: np.ndarray, places: np.ndarray) -> list[int]:
+    """The first of the wanted points of which no name covers another's; places (point, 2)."""
+    apart = np.ptp(places, axis=0) * NAME_SIZE
+    named: list[int] = []
+    for k in wanted:
+        if len(named) < MOST_NAMED and not (np.abs(places[named] - places[k]) < apart).all(axis=1).any():
+            named.append(int(k))
+    return named
 
 
 def seconds_of_steps(seconds: Mapping[str, float]) -> Figure:

@@ -1,0 +1,16 @@
+"""The memory of a process, as Linux counts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def peak_bytes() -> int:
+    """Most memory of this process since it began or `forget_peak`; `resource.getrusage` adds its parent's."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` begin at the memory of now."""
+    Path("/proc/self/clear_refs").write_text("5")
