@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import groupby
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import shapely
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -21,9 +23,11 @@ from merfish.cells.merging import in_stage_frame, part
 from merfish.cells.stacks import footprints, planes, stack, thickness
 from merfish.cells.volume import link
 from merfish.config import RunConfig
+from merfish.exchange.labels import label_image, write_labels
 from merfish.exchange.merscope import write_merscope
 from merfish.imaging.field import aligned_stain, stain_shifts
 from merfish.imaging.opening import open_experiment
+from merfish.pipeline.assign import assign
 from merfish.simulate import simulate_experiment
 
 
@@ -100,6 +104,39 @@ def test_run__has_cells_and_molecules_of_each_plane(raw, done):
     assert len(inside) > 0.8 * len(calls)
     counts = inside.groupby("cell_id").size().reindex(cells["cell_id"], fill_value=0)
     assert counts.tolist() == cells["n_transcripts"].tolist()
+
+
+@pytest.mark.parametrize("per_field", [True, False])
+def test_assign__label_images_of_the_planes_of_a_run(done, tmp_path, per_field):
+    record, cells = results.read_run(done), read_cells(done / results.CELLS)
+    scale, positions = record["microns_per_pixel"], np.array(record["stage"]["positions"])
+    outlines = planes(shapely.from_wkb(cells["plane_outlines"].to_numpy()))
+    if per_field:
+        corners, shape, path = positions, (224, 224), tmp_path / "cells"
+        path.mkdir()
+        files = [path / f"cells_{fov}.tif" for fov in range(2)]
+    else:
+        corners, shape, path = positions.min(axis=0)[None], (240, 480), tmp_path / "cells.zarr"
+        files = [path]
+        x, y = -corners[0] / scale
+        transform = f"{1 / scale} 0 {x}\n0 {1 / scale} {y}\n0 0 1\n"
+        (tmp_path / "micron_to_mosaic_pixel_transform.csv").write_text(transform)
+    for (left, top), file in zip(corners, files, strict=True):
+        to_pixels = shapely.transform(outlines, lambda xy, corner=(left, top): (xy - corner) / scale)
+        labels = np.stack([label_image(plane, cells["cell_id"].to_numpy(), shape) for plane in to_pixels.T])
+        zarr.save_array(str(file), labels) if file.suffix == ".zarr" else write_labels(labels, file)
+    out = shutil.copytree(done, tmp_path / "run")
+    assign(out, path)
+    again = read_cells(out / results.CELLS).sort_values("cell_id", ignore_index=True)
+    same = planes(shapely.from_wkb(again["plane_outlines"].to_numpy()))
+    assert len(again) == len(cells)
+    if not per_field:
+        common = shapely.area(shapely.intersection(outlines, same)).sum() / shapely.area(outlines).sum()
+        assert common > 0.95
+        np.testing.assert_allclose(again["volume"], cells["volume"], rtol=0.05)
+    before, after = (pd.read_parquet(run / results.TRANSCRIPTS) for run in (done, out))
+    assert ((before["cell_id"] >= 0) == (after["cell_id"] >= 0)).mean() > 0.97
+    assert after.groupby("cell_id").size().drop(-1).tolist() == again["n_transcripts"].tolist()
 
 
 def test_merscope__has_the_outlines_of_each_plane(done, tmp_path):

@@ -12,24 +12,37 @@ import numpy as np
 import shapely
 
 from merfish._files import whole_file
+from merfish.cells.stacks import stack
 from merfish.errors import InputError
 from merfish.exchange._kernels import find_corners, follow
 from merfish.exchange.cellpose import read_seg_npy
 from merfish.imaging.blocks import Block, read_blocks, row_blocks
+from merfish.imaging.images import read_header
 
 LABEL_SUFFIXES = (".tif", ".tiff", ".npy", ".zarr")
 MOST_CORNERS = 1 << 20  # corners that are joined to outlines at a time
 
 
-def read_label_outlines(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+def count_planes(path: Path) -> int:
+    """Number of planes of a label image."""
+    if path.name.endswith("_seg.npy"):
+        labels = read_seg_npy(path)
+        return len(labels) if labels.ndim > 2 else 1
+    return read_header(path, most=np.inf).frames
+
+
+def read_label_outlines(
+    path: str | os.PathLike[str], *, stacked: bool = False
+) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
     """Shape (y, x) or (z, y, x), labels and outlines of a label image, as `label_outlines` gives them.
 
-    Reads TIFF, OME-TIFF, .npy, Zarr and Cellpose's ``_seg.npy`` in blocks of rows: a label image of a whole section
-    need not fit in memory. Raises InputError for what cannot be read, and for values that are not integers from 0.
+    stacked: a label has an outline in each plane (see `merfish.cells.stacks`). Reads TIFF, OME-TIFF, .npy, Zarr and
+    Cellpose's ``_seg.npy`` in blocks of rows: a label image of a whole section need not fit in memory. Raises
+    InputError for what cannot be read, and for values that are not integers from 0.
     """
     path = Path(path)
     blocks = row_blocks(read_seg_npy(path)) if path.name.endswith("_seg.npy") else read_blocks(path)
-    shape, labels, outlines = _outlines((frame, _checked(path, rows)) for frame, rows in blocks)
+    shape, labels, outlines = _outlines(((frame, _checked(path, rows)) for frame, rows in blocks), stacked)
     return shape if shape[0] > 1 else shape[1:], labels, outlines
 
 
@@ -53,7 +66,7 @@ def _checked(path: Path, rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _outlines(blocks: Iterable[Block]) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
+def _outlines(blocks: Iterable[Block], stacked: bool = False) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
     """Shape, labels and outlines of a label image, given block by block."""
     shape, corners = _corners(blocks)
     label, frame, y, x = (np.concatenate(parts) for parts in zip(*corners, strict=True))
@@ -67,7 +80,11 @@ def _outlines(blocks: Iterable[Block]) -> tuple[tuple[int, int, int], np.ndarray
     areas = [_join(area[a:b] - area[a], y[a:b], x[a:b]) for a, b in pairwise(cuts)]
     found, of_area = np.unique(label[begin], return_inverse=True)
     outlines = np.concatenate([np.empty(0, object), *areas])
-    if len(found) < len(outlines):
+    if stacked:
+        of_planes = np.full((len(found), shape[0]), shapely.Polygon(), dtype=object)
+        of_planes[of_area, frame[begin]] = outlines
+        outlines = stack(of_planes)
+    elif len(found) < len(outlines):
         collected = np.asarray(shapely.geometrycollections(outlines, indices=of_area), dtype=object)
         outlines = np.asarray(shapely.simplify(shapely.union_all(collected[:, None], axis=1), 0), dtype=object)
     return shape, found.astype(np.int64), outlines

@@ -30,16 +30,16 @@ _SAMPLE = 1 << 16  # bytes
 _MAX_INF = 1 << 16  # bytes of the text beside a .dax
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
+def read_header(path: str | os.PathLike[str], *, most: float = MOST_FRAME) -> Header:
     """Number, (height, width) and dtype of a file's frames, from its header; truncated files are found.
 
-    Raises InputError if the file cannot be interpreted at all.
+    Raises InputError if the file cannot be interpreted at all, or if a frame needs more than ``most`` bytes.
     """
     path = Path(path)
     with understood(path):
         header: Header = _FORMATS[_suffix(path)][0](path)
         size = f"{header.shape[1]} x {header.shape[0]} px"
-        if header.frame_bytes > MOST_FRAME:
+        if header.frame_bytes > most:
             raise InputError(f"{path}: its header claims frames of {size}, {header.frame_bytes} bytes each")
         if not header.problem and (header.frame_bytes == 0 or header.frames == 0):
             return replace(header, problem=f"{header.frames} frames of {size}: no pixels")

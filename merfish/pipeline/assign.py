@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import shapely
 
 from merfish import results
-from merfish.cells.counts import assign_cells
+from merfish.cells.counts import OUTSIDE
 from merfish.codebook import Codebook
 from merfish.errors import InputError
 from merfish.exchange.run import read_var
 from merfish.imaging.experiment import Experiment
 from merfish.pipeline import folder
-from merfish.pipeline.assemble import count_pairs, read_cell_part
+from merfish.pipeline.assemble import count_pairs, place_in_cells, read_cell_part
 from merfish.pipeline.cluster import RunMap, run_map_on
 from merfish.pipeline.progress import Display, display
 from merfish.pipeline.reconcile import Fields, map_all
@@ -42,6 +42,8 @@ def assign(out: Path, segmentation: Path, *, workers: int | None = None, progres
     are in micrometre of the stage; a label image of it needs MERSCOPE's 3 x 3 transform from micrometre to pixel in a
     file ``micron_to_mosaic_pixel_transform.csv`` beside it. Files of single fields are in pixels of the images as the
     run has them, after transposing and flipping as ``microscope.json`` says; cells seen in several fields are merged.
+    Label images (z, y, x) of as many planes as the run give each cell an outline in every plane, so that cells may lie
+    above each other; other cells have one outline over all planes.
 
     Returns the figures of the run. Raises InputError for cells that do not fit the run.
     """
@@ -62,7 +64,7 @@ def replace_cells(
     out: Path, cells: Segmentation, record: dict[str, Any], run_map: RunMap, shown: Display
 ) -> dict[str, Any]:
     """As `assign`, in a folder that this process has locked."""
-    fields = _fields_of(out, record)
+    fields = _fields_of(out, record, cells.planes(record["z"]))
     var = read_var(out)
     groups = {name: field_groups(out / name) for name in MOLECULES if (out / name).is_file()}
     with shown.step("read cells"):
@@ -106,8 +108,11 @@ def own_key(record: Mapping[str, Any]) -> str:
     return str(record.get("segmentation", {}).get("run_key", record.get("key", "")))
 
 
-def _fields_of(out: Path, record: Mapping[str, Any]) -> Fields:
-    """The fields of a run as its record describes them: their images are not needed, and may be gone."""
+def _fields_of(out: Path, record: Mapping[str, Any], planes: np.ndarray | None) -> Fields:
+    """The fields of a run as its record describes them: their images are not needed, and may be gone.
+
+    planes: in which the new cells have outlines of their own, see `merfish.pipeline.reconcile.Fields`.
+    """
     if not record["fields"]:
         raise InputError(f"{out}: no field of this run was decoded, there are no molecules to put into cells")
     try:
@@ -121,7 +126,7 @@ def _fields_of(out: Path, record: Mapping[str, Any]) -> Fields:
         ) from error
     experiment = Experiment(out, {}, book, scale, False, False, False, None, positions, (), (), {})
     work = folder.new_work(out)
-    return Fields(work, work, experiment, tuple(sorted(map(int, record["fields"]))), (height, width), {})
+    return Fields(work, work, experiment, tuple(sorted(map(int, record["fields"]))), (height, width), {}, planes)
 
 
 def field_groups(path: Path) -> dict[int, list[int]]:
@@ -175,9 +180,11 @@ class PlaceWork:
         molecules = pd.concat(tables.values())
         x, y = molecules["global_x"].to_numpy(), molecules["global_y"].to_numpy()
         homes = [home for home in self.bounds if len(x) and self._near(home, x, y)]
-        parts = [read_cell_part(self.fields, "cells", home)[["cell_id", "geometry"]] for home in homes]
-        cells = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"cell_id": [], "geometry": []})
-        cell = assign_cells(x, y, cells["geometry"].to_numpy(object), cells["cell_id"].to_numpy(np.int64))
+        cell, planes = np.full(len(x), OUTSIDE), self.fields.planes
+        if homes:
+            cells = pd.concat([read_cell_part(self.fields, "cells", home) for home in homes], ignore_index=True)
+            height = np.zeros(len(x)) if planes is None else np.interp(molecules["z"], np.arange(len(planes)), planes)
+            cell = place_in_cells(x, y, height, cells, planes)
         ends = np.cumsum([len(table) for table in tables.values()])
         for name, placed in zip(tables, np.split(cell, ends[:-1]), strict=True):
             np.save(self.fields.file(name, fov), placed)
@@ -186,9 +193,9 @@ class PlaceWork:
         return int((cell[: len(tables[results.TRANSCRIPTS])] >= 0).sum()), homes
 
     def _molecules(self, name: str, fov: int) -> pd.DataFrame:
-        """Word, places (micrometre) and probability of the molecules of a field in a table."""
+        """Word, places (x, y in micrometre, z in planes) and probability of the molecules of a field in a table."""
         single = name == results.SEQUENTIAL
-        columns = ["global_x", "global_y", *(["gene"] if single else ["barcode_id", "probability"])]
+        columns = ["global_x", "global_y", "z", *(["gene"] if single else ["barcode_id", "probability"])]
         with pq.ParquetFile(self.out / name) as file:
             table = file.read_row_groups(list(self.groups[name].get(fov, [])), columns=columns).to_pandas()
         if not single:

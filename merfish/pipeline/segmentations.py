@@ -18,9 +18,11 @@ from merfish import results
 from merfish._text import listed
 from merfish.calls.overlap import FIELD_RADIUS
 from merfish.cells.merging import DEPTH, NO_LINKS, number_cells
+from merfish.cells.stacks import footprints, planes, thickness
 from merfish.errors import InputError
-from merfish.exchange.labels import LABEL_SUFFIXES, read_label_outlines
+from merfish.exchange.labels import LABEL_SUFFIXES, count_planes, read_label_outlines
 from merfish.exchange.outlines import POLYGON_SUFFIXES, is_label_image, read_outlines
+from merfish.exchange.run import PLANE_OUTLINES
 from merfish.imaging.images import fingerprint
 from merfish.pipeline.assemble import PartWork, UniteWork, write_cell_part
 from merfish.pipeline.cluster import Failure, RunMap, StepError
@@ -49,6 +51,17 @@ class Segmentation:
         """Digest of its contents."""
         paths = self.files or {-1: self.path}
         return digest({fov: fingerprint(path, whole=True)[1].hex() for fov, path in paths.items()})
+
+    def planes(self, heights: Sequence[float]) -> np.ndarray | None:
+        """Heights of the planes in which cells have outlines of their own: label images of as many planes as a run.
+
+        heights: of the run's planes, micrometre. None if each cell has one outline for all.
+        """
+        paths = [*self.files.values()] or [self.path]
+        stacked = len(heights) > 1 and all(
+            is_label_image(path) and count_planes(path) == len(heights) for path in paths
+        )
+        return np.array(heights) if stacked else None
 
 
 def find_segmentation(path: Path, fovs: Sequence[int]) -> Segmentation:
@@ -111,9 +124,10 @@ def part_by_field(fields: Fields, cells: Segmentation, depth: float, run_map: Ru
 
     depth: of every cell, micrometre.
     """
+    schema = CELL_SCHEMA if fields.planes is None else CELL_SCHEMA.append(pa.field(PLANE_OUTLINES, pa.binary()))
     if cells.files:
         _join_fields(fields, cells, depth, run_map, shown)
-        return CELL_SCHEMA
+        return schema
     table = section_cells(fields, cells.path, depth)
     named = "name" in table
     frames = fields.experiment.positions[list(fields.fovs)] + np.array(fields.size) / 2
@@ -122,7 +136,7 @@ def part_by_field(fields: Fields, cells: Segmentation, depth: float, run_map: Ru
     by_home = table.groupby("fov")
     for fov in fields.fovs:
         write_cell_part(fields, "cells", fov, by_home.get_group(fov) if fov in by_home.groups else table[:0])
-    return CELL_SCHEMA.append(pa.field("name", pa.string())) if named else CELL_SCHEMA
+    return schema.append(pa.field("name", pa.string())) if named else schema
 
 
 def section_cells(fields: Fields, path: Path, depth: float) -> pd.DataFrame:
@@ -131,7 +145,7 @@ def section_cells(fields: Fields, path: Path, depth: float) -> pd.DataFrame:
     Raises InputError if none of them lies where the fields are.
     """
     if is_label_image(path):
-        shape, found, outlines = read_label_outlines(path)
+        shape, found, outlines = read_label_outlines(path, stacked=fields.planes is not None)
         outlines = _in_micrometre(fields, path, shape, outlines)
         table = pd.DataFrame({"cell_id": found})
     else:
@@ -148,10 +162,14 @@ def section_cells(fields: Fields, path: Path, depth: float) -> pd.DataFrame:
                 f"fields of the run x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f}; expected "
                 "micrometre in the frame of the stage"
             )
-    area = shapely.area(outlines)
-    center = shapely.get_coordinates(shapely.centroid(outlines)).reshape(-1, 2)
-    described = {"center_x": center[:, 0], "center_y": center[:, 1], "area": area, "volume": area * depth}
-    return table.assign(**described, geometry=outlines)
+    geometry = footprints(outlines)
+    area = shapely.area(geometry)
+    center = shapely.get_coordinates(shapely.centroid(geometry)).reshape(-1, 2)
+    table = table.assign(center_x=center[:, 0], center_y=center[:, 1], area=area, geometry=geometry)
+    if fields.planes is None:
+        return table.assign(volume=area * depth)
+    volume = (shapely.area(planes(outlines)) * thickness(fields.planes)).sum(axis=1) if len(table) else 0.0
+    return table.assign(volume=volume, **{PLANE_OUTLINES: shapely.to_wkb(outlines)})
 
 
 def _in_micrometre(fields: Fields, path: Path, shape: tuple[int, ...], outlines: np.ndarray) -> np.ndarray:
@@ -212,7 +230,7 @@ class ReadWork:
         path = self.files[fov]
         height, width = self.fields.shape
         if is_label_image(path):
-            shape, _, outlines = read_label_outlines(path)
+            shape, _, outlines = read_label_outlines(path, stacked=self.fields.planes is not None)
             if shape[-2:] != (height, width):
                 raise InputError(f"{path}: labels of {shape[-1]} x {shape[-2]} pixels, fields have {width} x {height}")
         else:
