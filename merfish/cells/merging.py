@@ -2,7 +2,7 @@
 
 A field knows only its own outlines and those of the fields that overlap it, so that an experiment of any size is merged
 field by field: `same_cells` finds the outlines of one cell in two fields, `number_cells` gives each cell its number,
-`unite` its geometry, and `part` removes overlaps between cells.
+`merge_outlines` its geometry, and `trim_overlaps` removes overlaps between cells.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines o
 MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
 NEARLY_WHOLE = 0.8  # share of a cell that a field must see for its outline to be taken for the whole cell
 DEPTH = 1.0  # micrometre, depth of a cell where a single plane was imaged
-_UNITED = ["cell", "fov", "geometry"]
+_MERGED = ["cell", "fov", "geometry"]
 NO_LINKS = np.empty((0, 4), np.int64)
 
 
@@ -120,7 +120,7 @@ def number_cells(n_outlines: Mapping[int, int], links: np.ndarray) -> CellNumber
     return CellNumbers(fovs, first, cell, home, order, start)
 
 
-def unite(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -> pd.DataFrame:
+def merge_outlines(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -> pd.DataFrame:
     """One geometry a cell from its outlines, micrometre, in the order of cells.
 
     members: cell, fov, outline, sorted by cell; geometry: (outline,) of each row; measured: means over its area. A cell
@@ -150,14 +150,14 @@ def unite(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -
     return pd.concat([table.astype({"cell": "int64", "fov": "int32", "geometry": object}), means], axis=1)
 
 
-def part(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
-    """Remove from cells (as returned by `unite`) the area that larger ones cover; drop those that become too small.
+def trim_overlaps(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Remove the area that larger cells cover from cells, and drop those that become too small.
 
-    Cells that are stacks of outlines compete in each plane for itself, and may lie above each other.
+    Cells that are stacks of outlines are compared plane by plane, and may lie above each other.
 
-    others: all cells that may touch them, including themselves. The overlap of two cells goes to the larger one, or to
-    the one of the lower number if their areas are equal. Returns cell_id int64 (number + 1), fov, center_x, center_y
-    (micrometre), area (square), geometry, and the other columns of ``cells``.
+    cells: as `merge_outlines` returns them. others: all cells that may touch them, including themselves. The overlap of
+    two cells goes to the larger one, or to the one of the lower number if their areas are equal. Returns cell_id int64
+    (number + 1), fov, center_x, center_y (micrometre), area (square), geometry, and the other columns of ``cells``.
     """
     geometry, rival = cells["geometry"].to_numpy(object).copy(), others["geometry"].to_numpy(object)
     number, rival_number = cells["cell"].to_numpy(), others["cell"].to_numpy()
@@ -182,6 +182,6 @@ def part(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
             "center_y": center[:, 1],
             "area": final[kept],
             "geometry": geometry[kept],
-            **{name: cells[name].to_numpy()[kept] for name in cells.columns.difference(_UNITED, sort=False)},
+            **{name: cells[name].to_numpy()[kept] for name in cells.columns.difference(_MERGED, sort=False)},
         }
     )
