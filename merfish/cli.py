@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from merfish import cli_exchange
-from merfish._text import listed, printable
+from merfish._text import counted, listed, printable
 from merfish.errors import CodebookMisfit, InputError
 
 # Exit codes
@@ -204,11 +204,11 @@ def run(
     from merfish.pipeline.status import decoded_fields
 
     if sum(choice is not None for choice in (workers, scheduler, slurm)) > 1:
-        raise InputError("--workers, --scheduler and --slurm exclude each other")
+        raise InputError("--workers, --scheduler and --slurm exclude each other; give one of them")
     if embed:
         need_embedding("--embed")  # before any work
     elif domains is not None:
-        raise InputError("--domains: domains are found by --embed, which is not given")
+        raise InputError("--domains needs --embed, which finds the domains")
     settings = read_config(config, **({} if method is None else {"method": method.value}))
     fovs = None if fov is None else parse_fovs(fov)
     tables = {
@@ -378,7 +378,8 @@ def codebook_make(
     names, expression = read_gene_list(genes)
     codebook = mhd4_codebook(names, bits, expression=expression)
     write_codebook(codebook, out)
-    print(f"{len(names)} genes and {int(codebook.is_blank.sum())} blanks of {bits} bits in {out}")
+    blanks = counted(int(codebook.is_blank.sum()), "blank")
+    print(f"{counted(len(names), 'gene')} and {blanks} of {bits} bits in {out}")
 
 
 @codebook_app.command("check")
@@ -388,7 +389,7 @@ def codebook_check(book: BookFile) -> None:
 
     found = check_codebook(parse_codebook(book))
     weights = ", ".join(f"{count} of weight {weight}" for weight, count in found.weights.items())
-    print(f"words             {found.n_words} ({found.n_blanks} blanks)")
+    print(f"words             {found.n_words} ({counted(found.n_blanks, 'blank')})")
     print(f"bits              {found.n_bits}")
     print(f"weights           {weights}")
     print(f"minimum distance  {found.min_distance}: corrects {found.corrects}, detects {found.detects}")

@@ -166,7 +166,10 @@ def _assemble(
     name_column = next((header.index(key) for key in ("name", "feat", "gene") if key in header), 0)
     id_column = header.index("id") if "id" in header else None
     if not bit_columns and (word_column is None or word_column == name_column):
-        raise InputError(f"{path}: header {','.join(header)!r} has neither bit1,... columns nor a barcode column")
+        raise InputError(
+            f"{path}: header {','.join(header)!r} has neither bit1,... columns nor a barcode column; "
+            "expected name,id,bit1,... or name,id,barcode"
+        )
     names: list[str] = []
     ids: list[str] = []
     words: list[str] = []

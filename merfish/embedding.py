@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merfish import results
+from merfish._text import counted
 from merfish.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def embed_run(out: Path, n_domains: int | None = None, *, progress: bool = False
         record = results.read_run(out)
         asked: dict[str, Any] = {"n_domains": n_domains, "seed": SEED}
         if record.get("embedding", {}).get("asked") == asked and (out / MODEL).is_dir():
-            return [f"{record['embedding']['found']} domains were found before, they stand"]
+            return [f"the cells are embedded already; domains: {record['embedding']['found']}"]
         table = anndata.read_h5ad(out / results.CELL_BY_GENE)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -83,4 +84,4 @@ def embed_run(out: Path, n_domains: int | None = None, *, progress: bool = False
         folder.publish(out)
         write_run_report(out)
     said = [f"warning: {warning.message}" for warning in caught if issubclass(warning.category, UserWarning)]
-    return [*said, f"{table.n_obs:,} cells embedded, {found} domains, model in {out / MODEL}"]
+    return [*said, f"{counted(table.n_obs, 'cell')} embedded, {counted(found, 'domain')}, model in {out / MODEL}"]

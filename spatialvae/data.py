@@ -172,7 +172,7 @@ def _counts(adata: AnnData, layer: str | None) -> tuple[Any, str]:
             raise InputError("the table has no X; name a layer with counts")
         return adata.X, "X"
     if layer not in adata.layers:
-        raise InputError(f"the table has no layer {layer!r}; it has {sorted(adata.layers)}")
+        raise InputError(f"no layer {layer!r} in the table, which has {', '.join(sorted(adata.layers)) or 'none'}")
     return adata.layers[layer], f"layer {layer!r}"
 
 

@@ -104,13 +104,13 @@ def read_hemato(
 
 def _opened(path: str | os.PathLike[str]) -> TextIO:
     if not Path(path).is_file():
-        raise InputError(f"{path} is not a file")
+        raise InputError(f"{path}: no such file")
     return Path(path).open(encoding="utf-8", newline="")
 
 
 def _read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
     if not Path(path).is_file():
-        raise InputError(f"{path} is not a file")
+        raise InputError(f"{path}: no such file")
     try:
         return pd.read_csv(path)
     except (ValueError, OSError, EOFError) as error:

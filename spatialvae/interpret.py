@@ -75,7 +75,7 @@ def top_genes(programs: pd.DataFrame, number: int = 8) -> pd.DataFrame:
 def read_gmt(path: str | os.PathLike[str]) -> dict[str, frozenset[str]]:
     """Gene sets of a GMT file: a line a set, tab-separated name, description, genes. Raises InputError for others."""
     if not Path(path).is_file():
-        raise InputError(f"{path} is not a file")
+        raise InputError(f"{path}: no such file; expected gene sets (GMT)")
     sets: dict[str, frozenset[str]] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()

@@ -54,7 +54,7 @@ def read_coordinates(adata: AnnData, key: str | None) -> np.ndarray | None:
     if key is None:
         return None
     if key not in adata.obsm:
-        raise InputError(f"obsm has no {key!r}; it has {sorted(adata.obsm)}")
+        raise InputError(f"no {key!r} in obsm, which has {', '.join(sorted(adata.obsm)) or 'nothing'}")
     return checked_coordinates(adata.obsm[key], f"obsm[{key!r}]", adata.obs_names)
 
 
@@ -62,7 +62,7 @@ def check_key(adata: AnnData, key: str | None) -> None:
     if key is None:
         return
     if key not in adata.obs:
-        raise InputError(f"obs has no {key!r}; it has {sorted(adata.obs)}")
+        raise InputError(f"no column {key!r} in obs, which has {', '.join(sorted(adata.obs)) or 'none'}")
     if adata.obs[key].isna().any():
         raise InputError(f"obs[{key!r}] is missing for {int(adata.obs[key].isna().sum())} cells")
 

@@ -122,8 +122,9 @@ def test_threshold__of_nothing_and_of_what_is_always_wrong():
     assert threshold_at_rate(bad, np.array([0.0, 1.0]), 0.05) == -np.inf
 
 
-def test_few_blanks_are_told():
-    assert "only 3 blanks" in str(few_blanks(3))
+def test_few_blanks_are_reported():
+    assert "only 3 blanks called" in str(few_blanks(3))
+    assert "only 1 blank called" in str(few_blanks(1))
     assert few_blanks(30) is None
 
 

@@ -241,7 +241,7 @@ def test_run_without_stains_has_no_cells(copy, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour: red", "colour: Extra inputs"),
+        ("colour: red", "colour: no such parameter. Known: method"),
         ("misidentification_rate: 2", "misidentification_rate: .* got 2"),
         ("method: magic", "expected one of spots"),
         ("- a", "expected 'name: value' lines"),

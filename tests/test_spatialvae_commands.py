@@ -65,9 +65,9 @@ def test_report_and_plot__of_a_trained_folder(monkeypatch, capsys, tmp_path, tab
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["neighbours", "TABLE", "--labels", "none", "--out", "o"], "obs has no 'none'"),
-        (["plot", "latent", "TABLE", "--labels", "type", "--out", "o.png"], "obsm has no 'X_spatialvae'"),
-        (["report", "nowhere"], "table.h5ad is not a file"),
+        (["neighbours", "TABLE", "--labels", "none", "--out", "o"], "no column 'none' in obs"),
+        (["plot", "latent", "TABLE", "--labels", "type", "--out", "o.png"], "no 'X_spatialvae' in obsm"),
+        (["report", "nowhere"], "table.h5ad: no such file"),
     ],
 )
 def test_bad_input__exits_2_with_one_message(monkeypatch, capsys, tmp_path, table, arguments, message):

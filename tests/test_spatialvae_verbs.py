@@ -81,7 +81,7 @@ def test_verbs__say_what_to_type_instead(trained):
         SpatialVAE(trained.adata, n_layers=2)
     with pytest.raises(InputError, match="setup_anndata takes no 'size_factor_key'"):
         SpatialVAE.setup_anndata(table(), size_factor_key="size")
-    with pytest.raises(InputError, match="obs has no 'nope'"):
+    with pytest.raises(InputError, match="no column 'nope' in obs"):
         SpatialVAE.setup_anndata(table(), labels_key="nope")
     with pytest.raises(InputError, match="device 'abacus' cannot be used"):
         trained.to_device("abacus")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from merfish._text import counted
 from merfish.codebook import Codebook
 from merfish.config import MISIDENTIFICATION_RATE
 
@@ -209,6 +210,6 @@ def few_blanks(n_called: int, blanks_in_book: bool = True) -> str | None:
     if n_called >= FEWEST_BLANKS:
         return None
     return (
-        f"only {n_called} blanks were called, too few to measure how many molecules are wrong: "
+        f"only {counted(n_called, 'blank')} called, too few to measure how many molecules are wrong: "
         "the rate is based on simulated fields"
     )

@@ -111,7 +111,7 @@ def count_table(transcripts: pd.DataFrame, cells: pd.DataFrame, codebook: Codebo
     word = transcripts["barcode_id"].to_numpy()[inside]
     ids = pd.Index(cells["cell_id"].to_numpy(np.int64))
     if not ids.is_unique:
-        raise InputError(f"cells: cell_id {ids[ids.duplicated()][0]} stands twice")
+        raise InputError(f"cells: cell_id {ids[ids.duplicated()][0]} appears twice")
     row = ids.get_indexer(cell_id)
     if (row < 0).any():
         raise InputError(f"transcripts: cell_id {cell_id[row < 0][0]} is not among the {len(cells)} cells")
