@@ -1,4 +1,4 @@
-"""Commands that import files of other tools and export results."""
+"""Commands that import the formats of other tools and export to them."""
 
 from __future__ import annotations
 
