@@ -30,11 +30,11 @@ TISSUE_DOMAINS = 3
 OSMFISH_REGIONS = 11
 EPOCHS = 25  # of training at most, so that the demonstration takes a minute
 MATCH_MICRONS = 0.25  # a call is right if a true molecule of its gene lies within this distance
-CELL_OVERLAP = 0.5  # intersection over union above which a segmented cell is a true one
+CELL_OVERLAP = 0.5  # intersection over union above which a true cell counts as found
 
 
 def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, int] = (512, 512)) -> Path:
-    """Run everything into ``out`` and return the page. fields, shape: of the simulated tissue."""
+    """Run everything, write the results to ``out`` and return the page. fields, shape: of the simulated tissue."""
     started = time.perf_counter()
     need_embedding("the demo")
     out.mkdir(parents=True, exist_ok=True)
@@ -85,14 +85,14 @@ def real_fields(out: Path) -> list[Section]:
         pictures.append(
             picture(f"permuted_{fov}", figure, f"Field {fov}: the real codebook against {len(permuted)} permuted ones")
         )
-    columns = ("field", "genes / blanks called", "excess", "genes, permuted", "excess, permuted", "stands clear")
+    columns = ("field", "genes / blanks called", "excess", "genes, permuted", "excess, permuted", "above control")
     _print_table(columns, rows)
     text = [
         "Two fields of view from a real experiment, 128 x 128 px, 8 rounds, 16 bits, 70 genes and 70 blanks. Blanks "
         "are words that no RNA carries, so every call of a blank is an error; here, half of all words are blanks.",
         "Control: the same images decoded with codebooks whose bits were permuted. No RNA carries their gene words "
         "either, so genes and blanks should be called equally often; only the real codebook should favour its genes. "
-        f"Excess: {EXCESS}, which chance spreads by 1 however few the calls are.",
+        f"Excess: {EXCESS}; by chance it has mean 0 and standard deviation 1, whatever the number of calls.",
     ]
     first = Section("Real fields: genes against blanks", text, [Table(columns, rows)], pictures)
     return [first, *_titled("Real fields", run_sections(folder))]
