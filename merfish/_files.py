@@ -71,7 +71,7 @@ def sweep(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; NaN and infinity, which JSON does not have, become null."""
+    """Write JSON, whole or not at all; numbers that JSON has no word for (NaN, infinity) become null."""
     with whole_file(path) as part:
         part.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

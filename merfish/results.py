@@ -30,7 +30,7 @@ def field_folder(out: Path, fov: int) -> Path:
 
 
 def places_between(name: str, low: np.ndarray, high: np.ndarray) -> list[tuple[str, str, float]]:
-    """A filter for Parquet tables: columns name_x and name_y between two corners (x, y), the second exclusive."""
+    """A filter for Parquet tables: columns name_x and name_y between two corners (x, y), the second left out."""
     return [(f"{name}_{a}", op, float(end[k])) for k, a in enumerate("xy") for op, end in ((">=", low), ("<", high))]
 
 
@@ -41,7 +41,7 @@ def read_run(out: Path) -> dict[str, Any]:
         raise InputError(f"{out}: no {RUN} in it; expected the folder of a finished run")
     record = read_json(path)
     if not (isinstance(record, dict) and {"figures", "fields", "failed", "bits"} <= record.keys()):
-        raise InputError(f"{path}: not the record of a run")
+        raise InputError(f"{path}: not the record of a whole run")
     return record
 
 

@@ -44,7 +44,7 @@ def decode_all(
 def find_all(
     stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
 ) -> pd.DataFrame:
-    """As `decode_all`, but with the decoder's own posterior, if any, as the probability."""
+    """As `decode_all`, with the decoder's own posterior, if it gives one, instead of the probability to be right."""
     check_stack(stack, codebook)
     if not preprocess:
         return decode_filtered(stack, codebook, Normalization.identity(codebook.n_bits), method=method)

@@ -207,7 +207,7 @@ def _molecules(out: Path, box: Box, deep: bool) -> list[Layer]:
 
 
 def _sample(path: Path, columns: list[str], box: Box) -> tuple[pd.DataFrame, int]:
-    """All molecules in a box, or at most `MOST_POINTS` of the whole section; and how many each of them represents."""
+    """Molecules in a box, all of them, or of the whole section at most `MOST_POINTS`; of how many each is one."""
     file = pq.ParquetFile(path)
     step = 1 if box else max(-(-file.metadata.num_rows // MOST_POINTS), 1)
     if step == 1:

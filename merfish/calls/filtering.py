@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from merfish._text import counted
 from merfish.codebook import Codebook
 from merfish.config import MISIDENTIFICATION_RATE
 
@@ -210,6 +209,6 @@ def few_blanks(n_called: int, blanks_in_book: bool = True) -> str | None:
     if n_called >= FEWEST_BLANKS:
         return None
     return (
-        f"only {counted(n_called, 'blank')} called, too few to measure how many molecules are wrong: "
+        f"too few blanks called ({n_called}) to measure how many molecules are wrong: "
         "the rate is based on simulated fields"
     )

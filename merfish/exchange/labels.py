@@ -1,4 +1,4 @@
-"""Label images (an integer for each pixel, 0 = background): to outlines and back without loss."""
+"""Label images: an integer a pixel, 0 = outside, to outlines and back without loss."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LABEL_SUFFIXES = (".tif", ".tiff", ".npy", ".zarr")
 
 
 def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read labels (y, x), or (z, y, x) with several planes, from TIFF, OME-TIFF, .npy, Zarr or Cellpose's ``_seg.npy``.
+    """Labels (y, x) or, of several planes, (z, y, x), from TIFF, OME-TIFF, .npy, Zarr or Cellpose's ``_seg.npy``.
 
-    Raises InputError if the file cannot be read, and for values that are not integers of at least 0.
+    Raises InputError for what cannot be read, and for values that are no integers from 0.
     """
     path = Path(path)
     if path.name.endswith("_seg.npy"):
@@ -31,7 +31,7 @@ def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
     if labels.dtype.kind not in "iu":
         raise InputError(f"{path}: expected a label image of integers, got {labels.dtype}")
     if labels.size and labels.min() < 0:
-        raise InputError(f"{path}: expected labels of at least 0, got {labels.min()}")
+        raise InputError(f"{path}: expected labels from 0, got {labels.min()}")
     if labels.ndim == 3 and len(labels) == 1:
         labels = labels[0]
     if labels.ndim not in (2, 3):
@@ -42,8 +42,8 @@ def read_labels(path: str | os.PathLike[str]) -> np.ndarray:
 def label_outlines(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Labels (cell,) in ascending order and their outlines (cell,), pixels x, y, centre of the first pixel at 0.
 
-    An outline follows the edges of pixels and contains exactly the centres of its own pixels; all pieces and holes are
-    kept. With several planes (z, y, x), an outline is the union over planes.
+    An outline runs along the edges of pixels, so that it holds just the centres of its own; all pieces and holes are
+    kept. A label of several planes (z, y, x) is all that it covers in any of them.
     """
     width = labels.shape[-1]
     rows = labels.reshape(-1, width)
@@ -65,12 +65,12 @@ def label_outlines(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def label_image(outlines: np.ndarray, labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Rasterise outlines (cell,) in pixels: int32 (y, x), each pixel with the label of the outline around its centre.
+    """Label image int32 (y, x) of outlines (cell,) in pixels: a pixel has the label of the outline about its centre.
 
-    Where outlines overlap, the smallest label is used.
+    Where outlines overlap the smallest label stands.
     """
     image = np.zeros(shape, np.int32)
-    for k in np.argsort(-np.asarray(labels), kind="stable"):  # the smallest label is drawn last
+    for k in np.argsort(-np.asarray(labels), kind="stable"):  # the smallest is drawn last
         if shapely.is_empty(outlines[k]):
             continue
         left, low, right, high = shapely.bounds(outlines[k])

@@ -1,4 +1,4 @@
-"""Shared by all readers of image files: the header that they return, and the limit on unpacked sizes."""
+"""Shared by all readers of image files: the header they return, and the limit on the memory that a file may need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from merfish.errors import InputError
 
 MOST_FRAME = 1 << 29  # bytes of one frame, 16,384 x 16,384 px; a header that needs more is damaged
-# Limits on the unpacked size of a compressed file, in bytes and relative to its size: noise does not compress further
+# Limits on the unpacked size of a compressed file, in bytes and relative to its own: camera noise compresses no further
 FREE_BYTES, MOST_UNPACKED = 1 << 28, 50
 
 

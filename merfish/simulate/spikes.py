@@ -1,4 +1,4 @@
-"""Detection efficiency by spike-in: simulated molecules are added to the images of a field, which is decoded again."""
+"""Detection efficiency by spike-in: simulated molecules are added to a field's own images, and looked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from merfish.imaging.normalize import FieldSpots, Normalization, find_spots
 from merfish.simulate.scoring import match_calls
 
 BIT_SPREAD = 0.15  # sigma of the logarithm of a molecule's heights in its bits; that of the simulator
-SHARE = 0.1  # of the molecules called in the field: so few hardly change its density
+SHARE = 0.1  # of the molecules called in the field: so few hardly add to its crowd
 FEWEST = 50
 RADIUS = 1.5  # sigmas of the PSF, within which a call is the molecule that was added
 DIMMEST = 0.5  # of the median height of the spots of calls
@@ -33,12 +33,12 @@ def spike_in(
     filters: tuple[float, float],
     seed: int,
 ) -> pd.DataFrame:
-    """Add molecules to the middle of a field, decode it again, and report which of them are found.
+    """Add molecules to the middle of a field, decode it again, and say which of them were found.
 
-    filtered: (bit, z, y, x) float32, band-passed with ``filters`` (pixel). calls: of the field, without probabilities.
-    decode: function from such a stack to its calls, without probabilities. sigma: of the PSF, pixel.
-    Returns one row per added molecule: ``spike``, its barcode_id, and the columns of the call that matches it,
-    NaN if there is none. Empty if the field has fewer than `FEWEST` molecules.
+    filtered: (bit, z, y, x) float32, band-passed with ``filters`` (pixel). calls: those of the field, not yet rated.
+    decode: from such a stack to its calls, not yet rated. sigma: of the PSF, pixel.
+    Returns one row a molecule that was added: ``spike``, its barcode_id, and the columns of the call that found it,
+    NaN where none did. Empty where the field shows fewer than `FEWEST` molecules.
     """
     top, left, side = _middle(filtered.shape)
     x, y = calls["x"] - left, calls["y"] - top
@@ -80,19 +80,19 @@ def add_spikes(
     filters: tuple[float, float],
     seed: int = 0,
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """Add molecules to a copy of a band-passed stack; returns the stack and the added molecules: barcode_id, x, y, z.
+    """A copy of a band-passed stack with molecules added, and what was added: barcode_id, x, y, z.
 
-    filtered: (bit, z, y, x) float32, filtered with ``filters`` (pixel). kept: calls of this field, from which the
-    words are drawn. Positions and heights follow the bright spots of the field: each molecule is placed a few spot
-    widths from one of them, where the density is similar. lost, gained (bit,): error rates from `bit_error_rates`.
-    sigma: of the PSF, pixel. Each molecule lies in one plane; molecules between planes are not simulated.
+    filtered: (bit, z, y, x) float32, filtered with ``filters`` (pixel). kept: calls of this field, whose words the
+    added molecules have. Places and heights are those of the field's bright spots: each molecule lies a few spots off
+    one of them, where it is as crowded. lost, gained (bit,): rates of the bits, as `bit_error_rates` estimates them.
+    sigma: of the PSF, pixel. Molecules between planes are not imitated: each lies in one plane.
     """
     rng = np.random.default_rng(seed)
     n_bits, last_y, last_x = len(filtered), filtered.shape[-2] - 1, filtered.shape[-1] - 1
     number = min(max(round(SHARE * len(kept)), FEWEST), len(kept))
     spots = find_spots(filtered)
     height = spots.height * normalization.gain[spots.bit]
-    # spots of molecules, called or not; dimmer ones are noise or far out of focus
+    # spots of molecules, whether these are called or not; dimmer ones are noise or far out of focus
     bright = np.flatnonzero(height > DIMMEST * np.median(height[belong(spots, kept, sigma)]))
     model = rng.choice(bright, number)
     angle, away = rng.uniform(0, 2 * np.pi, number), rng.uniform(4, 8, number) * sigma
@@ -115,9 +115,9 @@ def add_spikes(
 
 
 def belong(spots: FieldSpots, calls: pd.DataFrame, sigma: float) -> np.ndarray:
-    """Which spots (spot,) belong to one of the calls (x, y, z in pixels and planes, and the bits ``shown``).
+    """Which spots (spot,) are part of one of the calls (x, y, z in pixels and planes, and the bits ``shown``).
 
-    A spot belongs to a call at most ``sigma`` (of the PSF, pixel) away. If no spot does, all are returned.
+    They lie within ``sigma``, pixel, of the PSF. All spots if none does.
     """
     bits = np.arange(64, dtype=np.uint64)
     call, bit = np.nonzero((calls["shown"].to_numpy(np.uint64)[:, None] >> bits) & np.uint64(1))
