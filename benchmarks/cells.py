@@ -22,7 +22,7 @@ from tables import RESULTS, as_markdown
 from merfish.cells import segmentation
 from merfish.cells.counts import assign_cells
 from merfish.cells.measure import find_cells
-from merfish.cells.merging import field_frame, in_stage_frame, number_cells, part, same_cells, unite
+from merfish.cells.merging import field_frame, in_stage_frame, merge_outlines, number_cells, same_cells, trim_overlaps
 from merfish.simulate import tissue as simulated
 from merfish.simulate.disturbances import illumination
 from merfish.simulate.field import DAPI_LIGHT, GRAIN_SIGMA, MICRONS_PER_PIXEL, POLYT_LIGHT, STAIN_BACKGROUND, STAIN_BLUR
@@ -163,8 +163,8 @@ def counted_once(tissue: simulated.Tissue, planes: int) -> dict:
     numbers = number_cells({fov: len(shapes[fov]) for fov in range(4)}, np.array(links, int).reshape(-1, 4))
     members = numbers.members(np.arange(len(numbers.home)))
     geometry = np.array([shapes[row.fov][row.outline] for row in members.itertuples()], dtype=object)
-    united = unite(members, geometry, pd.DataFrame({"depth": np.ones(len(members))}))
-    found = part(united, united)["geometry"].to_numpy(object)
+    merged = merge_outlines(members, geometry, pd.DataFrame({"depth": np.ones(len(members))}))
+    found = trim_overlaps(merged, merged)["geometry"].to_numpy(object)
     inside = shapely.within(truth, shapely.union_all(frames))
     crossing = inside & (shapely.crosses(truth[:, None], [f.exterior for f in frames]).any(axis=1))
     i, j = shapely.STRtree(found).query(truth, predicate="intersects")

@@ -1,4 +1,4 @@
-"""What benchmarks there are, how each is run, and the figures of its page that count most."""
+"""The benchmarks: how each is run, and the headline figures of its page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark; ``{data}`` in arguments stands for the folder of real data. quick: None without small setting."""
+    """One benchmark; ``{data}`` in arguments is the folder of real data. quick: None if there is no small setting."""
 
     name: str  # of its page
     about: str
@@ -100,7 +100,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "robustness", "the decoders when cells glow, bits are shifted, or rates, PSF, signal or codebook differ",
-        "robustness.py",
+        "robustness.py", quick=["--quick"],
         figures=[
             Figure(f"recall, {world}", "recall", {"world": world, "method": "spots"})
             for world in ("nothing", "cells glow")
@@ -137,12 +137,16 @@ BENCHMARKS = (
     ),
     Benchmark(
         "imaging", "recall lost to drift, colours, uneven light, haze, hot pixels and stage errors", "imaging.py",
+        quick=["--quick"],
         figures=[
             Figure(f"recall, {name}", "recall, default", {"experiment": name})
             for name in ("perfect", "all disturbances")
         ],
     ),
-    Benchmark("registration", "drift of 200 rounds with beads that move, vanish or saturate", "registration.py"),
+    Benchmark(
+        "registration", "drift of 200 rounds with beads that move, vanish or saturate", "registration.py",
+        quick=["--quick"],
+    ),
     Benchmark(
         "pipeline_speed", "time of a large field by step, of tiny ones, one worker against two; memory and disk",
         "pipeline_speed.py", quick=["--only", "tiny", "--tiny", "20"],
@@ -155,7 +159,10 @@ BENCHMARKS = (
         "pipeline_scale", "memory and time of everything after decoding", "pipeline_scale.py",
         quick=["--fields", "10", "--molecules", "5000"],
     ),
-    Benchmark("faults", "faulty inputs, kills, damage, a full disk: messages, and the same results", "faults.py"),
+    Benchmark(
+        "faults", "faulty inputs, kills, damage, a full disk: messages, and the same results", "faults.py",
+        quick=["--only", "damage", "--kills", "10"],
+    ),
     Benchmark(
         "fuzz", "mutated images and tables: what is accepted, what is refused, how fast", "fuzz.py",
         quick=["--number", "20"],
@@ -169,7 +176,10 @@ BENCHMARKS = (
                    kind="ratio"),
         ],
     ),
-    Benchmark("stacked_cells", "segmentation of simulated tissues of two layers of cells", "stacked_cells.py"),
+    Benchmark(
+        "stacked_cells", "segmentation of simulated tissues of two layers of cells", "stacked_cells.py",
+        quick=["--quick"],
+    ),
     Benchmark(
         "exchange", "assignment to real outlines; memory and time by number of cells", "exchange.py",
         ["--data", "{data}"], ["--data", "{data}", "--cells", "1000"],
@@ -189,7 +199,7 @@ BENCHMARKS = (
         figures=[Figure("log p(x) [nats a cell], osmFISH", "osmfish", {"method": "SpatialVAE"}, kind="number")],
     ),
     Benchmark(
-        "neighbours", "what a cell's neighbours say of it, by niche_encoder; intervals of held-out counts",
+        "neighbours", "information from neighbours by niche_encoder; intervals of held-out counts",
         "neighbours.py",
         [f"{{data}}/spatial_tables/{name}.h5ad" for name in (
             "starmap_mpfc_BZ5", "starmap_mpfc_BZ14", "osmfish_cortex", "merfish_hypothalamus", "merfish_mop_slice1")],

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and found only where they may be."""
+"""Atomic writing of files and folders, and checks of links."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from merfish.errors import InputError
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it over ``path``.
 
-    A crash or an error leaves whatever stood at ``path`` before, and no temporary file. A folder written at the
-    temporary path replaces a folder at ``path``.
+    After a crash or an error, ``path`` is unchanged and no temporary file is left. A folder written at the temporary
+    path replaces a folder at ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def flush(path: Path, recurse: bool = True) -> None:
-    """Have a file, or a folder with all that is in it, on disk."""
+    """Flush a file, or a folder and its contents, to disk."""
     if recurse and path.is_dir():
         for child in path.iterdir():
             flush(child)
@@ -55,16 +55,16 @@ def flush(path: Path, recurse: bool = True) -> None:
 
 def refuse_escape(root: Path, entry: os.DirEntry[str]) -> None:
     """Raise InputError for a link that leads out of the experiment's folder."""
-    # realpath, unlike resolve, also answers for links that lead in a circle
+    # unlike resolve, realpath does not raise for cyclic links
     if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(root)):
         raise InputError(f"{entry.path}: links to {os.path.realpath(entry.path)}, outside the experiment's folder")
 
 
-LITTER = re.compile(r"\..+\.[a-z0-9_]{8}")  # what a killed `whole_file` leaves behind
+LITTER = re.compile(r"\..+\.[a-z0-9_]{8}")  # left behind by a killed `whole_file`
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary folders that killed writers left in a folder. Call it where nobody else writes."""
+    """Remove temporary folders that killed writers left in a folder; no other process may be writing there."""
     for entry in list(os.scandir(folder)) if folder.is_dir() else []:
         if LITTER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)
@@ -77,7 +77,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value of Python's and NumPy's types as JSON knows them."""
+    """Convert values of Python's and NumPy's types to those of JSON."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):

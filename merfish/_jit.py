@@ -1,4 +1,4 @@
-"""Every Numba option of this package, once.
+"""The Numba options of this package.
 
 ``fastmath`` stays off where NaN or the order of sums matters: the kernels are memory-bound, and results must be
 the same on every run. On-disk caching is safe here because no kernel is compiled inside a worker's fork (numba#4807).
@@ -22,7 +22,7 @@ prange = numba.prange
 
 
 class _Once(event.Listener):
-    """Says that Numba compiles, the first time that it does."""
+    """Report the first compilation by Numba."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say: Callable[[str], None] | None = say
@@ -30,7 +30,7 @@ class _Once(event.Listener):
     def on_start(self, event: Any) -> None:
         if self.say is not None:
             say, self.say = self.say, None
-            say("compiling for this machine: only the first time, about a minute")
+            say("compiling for this machine: happens once and takes about a minute")
 
     def on_end(self, event: Any) -> None:
         pass
@@ -44,9 +44,9 @@ def compilation_said(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def map_bits(work: Callable[[Any], Any], stack: Any) -> list[Any]:
-    """``work`` on each bit of a stack, on all of Numba's threads; it must not call parallel kernels."""
+    """Call ``work`` for each bit of a stack, on all of Numba's threads; ``work`` must not call parallel kernels."""
     threads = numba.get_num_threads()
     if threads == 1:
         return [work(stack[bit]) for bit in range(len(stack))]
-    with ThreadPoolExecutor(threads) as pool:  # threads that stay would be missing in a process that is forked
+    with ThreadPoolExecutor(threads) as pool:  # threads of a permanent pool would be missing in a forked process
         return list(pool.map(lambda bit: work(stack[bit]), range(len(stack))))

@@ -79,6 +79,15 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with a noun that takes a plural s.
+
+    >>> counted(1, "blank"), counted(1200, "cell")
+    ('1 blank', '1,200 cells')
+    """
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def listed(items: Sequence[str], separator: str = "; ") -> str:
     """Join the first few items in one line and count the others."""
     more = len(items) - _MOST_LISTED

@@ -1,6 +1,6 @@
-"""The ``merfish`` command: reads options, calls the library, prints what happened.
+"""The ``merfish`` command: parses options, calls the library, prints results.
 
-Everything heavy is imported where it is used, so that ``--help`` answers at once.
+Heavy modules are imported where they are used, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Annotated
 import typer
 
 from merfish import cli_exchange
-from merfish._text import listed, printable
+from merfish._text import counted, listed, printable
 from merfish.errors import CodebookMisfit, InputError
 
 # Exit codes
 BAD_INPUT = 2
 FAILED_FIELDS = 3  # some fields could not be decoded, or the images do not fit the codebook
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 MOST_FIELDS = 1_000_000  # larger field numbers are typing errors
 MOST_PIXELS = 100_000  # as are larger numbers of rows or columns
 
@@ -34,11 +34,9 @@ app = typer.Typer(
 codebook_app = typer.Typer(help="Build, check and show codebooks.", no_args_is_help=True)
 app.add_typer(codebook_app, name="codebook")
 app.add_typer(cli_exchange.table_app, name="table")
-app.command()(cli_exchange.assign)
-app.command()(cli_exchange.export)
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]
-BookFile = Annotated[Path, typer.Argument(help="Codebook file (CSV, or merfishtools' text).", metavar="BOOK")]
+BookFile = Annotated[Path, typer.Argument(help="Codebook file (CSV, or text of merfishtools).", metavar="BOOK")]
 
 
 class Method(StrEnum):
@@ -91,7 +89,7 @@ def main() -> None:
 
 
 class Interrupted(BaseException):
-    """Ctrl-C; Click turns a KeyboardInterrupt into "Aborted", which does not say how to resume."""
+    """Ctrl-C. Click replaces a KeyboardInterrupt by "Aborted", which does not say how to resume."""
 
 
 def _interrupt(*_: object) -> None:
@@ -99,7 +97,7 @@ def _interrupt(*_: object) -> None:
 
 
 def stop(message: str, code: int) -> None:
-    """End with one message."""
+    """Exit with one message."""
     print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
@@ -116,7 +114,7 @@ def system_error(error: OSError) -> str:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Argument(help="Folder for the results.")] = Path("demo_output"),
+    out: Annotated[Path, typer.Argument(help="Folder for the results.", metavar="OUT")] = Path("demo_output"),
 ) -> None:
     """Run everything on small data: real fields, a simulated tissue and its embedding; write OUT/report.html."""
     from merfish.demo import run_demo
@@ -127,16 +125,19 @@ def demo(
 @app.command()
 def decode(
     stack: Annotated[
-        Path, typer.Argument(help="Registered stack: .npy, .tif, OME-TIFF or .zarr; axes bit,y,x or bit,z,y,x.")
+        Path,
+        typer.Argument(
+            help="Registered stack: .npy, .tif, OME-TIFF or .zarr; axes bit,y,x or bit,z,y,x.", metavar="STACK"
+        ),
     ],
     codebook: Annotated[Path, typer.Option(help="Codebook file.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     method: Annotated[Method, typer.Option(help="Decoder.")] = Method.spots,
     preprocess: Annotated[
-        bool, typer.Option(help="Filter and normalise the stack; --no-preprocess if that is done already.")
+        bool, typer.Option(help="Filter and normalise the stack; --no-preprocess if it is filtered already.")
     ] = True,
     misidentification_rate: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of kept molecules that may be wrong.")
+        float, typer.Option(min=0.0, max=1.0, help="Expected share of wrong molecules among those that are kept.")
     ] = 0.05,
 ) -> None:
     """Decode one registered stack into OUT/transcripts.parquet."""
@@ -156,37 +157,45 @@ def decode(
 
 @app.command()
 def run(
-    experiment: Annotated[Path, typer.Argument(help="Folder with the images and their tables.")],
+    experiment: Annotated[Path, typer.Argument(help="Folder with the images and their tables.", metavar="EXPERIMENT")],
     out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run resumes there.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with parameters, see 'merfish config'.")] = None,
     method: Annotated[Method | None, typer.Option(help="Decoder; overrides the configuration.")] = None,
     fov: Annotated[str | None, typer.Option(help="Fields to run, e.g. 0,3-5. [default: all]")] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of processes, at most one per core. [default: one that uses all cores]"),
+        typer.Option(min=1, help="Number of processes, at most one per core. [default: one, which uses all cores]"),
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Address of a Dask scheduler.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a running Dask scheduler, e.g. tcp://10.0.0.1:8786.")
+    ] = None,
     slurm: Annotated[
-        int | None, typer.Option(min=1, help="Largest number of SLURM jobs at a time; see 'merfish guide slurm'.")
+        int | None, typer.Option(min=1, help="Maximum number of SLURM jobs at a time; see 'merfish guide slurm'.")
     ] = None,
-    data_organization: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/data_organization.csv.")] = None,
-    codebook: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/codebook.csv.")] = None,
-    positions: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/positions.csv.")] = None,
-    microscope: Annotated[Path | None, typer.Option(help="Instead of EXPERIMENT/microscope.json.")] = None,
-    keep_going: Annotated[bool, typer.Option("--keep-going", help="Leave out fields with faulty files.")] = False,
+    data_organization: Annotated[
+        Path | None, typer.Option(help="Table of channels. [default: EXPERIMENT/data_organization.csv]")
+    ] = None,
+    codebook: Annotated[Path | None, typer.Option(help="Codebook. [default: EXPERIMENT/codebook.csv]")] = None,
+    positions: Annotated[Path | None, typer.Option(help="Stage positions. [default: EXPERIMENT/positions.csv]")] = None,
+    microscope: Annotated[
+        Path | None, typer.Option(help="Pixel size and orientation. [default: EXPERIMENT/microscope.json]")
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Leave out fields with faulty files instead of stopping.")
+    ] = False,
     segmentation: Annotated[
         Path | None, typer.Option(help="Cells from another segmentation; see 'merfish assign'.")
     ] = None,
     save_images: Annotated[
-        bool, typer.Option("--save-images", help="Keep registered, filtered images as OME-Zarr in OUT/images.")
+        bool, typer.Option("--save-images", help="Save registered, filtered images as OME-Zarr in OUT/images.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check every file and estimate time, memory and disk; run nothing.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print what OUT/merfish.log keeps.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print the log, OUT/merfish.log.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and failed fields.")] = False,
     embed: Annotated[
-        bool, typer.Option("--embed", help="Train SpatialVAE on the cells; embedding and domains go into the table.")
+        bool, typer.Option("--embed", help="Train SpatialVAE on the cells; add embedding and domains to the table.")
     ] = False,
     domains: Annotated[
         int | None,
@@ -204,11 +213,11 @@ def run(
     from merfish.pipeline.status import decoded_fields
 
     if sum(choice is not None for choice in (workers, scheduler, slurm)) > 1:
-        raise InputError("--workers, --scheduler and --slurm exclude each other")
+        raise InputError("--workers, --scheduler and --slurm exclude each other; give one of them")
     if embed:
         need_embedding("--embed")  # before any work
     elif domains is not None:
-        raise InputError("--domains: domains are found by --embed, which is not given")
+        raise InputError("--domains needs --embed, which finds the domains")
     settings = read_config(config, **({} if method is None else {"method": method.value}))
     fovs = None if fov is None else parse_fovs(fov)
     tables = {
@@ -301,8 +310,10 @@ def status(out: RunFolder) -> None:
 @app.command()
 def report(
     out: RunFolder,
-    bulk: Annotated[Path | None, typer.Option(help="CSV file of bulk RNA-seq: gene, value.")] = None,
-    replicate: Annotated[Path | None, typer.Option(help="Folder of another run of the same genes.")] = None,
+    bulk: Annotated[Path | None, typer.Option(help="CSV file of bulk RNA-seq to compare with: gene, value.")] = None,
+    replicate: Annotated[
+        Path | None, typer.Option(help="Folder of another run of the same genes to compare with.")
+    ] = None,
 ) -> None:
     """Rewrite DIR/report.html from the results of a run; figures and numbers go to DIR/report."""
     from merfish.report import write_run_report
@@ -315,7 +326,8 @@ def mosaic(
     out: RunFolder,
     path: Annotated[Path, typer.Option("--out", help="File to write: .zarr (OME-Zarr) or .tif (OME-TIFF).")],
     channel: Annotated[
-        str, typer.Option(help="A stain or bit of a run with --save-images, or overview: the brightest bit.")
+        str,
+        typer.Option(help="Stain or bit of a run with --save-images, or overview: the brightest bit of each pixel."),
     ] = "overview",
 ) -> None:
     """Stitch one channel of all fields of a run at their corrected positions."""
@@ -337,15 +349,15 @@ def view(
 
 @app.command()
 def simulate(
-    out: Annotated[Path, typer.Argument(help="Folder for the experiment; must not exist or be empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the experiment, new or empty.", metavar="OUT")],
     fields: Annotated[str, typer.Option(help="Rows x columns of overlapping fields.")] = "4x4",
     shape: Annotated[str, typer.Option(help="Rows x columns of pixels in a field.")] = "512x512",
-    planes: Annotated[int, typer.Option(min=1, help="Planes of each bit.")] = 1,
-    density: Annotated[float, typer.Option(min=0.0, help="Molecules a pixel of cell and plane [1/px].")] = 0.012,
+    planes: Annotated[int, typer.Option(min=1, help="Number of z planes.")] = 1,
+    density: Annotated[float, typer.Option(min=0.0, help="Molecules per pixel of cell and plane [1/px].")] = 0.012,
     drift: Annotated[float, typer.Option(min=0.0, help="Largest drift of a round [px].")] = 5.0,
-    genes: Annotated[int, typer.Option(min=1, help="Genes of the MHD4 codebook that is made.")] = 60,
-    codebook: Annotated[Path | None, typer.Option(help="Codebook file to use instead of a new one.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    genes: Annotated[int, typer.Option(min=1, help="Number of genes in the generated MHD4 codebook.")] = 60,
+    codebook: Annotated[Path | None, typer.Option(help="Codebook file to use instead of a generated one.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed gives the same bytes.")] = 0,
 ) -> None:
     """Write a raw experiment of a simulated tissue, with truth tables in OUT/truth."""
     from merfish.codebook import read_codebook
@@ -368,9 +380,11 @@ def simulate(
 
 @codebook_app.command("make")
 def codebook_make(
-    genes: Annotated[Path, typer.Argument(help="Text file with one gene per line, or CSV 'gene,expression'.")],
+    genes: Annotated[
+        Path, typer.Argument(help="Text file with one gene per line, or CSV 'gene,expression'.", metavar="GENES")
+    ],
     out: Annotated[Path, typer.Option(help="CSV file to write.")],
-    bits: Annotated[int, typer.Option(min=4, max=64, help="Bits of the code.")] = 16,
+    bits: Annotated[int, typer.Option(min=4, max=64, help="Number of bits.")] = 16,
 ) -> None:
     """Build a codebook of weight 4 and distance 4; abundant genes are spread evenly over the bits."""
     from merfish.codebook import mhd4_codebook, read_gene_list, write_codebook
@@ -378,17 +392,18 @@ def codebook_make(
     names, expression = read_gene_list(genes)
     codebook = mhd4_codebook(names, bits, expression=expression)
     write_codebook(codebook, out)
-    print(f"{len(names)} genes and {int(codebook.is_blank.sum())} blanks of {bits} bits in {out}")
+    blanks = counted(int(codebook.is_blank.sum()), "blank")
+    print(f"{counted(len(names), 'gene')} and {blanks} of {bits} bits in {out}")
 
 
 @codebook_app.command("check")
 def codebook_check(book: BookFile) -> None:
-    """Report words, weights, distances, bit usage and blanks; exit code 2 if the book cannot be decoded."""
+    """Report words, weights, distances, bit usage and blanks; exit code 2 if the codebook cannot be decoded."""
     from merfish.codebook import check_codebook, parse_codebook
 
     found = check_codebook(parse_codebook(book))
     weights = ", ".join(f"{count} of weight {weight}" for weight, count in found.weights.items())
-    print(f"words             {found.n_words} ({found.n_blanks} blanks)")
+    print(f"words             {found.n_words} ({counted(found.n_blanks, 'blank')})")
     print(f"bits              {found.n_bits}")
     print(f"weights           {weights}")
     print(f"minimum distance  {found.min_distance}: corrects {found.corrects}, detects {found.detects}")
@@ -410,15 +425,19 @@ def codebook_show(book: BookFile) -> None:
         print(f"{printable(name):<{width}}  {''.join('1' if bit else '.' for bit in word)}")
 
 
+app.command()(cli_exchange.assign)
+app.command()(cli_exchange.export)
+
+
 def parse_fovs(text: str) -> list[int]:
-    """Field numbers from a list of numbers and ranges.
+    """Parse a list of field numbers and ranges.
 
     >>> parse_fovs("0,3-5")
     [0, 3, 4, 5]
     """
     fovs: set[int] = set()
     for part in text.split(","):
-        # not str.isdigit: superscripts are digits to it
+        # not str.isdigit, which is true for superscripts
         found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
         if found is None:
             raise InputError(f"--fov {text!r}: expected numbers and ranges such as 0,3-5, got {part!r}")
@@ -432,7 +451,7 @@ def parse_fovs(text: str) -> list[int]:
 
 
 def parse_pair(option: str, text: str) -> tuple[int, int]:
-    """Two numbers with an x between them.
+    """Parse two numbers separated by x.
 
     >>> parse_pair("--shape", "512x256")
     (512, 256)

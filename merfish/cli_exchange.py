@@ -1,4 +1,4 @@
-"""Commands that import files of other tools and export results."""
+"""Commands that import the formats of other tools and export to them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from merfish._text import counted
 from merfish.errors import InputError
 
 table_app = typer.Typer(help="Import tables of counts from other instruments.", no_args_is_help=True)
@@ -48,7 +49,8 @@ def table_import(
     with whole_file(out) as part:
         adata.write_h5ad(part, compression="gzip")
     blanks = int(adata.var["is_blank"].sum())
-    print(f"{adata.n_obs:,} cells, {adata.n_vars - blanks:,} genes and {blanks:,} control features in {out}")
+    found = (adata.n_obs, "cell"), (adata.n_vars - blanks, "gene"), (blanks, "control feature")
+    print(f"{', '.join(counted(n, noun) for n, noun in found)} in {out}")
 
 
 def assign(
@@ -68,9 +70,8 @@ def assign(
     from merfish.pipeline.assign import assign
 
     figures = assign(out, segmentation, workers=workers, progress=True)
-    print(
-        f"{figures['n_cells']:,} cells of {segmentation}, {figures['share_in_cells']:.1%} of the molecules lie in them"
-    )
+    cells = counted(figures["n_cells"], "cell")
+    print(f"{cells} from {segmentation}, with {figures['share_in_cells']:.1%} of the molecules")
 
 
 class Format(StrEnum):

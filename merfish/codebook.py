@@ -1,4 +1,4 @@
-"""Codebooks: which bits each RNA species shows, and which words are left blank."""
+"""Codebooks: the word of each gene, and the blanks."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _BLANK = re.compile(r"blank|notarget", re.IGNORECASE)
 
 
 def too_many_bits(n_bits: int) -> str:
-    """What is wrong with words of more than `MAX_BITS` bits, and what to do."""
+    """Message for words of more than `MAX_BITS` bits."""
     return (
-        f"{n_bits} bits, at most {MAX_BITS} can be decoded at once; if sets of genes have bits of their own (channels "
-        "of seqFISH+), decode each set with a book and a stack of its bits alone"
+        f"{n_bits} bits, but at most {MAX_BITS} can be decoded at once; if sets of genes use separate bits (channels "
+        "of seqFISH+), decode each set with a codebook and a stack of its own bits"
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """The words of an experiment, one row for each RNA species.
+    """The words of an experiment, one row for each gene or blank.
 
-    names, ids: one string for each word; blanks have "blank" or "notarget" in their name (any case).
+    names, ids: one string for each word; names of blanks contain "blank" or "notarget" (any case).
     words: (word, bit) uint8 of 0 and 1, read-only.
     bit_names: one string for each bit (readout or ``bit1``...).
     """
@@ -89,14 +89,14 @@ class Codebook:
         return self.words.sum(axis=1, dtype=np.int64)
 
     def permuted(self, order: Sequence[int] | np.ndarray) -> Codebook:
-        """Return a control: the same names, each word with its bits reordered so that bit ``order[k]`` is at k."""
+        """Return a control with the same names, in which bit k of each word is its former bit ``order[k]``."""
         order = np.asarray(order)
         return Codebook(self.names, self.ids, self.words[:, order], tuple(self.bit_names[k] for k in order))
 
 
 @dataclass(frozen=True)
 class CodebookReport:
-    """What `check_codebook` finds. With ``problems`` a codebook is refused; ``warnings`` are only reported."""
+    """Result of `check_codebook`. A codebook with ``problems`` is refused; ``warnings`` are only reported."""
 
     n_words: int
     n_blanks: int
@@ -111,7 +111,7 @@ class CodebookReport:
 
 
 def read_codebook(path: str | os.PathLike[str]) -> Codebook:
-    """Read a codebook in any of the usual formats, and refuse one that cannot be decoded.
+    """Read a codebook in any of the common formats, and refuse one that cannot be decoded.
 
     Formats: ``name,id,bit1,...,bitN``; three header lines ``version``, ``codebook_name``, ``bit_names`` and then
     ``name,id,barcode`` with the word spaced or not; merfishtools' tab-separated ``feat codeword expressed``.
@@ -166,7 +166,10 @@ def _assemble(
     name_column = next((header.index(key) for key in ("name", "feat", "gene") if key in header), 0)
     id_column = header.index("id") if "id" in header else None
     if not bit_columns and (word_column is None or word_column == name_column):
-        raise InputError(f"{path}: header {','.join(header)!r} has neither bit1,... columns nor a barcode column")
+        raise InputError(
+            f"{path}: header {','.join(header)!r} has neither bit1,... columns nor a barcode column; "
+            "expected name,id,bit1,... or name,id,barcode"
+        )
     names: list[str] = []
     ids: list[str] = []
     words: list[str] = []
@@ -203,7 +206,7 @@ def _default_bit_names(n_bits: int) -> list[str]:
 
 
 def write_codebook(codebook: Codebook, path: str | os.PathLike[str]) -> None:
-    """Write ``name,id,bit1,...,bitN``, whole or not at all."""
+    """Write ``name,id,bit1,...,bitN`` as CSV, atomically."""
     with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["name", "id", *_default_bit_names(codebook.n_bits)])
@@ -235,7 +238,7 @@ def check_codebook(codebook: Codebook) -> CodebookReport:
     elif distance == 1:
         warnings.append("minimum distance 1: an error turns one word into another without being detected")
     if len(weights) > 1:
-        warnings.append("words differ in weight: heavy words lose more molecules to 1->0 errors")
+        warnings.append("words differ in weight: words with more 1s lose more molecules to 1->0 errors")
     if not codebook.is_blank.any():
         warnings.append("no blanks: the misidentification rate cannot be estimated")
     warnings += [f"no word uses bit {k + 1} ({codebook.bit_names[k]})" for k in np.flatnonzero(usage == 0)]
@@ -271,14 +274,14 @@ def min_distance(codes: np.ndarray) -> int:
 def mhd4_codebook(
     genes: Sequence[str], n_bits: int = 16, *, expression: Mapping[str, float] | Sequence[float] | None = None
 ) -> Codebook:
-    """Build a code of weight 4 and minimum distance 4 for a list of genes; the words left over become blanks.
+    """Build a code of weight 4 and minimum distance 4 for a list of genes; the remaining words become blanks.
 
     The words are the 4-subsets of bits {0..n_bits-1} whose numbers XOR to zero: two such words that share three
     bits share the fourth. For 16 bits they are the 140 words of weight 4 of the extended Hamming code [16, 11, 4],
     which is optimal, A(16,4,4) = 140. Genes are assigned from the most abundant to the least, each to the word whose
-    bits have the lowest total so far, so that abundant genes do not crowd one imaging round.
+    bits have the lowest total so far, so that abundant genes do not crowd single imaging rounds.
 
-    expression: abundance of each gene, by name or in the order of ``genes``; equal when not given.
+    expression: abundance of each gene, by name or in the order of ``genes``; equal by default.
 
     >>> book = mhd4_codebook(["ACTB", "GAPDH"])
     >>> book.n_words, int(book.is_blank.sum()), set(book.weights.tolist())
@@ -327,7 +330,7 @@ def _abundances(genes: Sequence[str], expression: Mapping[str, float] | Sequence
 
 
 def read_gene_list(path: str | os.PathLike[str]) -> tuple[list[str], list[float] | None]:
-    """Read genes, one on each line, optionally with expression after a comma or tab; a header is skipped.
+    """Read genes, one per line, optionally with expression after a comma or tab; a header is skipped.
 
     Returns names and expression (None if no line has one). Raises InputError naming the line.
     """

@@ -19,10 +19,10 @@ from merfish.errors import InputError
 MISIDENTIFICATION_RATE = 0.05  # share of kept calls that may be wrong; Chen et al. 2015 and MERlin aim at the same
 # Decoders, each with the sigmas of the band-pass filter before it: smoothing, background; pixel, for a PSF of 1.35 px
 FILTER_SIGMAS = {
-    # sharp images keep neighbouring spots apart; a narrower background would help in crowds, but costs more than that
+    # sharp images keep neighbouring spots apart; a narrower background would help in crowds, but loses more than that
     # on real images and on tissue with out-of-focus light
     "spots": (0.7, 2.0),
-    # pixel vectors are less noisy in smooth images; the background is wider than a spot and narrower than cells' glow
+    # pixel vectors are less noisy in smooth images; the background is wider than a spot and narrower than cells
     "pixels": (1.0, 3.0),
     "hamming": (1.0, 3.0),
 }
@@ -31,9 +31,10 @@ DEFAULT_METHOD = "spots"
 # spots and cells alike, and the difference of two of nearly the same width is rounding error.
 LEAST_SIGMA, MOST_SMOOTHING, MOST_BACKGROUND = 0.2, 10.0, 100.0
 LEAST_RATIO = 1.1
-# what labs call stains, whatever the case
+# names of stains in common use; case is ignored
 OTHER_STAINS = ("DAPI", "Hoechst", "polyT", "WGA", "Cellbound1", "Cellbound2", "Cellbound3")
-_MAX_BYTES = 1 << 16  # of a configuration file; one that explains every parameter has some 3,000
+_MAX_BYTES = 1 << 16  # of a configuration file; `merfish config` writes about 3,000
+_UNKNOWN = "extra_forbidden"  # type of pydantic's error for a parameter that does not exist
 
 
 def _per_method(k: int) -> str:
@@ -43,10 +44,10 @@ def _per_method(k: int) -> str:
 def parameter(
     default: Any, text: str, *, unit: str = "", source: str = "", must_exist: bool = False, **limits: Any
 ) -> Any:
-    """A pydantic field that `config_yaml` can explain.
+    """A pydantic field with the description that `config_yaml` writes.
 
-    source: where the default comes from. must_exist: a value that is set, even to the default, is refused if the
-    experiment does not have it.
+    source: of the default. must_exist: a value that is set, even to the default, is refused if the experiment does not
+    have it.
     """
     about: dict[str, Any] = {"unit": unit, "source": source, "must_exist": must_exist}
     return Field(default=default, description=text, json_schema_extra=about, **limits)
@@ -59,13 +60,13 @@ class RunConfig(BaseModel):
 
     method: str = parameter(
         DEFAULT_METHOD,
-        f"Decoder: {', '.join(FILTER_SIGMAS)}. spots weighs the evidence of every bit, pixels takes the nearest word "
-        "of each pixel, hamming looks up binarised bits.",
+        f"Decoder: {', '.join(FILTER_SIGMAS)}. spots fits spots and weighs the evidence of every bit, pixels takes the "
+        "nearest word of each pixel, hamming binarises the bits of each pixel and corrects one.",
         source="spots finds most molecules at equal precision on the simulated stacks of benchmarks/results/decode.md",
     )
     misidentification_rate: float = parameter(
         MISIDENTIFICATION_RATE,
-        "Share of the kept molecules that may be wrong; 1 keeps every molecule found.",
+        "Expected share of wrong molecules among those that are kept; 1 keeps every molecule found.",
         unit="share of molecules",
         source="Chen et al. 2015 and MERlin aim at the same",
         gt=0,
@@ -84,21 +85,21 @@ class RunConfig(BaseModel):
         "Sigma of the Gaussian that estimates the background, which is subtracted before decoding. null: the method's "
         f"own, {_per_method(1)}.",
         unit="px",
-        source="chosen on simulated and bundled real images: wider than a spot, narrower than the glow of cells",
+        source="chosen on simulated and bundled real images: wider than a spot, narrower than cells",
         ge=LEAST_SIGMA,
         le=MOST_BACKGROUND,
     )
     nuclei_stain: str = parameter(
         "DAPI",
-        "channelName of the nuclear stain in the data organization. Without it, cells are not segmented, "
-        "unless it is named here: then the run is refused.",
+        "channelName of the nuclear stain in the data organization. If the experiment lacks the default stain, cells "
+        "are not segmented; if it lacks a stain that is set here, the run is refused.",
         source="MERlin's WatershedSegment",
         must_exist=True,
     )
     cytoplasm_stain: str = parameter(
         "polyT",
-        "channelName of the stain that fills the cells. Without it, cells are grown from their "
-        "nuclei, unless it is named here: then the run is refused.",
+        "channelName of the stain that fills the cells. If the experiment lacks the default stain, cells are grown "
+        "from their nuclei; if it lacks a stain that is set here, the run is refused.",
         source="MERlin's WatershedSegment",
         must_exist=True,
     )
@@ -111,30 +112,31 @@ class RunConfig(BaseModel):
     )
     segmenter: str | None = parameter(
         None,
-        "package.module:function that segments cells instead of merfish: nuclei (y, x), cytoplasm (y, x) or None, "
+        "package.module:function that replaces merfish's segmentation: nuclei (y, x), cytoplasm (y, x) or None, "
         "micrometre per pixel -> labels (y, x). null: merfish's own.",
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
     )
     stacked_cells: bool = parameter(
         False,
-        "Whether cells lie above each other: then they are segmented in space, outlined in every plane, and hold the "
-        "molecules of their planes. Stacks of one plane, and a segmenter, give one outline a cell all the same.",
+        "Segment cells in 3-D, for tissue in which they lie above each other: each cell has an outline in every plane "
+        "and the molecules of its planes. With a single plane or a segmenter, each cell has one outline.",
     )
     flat_fields: dict[str, str] = parameter(
         {},
-        "Image files of the illumination, by colour as in the data organization, e.g. {'650': flat_650.tif}. Colours "
-        "that are not listed are measured on the images.",
+        "Flat-field images by colour of the data organization, e.g. {'650': flat_650.tif}. The illumination of "
+        "colours that are not listed is estimated from the images.",
     )
     dark_level: float | None = parameter(
         None,
-        "Counts that the camera reports without light. null: measured on the images.",
+        "Counts that the camera reports without light. null: estimated from the images.",
         unit="camera counts",
         ge=0,
         le=65535,
     )
     normalization_fields: int = parameter(
         6,
-        "Fields on which illumination, chromatic shifts, background and brightness of the bits are measured.",
+        "Number of fields from which illumination, chromatic shifts, background and brightness of the bits are "
+        "estimated.",
         unit="fields",
         source="each takes about as long as registering one field, 2.6 s at 2048 x 2048 px on 2 cores",
         ge=1,
@@ -201,12 +203,13 @@ def read_config(path: str | os.PathLike[str] | None, **given: Any) -> RunConfig:
     try:
         return RunConfig(**{**values, **given})
     except ValidationError as error:
-        faults = "; ".join(_fault(fault) for fault in error.errors()[:5])
-        raise InputError(f"{path}: {faults}. Known: {known}") from error
+        faults = error.errors()[:5]
+        hint = f". Known: {known}" if any(fault["type"] == _UNKNOWN for fault in faults) else ""
+        raise InputError(f"{path}: {'; '.join(map(_fault, faults))}{hint}") from error
 
 
 def config_yaml() -> str:
-    """Every parameter with its default as YAML, each explained by a comment; `read_config` reads it as the defaults."""
+    """Every parameter with its default as YAML, each described by a comment; `read_config` reads it as the defaults."""
     parts = ["# Parameters of 'merfish run EXPERIMENT --out DIR --config THIS_FILE', with their defaults.\n"]
     for name, field in RunConfig.model_fields.items():
         about = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
@@ -217,16 +220,16 @@ def config_yaml() -> str:
         text += [f"Source: {about['source']}."] if about.get("source") else []
         comment = textwrap.fill(" ".join(text), 100, initial_indent="# ", subsequent_indent="# ")
         value = field.get_default(call_default_factory=True)
-        in_line = None if isinstance(value, list) else False  # a list stays in one line, which can be commented out
+        in_line = None if isinstance(value, list) else False  # a list stays on one line, which can be commented out
         default = yaml.safe_dump({name: value}, default_flow_style=in_line, width=1000)
         parts.append(f"{comment}\n{'# ' if about.get('must_exist') else ''}{default}")
     return "\n".join(parts)
 
 
 def write_config(path: str | os.PathLike[str]) -> None:
-    """Write `config_yaml` to a file. Raises InputError if it exists: it may hold someone's choices."""
+    """Write `config_yaml` to a file. Raises InputError if it exists, because it may have been edited."""
     if Path(path).exists():
-        raise InputError(f"{path} exists already; give another name")
+        raise InputError(f"{path} exists; choose another name")
     with whole_file(path) as part:
         part.write_text(config_yaml(), encoding="utf-8")
 
@@ -237,9 +240,11 @@ def _limits(metadata: list[Any]) -> list[tuple[str, float]]:
 
 
 def _fault(fault: Any) -> str:
-    # a fault of several parameters together has no place, and names them itself
-    place = ".".join(map(str, fault["loc"]))
-    return f"{place}: {fault['msg']}, got {shown(fault['input'])}" if place else str(fault["msg"])
+    # a fault of several parameters together has no location, and its message names them
+    name = ".".join(map(str, fault["loc"]))
+    if fault["type"] == _UNKNOWN:
+        return f"{name}: no such parameter"
+    return f"{name}: {fault['msg']}, got {shown(fault['input'])}" if name else str(fault["msg"])
 
 
 def _parse(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""Small real data sets included in the package; source and licence are in the folder of each."""
+"""Small real data sets that ship with the package; source and licence are in the folder of each."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def osmfish() -> AnnData:
 
 
 def codebooks() -> dict[str, Path]:
-    """Published codebooks, name -> file, in the formats that they were published in."""
+    """Published codebooks, name -> file, in their original formats."""
     return {path.stem: path for path in sorted((_DATA / "codebooks").iterdir()) if path.suffix in (".csv", ".txt")}

@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 N_PERMUTED = 20  # codebooks with permuted bits
-EXCESS = "(genes - blanks) / sqrt(genes + blanks)"  # of calls; a ratio of so few calls tells less
+EXCESS = "(genes - blanks) / sqrt(genes + blanks)"  # of calls; a ratio of so few calls says less
 TISSUE_DOMAINS = 3
 OSMFISH_REGIONS = 11
 EPOCHS = 25  # of training at most, so that the demonstration takes a minute
 MATCH_MICRONS = 0.25  # a call is right if a true molecule of its gene lies within this distance
-CELL_OVERLAP = 0.5  # intersection over union above which a segmented cell is a true one
+CELL_OVERLAP = 0.5  # intersection over union above which a true cell counts as found
 
 
 def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, int] = (512, 512)) -> Path:
-    """Run everything into ``out`` and return the page. fields, shape: of the simulated tissue."""
+    """Run everything, write the results to ``out`` and return the page. fields, shape: of the simulated tissue."""
     started = time.perf_counter()
     need_embedding("the demo")
     out.mkdir(parents=True, exist_ok=True)
@@ -85,14 +85,14 @@ def real_fields(out: Path) -> list[Section]:
         pictures.append(
             picture(f"permuted_{fov}", figure, f"Field {fov}: the real codebook against {len(permuted)} permuted ones")
         )
-    columns = ("field", "genes / blanks called", "excess", "genes, permuted", "excess, permuted", "stands clear")
+    columns = ("field", "genes / blanks called", "excess", "genes, permuted", "excess, permuted", "above control")
     _print_table(columns, rows)
     text = [
         "Two fields of view from a real experiment, 128 x 128 px, 8 rounds, 16 bits, 70 genes and 70 blanks. Blanks "
         "are words that no RNA carries, so every call of a blank is an error; here, half of all words are blanks.",
         "Control: the same images decoded with codebooks whose bits were permuted. No RNA carries their gene words "
         "either, so genes and blanks should be called equally often; only the real codebook should favour its genes. "
-        f"Excess: {EXCESS}, which chance spreads by 1 however few the calls are.",
+        f"Excess: {EXCESS}; by chance it has mean 0 and standard deviation 1, whatever the number of calls.",
     ]
     first = Section("Real fields: genes against blanks", text, [Table(columns, rows)], pictures)
     return [first, *_titled("Real fields", run_sections(folder))]
@@ -117,7 +117,7 @@ def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]
 
 
 def count_calls(bits: np.ndarray, codebook: Codebook, normalization: Any) -> dict[str, float]:
-    """Calls of genes and of blanks that are more likely right than wrong, and the excess of genes (`EXCESS`)."""
+    """Calls of genes and of blanks that are probably right, and the excess of genes (`EXCESS`)."""
     from merfish.calls.filtering import rate_calls
     from merfish.decoding.methods import decode_filtered
 
@@ -161,7 +161,7 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
         picture(
             "true_domains",
             plots.cells(truth["geometry"].to_numpy(), truth["domain"].to_list(), "true domains"),
-            "The tissue as it is",
+            "The simulated tissue",
             truth.drop(columns="geometry"),
         ),
     ]
@@ -283,7 +283,7 @@ def embed_cortex(out: Path) -> list[Section]:
 
 
 def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_name: str, name: str) -> Section:
-    """Train a model on a table of counts, find domains, compare them with ``truth`` ("" = unknown), draw.
+    """Train a model on a table of counts, find domains, compare them with ``truth`` ("" = unknown), and plot them.
 
     name: of the pictures' files.
     """
@@ -320,13 +320,13 @@ def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_n
     training = embedding_plots.training_curve(model.training_log)
     figures = [
         picture(f"{name}_truth", truth_map, f"Cells by their {truth_name}", numbers),
-        picture(f"{name}_domains", found_map, f"Cells by the domain found, in the colour of the {truth_name} it fits"),
+        picture(f"{name}_domains", found_map, f"Cells by domain, in the colour of the best matching {truth_name}"),
         picture(f"{name}_latent", latent_map, "Cells in the latent space, by the domain found"),
         picture(f"{name}_training", training, "Training", model.training_log, "wide"),
     ]
     text = [
-        f"SpatialVAE was trained on the counts and places alone; {n_domains} domains were then cut from its latent "
-        f"space and compared with the {truth_name}s, which it never saw."
+        f"SpatialVAE was trained on counts and positions only; {n_domains} domains were then found in its latent "
+        f"space and compared with the {truth_name}s, which were not used in training."
     ]
     return Section(title, text, [Table(("measure", "value"), rows)], figures)
 

@@ -1,4 +1,4 @@
-"""Cells of a table embedded by SpatialVAE, through its public functions, imported when they run."""
+"""Embed cells with SpatialVAE, which is imported when a function runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merfish import results
+from merfish._text import counted
 from merfish.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ MODEL = "model"  # folder beside the table of a run
 
 
 def need_embedding(what: str) -> None:
-    """Raise InputError if packages are missing without which ``what`` cannot be done."""
+    """Raise InputError if packages that ``what`` needs are not installed."""
     missing = [name for name in ("torch", "torch_geometric", "safetensors", "sklearn") if find_spec(name) is None]
     if missing:
         raise InputError(f"{what} embeds cells and needs {', '.join(missing)}: pip install 'merfish[vae]'")
@@ -29,13 +30,12 @@ def need_embedding(what: str) -> None:
 def fit_embedding(
     table: AnnData, n_domains: int | None, *, max_epochs: int | None = None, progress: bool = True
 ) -> SpatialVAE:
-    """Train a model on a table of counts; writes its embedding and ``n_domains`` spatial domains into the table.
+    """Train a model on a table of counts, and add its embedding and spatial domains to the table.
 
-    Without ``n_domains`` the number with the best Bayesian information criterion is taken, without ``max_epochs``
-    training ends by itself. Adds
-    ``obsm["X_spatialvae"]``, the names of its columns as ``uns["X_spatialvae_names"]``,
-    ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``. Raises InputError for a table that cannot be
-    embedded.
+    n_domains: by default the number with the best Bayesian information criterion. max_epochs: by default training stops
+    when held-out cells no longer improve. Adds ``obsm["X_spatialvae"]``, the names of its columns as
+    ``uns["X_spatialvae_names"]``, ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``. Raises
+    InputError for a table that cannot be embedded.
     """
     from spatialvae import InputError as NotEmbeddable
     from spatialvae import SpatialVAE
@@ -53,10 +53,10 @@ def fit_embedding(
 
 
 def embed_run(out: Path, n_domains: int | None = None, *, progress: bool = False) -> list[str]:
-    """Embed the cells of a finished run: its table gets embedding and domains, the model goes beside it.
+    """Embed the cells of a finished run: add embedding and domains to its table, and save the model beside it.
 
-    Table and record are replaced together; what an earlier call with the same ``n_domains`` wrote for the same results
-    stands. Returns lines for a terminal. Raises InputError if the run cannot be embedded.
+    Table and record are replaced together; if an earlier call with the same ``n_domains`` embedded the same results,
+    nothing is done. Returns lines for a terminal. Raises InputError if the run cannot be embedded.
     """
     import anndata
 
@@ -68,7 +68,7 @@ def embed_run(out: Path, n_domains: int | None = None, *, progress: bool = False
         record = results.read_run(out)
         asked: dict[str, Any] = {"n_domains": n_domains, "seed": SEED}
         if record.get("embedding", {}).get("asked") == asked and (out / MODEL).is_dir():
-            return [f"{record['embedding']['found']} domains were found before, they stand"]
+            return [f"the cells are embedded already; domains: {record['embedding']['found']}"]
         table = anndata.read_h5ad(out / results.CELL_BY_GENE)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -83,4 +83,4 @@ def embed_run(out: Path, n_domains: int | None = None, *, progress: bool = False
         folder.publish(out)
         write_run_report(out)
     said = [f"warning: {warning.message}" for warning in caught if issubclass(warning.category, UserWarning)]
-    return [*said, f"{table.n_obs:,} cells embedded, {found} domains, model in {out / MODEL}"]
+    return [*said, f"{counted(table.n_obs, 'cell')} embedded, {counted(found, 'domain')}, model in {out / MODEL}"]

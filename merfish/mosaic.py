@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import zarr
 
 BRIGHTEST = "overview"  # the channel that every run has: the brightest bit of each pixel
-BLOCK = 1024  # pixels along y and x of what is made of a lazy mosaic at a time
+BLOCK = 1024  # pixels along y and x of a block of a lazy mosaic
 ZARR, TIFF = (".zarr",), (".tif", ".tiff")
 
 
@@ -43,11 +43,12 @@ class Tile:
 
 
 def write_mosaic(out: Path, path: Path, channel: str) -> Path:
-    """Write the mosaic of a channel of a run as OME-Zarr (.zarr) or OME-TIFF (.tif), whole or not at all.
+    """Write the mosaic of a channel of a run as OME-Zarr (.zarr) or OME-TIFF (.tif), atomically.
 
     out: folder of the run. channel: a stain or a bit that the run saved (``--save-images``), or "overview", the
-    brightest bit of each pixel. Fields stand on whole pixels nearest to their corrected positions; where they overlap,
-    each counts by the distance to its border. Levels of half the size each; places in micrometre.
+    brightest bit of each pixel. Corrected positions of fields are rounded to whole pixels; where fields overlap, they
+    are averaged with weights that grow with the distance to the border. Each resolution level is half as large as the
+    previous one; coordinates are in micrometre.
 
     Raises InputError if the run has no such images, or for another suffix of ``path``.
     """
@@ -82,10 +83,10 @@ def write_mosaic(out: Path, path: Path, channel: str) -> Path:
 
 
 def section_images(out: Path) -> dict[str, tuple[Any, list[str]]]:
-    """Mosaics of a run by name, made where they are read: Dask arrays (c, y, x) and the names of their channels.
+    """Mosaics of a run by name: lazy Dask arrays (c, y, x) and the names of their channels.
 
-    ``stains``: those that the run saved (``--save-images``) of all fields; ``overview``: the brightest bit of each
-    pixel. Images that not every field has are left out. The first pixel lies at `merfish.results.mosaic_origin`.
+    ``stains``: those that the run saved (``--save-images``); ``overview``: the brightest bit of each pixel. Images that
+    some field lacks are left out. The first pixel lies at `merfish.results.mosaic_origin`.
     """
     import dask.array as da
 
@@ -112,7 +113,7 @@ def _common_stains(out: Path, fovs: Sequence[int]) -> list[str]:
 
 
 def field_image(out: Path, fov: int, channel: str) -> Any:
-    """A channel of a field, an array (y, x) or (z, y, x) that is read where it is asked for."""
+    """A channel of a field, an array (y, x) or (z, y, x) that is read when it is indexed."""
     if channel == BRIGHTEST:
         return read_overview(results.field_folder(out, fov) / OVERVIEW)
     known = saved_channels(out, fov)
@@ -144,9 +145,9 @@ class Channel:
 
 
 def blend(fields: Sequence[Tile], y: slice, x: slice, dtype: np.dtype[Any]) -> np.ndarray:
-    """Rows and columns of a mosaic; pixels of several fields are their mean, weighted by the distance to each border.
+    """Part of a mosaic: overlapping fields are averaged with the distance to their borders as weight.
 
-    Where no field lies it is 0.
+    Pixels outside all fields are 0.
     """
     total = np.zeros((y.stop - y.start, x.stop - x.start), np.float32)
     weights = np.zeros_like(total)
@@ -168,7 +169,7 @@ def blend(fields: Sequence[Tile], y: slice, x: slice, dtype: np.dtype[Any]) -> n
 
 
 def lazy_mosaic(images: list[Any], corners: np.ndarray) -> Any:
-    """A mosaic (y, x) that is made where it is looked at; corners (field, 2) x, y of the images, pixels."""
+    """A lazy mosaic (y, x); corners: (field, 2) x, y of the images, pixels."""
     import dask
     import dask.array as da
 
@@ -200,7 +201,7 @@ def _meet(tile: Tile, y: slice, x: slice) -> bool:
 
 
 def _from_border(length: int) -> np.ndarray:
-    """Pixels from the nearer end, from 1."""
+    """Distance of each pixel to the nearer end, starting at 1."""
     place = np.arange(length, dtype=np.float32)
     return np.minimum(place, length - 1 - place) + 1
 
@@ -208,9 +209,9 @@ def _from_border(length: int) -> np.ndarray:
 def write_tiff(
     path: Path, levels: Sequence[zarr.Array[Any]], channel: str, scale: float, origin: tuple[float, float]
 ) -> None:
-    """Write levels (1, 1, y, x) as one OME-TIFF with tiles, the smaller ones as its sub-images.
+    """Write levels (1, 1, y, x) as one tiled OME-TIFF, with the smaller levels as sub-images.
 
-    scale: micrometre a pixel; origin: (y, x) of the first pixel, micrometre.
+    scale: micrometre per pixel; origin: (y, x) of the first pixel, micrometre.
     """
     import tifffile
 
@@ -244,7 +245,7 @@ def write_tiff(
 
 
 def _squares(level: zarr.Array[Any]) -> Iterator[np.ndarray]:
-    """Squares of an image (1, 1, y, x) row by row, as TIFF has them; those at the ends are filled up with 0."""
+    """Yield the tiles of an image (1, 1, y, x) row by row, as TIFF stores them; those at the edges padded with 0."""
     height, width = level.shape[2:]
     for y in range(0, height, CHUNK):
         band = np.asarray(level[0, 0, y : y + CHUNK])

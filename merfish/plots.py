@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GENE, BLANK, MUTED = "#2563eb", "#dc2626", "#94a3b8"
-# Okabe and Ito's colours, told apart by colour-blind readers, then further hues
+# Okabe and Ito's colours, which colour-blind readers can distinguish, then further hues
 CATEGORIES = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9",
     "#f0e442", "#7f3c8d", "#a5aa99", "#80ba5a", "#3969ac",
@@ -32,9 +32,9 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, l
 
 
 def overview(image: np.ndarray, calls: pd.DataFrame, crop: int = 160) -> Figure:
-    """One field: the brightest bit of each pixel (y, x), and the molecules called, whole and enlarged.
+    """One field: the brightest bit of each pixel (y, x) and the molecules called, and an enlarged detail.
 
-    calls: transcript table of the field. crop: side in pixels of the enlarged square, put where calls are densest.
+    calls: transcript table of the field. crop: side in pixels of the detail, placed where calls are densest.
     """
     figure, (whole, detail) = new_figure(11, 5.4, 2)
     square = densest_square(calls, image.shape, crop)
@@ -105,10 +105,9 @@ def colours_of(labels: Iterable[object]) -> dict[str, str]:
 
 
 def matching_colours(found: np.ndarray, true: np.ndarray, colours: Mapping[str, str]) -> dict[str, str]:
-    """Colours for found labels (cell,): those of the true ones that share most cells with them, one to one.
+    """Colours for found labels (cell,), matched one to one to the true labels with which they share most cells.
 
-    true: (cell,), "" where it is not known. colours: of true labels. Found labels without a partner take the colours
-    that are left.
+    true: (cell,), "" if unknown. colours: of true labels. Found labels without a match take the remaining colours.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -157,7 +156,7 @@ def permuted_control(real: float, permuted: Sequence[float], label: str, title: 
 
 
 def scatter_counts(measured: np.ndarray, true: np.ndarray, title: str) -> Figure:
-    """Counts of each cell and gene, measured against true, one point an entry, jittered."""
+    """Scatter plot of measured against true counts, one jittered point for each cell and gene."""
     figure, (ax,) = new_figure(6.4, 4.6)
     rng = np.random.default_rng(0)
     jitter = rng.uniform(-0.3, 0.3, (2, true.size))
@@ -169,7 +168,7 @@ def scatter_counts(measured: np.ndarray, true: np.ndarray, title: str) -> Figure
 
 
 def labels_by_place(x: np.ndarray, y: np.ndarray, labels: np.ndarray, title: str, colours: Mapping[str, str]) -> Figure:
-    """Cells (cell,) at their places, coloured by a label; colours: of labels, the others are left out."""
+    """Cells (cell,) at their positions, coloured by label; labels without a colour are left out."""
     figure, (ax,) = new_figure(6.4, 4.6)
     text = np.array([str(label) for label in labels])
     size = float(np.clip(30_000 / max(len(x), 1) ** 1.1, 2, 30))

@@ -1,4 +1,4 @@
-"""The results of a run: the names of its files, and its record."""
+"""The results of a run: names of its files, and its record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from merfish.errors import InputError
 
 TRANSCRIPTS = "transcripts.parquet"
 ALL_TRANSCRIPTS = "transcripts_all.parquet"
-SEQUENTIAL = "sequential.parquet"  # molecules of genes imaged one by one, where there are any
+SEQUENTIAL = "sequential.parquet"  # molecules of genes imaged one by one, if there are any
 CELLS = "cells.parquet"
 CELL_BY_GENE = "cell_by_gene.h5ad"
 RUN = "run.json"
@@ -25,7 +25,7 @@ DOMAIN, LATENT, LATENT_NAMES = "spatial_domain", "X_spatialvae", "X_spatialvae_n
 
 
 def field_folder(out: Path, fov: int) -> Path:
-    """Where the intermediate results of a field stand, whole or absent."""
+    """The folder of the intermediate results of a field, complete or absent."""
     return out / FIELDS / f"fov_{fov:04d}"
 
 
@@ -38,7 +38,7 @@ def read_run(out: Path) -> dict[str, Any]:
     """The record of a finished run. Raises InputError if there is none."""
     path = out / RUN
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected the folder of a finished run")
+        raise InputError(f"{out}: no {RUN} in it; expected the folder of a finished run")
     record = read_json(path)
     if not (isinstance(record, dict) and {"figures", "fields", "failed", "bits"} <= record.keys()):
         raise InputError(f"{path}: not the record of a whole run")

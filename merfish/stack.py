@@ -1,4 +1,4 @@
-"""One registered stack in memory to molecules."""
+"""Decode one registered stack in memory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def decode(
     preprocess: bool = True,
     misidentification_rate: float = MISIDENTIFICATION_RATE,
 ) -> pd.DataFrame:
-    """Molecules of one registered stack, those that may be kept at a misidentification rate.
+    """Decode one registered stack, and keep molecules at a misidentification rate.
 
     stack: (bit, y, x) or (bit, z, y, x), any real dtype, raw camera counts unless ``preprocess`` is False: then it
     is filtered and normalised already (no spot = 0, one molecule's spot = 1 high).
     Returns a transcript table (`merfish.transcripts.COLUMNS`), pixels with the centre of the first pixel at 0.
-    Raises InputError if stack and codebook do not fit, or the stack holds NaN.
+    Raises InputError if the stack does not match the codebook or holds NaN.
     """
     return keep_calls(decode_all(stack, codebook, method=method, preprocess=preprocess), misidentification_rate)
 
@@ -37,7 +37,7 @@ def decode(
 def decode_all(
     stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
 ) -> pd.DataFrame:
-    """As `decode`, with every molecule found, each with its probability to be right."""
+    """As `decode`, but with every molecule found, each with its probability of being right."""
     return rate_calls(find_all(stack, codebook, method=method, preprocess=preprocess), codebook)
 
 

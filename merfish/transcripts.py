@@ -1,4 +1,4 @@
-"""The table of molecules: its columns, and its file."""
+"""The transcript table: its columns, and reading and writing it."""
 
 from __future__ import annotations
 
@@ -39,11 +39,10 @@ COLUMNS: dict[str, str] = {
 
 
 def transcript_table(codebook: Codebook, word: np.ndarray, **columns: Any) -> pd.DataFrame:
-    """One row a molecule with every column of `COLUMNS`, in that order and of those dtypes.
+    """Build a transcript table: one row per molecule, with the columns and dtypes of `COLUMNS`.
 
-    word: (molecule,) row of the codebook. columns: arrays (molecule,) or scalars for any other column; what is not
-    given is fov 0, z 0, cell_id -1, NaN for micrometres and probability, ids in the order of rows, and
-    shown as the word has it.
+    word: (molecule,) row of the codebook. columns: arrays (molecule,) or scalars for any other column. Defaults: fov 0,
+    z 0, cell_id -1, NaN for micrometres and probability, transcript_id by row, and shown equal to the word.
     """
     word = np.asarray(word, dtype=np.int32)
     n = len(word)
@@ -71,13 +70,13 @@ def transcript_table(codebook: Codebook, word: np.ndarray, **columns: Any) -> pd
 
 
 def write_transcripts(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a transcript table as Parquet, whole or not at all."""
+    """Write a transcript table as Parquet, atomically."""
     with whole_file(path) as part:
         table.to_parquet(part, index=False)
 
 
 def read_transcripts(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a transcript table and check its columns. Raises InputError if it is missing, broken or another table."""
+    """Read a transcript table and check its columns. Raises InputError if it is missing, damaged or another table."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; expected a transcript table (Parquet)")
     try:

@@ -1,4 +1,4 @@
-"""What napari shows of a run: layers as plain data, and the call that opens them."""
+"""View a run in napari: its layers as plain data, and the function that opens them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from merfish.plots import CATEGORIES
 from merfish.report import OVERVIEW, read_overview, read_record
 from merfish.results import places_between
 
-MOST_POINTS, MOST_OUTLINES = 1_000_000, 50_000  # molecules and cells that a viewer still moves fluently
-COARSEST = 8  # pixels of a field in one of the coarsest picture of a section
+MOST_POINTS, MOST_OUTLINES = 1_000_000, 50_000  # molecules and cells that napari still shows smoothly
+COARSEST = 8  # pixels of a field that one pixel of the coarsest image of a section covers
 STAIN_COLOURS = ("blue", "green", "magenta", "cyan")
 POINT_SIZE, LINE_WIDTH = 0.4, 0.2  # micrometre
 Box = tuple[np.ndarray, np.ndarray] | None  # corners (x, y), micrometre; None: everything
@@ -76,7 +76,7 @@ def layers_of_field(out: Path, fov: int) -> list[Layer]:
 
 
 def layers_of_section(out: Path) -> list[Layer]:
-    """As `layers_of_field`, of all fields: stains that were saved and overview pictures, read where one looks."""
+    """As `layers_of_field`, for all fields: saved stains and overview images, which are loaded lazily."""
     run = read_record(out)
     fovs = sorted(map(int, run["fields"]))
     if not fovs:
@@ -164,7 +164,7 @@ def _limits(sample: np.ndarray) -> tuple[float, float]:
 
 
 def _outlines(out: Path, box: Box) -> list[Layer]:
-    """Borders of the cells whose centres lie in a box, or of all, as lines; centres where there are too many."""
+    """Outlines of the cells whose centres lie in a box, or of all, as lines; only centres if there are too many."""
     import shapely
 
     columns, filters = ["center_x", "center_y"], places_between("center", *box) if box else None
@@ -181,7 +181,7 @@ def _outlines(out: Path, box: Box) -> list[Layer]:
 
 
 def edges(geometry: np.ndarray) -> np.ndarray:
-    """Edges of polygons, (edge, 2, 2): start (y, x) and the way to the end."""
+    """Edges of polygons, (edge, 2, 2): start (y, x) and vector to the end."""
     import shapely
 
     rings = shapely.get_rings(geometry)
@@ -192,7 +192,7 @@ def edges(geometry: np.ndarray) -> np.ndarray:
 
 
 def _molecules(out: Path, box: Box, deep: bool) -> list[Layer]:
-    """Molecules of genes and blanks in a box or all; every n-th where there are too many, as their names say."""
+    """Molecules of genes and blanks in a box, or all; if there are too many, every n-th, which the name says."""
     axes = ["global_z", "global_y", "global_x"] if deep else ["global_y", "global_x"]
     calls, step = _sample(out / results.TRANSCRIPTS, [*axes, "gene", "is_blank", "probability"], box)
     layers = []

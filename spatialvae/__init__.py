@@ -1,6 +1,6 @@
-"""SpatialVAE: embeddings of cells and of the neighbourhoods they sit in.
+"""SpatialVAE: embeddings of cells and of their neighbourhoods.
 
-``SpatialVAE`` is imported when it is first asked for, so that ``import spatialvae`` stays light.
+``SpatialVAE`` is imported on first use, so that ``import spatialvae`` is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or absent."""
+"""Atomic writing of files and folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path (for a file or a folder); on success flush it and rename it over ``path``.
 
-    After a crash or an error ``path`` is what it was before.
+    After a crash or an error, ``path`` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The Numba loops of this package: what takes one pass over a minibatch here takes a dozen in tensor operations.
+"""Numba kernels of `spatialvae`: each needs one pass over a minibatch, where tensor operations need about a dozen.
 
-They run on one thread and take float32 arrays. Sums may be reordered, so that loops vectorise; the order is the same on
-every run. On-disk caching is safe because no kernel is compiled inside a fork.
+They run on one thread and take float32 arrays. Sums may be reordered so that loops vectorise; the order is the same in
+every run. On-disk caching is safe because no kernel is compiled in a forked process.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _log(x):
 
 @inline
 def _highest(row):
-    """The largest of ``row``, by way of integers of the same order: a loop that vectorises, unlike one over floats."""
+    """The maximum of ``row``, computed on integers with the same order: unlike one over floats, the loop vectorises."""
     most = int32(-(2**31))
     for g in range(len(row)):
         bits = np.float32(row[g]).view(np.int32)
@@ -100,7 +100,7 @@ def negative_binomial(x, logits, depth, log_theta, value, by_logit, by_theta):
     """NB log-probability of ``x`` (cell, gene) with mean = depth * softmax(logits), summed over genes.
 
     Fills ``value`` (cell,), its derivatives ``by_logit`` (cell, gene) and, by log theta, ``by_theta`` (cell, gene).
-    Most counts are zero: what all entries have in common is done in loops that vectorise, then the rest of the others.
+    Most counts are zero: terms common to all entries are computed in vectorised loops, then those of non-zero counts.
     """
     n, genes = x.shape
     theta, inverse, share = np.empty((3, genes), np.float32)
@@ -175,7 +175,7 @@ def tally(rows, values, length, depth):
 
 @kernel
 def append_entries(rows, columns, values, free, indices, data):
-    """Put each entry in the next free place of its row, ``free`` (row,), which moves on."""
+    """Write each entry to the next free slot of its row; ``free`` (row,) is updated."""
     for e in range(len(rows)):
         at = free[rows[e]]
         indices[at] = columns[e]

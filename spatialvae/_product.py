@@ -1,7 +1,7 @@
 """The large matrix products.
 
-PyTorch's own, on the CPU, are MKL's, which takes twice as long as oneDNN on processors that are not Intel's (AMD EPYC
-with AVX-512: 85 against 190 GFLOP/s a core).
+On the CPU, PyTorch uses MKL, which takes twice as long as oneDNN on processors of other vendors than Intel (AMD EPYC
+with AVX-512: 85 against 190 GFLOP/s per core).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with its three products, one forward and two backward, by oneDNN where there is oneDNN."""
+    """``nn.Linear`` with its three products, one forward and two backward, by oneDNN if it is available."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() and x.device.type == "cpu" and x.dtype == torch.float32 and _has_onednn():

@@ -1,4 +1,4 @@
-"""What is asked of an embedding."""
+"""Clusters of an embedding: domains, and their number."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MOST_DOMAINS = 20  # tried when no number is given
 def choose_number(latent: np.ndarray, overlap: float = 1.0, seed: int = 0) -> int:
     """The number of mixture components, 1 to 20, with the best Bayesian information criterion (Schwarz 1978).
 
-    ``overlap``: how many rows of ``latent`` (cell, dim) share what one row shows. Niches of cells that have neighbours
-    in common are not independent observations; n cells are worth n / overlap of them, in the likelihood and in the
-    price of a parameter. With overlap 1 the criterion of niches falls without end.
+    ``overlap``: number of rows of ``latent`` (cell, dim) that carry the same information. Niches of cells with common
+    neighbours are not independent observations; n cells count as n / overlap of them, in the likelihood and in the
+    penalty. With overlap 1 the criterion for niches decreases without a minimum.
     """
     latent = np.asarray(latent, float)
     n, dim = latent.shape
@@ -50,7 +50,7 @@ def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray,
     probability : float64 (cell, k), in the order of labels
     """
     if not 1 <= k <= len(latent):
-        raise InputError(f"{k} domains asked of {len(latent)} cells; expected between 1 and the number of cells")
+        raise InputError(f"domains: expected 1 to {len(latent)}, the number of cells, got {k}")
     latent = np.asarray(latent, float)
     mixture = _mixture(latent, k, seed, MIXTURE_STARTS)
     probability = mixture.predict_proba(latent)
@@ -62,7 +62,7 @@ def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray,
 def _mixture(latent: np.ndarray, k: int, seed: int, starts: int) -> GaussianMixture:
     from sklearn.mixture import GaussianMixture
 
-    rounding = float(np.finfo(np.float32).eps * np.abs(latent).max())  # rows that differ by no more are the same
+    rounding = float(np.finfo(np.float32).eps * np.abs(latent).max())  # rows that differ by less are equal
     ridge = max(1e-6 * float(latent.var(0).mean()), rounding**2, np.finfo(float).tiny)
     mixture = GaussianMixture(
         k, covariance_type="tied", n_init=starts, reg_covar=ridge, random_state=seed, max_iter=300
@@ -73,7 +73,7 @@ def _mixture(latent: np.ndarray, k: int, seed: int, starts: int) -> GaussianMixt
 
 @contextmanager
 def equal_rows_allowed() -> Iterator[None]:
-    """Without scikit-learn's warning about fewer different rows than clusters: cells can be equal."""
+    """Suppress scikit-learn's warning about fewer distinct rows than clusters: cells can be equal."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Number of distinct clusters")
         yield

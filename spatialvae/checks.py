@@ -1,7 +1,7 @@
 """Posterior-predictive checks: are counts drawn from a model like the counts that it was trained on?
 
-``statistics`` compares what is known of each gene and of each pair; ``told_apart`` lets a classifier look for whatever
-else there is (a classifier two-sample test, Lopez-Paz & Oquab 2017).
+``statistics`` compares statistics of genes and of pairs of genes; ``told_apart`` trains a classifier to find any other
+difference (a classifier two-sample test, Lopez-Paz & Oquab 2017).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 FOLDS = 5
 LEAST_CELLS = 2 * FOLDS
-PARTS = 25  # of a tissue that are held out whole
-NEIGHBOURS = 6  # in the plane, about the cells that touch
+PARTS = 25  # of a tissue that are held out as a whole
+NEIGHBOURS = 6  # in the plane, about the number of cells that touch
 
 TITLES = {
     "mean": "mean of a gene",
@@ -49,19 +49,19 @@ class Statistics:
 
 
 def statistics(counts: np.ndarray, neighbours: sp.csr_array | None = None) -> Statistics:
-    """Of ``counts`` (cell, gene) of cells, ``neighbours`` (cell, cell) marking each one's (``NeighbourGraph``)."""
+    """The statistics of ``counts`` (cell, gene); ``neighbours`` (cell, cell) is an adjacency (``NeighbourGraph``)."""
     logs = np.log1p(counts)
     near = np.full(counts.shape[1], np.nan)
     if neighbours is not None:
         near = _correlation(logs, _mean_of(logs, neighbours))
-    with np.errstate(invalid="ignore", divide="ignore"):  # genes without counts correlate with none
+    with np.errstate(invalid="ignore", divide="ignore"):  # genes without counts have no correlation
         pairs = np.corrcoef(logs, rowvar=False)[np.triu_indices(counts.shape[1], 1)]
     return Statistics(counts.mean(0), counts.var(0), (counts == 0).mean(0), pairs, near)
 
 
 def compared(real: Statistics, sampled: Statistics) -> pd.DataFrame:
-    """A row a statistic: ``correlation`` of sampled with real, ``slope`` of sampled by real (1 if they agree), and
-    ``difference``, the mean absolute one; of means and variances on the log scale."""
+    """One row per statistic: ``correlation`` of sampled with real, ``slope`` of sampled on real (1 if they agree), and
+    ``difference``, the mean absolute difference; means and variances are compared on the log scale."""
     rows = {}
     for name in TITLES:
         a, b = (np.asarray(getattr(of, name), float) for of in (real, sampled))
@@ -77,11 +77,11 @@ def compared(real: Statistics, sampled: Statistics) -> pd.DataFrame:
 
 
 def told_apart(real: np.ndarray, sampled: np.ndarray, places: np.ndarray | None = None, seed: int = 0) -> float:
-    """Area under the ROC curve with which gradient boosting tells held-out cells of ``real`` and ``sampled`` counts
-    (cell, gene) apart: 0.5 if it cannot, 1 if it always does.
+    """Area under the ROC curve of a gradient-boosting classifier of ``real`` against ``sampled`` counts (cell, gene) on
+    held-out cells: 0.5 if they cannot be distinguished, 1 if they always can.
 
-    With ``places`` (cell, axis) of both it sees the means of a cell's neighbours, too; cells are then held out by parts
-    of the tissue, since cells side by side share their neighbours, which tell what they belong to.
+    With ``places`` (cell, axis) of both, the features include the means over a cell's neighbours; cells are then held
+    out by parts of the tissue, because adjacent cells share neighbours.
 
     Raises InputError for tables of different shapes or of fewer than 10 cells.
     """
@@ -110,8 +110,8 @@ def told_apart(real: np.ndarray, sampled: np.ndarray, places: np.ndarray | None 
 
 
 def of_model(model: SpatialVAE, seed: int = 0) -> tuple[Statistics, Statistics, dict[str, float]]:
-    """Statistics of a model's table and of its cells drawn again from the posterior, and how well they are told apart:
-    by a cell alone and, with places, by its neighbourhood. Both tables are held in memory."""
+    """Statistics of a model's table and of a posterior-predictive sample of it, and how well a classifier distinguishes
+    them, from single cells and, with coordinates, from neighbourhoods. Both tables are held in memory."""
     section = model._read(None)
     real = section.cells.counts.dense(np.arange(section.cells.n_cells))
     sampled = model.posterior_predictive_sample(seed=seed)
@@ -124,7 +124,7 @@ def of_model(model: SpatialVAE, seed: int = 0) -> tuple[Statistics, Statistics, 
 
 
 def check_plot(real: Statistics, sampled: Statistics) -> Figure:
-    """Sampled against real: a panel a statistic, the diagonal where they agree."""
+    """Sampled against real, one panel per statistic, with the diagonal of agreement."""
     from matplotlib.figure import Figure
 
     names = [name for name in TITLES if np.isfinite(getattr(real, name)).any()]
@@ -150,7 +150,7 @@ def _mean_of(values: np.ndarray, neighbours: sp.csr_array) -> np.ndarray:
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of each column, (gene,); NaN where one does not vary."""
+    """Correlation of each column, (gene,); NaN if one of the two does not vary."""
     a, b = a - a.mean(0), b - b.mean(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))

@@ -264,7 +264,7 @@ def latent(
 
     codes, names = read_codes(adata, labels)
     if key not in adata.obsm:
-        raise InputError(f"obsm has no {key!r}; it has {sorted(adata.obsm)}; run `spatialvae embed` first")
+        raise InputError(f"no {key!r} in obsm, which has {', '.join(sorted(adata.obsm))}; run `spatialvae embed` first")
     with _status("mapping"):
         figure = plots.latent_distances(np.asarray(adata.obsm[key], float), np.array(names)[codes], seed)
     _write_figure(figure, out)
@@ -312,7 +312,7 @@ def _evaluate_model(adata: AnnData, model: Path, labels: str | None, samples: in
     from spatialvae.model import SpatialVAE
 
     if labels is not None and labels not in adata.obs:
-        raise InputError(f"obs has no {labels!r}; it has {sorted(adata.obs)}")
+        raise InputError(f"no column {labels!r} in obs, which has {', '.join(sorted(adata.obs))}")
     with _status("reading counts, finding neighbours"):
         loaded = SpatialVAE.load(_model_folder(model), adata)
     evidence, error = loaded.get_marginal_ll(n_mc_samples=samples, seed=seed, return_error=True)
@@ -445,22 +445,22 @@ def _sampled(model: SpatialVAE, what: str, given: AnnData | None, samples: int, 
 
 
 def main() -> None:
-    """Run the command line; exit with 2 and one message on bad input. Warnings are said in a line each."""
-    warnings.showwarning = lambda message, *_, **__: typer.echo(f"spatialvae: {message}", err=True)
+    """Run the command line; bad input ends with one message and exit code 2. A warning is printed on one line."""
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
     try:
         app()
     except InputError as error:
-        typer.echo(f"spatialvae: {error}", err=True)
+        typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except OSError as error:
-        typer.echo(f"spatialvae: {error.filename or ''}: {error.strerror or error}", err=True)
+        typer.echo(f"error: {error.filename or ''}: {error.strerror or error}", err=True)
         sys.exit(2)
 
 
 def _read(path: Path) -> AnnData:
     """The table with its counts, layers and arrays over cells left in the file."""
     if not path.is_file():
-        raise InputError(f"{path} is not a file")
+        raise InputError(f"{path}: no such file; expected an AnnData table (.h5ad)")
     import anndata
     import h5py
     from anndata.io import read_elem, sparse_dataset

@@ -1,4 +1,4 @@
-"""Models of a table compared by their evidence for cells that they have not seen."""
+"""Compare models of a table by their evidence for held-out cells."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def compare(
     seed: int = 0,
     report: Callable[[str], object] = lambda text: None,
 ) -> pd.DataFrame:
-    """Held-out evidence of models of a table, with and without neighbours, the best first.
+    """Held-out evidence of models of a table, with and without neighbours, best first.
 
-    Each model is trained on the same cells. ``log_p`` is its mean log p(x) of the others in nats a cell, given the
-    training cells where it knows ``neighbours``; ``monte_carlo_error`` that of its estimate. ``difference`` is from the
-    best model, cell by cell, and ``difference_error`` its standard error, as other cells could have been held out: a
-    model is worse than the best where the difference is several times its error.
+    All models are trained on the same cells. ``log_p`` is the mean log p(x) of the other cells, nats per cell, given
+    the training cells if the model uses ``neighbours``; ``monte_carlo_error`` is the error of its estimate.
+    ``difference`` is the mean difference from the best model over cells, and ``difference_error`` its standard error
+    over the choice of held-out cells: a model is worse than the best if the difference is several times its error.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def compare(
     likelihoods : of "nb", "zinb", "poisson"
     latents : each an ``n_latent``
     held_out : share of cells
-    report : is told which model is trained
+    report : called with the name of each model before it is trained
 
     Raises
     ------
@@ -96,7 +96,7 @@ def evidence_plot(table: pd.DataFrame) -> Figure:
     axes.set_yticks(place, names)
     axes.invert_yaxis()
     axes.axvline(0, color="0.7", lw=0.8, zorder=0)
-    axes.set(xlabel="log p of held-out cells, nats a cell from the best", title="Evidence")
+    axes.set(xlabel="log p of held-out cells relative to the best, nats per cell", title="Evidence")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from spatialvae.errors import InputError
 
-ENTRIES = 2**22  # of a block, zeros counted
+ENTRIES = 2**22  # values of a block, including zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +34,12 @@ class Counts:
         return len(self.depth), self.n_genes
 
     def spread_over(self, places: np.ndarray, n_genes: int) -> Counts:
-        """The same counts in a table of ``n_genes``, with columns moved to ``places`` and the others empty."""
+        """The same counts in a table of ``n_genes`` columns: columns are moved to ``places``, the others are empty."""
         indices = places.astype(np.min_scalar_type(n_genes - 1))[self.indices]
         return Counts(self.indptr, indices, self.data, self.depth, n_genes)
 
     def blocks(self) -> Iterator[tuple[slice, sp.csr_array]]:
-        """Iterate over consecutive rows and their counts, float32, never the whole table at once."""
+        """Iterate over blocks of consecutive rows and their counts, float32."""
         n, step = len(self.depth), max(ENTRIES // self.n_genes, 1)
         for first in range(0, n, step):
             rows = slice(first, min(first + step, n))
@@ -58,11 +58,11 @@ class Counts:
 
 
 def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
-    """Check and keep ``columns`` of ``matrix`` (cell, gene): an array, a scipy matrix, or either left in a file.
+    """Check and store ``columns`` of ``matrix`` (cell, gene): an array or sparse matrix, in memory or in a file.
 
-    It is read twice, block by block: to check and measure it, and to copy it. Counts from a file are copied to an
-    unnamed temporary file (in ``TMPDIR``; 2 to 4 bytes a non-zero count), mapped into memory, which the
-    system may page out; it is removed with the last reference to it.
+    It is read twice in blocks: to check and measure it, and to copy it. Counts from a file are copied to an unnamed
+    temporary file (in ``TMPDIR``; 2 to 4 bytes per non-zero count) that is memory-mapped, so that the system can page
+    it out; it is removed with the last reference to it.
 
     Cells may have no counts. Raises InputError, naming ``where``, for values that are not non-negative integers, for
     a table without any count and for a damaged one.
@@ -94,7 +94,7 @@ def _entries(matrix: Any, columns: np.ndarray, where: str) -> Iterator[tuple[np.
     length, width = reversed(matrix.shape) if by_column else matrix.shape
     step = max(ENTRIES // width, 1)
     chunk = (getattr(matrix, "chunks", None) or (1,))[0]
-    step = -(-step // chunk) * chunk if isinstance(chunk, int) else step  # each chunk of the file is unpacked once
+    step = -(-step // chunk) * chunk if isinstance(chunk, int) else step  # each chunk of the file is decompressed once
     for first in range(0, length, step):
         part = slice(first, first + step)
         entries = _block(matrix, (slice(None), part) if by_column else part, where).tocoo()
@@ -105,8 +105,8 @@ def _entries(matrix: Any, columns: np.ndarray, where: str) -> Iterator[tuple[np.
 
 
 def _block(matrix: Any, part: Any, where: str) -> Any:
-    """``matrix[part]`` as a sparse matrix with each entry once; the caller's matrix, with which it may share memory, is
-    not changed. Indices are checked before compiled code uses them."""
+    """``matrix[part]`` as a sparse matrix without duplicate entries; the caller's matrix, with which it may share
+    memory, is not changed. Indices are checked before compiled code uses them."""
     try:
         if sp.issparse(matrix) and matrix.format in ("csr", "csc"):
             matrix.check_format(full_check=False)  # lengths of its arrays, before it is sliced

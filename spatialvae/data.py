@@ -27,7 +27,7 @@ FIELD_NEIGHBOURS = 6  # in the plane, about the number of cells that touch a cel
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """The part of a table that the model uses.
+    """The data of a table that the model uses.
 
     ``coordinates`` float64 (cell, axis) or None; ``samples`` and ``batches`` int64 (cell,); ``batch_names`` in the
     order of their codes; ``depth`` float32 (cell,), the total counts; ``missing`` bool (gene,), genes of the model that
@@ -61,7 +61,7 @@ class Graphs:
 
 
 def check_table(adata: AnnData, setup: Setup) -> None:
-    """Check the part of ``adata`` that the model uses, except the counts, which ``read_cells`` checks.
+    """Check the data of ``adata`` that the model uses, except the counts, which ``read_cells`` checks.
 
     Raises InputError for missing keys, duplicated names, coordinates that are not finite, missing samples or batches.
     """
@@ -80,9 +80,8 @@ def read_cells(
 ) -> Cells:
     """Check ``adata`` against ``setup`` and extract what the model uses.
 
-    ``genes`` and ``batch_names`` are those of a trained model, if there is one: genes are then matched by name, and
-    a warning says how many the table lacks. Another says how many cells have no counts. Genes that ``var["is_blank"]``
-    marks are left out.
+    ``genes`` and ``batch_names`` are those of a trained model, if any: genes are then matched by name. Warns if the
+    table lacks genes of the model, and if cells have no counts. Genes marked in ``var["is_blank"]`` are left out.
 
     Raises InputError as ``check_table`` does, and for counts that are not non-negative integers, a table that is
     damaged or shares fewer than 2 genes with the model, and batches that the model does not know.
@@ -106,8 +105,8 @@ def read_cells(
     if len(empty):
         known = "their neighbours" if coordinates is not None else "the average cell"
         warnings.warn(
-            f"{len(empty)} cells have no counts in {where}, the first {adata.obs_names[empty[0]]!r}: what is known of "
-            f"them comes from {known}",
+            f"{len(empty)} cell{'' if len(empty) == 1 else 's'} without counts in {where}, the first is "
+            f"{adata.obs_names[empty[0]]!r}: their embedding comes from {known}",
             stacklevel=2,
         )
     measurement = None
@@ -121,7 +120,7 @@ def read_cells(
 
 
 def fingerprint(adata: AnnData, setup: Setup) -> int:
-    """A checksum of all that ``read_cells`` reads from a table in memory; data in a file count by the file's name."""
+    """A checksum of everything that ``read_cells`` reads from a table in memory; of data in a file, the file's name."""
     matrix = _counts(adata, setup.layer)[0]
     parts = [getattr(matrix, name) for name in ("data", "indices", "indptr")] if hasattr(matrix, "indptr") else [matrix]
     if setup.spatial_key is not None:
@@ -150,7 +149,7 @@ def graphs_of(coordinates: np.ndarray, samples: np.ndarray) -> Graphs:
 
 
 def minibatches(rows: np.ndarray, size: int, rng: np.random.Generator | None = None) -> Iterator[np.ndarray]:
-    """``rows`` in minibatches of ``size``, shuffled by ``rng``, or in order without it. Every row comes once."""
+    """``rows`` in minibatches of ``size``, shuffled by ``rng`` if it is given. Every row occurs once."""
     if rng is not None:
         rows = rng.permutation(rows)
     for first in range(0, len(rows), size):
@@ -163,7 +162,7 @@ def _check_names(adata: AnnData) -> None:
             twice = names[names.duplicated()][0]
             raise InputError(f"{what} names are not unique: {twice!r} occurs more than once")
     if adata.n_obs < 2 or adata.n_vars < 2:
-        raise InputError(f"the table has {adata.n_obs} cells and {adata.n_vars} genes; expected 2 of each at least")
+        raise InputError(f"the table has {adata.n_obs} cells and {adata.n_vars} genes; expected at least 2 of each")
 
 
 def _counts(adata: AnnData, layer: str | None) -> tuple[Any, str]:
@@ -172,7 +171,7 @@ def _counts(adata: AnnData, layer: str | None) -> tuple[Any, str]:
             raise InputError("the table has no X; name a layer with counts")
         return adata.X, "X"
     if layer not in adata.layers:
-        raise InputError(f"the table has no layer {layer!r}; it has {sorted(adata.layers)}")
+        raise InputError(f"no layer {layer!r} in the table, which has {', '.join(sorted(adata.layers)) or 'none'}")
     return adata.layers[layer], f"layer {layer!r}"
 
 
@@ -189,11 +188,11 @@ def _columns(adata: AnnData, genes: tuple[str, ...] | None) -> tuple[np.ndarray,
     if missing.sum() > len(genes) - 2:
         raise InputError(
             f"the table has {len(genes) - len(names)} of the {len(genes)} genes that the model was trained on, "
-            f"expected 2 at least; it lacks {names[:3]}; are genes named in the same way?"
+            f"expected at least 2; it lacks {', '.join(names[:3])}, ...; check that genes are named in the same way"
         )
     if names:
         warnings.warn(
-            f"the table lacks {len(names)} of the {len(genes)} genes that the model was trained on, first {names[:3]}: "
+            f"the table lacks {len(names)} of the {len(genes)} genes of the model, {', '.join(names[:3])}, ...: "
             "they count as not measured",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Readers of two published data sets of single cells, in the files that their authors publish."""
+"""Readers of two published single-cell data sets in their original formats."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ CORTEX_ROWS = (
     "tissue", "group #", "total mRNA mol", "well", "sex", "age", "diameter", "cell_id", "level1class", "level2class",
 )  # fmt: skip
 HEMATO_COLUMNS = ("cell_id", "barcode", "library_id", "seq_run_id", "pass_filter")
-POOR_LIBRARY = "basal_bm1"  # left out on its authors' advice
+POOR_LIBRARY = "basal_bm1"  # left out, as its authors recommend
 
 
 def read_cortex(path: str | os.PathLike[str]) -> AnnData:
     """CORTEX: 3,005 cells of mouse cortex and hippocampus (Zeisel et al. 2015), ``expression_mRNA_17-Aug-2014.txt``.
 
-    The tab-separated file has ten rows of what is known of cells, their names in the second column, an empty row, and
-    a row for each gene: name, cluster, counts. Returns counts in X; ``obs`` has the ten rows, types in ``level1class``.
+    The tab-separated file has ten rows of annotations with their names in the second column, an empty row, and one row
+    per gene: name, cluster, counts. Returns counts in X and the annotations in ``obs``; types are in ``level1class``.
 
-    Raises InputError for a file that is not laid out so.
+    Raises InputError for a file with another layout.
     """
     from anndata import AnnData
 
@@ -51,7 +51,7 @@ def read_cortex(path: str | os.PathLike[str]) -> AnnData:
     widths = {*map(len, about.values()), *map(len, counts)}
     if len(widths) != 1 or not counts:
         raise InputError(
-            f"{path}: rows have {sorted(widths)} cells and there are {len(counts)} genes; is it truncated?"
+            f"{path}: {len(counts)} genes, with {sorted(widths)} cells in a row; the file may be truncated"
         )
     obs = pd.DataFrame(about, index=pd.Index(about["cell_id"], name=None)).drop(columns="cell_id")
     return AnnData(np.array(counts, np.float32).T, obs=obs, var=pd.DataFrame(index=genes))
@@ -64,13 +64,13 @@ def read_hemato(
 ) -> AnnData:
     """HEMATO: haematopoietic progenitors (Tusi et al. 2018), ``GSM2388072_basal_bone_marrow.raw_umifm_counts.csv.gz``.
 
-    Rows are cells; five columns tell of each, the others are genes. Cells that did not pass the authors' filter, and
-    library basal_bm1, which they advise against, are left out.
+    Rows are cells; five columns are annotations, the others genes. Cells that did not pass the authors' filter are left
+    out, and so is library basal_bm1, as they recommend.
 
     Parameters
     ----------
     path : the counts, .csv or .csv.gz
-    genes : the authors' list of genes, ``bBM.filtered_gene_list.paper.txt``, one a line; all without it
+    genes : the authors' list of genes, ``bBM.filtered_gene_list.paper.txt``, one per line; by default all genes
     potential : ``bBM.spring_and_pba.csv``: its columns go to ``obs``, and cells that it lacks are left out; with all
         three, the 4,016 cells and 7,397 genes that are published
 
@@ -81,7 +81,7 @@ def read_hemato(
     table = _read_csv(path)
     absent = [name for name in HEMATO_COLUMNS if name not in table]
     if absent:
-        raise InputError(f"{path} has no column {absent[0]!r}; it has {list(table.columns[:6])}, ...")
+        raise InputError(f"{path}: no column {absent[0]!r}; it has {', '.join(map(str, table.columns[:6]))}, ...")
     passed = table["pass_filter"].astype(str).isin(["1", "1.0", "True"]) & (table["library_id"] != POOR_LIBRARY)
     table = table[passed].set_index("cell_id")
     about = table[[name for name in HEMATO_COLUMNS if name != "cell_id"]]
@@ -93,7 +93,7 @@ def read_hemato(
     if potential is not None:
         more = _read_csv(potential)
         if "cell_id" not in more:
-            raise InputError(f"{potential} has no column 'cell_id'; it has {list(more.columns[:6])}")
+            raise InputError(f"{potential}: no column 'cell_id'; it has {', '.join(map(str, more.columns[:6]))}")
         more = more.set_index("cell_id")
         about = about.join(more[[name for name in more if name not in about]], how="inner")
     if about.empty or not names:
@@ -104,14 +104,14 @@ def read_hemato(
 
 def _opened(path: str | os.PathLike[str]) -> TextIO:
     if not Path(path).is_file():
-        raise InputError(f"{path} is not a file")
+        raise InputError(f"{path}: no such file")
     return Path(path).open(encoding="utf-8", newline="")
 
 
 def _read_csv(path: str | os.PathLike[str]) -> pd.DataFrame:
     if not Path(path).is_file():
-        raise InputError(f"{path} is not a file")
+        raise InputError(f"{path}: no such file")
     try:
         return pd.read_csv(path)
     except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as CSV: {error}") from error
+        raise InputError(f"{path}: cannot be read as CSV: {error}") from error

@@ -1,4 +1,4 @@
-"""From latents to the expected share of each gene in a cell's counts."""
+"""The decoder: latents to the expected share of each gene in the counts of a cell."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Decoder(nn.Module):
 
     @property
     def loadings(self) -> Tensor:
-        """The part of W for z_cell, (gene, dim)."""
+        """The columns of W for z_cell, (gene, dim)."""
         return self.out.weight[:, : self.n_cell]
 
     def inputs(self, z_cell: Tensor, batch: Tensor) -> Tensor:

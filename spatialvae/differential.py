@@ -1,22 +1,22 @@
 r"""Differential expression between groups of cells, from the posterior.
 
-The expression of a group is the mean over its cells of a gene's share rho, corrected by what its counts say beyond the
-model: with the totals X of its counts and E of their expectation,
+The expression of a group is the mean over its cells of a gene's share rho, corrected by its counts: with the total X
+of its counts and their expectation E under the model,
 
     log h = log mean rho + log (X + 1/2) / (E + 1/2)
 
-whose variance is that of X over E^2, which the likelihood states, and that of draws of z. Of two groups, over genes,
+whose variance is that of X over E^2, which the likelihood gives, plus that over draws of z. For two groups, over genes,
 
     lfc_g ~ sum_k p_k N(0, s_k^2),   log2 h_1g - log2 h_2g ~ N(lfc_g, v_g)
 
-with the weights p of a grid of s, among them 0, learnt from all genes by maximum likelihood (Stephens 2017, adaptive
-shrinkage): genes that differ no more than their counts explain are pulled to zero. As scvi-tools defines them::
+with the weights p of a grid of s that includes 0, estimated from all genes by maximum likelihood (Stephens 2017,
+adaptive shrinkage): changes that counting noise explains are shrunk to zero. As scvi-tools defines them::
 
     proba_de = P(|lfc| >= delta),   bayes_factor = log proba_de - log (1 - proba_de)
 
 and genes are called, from the highest proba_de down, while the mean of 1 - proba_de among them, the expected false
-discovery rate, is at most the target (Lopez et al. 2018; Boyeau et al. 2019). Other than there the change is that
-of the groups' means, not that of two cells picked at random.
+discovery rate, is at most the target (Lopez et al. 2018; Boyeau et al. 2019). Unlike in scvi-tools, the change is that
+of the groups' means, not that between two cells picked at random.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EPSILON = 1e-8  # of Bayes factors, as in scvi-tools
 DRAWS = 30  # of z: a group's mean hardly varies between them
 QUANTILE_DRAWS = 1000  # of a change, for its median and extremes
 UPDATES = 300  # of the weights of the prior
-NONE_AT_FIRST = 10.0  # genes without change that are counted in before any is seen, so that few genes do not call all
+NONE_AT_FIRST = 10.0  # pseudo-count of genes without change, so that with few genes not all are called
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Change:
     sd: np.ndarray
 
     def beyond(self, limit: float) -> np.ndarray:
-        """P(lfc >= limit), (gene,); a change of exactly 0 lies half beyond 0."""
+        """P(lfc >= limit), (gene,); half of the mass at exactly 0 counts as beyond 0."""
         sd = np.maximum(self.sd, 1e-12)
         return (self.weight * ndtr((self.mean - limit) / sd)).sum(1)
 
@@ -77,7 +77,7 @@ class Change:
 def group_mean(
     module: SpatialModule, section: Section, found: Expansion, rows: np.ndarray, seed: int, batch: int | None = None
 ) -> Group:
-    """Expression of ``rows`` of a section with its expansion; as if of ``batch``, by default each cell of its own."""
+    """Expression of ``rows`` of a section with its expansion, in ``batch``, by default that of each cell."""
     genes = module.shape.n_genes
     share, expected, spread, counted = *np.zeros((2, DRAWS, genes)), np.zeros(genes), np.zeros(genes)
     theta = module.bounded_log_theta.exp().cpu().double().numpy()
@@ -95,8 +95,8 @@ def group_mean(
 
 
 def shrunk(estimate: np.ndarray, variance: np.ndarray) -> Change:
-    """Posterior of changes of which ``estimate`` and its ``variance`` (gene,) are known, with the prior learnt from
-    them by expectation maximisation."""
+    """Posterior of changes with ``estimate`` and ``variance`` (gene,), under a prior estimated from them by expectation
+    maximisation."""
     most = max(2 * np.sqrt(max(float((estimate**2 - variance).max()), 0)), 1e-2)
     sd = np.append(0, most / np.sqrt(2) ** np.arange(16))
     total = variance[:, None] + sd**2
@@ -120,7 +120,7 @@ def is_de(proba_de: np.ndarray, fdr: float) -> np.ndarray:
 
 
 def compare(one: Group, two: Group, mode: str, delta: float, fdr: float, seed: int) -> pd.DataFrame:
-    """A row a gene with scvi-tools' columns; changes in log2."""
+    """One row per gene with the columns of scvi-tools; changes in log2."""
     variance = (one.variance + two.variance) / np.log(2) ** 2
     change = shrunk((one.log_mean - two.log_mean) / np.log(2), variance)
     scales = {"scale1": one.scale, "scale2": two.scale}
@@ -152,7 +152,7 @@ def compare(one: Group, two: Group, mode: str, delta: float, fdr: float, seed: i
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two groups of rows, and the columns that tell of them."""
+    """Two groups of rows, and the columns that describe them."""
 
     one: np.ndarray
     two: np.ndarray
@@ -168,9 +168,9 @@ def pairs(
     idx2: Selection | None,
     within: str | None,
 ) -> list[Pair]:
-    """The groups to compare, as ``SpatialVAE.differential_expression`` is asked for.
+    """The groups to compare, from the arguments of ``SpatialVAE.differential_expression``.
 
-    Raises InputError for keys or groups that are not there, and for groups without cells.
+    Raises InputError for keys or groups that do not exist, and for groups without cells.
     """
     found = []
     if idx1 is not None:
@@ -231,7 +231,7 @@ def tables(
     batch: int | None,
     seed: int,
 ) -> pd.DataFrame:
-    """``compare`` of all ``pairs``, one after the other, genes in their order."""
+    """Concatenated results of ``compare`` for all ``pairs``, with genes in their order."""
     if mode not in MODES:
         raise InputError(f"mode is {mode!r}; expected one of {MODES}")
     if not (delta >= 0 and 0 < fdr < 1):
@@ -247,8 +247,8 @@ def tables(
 
 
 def raw_statistics(module: SpatialModule, section: Section, one: np.ndarray, two: np.ndarray) -> dict[str, np.ndarray]:
-    """What scvi-tools states of the counts of two groups of rows: means, shares of cells that have any, and means of
-    counts scaled to 10,000 a cell, (gene,) each."""
+    """The statistics of scvi-tools for two groups of rows, (gene,) each: mean counts, shares of cells with counts, and
+    mean counts scaled to 10,000 per cell."""
     found: dict[str, np.ndarray] = {}
     for i, rows in enumerate((one, two), 1):
         x = np.zeros((3, module.shape.n_genes))

@@ -1,7 +1,7 @@
 """Several processes that train one model together: ``torchrun --nproc-per-node 2 -m spatialvae.cli train ...``.
 
-Each process holds the whole section and computes its share of every minibatch; gradients are summed. That is data
-parallelism as DistributedDataParallel does it, made simple by the gradient being one tensor.
+Each process holds the whole section and computes a part of every minibatch; gradients are summed. This is the data
+parallelism of DistributedDataParallel, simpler because the gradient is one tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 @dataclass(frozen=True)
 class Team:
-    """This process's place among those that train together."""
+    """The rank of this process among those that train together."""
 
     rank: int = 0
     size: int = 1
@@ -36,7 +36,7 @@ class Team:
 
 @contextmanager
 def team_of_processes() -> Iterator[Team]:
-    """The processes that ``torchrun`` started, else this one alone."""
+    """The processes started by ``torchrun``, or this process alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Team()
         return

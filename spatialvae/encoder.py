@@ -1,4 +1,4 @@
-"""What a cell's counts say of z_cell, whatever is known from elsewhere."""
+"""The encoder: the information that the counts of a cell give about z_cell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from spatialvae._product import Linear
 
-FIRST_PRECISION = 10.0  # of a cell's counts about a latent of unit variance, before training
+FIRST_PRECISION = 10.0  # precision that counts give about a latent of unit variance, before training
 
 
 def log_normalised(x: Tensor, factor: Tensor) -> Tensor:
@@ -23,14 +23,14 @@ def log_normalised(x: Tensor, factor: Tensor) -> Tensor:
 
 
 class CellEncoder(nn.Module):
-    """A Gaussian in place of the likelihood of z_cell: p(x | z_cell, s) ~ N(t; z_cell, 1 / precision).
+    """A Gaussian approximation to the likelihood of z_cell: p(x | z_cell, s) ~ N(t; z_cell, 1 / precision).
 
     Log-normalised counts (cell, gene) and batches s (cell,) are mapped to t and log precision (cell, dim):
 
         t = W y + b - shift_s + MLP(y, s),   log precision = MLP(y, s)
 
-    the linear map given (directions of unit variance) and the MLP's last layer zero at the start. With a Gaussian prior
-    the posterior follows (``combined``), and where neighbours are known they are part of that prior.
+    starting from a given linear map (directions of unit variance) and a zero last layer of the MLP. With a Gaussian
+    prior the posterior follows (``combined``); known neighbours are part of that prior.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, shift: Tensor, hidden: int) -> None:

@@ -88,7 +88,7 @@ def log_evidence(
 ) -> tuple[np.ndarray, np.ndarray]:
     """log p(x_i) and its Monte Carlo error of ``rows``, float64 (row,) each, in nats.
 
-    ``expected``: what is known of z_cell of given rows from other cells; if None, nothing.
+    ``expected``: the distribution of z_cell of given rows given other cells; None if nothing is given.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -107,5 +107,5 @@ def log_evidence(
 
 
 def mean_with_error(value: np.ndarray, error: np.ndarray) -> tuple[float, float]:
-    """Mean over cells, and the error that it has from independent ``error`` (cell,)."""
+    """Mean over cells, and its error from independent errors ``error`` (cell,)."""
     return float(value.mean()), float(np.sqrt((error**2).sum()) / len(error))

@@ -4,13 +4,13 @@ Scores ``y`` (cell, direction) on the graph with Laplacian ``L`` are modelled, d
 
     y_d ~ N(0, V_d),   V_d = s_d (1 + r L)^-1  +  g_d (1 + a L)^-1  +  e_d I
 
-a smooth field (the niche), a rough one (neighbours that resemble each other because they touch) and what belongs to
-the cell alone. The smooth part penalises squared differences along edges (a conditional autoregression, Besag 1974):
-of the graph forms of Matern fields (Lindgren, Rue & Lindstrom 2011) the one that blurs borders least. Range ``r`` is
-shared by all directions, variances are each direction's own, and all are learnt by maximum likelihood: V_d is a
-function of L, so the log determinant and the quadratic form are integrals against spectral measures. Those are exact
-for small tables; for large ones a few Lanczos steps give them by Gauss quadrature (Ubaru, Chen & Saad 2017). Nothing of
-size (cell, cell) is made of a large table.
+a smooth field (the niche), a rough one (neighbours that resemble each other because they touch) and a part that is
+independent between cells. The smooth part penalises squared differences along edges (a conditional autoregression,
+Besag 1974): of the graph forms of Matern fields (Lindgren, Rue & Lindstrom 2011) the one that blurs borders least.
+Range ``r`` is shared by all directions, variances are each direction's own, and all are learnt by maximum likelihood:
+V_d is a function of L, so the log determinant and the quadratic form are integrals against spectral measures. Those are
+exact for small tables; for large ones a few Lanczos steps give them by Gauss quadrature (Ubaru, Chen & Saad 2017).
+Nothing of size (cell, cell) is made of a large table.
 """
 
 from __future__ import annotations

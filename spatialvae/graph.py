@@ -43,7 +43,7 @@ class NeighbourGraph:
         return (self.index >= 0).sum(1)
 
     def adjacency(self, symmetric: bool = False) -> sp.csr_array:
-        """Rows of ones, float32 (cell, cell); ``symmetric``: i ~ j if either lists the other."""
+        """Adjacency matrix of ones, float32 (cell, cell); ``symmetric``: i ~ j if one is a neighbour of the other."""
         there = self.index >= 0
         ends, columns = np.append(0, np.cumsum(there.sum(1))), self.index[there]
         matrix = sp.csr_array((np.ones(len(columns), np.float32), columns, ends), shape=(self.n_cells, self.n_cells))
@@ -56,9 +56,9 @@ def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None
 
     Parameters
     ----------
-    coordinates : float (cell, axis), 2 or 3 axes, any one unit
-    k : neighbours of each cell; a sample of n cells gives n - 1 at most
-    samples : int or str (cell,); one sample if not given
+    coordinates : float (cell, axis), 2 or 3 axes in the same unit
+    k : neighbours of each cell; at most n - 1 in a sample of n cells
+    samples : int or str (cell,); by default one sample
     """
     coordinates = checked_coordinates(coordinates)
     if k < 1:
@@ -107,7 +107,7 @@ def to_data(adata: AnnData, k: int = 15) -> Data:
 
     setup = Setup.read(adata)
     if setup.spatial_key is None:
-        raise InputError("the table was set up without spatial_key: it has no coordinates to make a graph of")
+        raise InputError("the table was set up without spatial_key: there are no coordinates for a graph")
     coordinates, samples = read_places(adata, setup)
     graph = knn_graph(coordinates, k, samples)
     target, slot = np.nonzero(graph.index >= 0)
@@ -124,8 +124,8 @@ def to_data(adata: AnnData, k: int = 15) -> Data:
 
 
 def from_data(data: Data) -> NeighbourGraph:
-    """The neighbours that ``data.edge_index`` lists, (2, edge) from neighbour to cell, with ``data.edge_attr``, (edge,)
-    or (edge, 1), as distances, or else distances between ``data.pos``.
+    """The neighbours in ``data.edge_index`` (2, edge), from neighbour to cell, with the distances ``data.edge_attr``,
+    (edge,) or (edge, 1), or else those between ``data.pos``.
 
     Raises InputError if an edge refers to a cell that does not exist, or if there are neither distances nor positions.
     """
@@ -141,7 +141,7 @@ def from_data(data: Data) -> NeighbourGraph:
         places = np.asarray(data.pos.cpu(), np.float32)
         far = np.linalg.norm(places[edges[0]] - places[edges[1]], axis=1)
     else:
-        raise InputError("data has neither edge_attr nor pos: the distances of neighbours are not known")
+        raise InputError("data has neither edge_attr nor pos: the distances of neighbours are unknown")
     order = np.lexsort((far, edges[1]))
     source, target, far = edges[0][order], edges[1][order], far[order]
     degree = np.bincount(target, minlength=n)
@@ -164,7 +164,7 @@ def _rows_of_samples(n: int, samples: np.ndarray | None) -> list[np.ndarray]:
 
 
 def _without_self(far: np.ndarray, near: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop each row's own ``number``; if cells coincide, it need not come first, or be listed at all."""
+    """Drop each row's own ``number``, which need not be first, or be listed at all, if cells coincide."""
     own = near == number[:, None]
     own[~own.any(1), -1] = True
     keep = ~own

@@ -1,4 +1,4 @@
-"""Inference from cells that are not independent: blocks of neighbours, and false discovery rates of many tests."""
+"""Inference from dependent cells: blocks of neighbours, and false discovery rates of many tests."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def spatial_blocks(coordinates: np.ndarray, number: int, samples: np.ndarray | None = None) -> np.ndarray:
-    """Compact blocks of as equal a number of cells as can be, never across samples: int64 (cell,), from 0.
+    """Compact blocks of nearly equal numbers of cells, never across samples: int64 (cell,), from 0.
 
-    Each sample is cut in two across its longest side until there are about ``number`` blocks in all. Sums over blocks
-    are nearly independent where blocks are wide compared with the distance over which cells are alike.
+    Samples are bisected across their longest side until there are about ``number`` blocks in total. Sums over blocks
+    are nearly independent if blocks are wide compared with the distance over which cells are correlated.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a model has learnt, in genes: programs of its dimensions and of domains, gene sets, how far neighbours reach."""
+"""Interpret a model: gene programs of dimensions and domains, gene sets, and the reach of neighbours."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def latent_programs(model: SpatialVAE, seed: int = 0) -> pd.DataFrame:
     """Change of each gene's log share with each dimension of z_cell, float (gene, dimension).
 
     The mean over cells of d log rho_g / d z_d = J_gd - sum_h rho_h J_hd, where J is the Jacobian of the decoder's
-    logits: 0.7 is a doubling for one unit, in which cells vary by about 1. z_niche is the smooth part of the first
-    dimensions, and has their programs. Those of a linear decoder are its loadings, but for a constant of
-    each dimension.
+    logits: 0.7 is a doubling per unit, and cells vary by about 1 unit. z_niche is the smooth part of the first
+    dimensions and has their programs. For a linear decoder, programs are its loadings up to a constant for each
+    dimension.
     """
     import torch
 
@@ -49,7 +49,7 @@ def latent_programs(model: SpatialVAE, seed: int = 0) -> pd.DataFrame:
 
 
 def domain_programs(expression: np.ndarray, labels: np.ndarray, genes: list[str]) -> pd.DataFrame:
-    """How each gene's log counts in a domain differ from those in all others, in their standard deviation: (gene,
+    """Difference of each gene's mean log counts between a domain and all others, in standard deviations: (gene,
     domain). expression float (cell, gene), labels (cell,)."""
     spread = np.maximum(expression.std(0), 1e-9)
     names = sorted({str(label) for label in labels}, key=lambda name: (len(name), name))
@@ -73,31 +73,35 @@ def top_genes(programs: pd.DataFrame, number: int = 8) -> pd.DataFrame:
 
 
 def read_gmt(path: str | os.PathLike[str]) -> dict[str, frozenset[str]]:
-    """Gene sets of a GMT file: a line a set, tab-separated name, description, genes. Raises InputError for others."""
+    """Read gene sets from a GMT file: one tab-separated line per set, with name, description, genes.
+
+    Raises InputError for other files.
+    """
     if not Path(path).is_file():
-        raise InputError(f"{path} is not a file")
+        raise InputError(f"{path}: no such file; expected gene sets (GMT)")
     sets: dict[str, frozenset[str]] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not text: {error}") from error
+        raise InputError(f"{path}: not a text file: {error}") from error
     for number, line in enumerate(lines, 1):
         fields = line.rstrip().split("\t")
         if len(fields) == 1 and not fields[0]:
             continue
         if len(fields) < 3:
             raise InputError(
-                f"{path}, line {number}: {len(fields)} fields; expected name, description and genes, by tabs"
+                f"{path}, line {number}: {len(fields)} fields; expected name, description and genes, separated by tabs"
             )
         sets[fields[0]] = frozenset(gene for gene in fields[2:] if gene)
     return sets
 
 
 def ranked_enrichment(scores: pd.Series, sets: Mapping[str, Collection[str]]) -> pd.DataFrame:
-    """Are the genes of a set high, or low, among all ``scores`` (gene)? Wilcoxon's rank sum, with ties, for each set.
+    """Wilcoxon's rank-sum test, with ties, of whether the genes of each set rank high or low among ``scores`` (gene,).
 
-    Genes are taken to be independent; those of one set seldom are, so p-values are too small: read them as an order
-    (Wu & Smyth 2012). Returns ``set``, ``genes`` (in the table), ``auc`` (0.5: like the others), ``p_value``, ``fdr``.
+    The test assumes independent genes; genes of a set seldom are, so that p-values are too small and only their order
+    is meaningful (Wu & Smyth 2012). Returns ``set``, ``genes`` (in the table), ``auc`` (0.5: as other genes),
+    ``p_value`` and ``fdr``.
     """
     ranks, n = pd.Series(rankdata(scores), index=scores.index), len(scores)
     ties = np.unique(scores, return_counts=True)[1].astype(float)
@@ -117,7 +121,7 @@ def ranked_enrichment(scores: pd.Series, sets: Mapping[str, Collection[str]]) ->
 def over_representation(
     chosen: Collection[str], universe: Collection[str], sets: Mapping[str, Collection[str]]
 ) -> pd.DataFrame:
-    """Are more of the ``chosen`` genes in a set than of all genes in the ``universe``, the panel? Hypergeometric test.
+    """Hypergeometric test of whether ``chosen`` genes are enriched in a set, relative to the ``universe``, the panel.
 
     Returns ``set``, ``genes`` (of the set in the universe), ``chosen``, ``expected``, ``p_value``, ``fdr``.
     """
@@ -140,13 +144,13 @@ def _ordered(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def neighbour_reach(model: SpatialVAE) -> pd.DataFrame:
-    """How much, and how far, neighbours matter to each dimension that varies in space, read out of the fitted field.
+    """How much and how far neighbours affect each dimension that varies in space, from the fitted field.
 
     ``niche_share``: of the prior variance of the dimension, that of z_niche. ``range``, in the unit of the coordinates:
     a field of precision 1 + r L in the plane has correlation length sqrt(r d a^2 / 4), with d the mean number of
     neighbours and a^2 the square of their distance, its median, since a few edges cross holes of the tissue.
 
-    Raises InputError for a model without places.
+    Raises InputError for a model without coordinates.
     """
     section = model._read(None)
     if section.graphs is None or not model.module.shape.n_niche:
@@ -163,10 +167,10 @@ def neighbour_reach(model: SpatialVAE) -> pd.DataFrame:
 def disentanglement(
     niche: np.ndarray, cell: np.ndarray, answers: Mapping[str, np.ndarray], blocks: np.ndarray
 ) -> pd.DataFrame:
-    """How well each of z_niche and z_cell, and both, tell what is asked for: balanced accuracy in blocks left out.
+    """Balanced accuracy with which z_niche, z_cell and both predict labels, in held-out blocks.
 
-    Multinomial logistic regression; ``chance`` is one over the number of classes. What z_niche adds to z_cell about
-    regions, and z_cell to z_niche about types, is what they do not share.
+    Multinomial logistic regression; ``chance`` is one over the number of classes. The gain of both over one of them is
+    the information that the two do not share.
 
     Parameters
     ----------

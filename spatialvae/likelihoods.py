@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TABLE = 256  # counts above it take the slow way
-ROWS = 64  # cells at a time: what lies between stays in the cache
+TABLE = 256  # counts above it are computed without the table
+ROWS = 64  # cells at a time, so that intermediate results stay in the cache
 
 
 class _NegativeBinomial(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The linear start of the model: directions of log counts, shifts of batches along them, and their spatial field."""
+"""The linear initialisation of the model: directions of log counts, batch shifts along them, their spatial field."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def _leading(cells: Cells, scale: float, mean: np.ndarray, k: int, seed: int) ->
 def batch_shifts(scores: np.ndarray, batches: np.ndarray, n_batch: int, seed: int = 0) -> np.ndarray:
     """Positions of batches (batch, score), independent of their composition, from ``scores`` (cell, score).
 
-    Mutual nearest neighbours in two batches are taken to be of one kind (Haghverdi, Lun, Morgan & Marioni
-    2018); shifts are the least-squares fit to the differences of such pairs, and are found again after they are
-    subtracted, as in iterative closest points (Besl & McKay 1992). Their mean over all cells is zero.
+    Mutual nearest neighbours in two batches are assumed to be of the same type (Haghverdi, Lun, Morgan & Marioni
+    2018); shifts are the least-squares fit to the differences of such pairs, and are refined after subtracting them,
+    as in iterative closest points (Besl & McKay 1992). Their mean over all cells is zero.
     """
     shift = np.zeros((n_batch, scores.shape[1]))
     if n_batch == 1:

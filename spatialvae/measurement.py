@@ -1,12 +1,12 @@
-r"""From expression to counts that a decoder calls: molecules that are missed, and calls that are wrong.
+r"""The measurement: expression to the counts that a decoder calls, with missed molecules and wrong calls.
 
-Of the molecules of gene g the share e_g is detected, and wrong calls of it are a share beta_g of all calls of a cell.
-With shares rho_g of the molecules that were there, the calls of a cell are shared as
+A share e_g of the molecules of gene g is detected, and its wrong calls are a share beta_g of all calls of a cell.
+If the molecules of a cell have shares rho_g, its calls have shares
 
     pi_g = (1 - sum_h beta_h) e_g rho_g / sum_h e_h rho_h + beta_g
 
-Thinning with e_g leaves a negative binomial a negative binomial with the same dispersion; so it is taken to be with the
-background added to its mean, which is small beside it.
+A negative binomial thinned with e_g is a negative binomial with the same dispersion. This is assumed to hold with the
+background, too, which adds little to the mean.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from spatialvae.errors import InputError
 if TYPE_CHECKING:
     from anndata import AnnData
 
-LEAST_EFFICIENCY = 0.01  # of a gene all of whose calls are taken to be wrong
-MOST_WRONG = 0.99  # of the calls of a gene: some of it was there
+LEAST_EFFICIENCY = 0.01  # of a gene whose calls are all assumed to be wrong
+MOST_WRONG = 0.99  # of the calls of a gene, so that its expression is not zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Measurement:
         return right[..., None] * (slopes - torch.softmax(signal, -1)[:, None] @ slopes)
 
     def there(self, share: np.ndarray, depth: np.ndarray) -> np.ndarray:
-        """How many molecules were there, (cell,), in cells of ``depth`` (cell,) calls; ``share`` rho (cell, gene)."""
+        """Expected number of molecules (cell,) in cells with ``depth`` (cell,) calls; ``share`` rho (cell, gene)."""
         return depth * (1 - self.background.sum()) / (share @ self.efficiency)
 
     def share_there(self, share: np.ndarray) -> np.ndarray:
@@ -61,18 +61,18 @@ class Measurement:
 
 
 def read_measurement(adata: AnnData, columns: np.ndarray, share: np.ndarray) -> Measurement:
-    """Of the genes in ``columns`` of a table, -1 where it has not got one, that make up ``share`` (gene,) of its calls.
+    """The measurement of the genes in ``columns`` of a table (-1: missing), with ``share`` (gene,) of its calls.
 
-    ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, the expected share of wrong calls among those
-    of a gene, are what ``merfish run`` writes. A gene of which they are not known, being never called, has the median
+    Read from ``var["detection_efficiency"]`` and ``var["misidentification_rate"]`` (expected share of wrong calls among
+    those of a gene), as written by ``merfish run``. Genes without values, which were never called, get the median
     efficiency.
 
-    Raises InputError if a column is not there or holds a number that is not a share.
+    Raises InputError if a column is missing or holds a number that is not a share.
     """
     there, found = columns >= 0, {}
     for key in (_keys.EFFICIENCY, _keys.WRONG):
         if key not in adata.var:
-            raise InputError(f"var has no {key!r}, which measurement=True needs; it has {sorted(adata.var)}")
+            raise InputError(f"no column {key!r} in var, which measurement=True needs; it has {', '.join(adata.var)}")
         values = np.full(len(columns), np.nan)
         values[there] = adata.var[key].to_numpy(float)[columns[there]]
         wrong = np.flatnonzero((values < 0) | (values > 1))
@@ -82,7 +82,7 @@ def read_measurement(adata: AnnData, columns: np.ndarray, share: np.ndarray) -> 
         found[key] = values
     efficiency = found[_keys.EFFICIENCY]
     if np.isnan(efficiency).all():
-        raise InputError(f"var[{_keys.EFFICIENCY!r}] is known of no gene; train without measurement=True")
+        raise InputError(f"var[{_keys.EFFICIENCY!r}] is NaN for all genes; train without measurement=True")
     efficiency = np.where(np.isnan(efficiency), np.nanmedian(efficiency), efficiency).clip(LEAST_EFFICIENCY)
     background = share * np.nan_to_num(found[_keys.WRONG]).clip(max=MOST_WRONG)
     return Measurement(efficiency.astype(np.float32), background.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Figures of a trained model. Each function returns a matplotlib Figure that no window holds."""
+"""Figures of a trained model. Each function returns a Matplotlib figure without opening a window."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MAX_LEGEND = 24
 MOST_COMPARED = 2000  # cells of a matrix of distances
 MOST_EDGES = 60
-MOST_DRAWN = 200_000  # cells; more hide each other
+MOST_DRAWN = 200_000  # cells; more would overlap
 
 
 def training_curve(history: pd.DataFrame) -> Figure:
@@ -25,13 +25,13 @@ def training_curve(history: pd.DataFrame) -> Figure:
         if column in history:
             left.plot(history["step"], history[column], label=label)
     middle = history[[c for c in names if c in history]].to_numpy(float)
-    if len(middle) > 3:  # the first steps would flatten the rest
+    if len(middle) > 3:  # the first steps would dominate the scale
         left.set_ylim(np.percentile(middle, 8), middle.max() + 0.1 * np.ptp(middle[len(middle) // 2 :]) + 1e-6)
-    left.set(xlabel="step", ylabel="nats a cell", title="Evidence lower bound")
+    left.set(xlabel="step", ylabel="nats per cell", title="Evidence lower bound")
     left.legend(frameon=False)
     if "kl_cell_validation" in history:
         right.plot(history["step"], history["kl_cell_validation"])
-    right.set(xlabel="step", ylabel="nats a cell", title="Divergence of z_cell from its prior")
+    right.set(xlabel="step", ylabel="nats per cell", title="Divergence of z_cell from its prior")
     return figure
 
 
@@ -50,10 +50,10 @@ def latent_map(latent: np.ndarray, labels: np.ndarray | None = None, title: str 
 def domains_in_space(
     coordinates: np.ndarray, labels: np.ndarray, title: str = "Domains", like: np.ndarray | None = None
 ) -> Figure:
-    """Cells where they lie, coloured by ``labels``. coordinates (cell, 2 or 3): the first two axes are drawn.
+    """Cells at their coordinates (cell, 2 or 3; the first two axes are drawn), coloured by ``labels``.
 
-    Where other labels (cell,) are given as ``like``, each label has the colour of the one that it fits: the pairs that
-    share most cells (Kuhn 1955).
+    With other labels (cell,) as ``like``, each label gets the colour of the one that it matches; matched pairs
+    share the most cells (Kuhn 1955).
     """
     figure, (axes,) = _figure(1)
     _scatter(axes, coordinates[:, :2], labels, like)
@@ -65,8 +65,8 @@ def domains_in_space(
 def latent_distances(latent: np.ndarray, labels: np.ndarray, seed: int = 0, title: str = "Latent space") -> Figure:
     """Distances between cells in latent space, ordered by label, beside an embedding of them in the plane.
 
-    latent (cell, dim), labels (cell,); 2,000 cells at most are drawn, chosen by ``seed``. The embedding is a latent of
-    two dimensions itself, UMAP (McInnes, Healy & Melville 2018) where umap-learn is installed, or t-SNE.
+    latent (cell, dim), labels (cell,); at most 2,000 cells are drawn, chosen by ``seed``. The embedding is a latent
+    with two dimensions itself, UMAP (McInnes, Healy & Melville 2018) if umap-learn is installed, or else t-SNE.
     """
     from scipy.spatial.distance import cdist
 
@@ -89,7 +89,7 @@ def latent_distances(latent: np.ndarray, labels: np.ndarray, seed: int = 0, titl
     size = 8 if len(names) <= MAX_LEGEND else 5
     left.set_yticks(middles, names, fontsize=size)
     for text, colour in zip(left.get_yticklabels(), _colours(labels).values(), strict=True):
-        text.set_color((0.8 * colour[0], 0.8 * colour[1], 0.8 * colour[2]))  # a legend, where the map has none
+        text.set_color((0.8 * colour[0], 0.8 * colour[1], 0.8 * colour[2]))  # a legend if the map has none
     left.set(xticks=[], title="Distance between cells in latent space")
     figure.colorbar(image, ax=left, shrink=0.7, label="Euclidean distance")
     where, name = _in_the_plane(latent, seed)
@@ -120,8 +120,8 @@ def couplings(table: pd.DataFrame, title: str = "Which types are neighbours") ->
 
 
 def dependence_graph(given: pd.DataFrame, alone: pd.DataFrame) -> Figure:
-    """Genes on a circle, joined where they depend on each other: given the neighbours (solid, red positive, blue
-    negative), and only as long as the neighbours are not known (grey). The 60 strongest edges of each are drawn."""
+    """Genes on a circle, joined if they depend on each other: given the neighbours (solid, red positive, blue
+    negative), or only without them (grey). The 60 strongest edges of each are drawn."""
     given, alone = given.head(MOST_EDGES), alone.head(MOST_EDGES)
     ends = pd.concat([given, alone])[["gene", "other"]]
     names = _along_edges(ends.to_numpy())
@@ -149,7 +149,7 @@ def dependence_graph(given: pd.DataFrame, alone: pd.DataFrame) -> Figure:
         )
     axes.plot([], [], color="tab:red", label="positive, given the neighbours")
     axes.plot([], [], color="tab:blue", label="negative, given the neighbours")
-    axes.plot([], [], color="0.75", label="gone once the neighbours are given")
+    axes.plot([], [], color="0.75", label="only without the neighbours")
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     axes.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal")
     axes.set_title("Genes that depend on each other given all others")
@@ -158,19 +158,19 @@ def dependence_graph(given: pd.DataFrame, alone: pd.DataFrame) -> Figure:
 
 
 def variance_bars(shares: pd.DataFrame, most: int = 30) -> Figure:
-    """Bars of ``dependence.variance_shares``: the genes of which niche and neighbours tell most."""
+    """Bars of ``dependence.variance_shares``: the genes that niche and neighbours explain best."""
     order = (shares["niche"] + shares["neighbours"]).sort_values(ascending=False).index[:most][::-1]
     shares = shares.loc[order]
     figure, (axes,) = _figure(1, max(len(shares) / 25, 0.8))
     start = np.zeros(len(shares))
     for name, colour, label in (
         ("type", "0.6", "its type"),
-        ("niche", "tab:green", "its niche, beyond"),
-        ("neighbours", "tab:orange", "its neighbours' genes, beyond"),
+        ("niche", "tab:green", "its niche, in addition"),
+        ("neighbours", "tab:orange", "its neighbours' genes, in addition"),
     ):
         axes.barh(shares["gene"], shares[name], left=start, color=colour, label=label)
         start = start + shares[name].to_numpy()
-    axes.set(xlabel="share of the variance of log counts, in cells not fitted to", ylim=(-0.6, len(shares) - 0.4))
+    axes.set(xlabel="share of the variance of log counts in held-out cells", ylim=(-0.6, len(shares) - 0.4))
     axes.tick_params(axis="y", labelsize=7)
     axes.set_title("What explains the expression of a gene in a cell", pad=24)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -178,7 +178,7 @@ def variance_bars(shares: pd.DataFrame, most: int = 30) -> Figure:
 
 
 def effects(table: pd.DataFrame, most: int = 25) -> Figure:
-    """The most certain rows of ``dependence.neighbour_effects``; filled: found at a 10 % rate of false ones."""
+    """The most certain rows of ``dependence.neighbour_effects``; filled: found at an FDR of 10 %."""
     rows = table.head(most).iloc[::-1]
     figure, (axes,) = _figure(1, max(len(rows) / 22, 0.6))
     error = np.abs(rows["effect"] / rows["t"].replace(0, np.nan))
@@ -206,13 +206,13 @@ def programs_map(programs: pd.DataFrame, most: int = 40) -> Figure:
     image = axes.imshow(programs, cmap="RdBu_r", vmin=-highest, vmax=highest, aspect="auto")
     axes.set_xticks(range(programs.shape[1]), list(programs.columns), rotation=90, fontsize=8)
     axes.set_yticks(range(len(programs)), list(programs.index), fontsize=7)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="change of log share a unit")
+    figure.colorbar(image, ax=axes, shrink=0.6, label="change of log share per unit")
     axes.set_title("Gene programs of z_cell")
     return figure
 
 
 def _along_edges(edges: np.ndarray) -> list[str]:
-    """Names in the order in which a walk along ``edges`` (edge, 2) meets them: what is joined comes close."""
+    """Names in the order of a walk along ``edges`` (edge, 2), so that joined names are close."""
     near: dict[str, list[str]] = {}
     for a, b in edges:
         near.setdefault(a, []).append(b)
@@ -254,7 +254,7 @@ def _figure(panels: int, scale: float = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _colours(labels: np.ndarray, like: np.ndarray | None = None) -> dict[str, tuple[float, ...]]:
-    """A colour of each label in order; or that of the label among ``like`` (cell,) that shares most cells with it."""
+    """A colour for each label in order, or that of the label among ``like`` (cell,) that shares most cells with it."""
     from matplotlib import colormaps
     from scipy.optimize import linear_sum_assignment
 

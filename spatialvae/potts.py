@@ -3,10 +3,10 @@ r"""Potts models of labels, cell types or domains, on the graph of cells.
     p(s) = exp(-H(s)) / Z,   -H(s) = sum_i  h_{s_i} . x_i  +  sum_{i ~ j} J_{s_i s_j}
 
 with one symmetric matrix J of couplings between labels, a field h_a of each label on covariates x_i of cells, and the
-sum over edges i ~ j, each counted once (Potts 1952; two labels: Ising). J_ab > 0: a and b are met side by side more
-often than their abundances tell; each is e^J_ab an edge. A constant added to J changes nothing, and J_ab + u_a + u_b is
-a field u_a times the degree of a cell: couplings are given with rows that sum to zero, and the degree is a covariate
-where it varies. Z is a sum over all labellings. The couplings are therefore fitted by Besag's (1975) pseudo-likelihood,
+sum over edges i ~ j, each counted once (Potts 1952; two labels: Ising). J_ab > 0: a and b are neighbours more often
+than their abundances predict, by a factor e^J_ab per edge. Adding a constant to J changes nothing, and J_ab + u_a + u_b
+is a field u_a times the degree of a cell: couplings are given with rows that sum to zero, and the degree is a covariate
+if it varies. Z is a sum over all labellings. The couplings are therefore fitted by Besag's (1975) pseudo-likelihood,
 the product of p(s_i | its neighbours), which is a multinomial regression on the neighbours' labels.
 """
 
@@ -102,7 +102,7 @@ def fit_potts(
 
 
 def interactions(model: Potts, names: Sequence[str]) -> pd.DataFrame:
-    """A row for each pair of labels: ``coupling`` in nats an edge, ``error``, ``low`` and ``high`` (95 %), ``p_value``
+    """One row per pair of labels: ``coupling`` in nats per edge, ``error``, ``low`` and ``high`` (95 %), ``p_value``
     (two-sided, of no coupling) and ``fdr`` (Benjamini & Hochberg 1995), strongest first."""
     a, b = np.triu_indices(len(names))
     coupling, error = model.couplings[a, b], np.maximum(model.coupling_errors[a, b], 1e-300)
@@ -185,7 +185,7 @@ def log_partition(
 def smooth_labels(
     log_odds: np.ndarray, adjacency: sp.csr_array, sweeps: int = 200, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of cells given what each says of itself and what a Potts model says of neighbours.
+    """Labels of cells from their own evidence and from a Potts model of neighbours.
 
     p(s | y) is prop. to exp(sum_i log_odds_i,s_i + J sum_{i ~ j} [s_i = s_j]); J is fitted by pseudo-likelihood to the
     labels that it gives, in turns (Besag 1986), and probabilities are means over Gibbs sweeps.
@@ -233,7 +233,7 @@ def _one_coupling(labels: np.ndarray, adjacency: sp.csr_array, k: int) -> float:
 
 def _check(labels: np.ndarray, adjacency: sp.csr_array) -> None:
     if adjacency.shape != (len(labels), len(labels)):
-        raise InputError(f"{len(labels)} labels for a graph of {adjacency.shape[0]} cells; expected one each")
+        raise InputError(f"{len(labels)} labels for a graph of {adjacency.shape[0]} cells; expected one for each cell")
     counts = np.bincount(labels)
     if len(counts) < 2 or (counts == 0).any():
         raise InputError(f"labels occur {counts.tolist()} times; expected two or more, each at least once")
@@ -248,7 +248,7 @@ def _default_covariates(adjacency: sp.csr_array) -> np.ndarray:
 
 
 def _basis(k: int, n_covariates: int) -> np.ndarray:
-    """What makes (K, K + P) couplings and fields, flattened, of free parameters: orthonormal columns."""
+    """The map from free parameters to (K, K + P) couplings and fields, flattened: orthonormal columns."""
     contrasts = np.linalg.qr(np.c_[np.ones((k, 1)), np.eye(k)[:, 1:]])[0][:, 1:]  # (K, K - 1), of sum zero
     columns = []
     for a in range(k - 1):

@@ -1,4 +1,4 @@
-"""The page a person looks at after training: one file, nothing loaded from elsewhere."""
+"""The report of a training: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 WIDE_INCHES = 8.0
 DIMENSIONS_SHOWN = 12
 SETS_SHOWN = 3  # a program
-OTHERS = {  # what other commands write into the folder: heading, file, caption
-    "evidence.png": ("Evidence", "Evidence of models for cells that they have not seen (spatialvae evaluate)"),
+OTHERS = {  # files that other commands write into the folder: heading, file, caption
+    "evidence.png": ("Evidence", "Evidence of models for held-out cells (spatialvae evaluate)"),
     "checks.png": (
         "Predictive checks",
         "Counts drawn from the model, and counts measured (spatialvae evaluate --model)",
     ),
     "couplings.png": (
-        "Which types are neighbours",
+        "Neighbouring types",
         "Couplings of types: red attract, blue repel; dots at an FDR of 5 %",
     ),
-    "edges.png": ("Genes that depend on each other", "Given all other genes, and the neighbours"),
+    "edges.png": ("Genes that depend on each other", "Given all other genes and the neighbours"),
     "variance.png": ("What neighbours do", "What explains the expression of a gene"),
     "neighbour_effects.png": ("What neighbours do", "Cells of one type, close by, with more neighbours of another"),
 }
@@ -45,7 +45,7 @@ OTHERS = {  # what other commands write into the folder: heading, file, caption
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as PNG in base64, with its caption; a wide one has a row to itself."""
+    """A figure as PNG in base64, with its caption; a wide one fills a row."""
 
     png: str
     caption: str
@@ -71,7 +71,7 @@ class Section:
 
 
 def write_report(folder: Path, model: SpatialVAE, labels: str | None = None, gene_sets: Path | None = None) -> Path:
-    """Write FOLDER/report.html of what ``spatialvae train`` and other commands wrote there, whole or not at all.
+    """Write FOLDER/report.html from the results of ``spatialvae train`` and other commands in the folder, atomically.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def write_report(folder: Path, model: SpatialVAE, labels: str | None = None, gen
     labels : obs to compare domains with
     gene_sets : GMT file; programs are then named by the sets that rise in them
 
-    Raises InputError for labels that the table has not and for a file that is no GMT.
+    Raises InputError for labels that the table does not have and for a file that is not GMT.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -99,7 +99,7 @@ def write_report(folder: Path, model: SpatialVAE, labels: str | None = None, gen
         _programs(model, sets),
     ]
     environment = Environment(loader=PackageLoader("spatialvae"), autoescape=True, undefined=StrictUndefined)
-    lead = f"{model.adata.n_obs:,} cells, {len(model.genes):,} genes, {elbo:.2f} nats a cell (ELBO)"
+    lead = f"{model.adata.n_obs:,} cells, {len(model.genes):,} genes, {elbo:.2f} nats per cell (ELBO)"
     page = environment.get_template("report.html").render(
         title=f"SpatialVAE of {source}", lead=lead, sections=[*sections, *_of_others(folder)]
     )
@@ -116,7 +116,7 @@ def picture(figure: Figure, caption: str) -> Picture:
 
 
 def table_of(frame: pd.DataFrame) -> Table:
-    """A frame with numbers as a person writes them."""
+    """A data frame with rounded numbers."""
 
     def text(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -135,9 +135,9 @@ def _names(model: SpatialVAE, key: str) -> np.ndarray:
 
 def _training(model: SpatialVAE, elbo: float) -> Section:
     shape, steps = model.module.shape, int(model.training_log["step"].iloc[-1])
-    text = f"{steps:,} steps. {shape.n_cell} dimensions say what a cell is (z_cell)"
+    text = f"{steps:,} steps. {shape.n_cell} dimensions describe the cell (z_cell)"
     text += f", the first {shape.n_niche} of them vary in space (z_niche)." if shape.n_niche else "."
-    text += f" The bound on the evidence is {elbo:.2f} nats a cell."
+    text += f" The lower bound on the evidence is {elbo:.2f} nats per cell."
     return Section("Training", [text], figures=[picture(plots.training_curve(model.training_log), "Training, by step")])
 
 
@@ -160,7 +160,7 @@ def _maps(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> li
     if known is not None:
         from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-        figures.append(picture(plots.domains_in_space(places, known, str(labels)), f"{labels}, as the table has it"))
+        figures.append(picture(plots.domains_in_space(places, known, str(labels)), f"{labels} in the table"))
         text.append(
             f"With {labels} they agree to an ARI of {adjusted_rand_score(known, found):.3f} and an NMI of "
             f"{normalized_mutual_info_score(known, found):.3f}."
@@ -186,9 +186,9 @@ def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> 
     near = section.graphs.near
     far, length = float(np.median(near.distance[near.index >= 0])), float(reach["range"].iloc[0])
     text = [
-        f"What surrounds a cell changes over {length / far:.0f} times the distance of neighbouring cells "
+        f"The surroundings of a cell vary over {length / far:.0f} times the distance of neighbouring cells "
         f"({float(f'{length:.3g}'):,g} in the unit of the coordinates): the correlation length of the fitted field. "
-        "First table: the share of each dimension's variance that the niche has."
+        "First table: the share of each dimension's variance that is in the niche."
     ]
     shares = reach.set_index("dimension")[["niche_share"]].T.reset_index(names="")
     tables = [table_of(shares.replace("niche_share", "niche's share"))]
@@ -199,7 +199,7 @@ def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> 
         niche, cell = (model.get_latent_representation(which=which) for which in ("niche", "cell"))
         blocks = spatial_blocks(section.cells.coordinates, 25, section.cells.samples)
         tables.append(table_of(interpret.disentanglement(niche, cell, answers, blocks)))
-        text.append("Second: balanced accuracy of telling labels from z_niche, z_cell and both, in parts left out.")
+        text.append("Second: balanced accuracy of predicting labels from z_niche, z_cell and both, in held-out blocks.")
     return [Section("Niches", text, tables)]
 
 

@@ -1,4 +1,4 @@
-"""Where coordinates, samples and batches are in an AnnData, and their validated reading."""
+"""The keys of coordinates, samples and batches in an AnnData, and their validated reading."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where data are in an AnnData, and whether the model uses how counts were measured."""
+    """The keys of the data in an AnnData, and whether the model includes the measurement."""
 
     layer: str | None = None
     spatial_key: str | None = "spatial"
@@ -28,7 +28,7 @@ class Setup:
 
     @property
     def keys(self) -> dict[str, str | None]:
-        """What stands where: all but ``measurement``."""
+        """The keys: all fields but ``measurement``."""
         return {name: value for name, value in asdict(self).items() if name != "measurement"}
 
     def write(self, adata: AnnData) -> None:
@@ -54,7 +54,7 @@ def read_coordinates(adata: AnnData, key: str | None) -> np.ndarray | None:
     if key is None:
         return None
     if key not in adata.obsm:
-        raise InputError(f"obsm has no {key!r}; it has {sorted(adata.obsm)}")
+        raise InputError(f"no {key!r} in obsm, which has {', '.join(sorted(adata.obsm)) or 'nothing'}")
     return checked_coordinates(adata.obsm[key], f"obsm[{key!r}]", adata.obs_names)
 
 
@@ -62,7 +62,7 @@ def check_key(adata: AnnData, key: str | None) -> None:
     if key is None:
         return
     if key not in adata.obs:
-        raise InputError(f"obs has no {key!r}; it has {sorted(adata.obs)}")
+        raise InputError(f"no column {key!r} in obs, which has {', '.join(sorted(adata.obs)) or 'none'}")
     if adata.obs[key].isna().any():
         raise InputError(f"obs[{key!r}] is missing for {int(adata.obs[key].isna().sum())} cells")
 
@@ -80,7 +80,7 @@ def checked_coordinates(
 ) -> np.ndarray:
     """``coordinates`` as float64 (cell, 2 or 3), all finite.
 
-    Raises InputError that calls them ``where`` and the first bad cell by its name among ``names``, or by its row.
+    Raises InputError naming ``where`` and the first bad cell, by its name among ``names`` or by its row.
     """
     coordinates = np.asarray(coordinates, float)
     if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
@@ -88,5 +88,5 @@ def checked_coordinates(
     bad = np.flatnonzero(~np.isfinite(coordinates).all(1))
     if len(bad):
         first = f"in row {bad[0]}" if names is None else repr(names[bad[0]])
-        raise InputError(f"{where} is not finite for {len(bad)} cells, the first {first}")
+        raise InputError(f"{where} is not finite for {len(bad)} cells, the first is {first}")
     return coordinates

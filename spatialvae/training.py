@@ -51,9 +51,9 @@ class Plan:
 
 
 def train(module: SpatialModule, section: Section, plan: Plan, report: Report) -> list[Row]:
-    """Fit ``module`` in place; return one row for every ``CHECK`` steps, which ``report`` also sees as it comes.
+    """Fit ``module`` in place; return one row per ``CHECK`` steps, with which ``report`` is also called.
 
-    A run whose bound is no longer finite, or that ends with no dimension of z_cell in use, is started again.
+    A run whose bound becomes non-finite, or that ends with no dimension of z_cell in use, is restarted.
 
     Raises FloatingPointError if no run keeps a finite bound.
     """
@@ -202,7 +202,7 @@ def flattened(module: SpatialModule) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def evaluate(module: SpatialModule, section: Section, rows: np.ndarray, niche: Niche, seed: int) -> Row:
-    """Mean terms over ``rows`` in nats a cell, and how many latent dimensions are in use.
+    """Mean terms over ``rows`` in nats per cell, and how many latent dimensions are in use.
 
     ``niche`` is the posterior at the positions of ``rows`` given other cells, so that the evidence, log likelihood less
     divergence of z_cell, is a bound on log p(x_i | others). A dimension is in use if its posterior mean varies between

@@ -1,4 +1,4 @@
-"""What users of scvi-tools type: arguments that are named otherwise here, and what their methods return."""
+"""Compatibility with scvi-tools: advice on arguments that are named differently, and return values of its methods."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from spatialvae.sampling import expected_counts
 from spatialvae.setup import Setup
 
 INSTEAD = {
-    "check_val_every_n_epoch": "held-out cells are looked at every 100 steps",
+    "check_val_every_n_epoch": "held-out cells are evaluated every 100 steps",
     "continuous_covariate_keys": "only batch_key is corrected for",
     "categorical_covariate_keys": "only batch_key is corrected for: join the categories into one column of obs",
-    "datamodule": "tables larger than memory are read from a backed AnnData",
-    "devices": "several devices are used under torchrun, one process each",
-    "dispersion": "each gene has one inverse dispersion",
+    "datamodule": "for tables larger than memory, use a backed AnnData",
+    "devices": "start one process per device with torchrun",
+    "dispersion": "there is one inverse dispersion per gene",
     "dropout_rate": "weights have a Gaussian prior instead",
-    "early_stopping_patience": "type patience=, in steps",
-    "enable_progress_bar": "type progress=",
+    "early_stopping_patience": "use patience=, in steps",
+    "enable_progress_bar": "use progress=",
     "latent_distribution": "latents are normal",
-    "n_epochs": "type max_epochs=",
-    "n_epochs_kl_warmup": "type warm_up=, in steps",
-    "n_layers": "each network has one hidden layer, of n_hidden",
-    "n_steps_kl_warmup": "type warm_up=",
-    "plan_kwargs": "type learning_rate= or warm_up=",
-    "size_factor_key": "the total count of each cell is its size",
-    "use_gpu": "type accelerator='gpu'",
-    "validation_size": "type held_out= or train_size=",
+    "n_epochs": "use max_epochs=",
+    "n_epochs_kl_warmup": "use warm_up=, in steps",
+    "n_layers": "each network has one hidden layer of n_hidden units",
+    "n_steps_kl_warmup": "use warm_up=",
+    "plan_kwargs": "use learning_rate= or warm_up=",
+    "size_factor_key": "the size factor of a cell is its total count",
+    "use_gpu": "use accelerator='gpu'",
+    "validation_size": "use held_out= or train_size=",
 }
 
 
 def refuse(given: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for arguments that ``where`` has not, saying what to type instead where that is known."""
+    """Raise InputError for unknown arguments of ``where``, with the name to use instead if there is one."""
     for name in given:
-        advice = INSTEAD.get(name, "see its documentation for what it takes")
-        raise InputError(f"{where} takes no {name!r}: {advice}")
+        advice = INSTEAD.get(name, "see its documentation")
+        raise InputError(f"{where} has no argument {name!r}: {advice}")
 
 
 def device_of(accelerator: str) -> torch.device:
     """The device that ``accelerator`` ("cpu", "gpu", "cuda", "cuda:1", "mps") names.
 
-    Raises InputError for names that are not known and devices that are not there.
+    Raises InputError for unknown names and devices that do not exist.
     """
     try:
         device = torch.device("cuda" if accelerator == "gpu" else accelerator)
@@ -56,10 +56,10 @@ def device_of(accelerator: str) -> torch.device:
 
 
 def described(setup: Setup, cells: int, genes: int, batches: tuple[str, ...]) -> str:
-    """What ``setup_anndata`` was told, a line each."""
+    """The arguments of ``setup_anndata``, one per line."""
     where = {
         "layer": f"layers[{setup.layer!r}]" if setup.layer else "X",
-        "spatial_key": f"obsm[{setup.spatial_key!r}]" if setup.spatial_key else "none: cells without places",
+        "spatial_key": f"obsm[{setup.spatial_key!r}]" if setup.spatial_key else "none: cells without coordinates",
         "sample_key": f"obs[{setup.sample_key!r}]" if setup.sample_key else "none: one section",
         "batch_key": f"obs[{setup.batch_key!r}], {len(batches)} batches" if setup.batch_key else "none",
         "labels_key": f"obs[{setup.labels_key!r}]" if setup.labels_key else "none",

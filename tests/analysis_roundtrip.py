@@ -1,7 +1,4 @@
-"""The usual analyses of scanpy, squidpy and scvi-tools on the table of a run.
-
-`.ci/exchange` runs them, the last one only where scvi-tools is installed.
-"""
+"""The usual analyses of scanpy and squidpy on the table of a run; run by `.ci/exchange`."""
 
 from __future__ import annotations
 
@@ -17,14 +14,12 @@ from merfish import results
 
 @pytest.fixture
 def genes(done):
-    """The genes of a run's table, without its blanks, and the counts once more as a layer."""
+    """The genes of a run's table, without its blanks."""
     table = anndata.read_h5ad(done / results.CELL_BY_GENE)
     scanpy.pp.calculate_qc_metrics(table, percent_top=None, qc_vars=["is_blank"], inplace=True)
     np.testing.assert_array_equal(table.obs["total_counts"], table.obs["n_transcripts"])
     assert table.obs["total_counts_is_blank"].sum() == table[:, table.var["is_blank"]].X.sum()
-    genes = table[table.obs["total_counts"] > 0, ~table.var["is_blank"]].copy()
-    genes.layers["counts"] = genes.X.copy()
-    return genes
+    return table[table.obs["total_counts"] > 0, ~table.var["is_blank"]].copy()
 
 
 def test_scanpy_and_squidpy_cluster_cells_and_find_their_neighbours(genes):
@@ -48,16 +43,3 @@ def test_scanpy_and_squidpy_cluster_cells_and_find_their_neighbours(genes):
     near = genes.obsp["spatial_connectivities"].toarray() / 6
     expected = (values * (near @ values)).sum(axis=0) / (values**2).sum(axis=0)
     np.testing.assert_allclose(moran["I"], expected, rtol=1e-3)
-
-
-def test_scvi_trains_on_the_counts(genes):
-    scvi = pytest.importorskip("scvi")
-    scvi.settings.seed = 0
-    scvi.model.SCVI.setup_anndata(genes, layer="counts")
-    model = scvi.model.SCVI(genes, n_latent=5)
-    model.train(max_epochs=20, accelerator="cpu", enable_progress_bar=False, logger=False)
-    latent = model.get_latent_representation()
-    assert latent.shape == (genes.n_obs, 5)
-    assert np.isfinite(latent).all()
-    losses = model.history["train_loss_epoch"]["train_loss_epoch"].astype(float)
-    assert losses.iloc[-1] < losses.iloc[0]

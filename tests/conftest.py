@@ -6,8 +6,9 @@ import matplotlib
 import pytest
 from hypothesis import HealthCheck, settings
 
-# need an environment of their own, which .ci/exchange makes
+# These need other environments, which .ci/exchange and .ci/scvi create.
 collect_ignore = [] if find_spec("squidpy") else ["exchange_roundtrip.py", "analysis_roundtrip.py"]
+collect_ignore += [] if find_spec("scvi") else ["scvi_roundtrip.py"]
 
 matplotlib.use("Agg")
 # compilation takes seconds on the first example and no time after it

@@ -122,8 +122,8 @@ def test_threshold__of_nothing_and_of_what_is_always_wrong():
     assert threshold_at_rate(bad, np.array([0.0, 1.0]), 0.05) == -np.inf
 
 
-def test_few_blanks_are_told():
-    assert "only 3 blanks" in str(few_blanks(3))
+def test_few_blanks_are_reported():
+    assert "too few blanks called (3)" in str(few_blanks(3))
     assert few_blanks(30) is None
 
 

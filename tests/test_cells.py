@@ -297,8 +297,8 @@ def merge_fields(outlines_by_fov, positions, shape, scale):
     members = numbers.members(np.arange(len(numbers.home)))
     geometry = [shapes[row.fov][row.outline] for row in members.itertuples()]
     measured = pd.DataFrame({"depth": [float(row.fov) for row in members.itertuples()]})
-    cells = merging.unite(members, np.array([*geometry, None], dtype=object)[:-1], measured)
-    return merging.part(cells, cells)
+    cells = merging.merge_outlines(members, np.array([*geometry, None], dtype=object)[:-1], measured)
+    return merging.trim_overlaps(cells, cells)
 
 
 def test_merge_fields__counts_a_cell_in_an_overlap_once():

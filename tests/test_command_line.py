@@ -199,7 +199,7 @@ def test_config__is_written_once_and_read_as_the_defaults(monkeypatch, tmp_path,
     assert read_config(tmp_path / "run.yaml") == RunConfig()
     (tmp_path / "run.yaml").write_text("method: pixels\n")
     assert call(monkeypatch, "config", "--out", tmp_path / "run.yaml") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists; choose another name" in capsys.readouterr().err
     assert read_config(tmp_path / "run.yaml", method="hamming").method == "hamming"
     assert call(monkeypatch, "config") == 0
     text = capsys.readouterr().out

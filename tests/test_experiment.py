@@ -324,7 +324,7 @@ def test_tables__that_are_pipes(folder):
 def test_tables__that_are_missing_are_named_together_with_what_is_there(folder):
     (folder / "codebook.csv").rename(folder / "book.csv")
     (folder / "microscope.json").unlink()
-    message = r"not found: codebook.csv, microscope.json. Name other files with --codebook, --microscope. .* book.csv"
+    message = r"not found: codebook.csv, microscope.json. Give other paths with --codebook, --microscope. .* book.csv"
     with pytest.raises(InputError, match=message):
         open_experiment(folder)
 
@@ -377,10 +377,10 @@ def test_read_positions__rejects(text, message, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "not a microscope file in JSON"),
         ("[1]", "expected an object"),
-        ("[" * 60_000, "not JSON"),
-        ('{"microns_per_pixel": ' + "9" * 5000 + "}", "not JSON"),
+        ("[" * 60_000, "not a microscope file in JSON"),
+        ('{"microns_per_pixel": ' + "9" * 5000 + "}", "not a microscope file in JSON"),
         ("{}", "microns_per_pixel: expected a positive number from .*, got None"),
         ('{"microns_per_pixel": 0}', "microns_per_pixel"),
         ('{"microns_per_pixel": true}', "microns_per_pixel"),
@@ -483,7 +483,7 @@ def test_preflight__field_without_position(folder):
 
 def test_open_experiment__file_without_position(folder):
     shutil.copy(folder / "hal_000_00.tif", folder / "hal_002_00.tif")
-    with pytest.raises(InputError, match=r"hal_002_00\.tif: field 2, but the positions list 2 fields"):
+    with pytest.raises(InputError, match=r"hal_002_00\.tif: field 2 has no line in the positions, which end at 1"):
         open_experiment(folder)
 
 

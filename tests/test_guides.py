@@ -95,7 +95,7 @@ def test_an_unknown_guide_names_those_there_are():
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:1 cells have no counts", "ignore:Number of distinct clusters")
+@pytest.mark.filterwarnings("ignore:1 cell without counts", "ignore:Number of distinct clusters")
 def test_readme_runs_on_real_images(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(datasets.merfish_raw(), "experiment")  # a cell without counts is among the few

@@ -241,7 +241,7 @@ def test_run_without_stains_has_no_cells(copy, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour: red", "colour: Extra inputs"),
+        ("colour: red", "colour: no such parameter. Known: method"),
         ("misidentification_rate: 2", "misidentification_rate: .* got 2"),
         ("method: magic", "expected one of spots"),
         ("- a", "expected 'name: value' lines"),
@@ -257,6 +257,6 @@ def test_read_config__rejects(tmp_path, text, message):
 def test_the_demo_runs_and_the_real_codebook_stands_clear(tmp_path, capsys):
     page = run_demo(tmp_path / "demo", fields=(2, 2), shape=(256, 256))
     text = page.read_text()
-    table = re.search(r">stands clear</th>.*?</table>", text, re.S)[0]
+    table = re.search(r">above control</th>.*?</table>", text, re.S)[0]
     assert table.count("<td>yes</td>") == 2
     assert "adjusted Rand index" in capsys.readouterr().out

@@ -94,7 +94,7 @@ def test_saved_images__of_an_earlier_run_are_refused(raw, done, tmp_path):
     out = shutil.copytree(done, tmp_path / "out")
     path = out / results.IMAGES / "fov_0000" / "record.json"
     path.write_text(path.read_text().replace('"program"', '"other"'))
-    with pytest.raises(merfish.InputError, match=r"fov_0000: no whole images .* --save-images"):
+    with pytest.raises(merfish.InputError, match=r"fov_0000: no saved images .* --save-images"):
         images.saved_channels(out, 0)
     assert set(images.saved_channels(out, 1)) == {"DAPI", "polyT", *(f"bit{k}" for k in range(1, 17))}
 

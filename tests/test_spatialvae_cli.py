@@ -56,7 +56,7 @@ def test_train_then_embed__write_whole_results(monkeypatch, capsys, tmp_path, ta
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "none.h5ad", "--out", "o"], "none.h5ad is not a file"),
+        (["train", "none.h5ad", "--out", "o"], "none.h5ad: no such file"),
         (["train", "TABLE", "--out", "o", "--layer", "nope"], "no layer 'nope'"),
         (["train", __file__, "--out", "o"], "cannot be read as an AnnData file"),
         (["embed", "TABLE", "--model", "nowhere", "--out", "o.h5ad"], "not a saved model"),

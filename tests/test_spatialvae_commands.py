@@ -54,7 +54,7 @@ def test_report_and_plot__of_a_trained_folder(monkeypatch, capsys, tmp_path, tab
     assert run(monkeypatch, "neighbours", small, "--labels", "type", "--out", out) == 0
     assert run(monkeypatch, "report", out, "--labels", "type") == 0
     page = (out / "report.html").read_text()
-    for heading in ("Training", "Latent space", "Domains", "Niches", "Gene programs", "Which types are neighbours"):
+    for heading in ("Training", "Latent space", "Domains", "Niches", "Gene programs", "Neighbouring types"):
         assert f"<h2>{heading}</h2>" in page
     assert "://" not in page  # nothing is loaded from elsewhere
     figure = tmp_path / "latent.png"
@@ -65,9 +65,9 @@ def test_report_and_plot__of_a_trained_folder(monkeypatch, capsys, tmp_path, tab
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["neighbours", "TABLE", "--labels", "none", "--out", "o"], "obs has no 'none'"),
-        (["plot", "latent", "TABLE", "--labels", "type", "--out", "o.png"], "obsm has no 'X_spatialvae'"),
-        (["report", "nowhere"], "table.h5ad is not a file"),
+        (["neighbours", "TABLE", "--labels", "none", "--out", "o"], "no column 'none' in obs"),
+        (["plot", "latent", "TABLE", "--labels", "type", "--out", "o.png"], "no 'X_spatialvae' in obsm"),
+        (["report", "nowhere"], "table.h5ad: no such file"),
     ],
 )
 def test_bad_input__exits_2_with_one_message(monkeypatch, capsys, tmp_path, table, arguments, message):

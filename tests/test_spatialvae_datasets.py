@@ -66,5 +66,5 @@ def test_read_hemato__says_what_is_missing(hemato, tmp_path):
     other.write_text("cell,x\n1,2\n")
     with pytest.raises(InputError, match="no column 'cell_id'"):
         read_hemato(other)
-    with pytest.raises(InputError, match="is not a file"):
+    with pytest.raises(InputError, match="no such file"):
         read_hemato(tmp_path / "none.csv")

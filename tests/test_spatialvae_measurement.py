@@ -92,7 +92,7 @@ def test_measurement__is_saved_and_needs_its_columns(trained, tmp_path):
     assert torch.isfinite(mean).all()
     bare = table.copy()
     del bare.var["detection_efficiency"]
-    with pytest.raises(InputError, match="no 'detection_efficiency', which measurement=True needs"):
+    with pytest.raises(InputError, match="no column 'detection_efficiency' in var, which measurement=True needs"):
         model.get_normalized_expression(bare)
     bare.var["detection_efficiency"] = 1.2
     with pytest.raises(InputError, match=r"'g0' is 1\.2; expected a share"):

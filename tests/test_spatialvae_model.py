@@ -338,7 +338,7 @@ def test_cells_without_counts__are_embedded_from_their_neighbours():
     table.X = table.X.toarray()
     table.X[[3, 50]] = 0
     SpatialVAE.setup_anndata(table)
-    with pytest.warns(UserWarning, match=r"2 cells have no counts in X, the first 'c3'.*their neighbours"):
+    with pytest.warns(UserWarning, match=r"2 cells without counts in X, the first is 'c3'.*their neighbours"):
         model = SpatialVAE(table)
     model.train(max_steps=100, progress=False)
     niche, cell = (model.get_latent_representation(which=which) for which in ("niche", "cell"))

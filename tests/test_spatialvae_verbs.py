@@ -75,13 +75,13 @@ def test_indices__are_rows_of_the_whole_table(trained):
 
 
 def test_verbs__say_what_to_type_instead(trained):
-    with pytest.raises(InputError, match="train takes no 'plan_kwargs': type learning_rate="):
+    with pytest.raises(InputError, match="train has no argument 'plan_kwargs': use learning_rate="):
         trained.train(plan_kwargs={"lr": 1e-3})
-    with pytest.raises(InputError, match="SpatialVAE takes no 'n_layers': each network has one"):
+    with pytest.raises(InputError, match="SpatialVAE has no argument 'n_layers': each network has one"):
         SpatialVAE(trained.adata, n_layers=2)
-    with pytest.raises(InputError, match="setup_anndata takes no 'size_factor_key'"):
+    with pytest.raises(InputError, match="setup_anndata has no argument 'size_factor_key'"):
         SpatialVAE.setup_anndata(table(), size_factor_key="size")
-    with pytest.raises(InputError, match="obs has no 'nope'"):
+    with pytest.raises(InputError, match="no column 'nope' in obs"):
         SpatialVAE.setup_anndata(table(), labels_key="nope")
     with pytest.raises(InputError, match="device 'abacus' cannot be used"):
         trained.to_device("abacus")

@@ -19,7 +19,7 @@ import merfish
 from merfish import InputError, results
 from merfish.cells.counts import read_cells
 from merfish.cells.measure import find_stacked_cells
-from merfish.cells.merging import in_stage_frame, part
+from merfish.cells.merging import in_stage_frame, trim_overlaps
 from merfish.cells.stacks import footprints, planes, stack, thickness
 from merfish.cells.volume import link
 from merfish.config import RunConfig
@@ -168,7 +168,7 @@ def test_part__lets_cells_lie_above_each_other():
     low, high, none = shapely.box(0, 0, 8, 8), shapely.box(2, 2, 9, 9), shapely.Polygon()
     shapes = np.array([[low, low, none], [none, high, high]])
     cells = pd.DataFrame({"cell": [0, 1], "fov": 0, "geometry": stack(shapes)})
-    parted = planes(part(cells, cells)["geometry"].to_numpy(object))
+    parted = planes(trim_overlaps(cells, cells)["geometry"].to_numpy(object))
     # the first is the larger one, and takes the plane in which both lie
     assert shapely.equals(parted, [[low, low, none], [none, shapely.difference(high, low), high]]).all()
     assert shapely.area(footprints(stack(shapes))).tolist() == [64.0, 49.0]

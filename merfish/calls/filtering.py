@@ -209,6 +209,6 @@ def few_blanks(n_called: int, blanks_in_book: bool = True) -> str | None:
     if n_called >= FEWEST_BLANKS:
         return None
     return (
-        f"only {n_called} blanks were called, too few to measure how many molecules are wrong: "
+        f"too few blanks called ({n_called}) to measure how many molecules are wrong: "
         "the rate is based on simulated fields"
     )

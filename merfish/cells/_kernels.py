@@ -1,4 +1,4 @@
-"""The loops of the segmentation: plain arrays in, labels or ``out`` filled."""
+"""Numba kernels of the segmentation."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def flood(level, mask, n_levels, labels):
 
 @kernel
 def uniform(labels, reach, out):
-    """Whether all pixels at most ``reach`` away along both axes have the label of the middle one; out bool (y, x)."""
+    """Whether all pixels at most ``reach`` away along both axes have the same label; out bool (y, x)."""
     height, width = labels.shape
     for y in range(height):
         for x in range(width):

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 OUTSIDE = -1
-NO_CELL = np.iinfo(np.int64).max  # larger than the number of any cell
-MOST_SQUARES = 1 << 15  # along each side of a grid: numbers of squares, and runs of a box, stay small
+NO_CELL = np.iinfo(np.int64).max  # larger than any cell_id
+MOST_SQUARES = 1 << 15  # squares along each side of a grid, at most
 
 
 def assign_cells(x: np.ndarray, y: np.ndarray, polygons: np.ndarray, cell_ids: np.ndarray) -> np.ndarray:
@@ -50,10 +50,10 @@ def assign_cells(x: np.ndarray, y: np.ndarray, polygons: np.ndarray, cell_ids: n
 
 
 def _in_boxes(x: np.ndarray, y: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (pair,), (pair,) of a molecule and a box (box, 4), x, y, x, y, in which it lies or on whose border.
+    """Pairs (pair,), (pair,) of a molecule and a box (box, 4), x, y, x, y, that contains it, borders included.
 
-    Molecules are put in the order of the squares of a grid, row by row, so that all in a box stand in one run a row of
-    the grid. Boxes of NaN hold nothing.
+    Molecules are sorted by the squares of a grid, row by row, so that the molecules in a box form one contiguous range
+    per row of the grid. Boxes of NaN contain nothing.
     """
     box = np.flatnonzero(np.isfinite(boxes).all(axis=1))
     if not len(box):
@@ -81,7 +81,7 @@ def _in_boxes(x: np.ndarray, y: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarr
 
 
 def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All integers from each begin (range,) to its end, which is not among them: the range that each is of, and itself.
+    """Enumerate the integers from each begin (range,) to its end (exclusive): the index of the range, and the integer.
 
     >>> ranges(np.array([3, 7]), np.array([5, 8]))
     (array([0, 0, 1]), array([3, 4, 7]))
@@ -94,7 +94,7 @@ def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def count_table(transcripts: pd.DataFrame, cells: pd.DataFrame, codebook: Codebook) -> AnnData:
     """Count the molecules of each word in each cell.
 
-    transcripts: barcode_id and cell_id, one row a molecule, -1 = in no cell. cells: cell_id, center_x,
+    transcripts: barcode_id and cell_id, one row per molecule, -1 = in no cell. cells: cell_id, center_x,
     center_y (micrometre) and any other columns; all but the geometry go to ``obs``.
 
     Returns an AnnData with X (cell, word) CSR int32, a row for every cell, including those without molecules;
@@ -111,7 +111,7 @@ def count_table(transcripts: pd.DataFrame, cells: pd.DataFrame, codebook: Codebo
     word = transcripts["barcode_id"].to_numpy()[inside]
     ids = pd.Index(cells["cell_id"].to_numpy(np.int64))
     if not ids.is_unique:
-        raise InputError(f"cells: cell_id {ids[ids.duplicated()][0]} stands twice")
+        raise InputError(f"cells: cell_id {ids[ids.duplicated()][0]} appears twice")
     row = ids.get_indexer(cell_id)
     if (row < 0).any():
         raise InputError(f"transcripts: cell_id {cell_id[row < 0][0]} is not among the {len(cells)} cells")
@@ -137,7 +137,7 @@ def word_var(codebook: Codebook) -> pd.DataFrame:
 
 
 def write_cells(cells: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a table of cells as GeoParquet, ``geometry`` (shapely, micrometre) as WKB, whole or not at all."""
+    """Write a table of cells as GeoParquet with ``geometry`` (shapely, micrometre) as WKB, atomically."""
     wkb = shapely.to_wkb(np.asarray(cells["geometry"], dtype=object))
     table = pa.Table.from_pandas(cells.assign(geometry=wkb), preserve_index=False)
     with whole_file(path) as part:
@@ -153,9 +153,9 @@ def read_cells(path: str | os.PathLike[str]) -> pd.DataFrame:
         table = pd.read_parquet(path)
         table["geometry"] = shapely.from_wkb(table["geometry"].to_numpy())
     except KeyError as error:
-        raise InputError(f"{path}: cells need a column geometry (WKB, micrometre)") from error
+        raise InputError(f"{path}: expected a column geometry (WKB, micrometre)") from error
     except (OSError, ValueError, TypeError, shapely.errors.GEOSException) as error:
         raise InputError(f"{path}: cannot be read as a table of cells: {error}") from error
     if "cell_id" not in table:
-        raise InputError(f"{path}: cells need a column cell_id, got {', '.join(map(str, table.columns))}")
+        raise InputError(f"{path}: expected a column cell_id, got {', '.join(map(str, table.columns))}")
     return table

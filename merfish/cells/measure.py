@@ -36,9 +36,10 @@ class FieldCells:
     """Cells of a field.
 
     outlines: (cell,) polygons, pixels, the centre of the first pixel at 0, or stacks of them (`merfish.cells.stacks`).
-    measured: a row a cell: ``nucleus``, the share of its area in which there is a nucleus, and ``depth``, micrometre.
-    labels: int32 (y, x), of stacks (z, y, x), of blocks of pixels, row k of the others is label k + 1. nuclei: bool,
-    like ``labels``, the blocks in nuclei. block: their side, pixel. heights: of the planes of stacks, micrometre.
+    measured: one row per cell: ``nucleus``, the share of its area in a nucleus, and ``depth``, micrometre.
+    labels: int32 (y, x), or (z, y, x) for stacks, of blocks of pixels; label k + 1 is row k of the other attributes.
+    nuclei: bool, shape of ``labels``, blocks in nuclei. block: side of a block, pixel. heights: of the planes of
+    stacks, micrometre.
     """
 
     outlines: np.ndarray
@@ -56,7 +57,7 @@ class FieldCells:
         return mean_of_labels(planes, self.labels, len(self.outlines))
 
     def in_nucleus(self, x: np.ndarray, y: np.ndarray, height: np.ndarray) -> np.ndarray:
-        """Whether places x, y (pixel) at a height (micrometre) lie in a nucleus, bool; flat cells do at any height."""
+        """Whether positions x, y (pixel), height (micrometre; ignored for flat cells) lie in a nucleus, bool."""
         row, column = (
             np.clip(((place + 0.5) // self.block).astype(int), 0, side - 1)
             for place, side in zip((y, x), self.nuclei.shape[-2:], strict=True)
@@ -85,7 +86,7 @@ def find_cells(
     of the planes of ``cytoplasm``, or of ``nuclei`` where there is none. segmenter: called with the same arguments
     instead of `merfish.cells.segmentation.segment`.
 
-    Raises InputError for images that hold NaN, and if ``segmenter`` returns anything but labels of their shape.
+    Raises InputError for images with NaN, and if ``segmenter`` returns anything but labels of the same shape.
     """
     flat = nuclei.max(axis=0), None if cytoplasm is None else cytoplasm.max(axis=0)
     check_images(*flat, microns_per_pixel)
@@ -117,7 +118,7 @@ def find_cells(
 def find_stacked_cells(
     nuclei: np.ndarray, cytoplasm: np.ndarray | None, heights: np.ndarray, microns_per_pixel: float
 ) -> FieldCells:
-    """As `find_cells`, of cells that may lie above each other: each has an outline in every plane that shows it.
+    """As `find_cells`, for cells that may lie above each other: each has an outline in every plane that shows it.
 
     nuclei, cytoplasm: (z, y, x) with the same planes, at ``heights``.
     """
@@ -140,7 +141,7 @@ def find_stacked_cells(
 
 
 def seen_from_above(labels: np.ndarray, n: int) -> np.ndarray:
-    """In how many places (y, x) any plane shows each label (z, y, x) from 1 to ``n``, int64 (label,)."""
+    """Number of pixels (y, x) at which any plane has each label (z, y, x) from 1 to ``n``, int64 (label,)."""
     size = np.zeros(n, np.int64)
     for label, box in enumerate(find_objects(labels), start=1):
         if box is not None:
@@ -168,11 +169,11 @@ def no_cells(shape: tuple[int, ...], microns_per_pixel: float) -> FieldCells:
 
 
 def depths(planes: np.ndarray, labels: np.ndarray, heights: np.ndarray, microns_per_pixel: float, n: int) -> np.ndarray:
-    """Mean depth of each cell over its area, micrometre, float64 (cell,): of the planes in which it is stained.
+    """Mean depth of each cell over its area, micrometre, float64 (cell,), from the planes in which it is stained.
 
     planes: stain (z, y, x); labels (y, x) up to ``n``. A pixel is stained in a plane if it is at least half as bright
-    as the median of the cell's pixels in their brightest planes. Planes are as thick as `thickness` says. With a
-    single plane every cell is `DEPTH` deep.
+    as the median of the cell's pixels in their brightest planes. The thickness of planes is that of `thickness`. With
+    a single plane, every cell has depth `DEPTH`.
     """
     if len(planes) == 1:
         return np.full(n, DEPTH)
@@ -184,7 +185,7 @@ def depths(planes: np.ndarray, labels: np.ndarray, heights: np.ndarray, microns_
 
 
 def mean_of_labels(image: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
-    """Mean of an image over each label from 1 to ``n``, float64 (label,), NaN where there is no pixel.
+    """Mean of an image over each label from 1 to ``n``, float64 (label,), NaN for labels without pixels.
 
     Image and labels have the same shape, (y, x) or (z, y, x).
     """
@@ -200,17 +201,17 @@ def check_labels(labels: object, shape: tuple[int, ...]) -> np.ndarray:
         got = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else type(labels).__name__
         raise InputError(f"segmenter: expected labels, an array of integers of shape {shape} (y, x), got {got}")
     if labels.size and labels.min() < 0:
-        raise InputError(f"segmenter: expected labels from 0 (background), got {labels.min()}")
+        raise InputError(f"segmenter: expected labels of at least 0 (background), got {labels.min()}")
     _, dense = np.unique(np.append(labels, 0), return_inverse=True)
     return np.asarray(dense[:-1].reshape(shape).astype(np.int32))
 
 
 def load_segmenter(name: str) -> Segmenter:
-    """The function that ``package.module:function`` names. Raises InputError if it cannot be imported or called."""
+    """Import the function named ``package.module:function``. Raises InputError if that fails or it is not callable."""
     module, _, function = name.partition(":")
     try:
         found = getattr(import_module(module), function)
-    except Exception as error:  # a module may raise anything when it is imported
+    except Exception as error:  # importing a module may raise any exception
         raise InputError(f"segmenter: {name} cannot be imported: {error or type(error).__name__}") from error
     if not callable(found):
         raise InputError(f"segmenter: {name} is not a function, got {type(found).__name__}")

@@ -1,8 +1,8 @@
-"""One table of cells from the outlines of overlapping fields.
+"""Merge the outlines of overlapping fields into one table of cells.
 
-A field knows only its own outlines and those of the fields that overlap it, so that an experiment of any size is merged
-field by field: `same_cells` finds the outlines of one cell in two fields, `number_cells` gives each cell its number,
-`unite` its geometry, and `part` removes overlaps between cells.
+Each step needs only the outlines of a field and of the fields that overlap it, so that an experiment of any size is
+merged field by field: `same_cells` finds the outlines of one cell in two fields, `number_cells` numbers the cells,
+`merge_outlines` gives each its geometry, and `trim_overlaps` removes overlaps between cells.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from merfish.cells.counts import ranges
 from merfish.cells.segmentation import CELL_AREA
 from merfish.cells.stacks import footprints, largest_polygons, planes, stack
 
-SAME_CELL = 0.4  # agreement, intersection over union, of two fields' outlines of one cell
+SAME_CELL = 0.4  # intersection over union above which outlines of two fields are one cell
 MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
-NEARLY_WHOLE = 0.8  # share of a cell that a field must see for its outline to be taken for the whole cell
+NEARLY_WHOLE = 0.8  # share of a cell above which an outline is taken for the whole cell
 DEPTH = 1.0  # micrometre, depth of a cell where a single plane was imaged
-_UNITED = ["cell", "fov", "geometry"]
+_MERGED = ["cell", "fov", "geometry"]
 NO_LINKS = np.empty((0, 4), np.int64)
 
 
@@ -46,8 +46,8 @@ def same_cells(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows of outlines of two fields (micrometre) that show one cell.
 
-    Two outlines are one cell if they are each other's best match in the area that both fields cover and agree there
-    (intersection over union above 0.4, over all planes of stacks), or if one lies mostly within the other.
+    Two outlines are one cell if they are mutual best matches in the area that both fields cover, with an intersection
+    over union above 0.4 (over all planes of stacks), or if one lies mostly within the other.
     """
     i, j = shapely.STRtree(b).query(a)
     common = shapely.intersection(frame_a, frame_b)
@@ -83,12 +83,12 @@ class CellNumbers:
     start: np.ndarray
 
     def at_home(self, fov: int) -> np.ndarray:
-        """The cells whose home a field is, sorted."""
+        """The cells whose home is a field, sorted."""
         k = np.searchsorted(self.fovs, fov)
         return np.arange(*np.searchsorted(self.home, [k, k + 1]))
 
     def homes(self, fovs: Sequence[int]) -> list[int]:
-        """The home fields of all cells of which some fields have outlines."""
+        """The home fields of all cells that have outlines in some fields."""
         k = np.searchsorted(self.fovs, fovs)
         cells = [self.cell[self.first[i] : self.first[i + 1]] for i in k]
         return self.fovs[np.unique(self.home[np.concatenate(cells)])].tolist() if cells else []
@@ -120,13 +120,13 @@ def number_cells(n_outlines: Mapping[int, int], links: np.ndarray) -> CellNumber
     return CellNumbers(fovs, first, cell, home, order, start)
 
 
-def unite(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -> pd.DataFrame:
-    """One geometry a cell from its outlines, micrometre, in the order of cells.
+def merge_outlines(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -> pd.DataFrame:
+    """Merge the outlines of each cell (micrometre) into one geometry, in the order of cells.
 
-    members: cell, fov, outline, sorted by cell; geometry: (outline,) of each row; measured: means over its area. A cell
-    is its largest outline if that is nearly all of it, so that a cell seen whole keeps its shape and its means; a cell
-    that every field cuts is the union of its parts, with their means weighted by their areas. Returns columns cell, fov
-    (of its largest outline), geometry, and those of ``measured``.
+    members: cell, fov, outline, sorted by cell; geometry: (outline,) of each row; measured: means over its area. If the
+    largest outline covers nearly all of a cell, the cell keeps its shape and means; a cell that is cut by the border of
+    every field is the union of its outlines, with means weighted by area. Returns columns cell, fov (of the largest
+    outline), geometry, and those of ``measured``.
     """
     area = shapely.area(geometry)
     cell, fov = members["cell"].to_numpy(), members["fov"].to_numpy()
@@ -150,14 +150,14 @@ def unite(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -
     return pd.concat([table.astype({"cell": "int64", "fov": "int32", "geometry": object}), means], axis=1)
 
 
-def part(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
-    """Remove from cells (as returned by `unite`) the area that larger ones cover; drop those that become too small.
+def trim_overlaps(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Remove the area that larger cells cover from cells, and drop those that become too small.
 
-    Cells that are stacks of outlines compete in each plane for itself, and may lie above each other.
+    Cells that are stacks of outlines are compared plane by plane, and may lie above each other.
 
-    others: all cells that may touch them, including themselves. The overlap of two cells goes to the larger one, or to
-    the one of the lower number if their areas are equal. Returns cell_id int64 (number + 1), fov, center_x, center_y
-    (micrometre), area (square), geometry, and the other columns of ``cells``.
+    cells: as `merge_outlines` returns them. others: all cells that may touch them, including themselves. The overlap of
+    two cells goes to the larger one, or to the one of the lower number if their areas are equal. Returns cell_id int64
+    (number + 1), fov, center_x, center_y (micrometre), area (square), geometry, and the other columns of ``cells``.
     """
     geometry, rival = cells["geometry"].to_numpy(object).copy(), others["geometry"].to_numpy(object)
     number, rival_number = cells["cell"].to_numpy(), others["cell"].to_numpy()
@@ -182,6 +182,6 @@ def part(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
             "center_y": center[:, 1],
             "area": final[kept],
             "geometry": geometry[kept],
-            **{name: cells[name].to_numpy()[kept] for name in cells.columns.difference(_UNITED, sort=False)},
+            **{name: cells[name].to_numpy()[kept] for name in cells.columns.difference(_MERGED, sort=False)},
         }
     )

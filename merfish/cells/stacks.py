@@ -1,6 +1,6 @@
-"""Stacks: the outlines of a cell in several planes as one geometry, a collection of a polygon a plane.
+"""Stacks: the outlines of a cell in several planes as one geometry, a collection with one polygon per plane.
 
-A cell that has one outline over all planes is a stack of one, and stays a polygon.
+A cell that has one outline for all planes remains a polygon.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ def is_stack(geometry: np.ndarray) -> np.ndarray:
 
 
 def footprints(geometry: np.ndarray) -> np.ndarray:
-    """The polygon that each cell (cell,) covers seen from above."""
+    """The projection of each cell (cell,) along z, a polygon."""
     if not is_stack(geometry).any():
         return geometry
     return largest_polygons(np.asarray(shapely.union_all(planes(geometry), axis=1)))
 
 
 def largest_polygons(geometry: np.ndarray) -> np.ndarray:
-    """The largest polygon of each geometry (cell,), empty where there is none."""
+    """The largest polygon of each geometry (cell,), empty if there is none."""
     found = np.empty(len(geometry), dtype=object)
     found[:] = [largest_polygon(shape) for shape in geometry.tolist()]
     return found
 
 
 def thickness(heights: np.ndarray) -> np.ndarray:
-    """How much of the height each of several planes stands for, micrometre: half-way to its neighbours.
+    """Thickness of each of several planes, micrometre: each extends half-way to its neighbours.
 
-    The first and last extend as far beyond. heights: (plane,) micrometre, ascending.
+    The first and last extend equally in both directions. heights: (plane,) micrometre, ascending.
 
     >>> thickness(np.array([0.0, 1.0, 3.0]))
     array([1. , 1.5, 2. ])
@@ -56,6 +56,6 @@ def thickness(heights: np.ndarray) -> np.ndarray:
 
 
 def nearest_plane(height: np.ndarray, heights: np.ndarray) -> np.ndarray:
-    """The plane (place,) int that is nearest to each height (place,), the lower of two; heights: (plane,) ascending."""
+    """Index of the plane nearest to each height (position,); of two, the lower. heights: (plane,) ascending."""
     heights = np.asarray(heights, float)
     return np.searchsorted((heights[1:] + heights[:-1]) / 2, height)

@@ -1,4 +1,4 @@
-"""Cells of several planes that may lie above each other: labels (z, y, x) and their outlines in each plane."""
+"""3-D segmentation of cells that may lie above each other: labels (z, y, x) and their outlines in each plane."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def segment_planes(
         size = 2 * round(GAP / microns_per_pixel) + 1
         filled = ndimage.grey_closing(signal, size=(1, size, size))
         reach = distance / REACH
-        # there is less of the stain in nuclei, which is no line between cells
+        # nuclei are dark in this stain, which must not look like a border between cells
         height = np.where(seeds > 0, 0.0, 1.0 - signal / np.maximum(filled, 1e-6)) + 0.5 * reach
         labels = watershed(height, seeds, (stained & (reach <= 1.0)) | (seeds > 0))
         labels[(signal < EDGE_LEVEL * levels(signal, labels, 50)[labels]) & (seeds == 0)] = 0
@@ -57,7 +57,7 @@ def segment_planes(
 
 
 def segment_nuclei(planes: np.ndarray, microns_per_pixel: float) -> np.ndarray:
-    """Label nuclei, int32 (z, y, x): those of each plane, linked to those that they lie on."""
+    """Label nuclei, int32 (z, y, x): found in each plane and linked between planes."""
     signal, stained = _stained(planes, microns_per_pixel)
     stained &= signal >= VALLEY * between(signal)
     single = np.zeros(planes.shape, np.int32)
@@ -76,9 +76,9 @@ def between(signal: np.ndarray) -> np.ndarray:
 
 
 def link(labels: np.ndarray) -> np.ndarray:
-    """Join labels, int32 (z, y, x), of neighbouring planes that are each other's best match and overlap by half.
+    """Join labels, int32 (z, y, x), of neighbouring planes that are mutual best matches and overlap by half.
 
-    Each plane has labels of its own, from 1 without gaps over all of them.
+    Labels differ between planes and run from 1 without gaps over all planes.
     """
     n = int(labels.max())
     size = np.bincount(labels.ravel(), minlength=n + 1)
@@ -97,7 +97,7 @@ def link(labels: np.ndarray) -> np.ndarray:
 
 
 def plane_outlines(labels: np.ndarray, n: int, size: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Outlines (cell, plane) in pixels of labels (z, y, x) from 1 to ``n``, empty where a plane shows nothing of one.
+    """Outlines (cell, plane) in pixels of labels (z, y, x) from 1 to ``n``, empty in planes without the label.
 
     size, shape: as in `merfish.cells.segmentation.outlines`.
     """
@@ -109,19 +109,19 @@ def plane_outlines(labels: np.ndarray, n: int, size: int, shape: tuple[int, ...]
 
 
 def _stained(planes: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness of planes (z, y, x) over the local background, float32, and what is stained in each at all.
+    """Brightness of planes (z, y, x) over the local background, float32, and a mask of stained pixels in each.
 
-    The threshold is that of the brightest plane of each pixel, so that planes that show only blur of others have none.
+    The threshold is that of the maximum projection, so that planes with only blur from other planes have no mask.
     """
     signal = np.stack([brightness(plane, microns_per_pixel) for plane in planes])
     return signal, signal > stain_threshold(planes.max(axis=0), microns_per_pixel)
 
 
 def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: float) -> np.ndarray:
-    """Keep the largest piece of each label (z, y, x), fill its holes in each plane, drop sizes out of range.
+    """Keep the largest piece of each label (z, y, x), fill its holes in each plane, drop labels of implausible size.
 
     area: of the widest plane, square micrometre; cells that the border of the field cuts may be a quarter as large.
-    Numbers run from 1 in the former order.
+    Labels are renumbered from 1 in the same order.
     """
     smallest, largest = (limit / microns_per_pixel**2 for limit in area)
     out, number = np.zeros(labels.shape, np.int32), 0

@@ -1,1 +1,1 @@
-"""Others' files in and out, one module a format; plain functions ``read_*`` and ``write_*``."""
+"""Import from and export to the formats of other tools, one module per format: ``read_*`` and ``write_*``."""

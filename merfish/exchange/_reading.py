@@ -1,4 +1,4 @@
-"""What the readers of vendors' folders share: files found, columns checked, counts as CSR, one table."""
+"""Helpers of the readers: find files, check columns, read counts as CSR, build the AnnData table."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from merfish.errors import InputError
 if TYPE_CHECKING:
     from anndata import AnnData
 
-CHUNK_VALUES = 1 << 24  # of a dense table of counts that are in memory at a time
+CHUNK_VALUES = 1 << 24  # values of a dense count table that are held in memory at a time
 
 
 def find_file(folder: Path, *patterns: str) -> Path:
-    """The one file that matches the first pattern with a match. Raises InputError if there is none, or several."""
+    """The file that matches the first pattern with any match. Raises InputError for no match or several."""
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder with {' or '.join(patterns)}")
     for pattern in patterns:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
         if len(found) > 1:
             raise InputError(
-                f"{folder}: expected one file {pattern}, got {listed([path.name for path in found], ', ')}"
+                f"{folder}: expected one file matching {pattern}, got {listed([path.name for path in found], ', ')}"
             )
         if found:
             return found[0]
-    raise InputError(f"{folder}: no file {' or '.join(patterns)}")
+    raise InputError(f"{folder}: no file matches {' or '.join(patterns)}")
 
 
 @contextmanager
 def understood(path: Path, what: str) -> Iterator[None]:
-    """Turn what pandas and Arrow raise on a file that they cannot understand into an InputError that names it."""
+    """Turn errors of pandas and Arrow in reading a file into an InputError that names the file."""
     try:
         yield
     except InputError:
@@ -47,14 +47,14 @@ def understood(path: Path, what: str) -> Iterator[None]:
 
 
 def separator(path: Path) -> str:
-    """Comma of .csv, tab of .tsv and .txt, packed or not."""
+    """The separator by suffix: comma for .csv, tab for .tsv and .txt; compressed files too."""
     return "," if ".csv" in path.suffixes else "\t"
 
 
 def read_columns(path: Path, columns: Sequence[str], **options: Any) -> pd.DataFrame:
-    """A table (.csv, .tsv, .txt, packed or not, or .parquet) that has these columns, others too.
+    """Read a table (.csv, .tsv, .txt, possibly compressed, or .parquet) that must have these columns.
 
-    options: for `pandas.read_csv`. Raises InputError naming the columns that are missing.
+    options: passed to `pandas.read_csv`. Raises InputError naming the columns that are missing.
     """
     with understood(path, "a table"):
         if path.suffix == ".parquet":
@@ -70,41 +70,44 @@ def read_columns(path: Path, columns: Sequence[str], **options: Any) -> pd.DataF
 
 
 def numbers(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
-    """Columns as float64 (row, column). Raises InputError naming the column, and the row by its first value."""
+    """Columns as float64 (row, column). Raises InputError naming column and row of a value that is not a number."""
     found = np.empty((len(table), len(columns)))
     for k, name in enumerate(columns):
         found[:, k] = pd.to_numeric(table[name], errors="coerce")
         bad = np.flatnonzero(~np.isfinite(found[:, k]))
         if len(bad):
             value = table[name].iloc[bad[0]]
-            raise InputError(f"{path}: column {name}, row {bad[0] + 1}: expected a number, got {_told(value)}")
+            raise InputError(f"{path}: column {name}, row {bad[0] + 1}: expected a number, got {_plain(value)}")
     return found
 
 
-def _told(value: Any) -> str:
+def _plain(value: Any) -> str:
+    """A NumPy scalar as a message shows it."""
     return shown(np.asarray(value).item())
 
 
 def names_of(path: Path, column: Iterable[Any], what: str = "cell") -> pd.Index:
-    """Names as text, each once. Raises InputError naming one that stands twice."""
+    """Names as text. Raises InputError for a name that appears twice."""
     names = pd.Index([name.decode() if isinstance(name, bytes) else str(name) for name in column], dtype=object)
     if not names.is_unique:
-        raise InputError(f"{path}: {what} {names[names.duplicated()][0]!r} stands twice")
+        raise InputError(f"{path}: {what} {names[names.duplicated()][0]!r} appears twice")
     return names
 
 
 def read_counts(path: Path, index: Sequence[str] = ()) -> tuple[pd.DataFrame, pd.Index, csr_matrix]:
-    """A dense table of counts as text: the columns that name its rows, names of the others, and CSR (row, column).
+    """Read a dense count table: its index columns, the names of the other columns, and counts as CSR (row, column).
 
-    index: columns that are no counts; the first one if none is given. It is read some rows at a time. Raises InputError
-    naming row and column of what is no count.
+    index: columns that do not hold counts; by default the first. The file is read in blocks of rows. Raises InputError
+    naming row and column of a value that is not a count.
     """
     with understood(path, "a table of counts"):
         header = pd.read_csv(path, sep=separator(path), nrows=0).columns
     keys = list(index or header[:1])
     others = [name for name in header if name not in keys]
     if not others:
-        raise InputError(f"{path}: expected counts, a column a feature; got {listed(list(map(str, header)), ', ')}")
+        raise InputError(
+            f"{path}: expected a column of counts for each feature; got {listed(list(map(str, header)), ', ')}"
+        )
     blocks, rows, first = [csr_matrix((0, len(others)), dtype=np.int32)], [pd.DataFrame(columns=keys)], 0
     with understood(path, "a table of counts"):
         size = max(CHUNK_VALUES // len(others), 1)
@@ -125,22 +128,22 @@ def _checked_counts(path: Path, block: pd.DataFrame, first: int) -> np.ndarray:
     if len(bad):
         row, column = bad[0]
         where = f"{path}: row {first + row + 1}, column {block.columns[column]}"
-        raise InputError(f"{where}: expected a count, got {_told(block.iloc[row, column])}")
+        raise InputError(f"{where}: expected a count, got {_plain(block.iloc[row, column])}")
     return values.astype(np.int32)
 
 
 def count_adata(
     path: Path, counts: csr_matrix, obs: pd.DataFrame, var: pd.DataFrame, spatial: np.ndarray, source: str
 ) -> AnnData:
-    """The table that every reader returns.
+    """Build the table that every reader returns.
 
-    counts (cell, feature) of int32; obs, var by their names; spatial (cell, 2 or 3) micrometre. ``var["is_blank"]``
-    marks control features; ``uns`` says where the table comes from, and the unit. Raises InputError without cells.
+    counts: (cell, feature) int32. obs, var: indexed by name. spatial: (cell, 2 or 3), micrometre. ``var["is_blank"]``
+    marks control features; ``uns`` holds the source of the table and the unit. Raises InputError if there are no cells.
     """
     from anndata import AnnData
 
     if not len(obs):
-        raise InputError(f"{path}: no cell has both counts and a place")
+        raise InputError(f"{path}: no cell has both counts and coordinates")
     obs = obs.loc[:, ~obs.columns.duplicated()].copy()
     for name in obs.select_dtypes(object):  # mixed values cannot be written
         obs[name] = obs[name].map(lambda value: value.decode() if isinstance(value, bytes) else str(value))
@@ -151,11 +154,11 @@ def count_adata(
 
 
 def matched(path: Path, names: pd.Index, other: Path, places: pd.Index) -> np.ndarray:
-    """For each name the row of its place. Raises InputError if one has no place."""
+    """Row of the coordinates of each name. Raises InputError if a name has none."""
     row = places.get_indexer(names)
     if (row < 0).any():
         missing = names[row < 0]
         raise InputError(
-            f"{other}: {len(missing)} of the {len(names)} cells of {path.name} are not there, the first {missing[0]!r}"
+            f"{other}: {len(missing)} of the {len(names)} cells of {path.name} are missing, the first is {missing[0]!r}"
         )
     return row

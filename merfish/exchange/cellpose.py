@@ -1,7 +1,7 @@
-"""Cellpose's ``_seg.npy``: a pickled dictionary, of which the masks are read and nothing is ever executed.
+"""Cellpose's ``_seg.npy``, a pickled dictionary: the masks are read without executing anything.
 
-Unpickling calls whatever a file names. Here the operations of the pickle are followed on plain values only: names and
-calls stay descriptions, and of all calls only NumPy's own description of an array is understood.
+Unpickling calls whatever a file names. Here the opcodes of the pickle are interpreted on plain values only: names and
+calls remain descriptions, and the only call that is recognised is NumPy's constructor of an array.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ARRAY = "_reconstruct"
 
 @dataclass
 class _Call:
-    """A call that the pickle asks for, and the state that it gives the result; neither is carried out."""
+    """A call that the pickle requests, and the state that it would give the result; neither is executed."""
 
     name: str
     arguments: Any
@@ -47,7 +47,9 @@ def read_seg_npy(path: str | os.PathLike[str]) -> np.ndarray:
             )
             dtype = read_header(file)[2]
             if dtype != np.dtype(object):
-                raise InputError(f"{path}: a plain array of {dtype}, not Cellpose's dictionary; name it without _seg")
+                raise InputError(
+                    f"{path}: a plain array of {dtype}, not Cellpose's dictionary; rename the file without _seg"
+                )
             content = _array_items(_follow(file.read()))
         masks = next(value["masks"] for value in content if isinstance(value, dict) and "masks" in value)
         return _plain_array(masks)
@@ -55,31 +57,31 @@ def read_seg_npy(path: str | os.PathLike[str]) -> np.ndarray:
         raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    except Exception as error:  # whatever a broken pickle makes of the steps above
-        raise InputError(f"{path}: the masks are not where Cellpose writes them; {_HOW}") from error
+    except Exception as error:  # any error that a broken pickle can cause
+        raise InputError(f"{path}: no masks where Cellpose writes them; {_HOW}") from error
 
 
 def _array_items(array: Any) -> list[Any]:
-    """Items of a described array of objects."""
+    """Items of an array of objects, from its description."""
     if not (isinstance(array, _Call) and array.name.endswith(_ARRAY)):
         raise ValueError("not an array")
     return list(array.state[4])
 
 
 def _plain_array(array: Any) -> np.ndarray:
-    """A described array of integers: state is version, shape, dtype, whether Fortran's order, bytes."""
+    """An array of integers, from its description: version, shape, dtype, whether in Fortran order, bytes."""
     if not (isinstance(array, _Call) and array.name.endswith(_ARRAY)):
         raise ValueError("not an array")
     _, shape, kind, fortran, content = array.state
     dtype = np.dtype(str(kind.arguments[0])).newbyteorder(kind.state[1] if kind.state[1] in "<>" else "=")
     if dtype.kind not in "iu" or len(content) != math.prod(shape) * dtype.itemsize:
-        raise ValueError("not integers, or cut short")
+        raise ValueError("not integers, or truncated")
     values = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
     return values.astype(dtype.newbyteorder("="))
 
 
 def _follow(content: bytes) -> Any:
-    """What a pickle describes, of plain values and `_Call`. Raises ValueError for an operation that is not known."""
+    """The content of a pickle as plain values and `_Call`. Raises ValueError for an opcode that is not known."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}

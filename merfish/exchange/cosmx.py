@@ -21,14 +21,14 @@ _CONTROLS = "^(?:negprb|negative|systemcontrol|falsecode|custom_negprb)"
 
 
 def read_cosmx(folder: str | os.PathLike[str], microns_per_pixel: float = MICRONS_PER_PIXEL) -> AnnData:
-    """Cells of ``*exprMat_file.csv`` at the global centres of ``*metadata_file.csv`` (packed or not), micrometre.
+    """Cells of ``*exprMat_file.csv`` at the global centres of ``*metadata_file.csv`` (possibly compressed), micrometre.
 
     Cells are named ``FOV_CELL``; molecules outside cells (cell 0) are left out. Negative probes and system controls are
     marked in ``var["is_blank"]``. Raises InputError naming file, row and column.
     """
     path = find_file(Path(folder), "*exprMat_file.csv", "*exprMat_file.csv.gz")
     where = find_file(Path(folder), "*metadata_file.csv", "*metadata_file.csv.gz")
-    # later exports name the cell a second time
+    # later exports repeat the name of the cell
     extra = [name for name in ("cell", "cell_id") if name in read_columns(path, KEY, nrows=0)]
     rows, genes, counts = read_counts(path, [*KEY, *extra])
     inside = np.flatnonzero(rows["cell_ID"] != "0")

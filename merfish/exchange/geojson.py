@@ -1,4 +1,4 @@
-"""GeoJSON: outlines as QGIS, QuPath, Baysor and proseg write and read them."""
+"""GeoJSON: outlines as read and written by QGIS, QuPath, Baysor and proseg."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from merfish.errors import InputError
 from merfish.exchange.run import cell_tables
 
 CHUNK = 1 << 22  # characters
-NAMES = ("cell_id", "EntityID", "cell", "id", "label", "name")  # what others call the name of a cell
+NAMES = ("cell_id", "EntityID", "cell", "id", "label", "name")  # properties that other tools name cells by
 _LIST = re.compile(r'"(?:features|geometries)"\s*:\s*\[')
 _BETWEEN = " \t\r\n,\x1e"
 
 
 def read_geojson(path: str | os.PathLike[str]) -> tuple[list[Any], np.ndarray]:
-    """Names and outlines (cell,) of a FeatureCollection, of Baysor's GeometryCollection, or of a feature a line.
+    """Names and outlines (cell,) of a FeatureCollection, Baysor's GeometryCollection, or one feature per line.
 
-    Packed or not. A name is a feature's id, or the property that names the cell; None without any. Features are read
-    one after the other. Raises InputError naming the feature that is no polygon.
+    The file may be compressed. The name is the id of the feature or the property that names the cell, else None.
+    Features are parsed one at a time. Raises InputError naming a feature that is not a polygon.
     """
     names, outlines = [], []
     try:
@@ -42,7 +42,9 @@ def read_geojson(path: str | os.PathLike[str]) -> tuple[list[Any], np.ndarray]:
                 try:
                     outlines.append(shape(geometry))
                 except (ValueError, TypeError, KeyError, IndexError, shapely.errors.ShapelyError) as error:
-                    raise InputError(f"{path}: feature {k + 1}: its coordinates are no polygon: {error}") from error
+                    raise InputError(
+                        f"{path}: feature {k + 1}: its coordinates do not form a polygon: {error}"
+                    ) from error
                 names.append(_name(feature))
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as GeoJSON: {error}") from error
@@ -58,7 +60,7 @@ def _open(path: Path) -> IO[str]:
 
 
 def _objects(file: IO[str]) -> Iterator[Any]:
-    """The items of a collection, or the objects that follow each other, one by one."""
+    """Yield the items of a collection, or the objects of a sequence, one at a time."""
     decoder = json.JSONDecoder()
     text = file.read(CHUNK)
     found = _LIST.search(text)
@@ -89,7 +91,7 @@ def _name(feature: Mapping[str, Any]) -> Any:
 
 
 def write_geojson(run: Path, out: Path) -> None:
-    """Write the cells of a run as a FeatureCollection, micrometre, all that is known of a cell as its properties."""
+    """Write the cells of a run as a FeatureCollection in micrometre; the columns of the cells become properties."""
     with open(out, "w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         between = "\n"

@@ -1,4 +1,4 @@
-"""GeoParquet (1.1): polygons with their columns; micrometre, so that no coordinate reference system applies."""
+"""GeoParquet 1.1: polygons in micrometre with other columns; there is no coordinate reference system."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ GEOMETRY = "geometry"
 
 
 def geo_schema(schema: pa.Schema, column: str = GEOMETRY) -> pa.Schema:
-    """A schema whose ``column`` (WKB) readers of GeoParquet know as the geometry."""
+    """Add the metadata by which readers of GeoParquet recognise ``column`` (WKB) as the geometry."""
     described = {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"], "crs": None, "edges": "planar"}
     geo = {"version": "1.1.0", "primary_column": column, "columns": {column: described}}
     return schema.with_metadata({**(schema.metadata or {}), b"geo": json.dumps(geo).encode()})
 
 
 def read_geoparquet(path: str | os.PathLike[str]) -> tuple[pa.Table, np.ndarray]:
-    """A Parquet table with a column of WKB: the table without that column, and geometries (row,) in their own unit.
+    """Read a Parquet table with a WKB column: the table without that column, and geometries (row,) in the file's unit.
 
-    The column is the one that the GeoParquet metadata name, else ``geometry`` or ``Geometry``. Raises InputError.
+    The column is the one named in the GeoParquet metadata, else ``geometry`` or ``Geometry``. Raises InputError if
+    there is none.
     """
     try:
         table = pq.read_table(path)

@@ -32,16 +32,17 @@ CENTRE = ["center_x", "center_y"]
 
 
 def read_merscope(folder: str | os.PathLike[str]) -> AnnData:
-    """Cells of ``cell_by_gene.csv`` at the centres of ``cell_metadata.csv``, micrometre.
+    """Counts of ``cell_by_gene.csv`` at the cell centres of ``cell_metadata.csv``, micrometre.
 
-    Names with blank in them are marked in ``var["is_blank"]``. Raises InputError naming file, row and column.
+    Features whose name contains "blank" are marked in ``var["is_blank"]``. Raises InputError naming file, row and
+    column.
     """
     path = find_file(Path(folder), "cell_by_gene.csv", "*cell_by_gene*.csv")
     where = find_file(Path(folder), "cell_metadata.csv", "*cell_metadata*.csv")
     rows, genes, counts = read_counts(path)
     names = names_of(path, rows.iloc[:, 0])
     cells = read_columns(where, CENTRE, dtype={"EntityID": str, "Unnamed: 0": str})
-    # the first column names the cells; releases before 2022 leave it without a name
+    # the first column holds the names of the cells; before 2022 it had no header
     cells.index = names_of(where, cells.iloc[:, 0])
     cells = cells.iloc[matched(path, names, where, cells.index), 1:]
     var = pd.DataFrame({"is_blank": genes.str.lower().str.contains("blank")}, index=genes.rename("gene"))
@@ -64,10 +65,10 @@ BOUNDARIES = pa.schema(
 
 
 def write_merscope(run: Path, out: Path) -> None:
-    """Write the tables of a run as MERSCOPE has them into a new folder; images but the transform are left out.
+    """Write the tables of a run into a new folder in MERSCOPE's format, with the transform but without images.
 
-    Blanks are called ``Blank-*``, as its readers expect; ``global_z`` is the index of the plane. A cell without
-    outlines of its own in each plane has the same one in all. The transform gives pixels of a mosaic of the fields.
+    Blanks are named ``Blank-*``, as its readers expect; ``global_z`` is the index of the plane. A cell without
+    an outline for each plane has the same one in all. The transform gives pixels of a mosaic of the fields.
     """
     record = results.read_run(run)
     var = read_var(run)

@@ -1,4 +1,4 @@
-"""Outlines of cells from any file that segmentation programs write."""
+"""Outlines of cells from the files of other segmentation programs."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _POLYGON = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
 
 
 def is_label_image(path: Path) -> bool:
-    """Whether a file holds labels, not polygons, by its name. Raises InputError for any other file."""
+    """Whether a file holds labels rather than polygons, by its suffix. Raises InputError for other suffixes."""
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in (*LABEL_SUFFIXES, *POLYGON_SUFFIXES):
         expected = ", ".join((*LABEL_SUFFIXES, *POLYGON_SUFFIXES))
-        raise InputError(f"{path}: not a format of segmentations known here; expected one of {expected}")
+        raise InputError(f"{path}: unknown segmentation format; expected one of {expected}")
     return suffix in LABEL_SUFFIXES
 
 
 def read_outlines(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Cells of a segmentation: cell_id int64 ascending, name (only if others' names are no numbers), and geometry.
+    """Cells of a segmentation: cell_id int64 ascending, name (only if names are not numbers), and geometry.
 
-    Label images give pixels (see `merfish.exchange.labels.label_outlines`); GeoJSON (Baysor, proseg, QuPath, QGIS) and
-    GeoParquet (MERSCOPE, SpatialData) the unit of the file. A cell of several outlines, such as one a plane, is all
-    of them. Raises InputError naming file and cell.
+    Label images are in pixels (see `merfish.exchange.labels.label_outlines`); GeoJSON (Baysor, proseg, QuPath, QGIS)
+    and GeoParquet (MERSCOPE, SpatialData) are in the unit of the file. A cell with several outlines, such as one per
+    plane, is their union. Raises InputError naming file and cell.
     """
     path = Path(path)
     if not path.exists():
@@ -57,7 +57,7 @@ def _read_parquet(path: Path) -> tuple[list[Any], np.ndarray]:
 
 
 def _polygons(path: Path, names: Sequence[Any], geometry: np.ndarray) -> np.ndarray:
-    """Valid polygons; raises InputError for what is none."""
+    """Valid polygons. Raises InputError for other geometries."""
     wrong = np.flatnonzero(~np.isin(shapely.get_type_id(geometry), _POLYGON))
     if len(wrong):
         kind = geometry[wrong[0]].geom_type
@@ -73,7 +73,7 @@ def _polygons(path: Path, names: Sequence[Any], geometry: np.ndarray) -> np.ndar
 
 
 def _one_each(names: Sequence[Any], geometry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Join the outlines that have one name; None is a name of its own each time."""
+    """Join the outlines that share a name; each outline without a name is a cell."""
     keys = np.array([str(name) for name in names], dtype=object)
     unnamed = np.array([name is None for name in names], bool)
     keys[unnamed] = np.char.add("unnamed ", np.flatnonzero(unnamed).astype(str))
@@ -87,7 +87,7 @@ def _one_each(names: Sequence[Any], geometry: np.ndarray) -> tuple[np.ndarray, n
 
 
 def numbered(names: np.ndarray, geometry: np.ndarray) -> pd.DataFrame:
-    """Cells that are not empty, by cell_id: their names where all are numbers from 1, else numbered in their order."""
+    """Cells that are not empty, by cell_id: their names if all are positive integers, else numbers in order."""
     filled = ~shapely.is_empty(geometry)
     names, geometry = np.asarray(names)[filled], geometry[filled]
     text = pd.Series(names, dtype=object).astype(str)

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def read_csv(folder: str | os.PathLike[str], microns_per_pixel: float = 1.0) -> AnnData:
-    """Cells of ``counts.csv`` at the places of ``coordinates.csv``, micrometre.
+    """Cells of ``counts.csv`` at the coordinates of ``coordinates.csv``, micrometre.
 
-    counts.csv: first column the cell, then a column a feature; those with blank, notarget or negative in their names
-    are marked in ``var["is_blank"]``. coordinates.csv: cell, x, y and perhaps z, other columns go to ``obs``. Both
-    may be .tsv, and packed. microns_per_pixel: what the coordinates are multiplied by. Raises InputError naming file,
+    counts.csv: the cell, then one column per feature; features with blank, notarget or negative in their names
+    are marked in ``var["is_blank"]``. coordinates.csv: cell, x, y and optionally z; other columns go to ``obs``. Both
+    may be .tsv, and compressed. microns_per_pixel: factor applied to the coordinates. Raises InputError naming file,
     row and column.
     """
     path = find_file(Path(folder), "counts.csv", "counts.csv.gz", "counts.tsv", "counts.tsv.gz")
@@ -40,12 +40,12 @@ def read_csv(folder: str | os.PathLike[str], microns_per_pixel: float = 1.0) -> 
 
 
 def is_control(genes: pd.Index) -> np.ndarray:
-    """Which features are no genes, by their names."""
+    """Which features are controls, by their names."""
     return np.asarray(genes.str.lower().str.contains("blank|notarget|negative|negcontrol|control_"), dtype=bool)
 
 
 def write_csv(run: Path, out: Path) -> None:
-    """Write a run into a new folder: transcripts.csv; cells.csv, outlines as WKT; and what `read_csv` reads."""
+    """Write a run into a new folder: transcripts.csv, cells.csv (outlines as WKT), and the input of `read_csv`."""
     out.mkdir()
     write_tables(out / "transcripts.csv", transcript_tables(run))
     write_dense(out / "counts.csv", "cell", read_var(run).index, count_blocks(run))

@@ -1,4 +1,4 @@
-"""The tables of a run as writers of other formats read them: some rows at a time."""
+"""Read the tables of a run in blocks of rows, for the writers of other formats."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from scipy.sparse import csr_matrix
 from merfish import results
 from merfish.errors import InputError
 
-ROWS = 4096  # of cells, at a time
-PLANE_OUTLINES = "plane_outlines"  # column of the cells: WKB, a collection of an outline a plane
+ROWS = 4096  # cells read at a time
+PLANE_OUTLINES = "plane_outlines"  # column of the cells: WKB, a collection of one outline per plane
 
 
 @contextmanager
@@ -27,11 +27,11 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, KeyError, ValueError, pa.ArrowException, shapely.errors.ShapelyError) as error:
-        raise InputError(f"{path}: not as a run writes it: {error}") from error
+        raise InputError(f"{path}: not a table written by a run: {error}") from error
 
 
 def transcript_tables(run: Path) -> Iterator[pa.Table]:
-    """Kept molecules, a row group at a time, columns of `merfish.transcripts.COLUMNS`; one empty table without any."""
+    """Yield kept molecules by row group, columns `merfish.transcripts.COLUMNS`; one empty table if there are none."""
     path = run / results.TRANSCRIPTS
     with _whole(path):
         file = pq.ParquetFile(path)
@@ -44,16 +44,16 @@ def transcript_tables(run: Path) -> Iterator[pa.Table]:
 
 
 def cell_tables(run: Path) -> Iterator[pd.DataFrame]:
-    """Cells with their outlines (``geometry``, shapely, micrometre), some at a time; one empty table without any.
+    """Yield blocks of cells with ``geometry`` (shapely, micrometre); one empty table if there are none.
 
-    `PLANE_OUTLINES`, where cells have them, are left out.
+    The column `PLANE_OUTLINES` is left out.
     """
     for cells in _cell_tables(run):
         yield cells.drop(columns=PLANE_OUTLINES, errors="ignore")
 
 
 def stacked_cell_tables(run: Path, n_planes: int) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
-    """As `cell_tables`, with the outlines (cell, plane) of each: its own in each plane, or the same one in all."""
+    """As `cell_tables`, with outlines (cell, plane): one for each plane, or the same one in all."""
     for cells in _cell_tables(run):
         outlines = np.repeat(cells["geometry"].to_numpy(object)[:, None], n_planes, axis=1)
         if PLANE_OUTLINES in cells and len(cells):
@@ -76,7 +76,7 @@ def _cell_tables(run: Path) -> Iterator[pd.DataFrame]:
 
 
 def read_var(run: Path) -> pd.DataFrame:
-    """What a run's table of counts says of its words."""
+    """``var`` of the count table of a run."""
     from anndata.io import read_elem
 
     path = run / results.CELL_BY_GENE
@@ -85,7 +85,7 @@ def read_var(run: Path) -> pd.DataFrame:
 
 
 def count_blocks(run: Path) -> Iterator[tuple[np.ndarray, csr_matrix]]:
-    """Cells' names and counts CSR (cell, word), some cells at a time, in the order of ``cells.parquet``."""
+    """Yield names of cells and counts as CSR (cell, word) in blocks, in the order of ``cells.parquet``."""
     path = run / results.CELL_BY_GENE
     with _whole(path), h5py.File(path) as file:
         matrix, n_words = file["X"], int(file["X"].attrs["shape"][1])
@@ -98,7 +98,7 @@ def count_blocks(run: Path) -> Iterator[tuple[np.ndarray, csr_matrix]]:
 
 
 def write_dense(path: Path, index: str, names: pd.Index, blocks: Iterator[tuple[np.ndarray, csr_matrix]]) -> None:
-    """Counts as CSV: a row a cell, first its name under ``index``, then a column a word."""
+    """Write counts as CSV: one row per cell, its name in the column ``index``, one column per word."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         pd.DataFrame(columns=names).to_csv(file, index_label=index)
         for cells, block in blocks:
@@ -106,7 +106,7 @@ def write_dense(path: Path, index: str, names: pd.Index, blocks: Iterator[tuple[
 
 
 def write_tables(path: Path, tables: Iterator[pa.Table]) -> None:
-    """Tables of one schema as one CSV."""
+    """Write tables with the same columns as one CSV."""
     import pyarrow.csv as pv
 
     first = next(tables)

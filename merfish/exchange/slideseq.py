@@ -1,4 +1,4 @@
-"""Slide-seq: counts of genes and beads, and where the beads lie."""
+"""Slide-seq: counts and positions of beads."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from merfish.exchange._reading import count_adata, find_file, names_of, numbers,
 if TYPE_CHECKING:
     from anndata import AnnData
 
-MICRONS_PER_PIXEL = 0.65  # of the images in which Slide-seq and Slide-seqV2 find their beads
+MICRONS_PER_PIXEL = 0.65  # of the images in which Slide-seq and Slide-seqV2 locate beads
 
 
 def read_slideseq(folder: str | os.PathLike[str], microns_per_pixel: float = MICRONS_PER_PIXEL) -> AnnData:
-    """Beads that have both counts and a place, micrometre.
+    """Beads that have both counts and a position, micrometre.
 
-    folder: with ``*digital_expression*`` or ``*counts*`` or ``MappedDGEForR*`` (beads in columns or in rows; the names
-    tell) and ``*location*`` (bead, x, y in pixels, with or without a header). Raises InputError naming file, row and
-    column.
+    folder: contains ``*digital_expression*``, ``*counts*`` or ``MappedDGEForR*`` (beads in columns or in rows, which is
+    detected by their names) and ``*location*`` (bead, x, y in pixels, with or without a header). Raises InputError
+    naming file, row and column.
     """
     root = Path(folder)
     path = find_file(root, "*digital_expression*", "MappedDGEForR*", "*counts*", "*expression*")
@@ -35,9 +35,7 @@ def read_slideseq(folder: str | os.PathLike[str], microns_per_pixel: float = MIC
         names, columns, counts = columns, names, counts.T.tocsr()
     known = names.isin(places.index)
     if not known.any():
-        raise InputError(
-            f"{path}: none of its rows or columns is a bead of {where}, the first of which is {places.index[0]!r}"
-        )
+        raise InputError(f"{path}: no row or column is a bead of {where}; its first bead is {places.index[0]!r}")
     beads = names[known]
     var = pd.DataFrame({"is_blank": np.zeros(len(columns), bool)}, index=columns.rename("gene"))
     spatial = places.loc[beads].to_numpy() * microns_per_pixel
@@ -45,12 +43,12 @@ def read_slideseq(folder: str | os.PathLike[str], microns_per_pixel: float = MIC
 
 
 def _read_locations(path: Path) -> pd.DataFrame:
-    """Places of beads, columns x, y in pixels, by barcode."""
+    """Positions of beads, columns x, y in pixels, indexed by barcode."""
     with understood(path, "locations of beads"):
         table = pd.read_csv(path, sep=separator(path), header=None, dtype=str)
     if table.shape[1] < 3 or not len(table):
         raise InputError(f"{path}: expected columns bead, x, y; got {table.shape[1]} columns in {len(table)} rows")
-    table = table.iloc[:, -3:]  # some have a column of row numbers first
+    table = table.iloc[:, -3:]  # some files begin with a column of row numbers
     if pd.to_numeric(table.iloc[:1, 1], errors="coerce").isna().all():
         table = table.iloc[1:]
     table.columns = pd.Index(["bead", "x", "y"])

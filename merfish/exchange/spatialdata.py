@@ -14,17 +14,17 @@ from merfish.errors import InputError
 from merfish.exchange.run import read_var
 from merfish.imaging.ngff import CHUNK, count_levels
 
-# coordinate systems: micrometre in the frame of the stage, under the name that readers take when none is given; and
-# pixels of a mosaic of the fields, the centre of the first at 0
+# Coordinate systems: micrometre in the frame of the stage, under the default name of readers; and pixels of a mosaic
+# of the fields, with the centre of the first pixel at 0.
 MICROMETRE, PIXEL = "global", "pixel"
 
 
 def write_spatialdata(run: Path, out: Path, images: Mapping[str, tuple[Any, list[str]]] | None = None) -> None:
-    """Write a run as a SpatialData store: points ``transcripts``, shapes ``cells``, ``table`` that annotates them.
+    """Write a run as a SpatialData store: points ``transcripts``, shapes ``cells``, and ``table`` that annotates them.
 
-    images: mosaics as from `merfish.mosaic.section_images`, which are kept at several resolutions. All are known in the
-    coordinate systems ``global`` (micrometre) and ``pixel``. Molecules and images are read as they are written. Raises
-    InputError where the package spatialdata is missing.
+    images: mosaics from `merfish.mosaic.section_images`, which are stored at several resolutions. All elements have the
+    coordinate systems ``global`` (micrometre) and ``pixel``. Molecules and images are read while they are written.
+    Raises InputError if the package spatialdata is not installed.
     """
     try:
         import geopandas
@@ -43,7 +43,7 @@ def write_spatialdata(run: Path, out: Path, images: Mapping[str, tuple[Any, list
     record = results.read_run(run)
     scale, origin = float(record.get("microns_per_pixel", 1.0)), results.mosaic_origin(record)
     frames = {MICROMETRE: Identity(), PIXEL: affine(1 / scale, -origin / scale)}
-    # there the first pixel of an image begins at 0
+    # SpatialData puts the corner, not the centre, of the first pixel at 0
     of_images = {MICROMETRE: affine(scale, origin - scale / 2), PIXEL: Translation([-0.5, -0.5], axes=("x", "y"))}
     molecules = dd.read_parquet(run / results.TRANSCRIPTS)
     molecules = molecules.rename(columns={"x": "x_pixel", "y": "y_pixel", "z": "plane"})

@@ -1,4 +1,4 @@
-"""10x Genomics' matrices of features and barcodes in HDF5, as Xenium and Visium have them."""
+"""10x Genomics' feature-barcode matrices in HDF5, as written for Xenium and Visium."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from scipy.sparse import csr_matrix
 from merfish.errors import InputError
 from merfish.exchange._reading import names_of
 
-_CONTROLS = "control|blank|unassigned|deprecated"  # in the types of features that no gene has
+_CONTROLS = "control|blank|unassigned|deprecated"  # parts of feature types that are not genes
 
 
 def read_10x_h5(path: Path) -> tuple[pd.Index, pd.DataFrame, csr_matrix]:
-    """Barcodes, features and counts CSR (barcode, feature) int32 of ``*_feature_bc_matrix.h5``.
+    """Barcodes, features and counts as CSR (barcode, feature) int32 from ``*_feature_bc_matrix.h5``.
 
-    Features are indexed by name, made unique, with gene_id, feature_type and is_blank. Raises InputError for another
-    file, and for a matrix whose parts do not fit each other.
+    Features are indexed by unique names, with gene_id, feature_type and is_blank. Raises InputError for any other
+    file, and for a matrix with inconsistent parts.
     """
     try:
         with h5py.File(path) as file:
             matrix = file.get("matrix")
             if not isinstance(matrix, h5py.Group):
-                raise InputError(f"{path}: no group 'matrix'; expected 10x Genomics' matrix of features and barcodes")
+                raise InputError(f"{path}: no group 'matrix'; expected a feature-barcode matrix of 10x Genomics")
             parts = {name: matrix[name][()] for name in ("data", "indices", "indptr", "shape", "barcodes")}
             features = {name: matrix["features"][name][()] for name in ("id", "name", "feature_type")}
     except (OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not 10x Genomics' matrix of features and barcodes: {error}") from error
+        raise InputError(f"{path}: not a feature-barcode matrix of 10x Genomics: {error}") from error
     n_features, n_barcodes = map(int, parts["shape"])
     if {len(values) for values in features.values()} != {n_features} or len(parts["barcodes"]) != n_barcodes:
         raise InputError(
-            f"{path}: a matrix of {n_features} features and {n_barcodes} barcodes, but other numbers of names"
+            f"{path}: the matrix is {n_features} features x {n_barcodes} barcodes, but the numbers of names differ"
         )
     try:
-        # columns of a matrix (feature, barcode) are the rows of ours
+        # columns of a CSC matrix (feature, barcode) are rows of a CSR matrix (barcode, feature)
         counts = csr_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=(n_barcodes, n_features))
         counts.check_format(full_check=True)
     except ValueError as error:
@@ -54,7 +54,7 @@ def _text(values: Any) -> list[str]:
 
 
 def unique(names: pd.Index) -> pd.Index:
-    """Names with a number after those that stand again: two genes may have one symbol.
+    """Make names unique by appending numbers: two genes may share a symbol.
 
     >>> list(unique(pd.Index(["A", "B", "A"])))
     ['A', 'B', 'A-1']

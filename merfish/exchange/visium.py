@@ -22,10 +22,10 @@ SPOT = 65.0  # micrometre, of the spot whose diameter in pixels Space Ranger sta
 
 
 def read_visium(folder: str | os.PathLike[str]) -> AnnData:
-    """Spots of ``filtered_feature_bc_matrix.h5`` at the places of ``spatial/tissue_positions*``, micrometre.
+    """Spots of ``filtered_feature_bc_matrix.h5`` at the positions of ``spatial/tissue_positions*``, micrometre.
 
-    Places are pixels of the full image times the scale of ``scalefactors_json.json``: ``microns_per_pixel`` (Visium
-    HD), else from the diameter of a spot. Raises InputError naming file, column and row.
+    Positions are pixels of the full image times the scale from ``scalefactors_json.json``: ``microns_per_pixel``
+    (Visium HD), else derived from the diameter of a spot. Raises InputError naming file, column and row.
     """
     matrix = find_file(Path(folder), "filtered_feature_bc_matrix.h5", "*filtered_feature_bc_matrix.h5")
     spatial = Path(folder) / "spatial"
@@ -49,7 +49,7 @@ def read_visium(folder: str | os.PathLike[str]) -> AnnData:
 
 
 def microns_per_pixel(path: Path) -> float:
-    """Scale of the full image. Raises InputError if the file does not say it."""
+    """Scale of the full image. Raises InputError if the file does not contain it."""
     values = read_json(path)
     factors = values if isinstance(values, dict) else {}
     scale, spot = factors.get("microns_per_pixel"), factors.get("spot_diameter_fullres")

@@ -1,6 +1,6 @@
 """Guides: Markdown files that ship with the package, read by ``merfish guide`` and built into a site.
 
-Their code blocks are run by the tests in this order, in one folder.
+Tests run their code blocks in this order, in one folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Numba loops of this folder."""
+"""Numba kernels of `merfish.imaging`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ROWS = 32  # a strip of so many rows, filtered along x, stays in a core's cache
 
 @parallel_kernel
 def filter_planes(planes, starts, taps_y, taps_x, out):
-    """Filter planes (plane, y, x) along x and y with weights of their own into ``out`` float32.
+    """Filter each plane of (plane, y, x) along x and y with its own weights into ``out`` float32.
 
     out[p, y, x] = sum over s, t of taps_y[p, s] taps_x[p, t] planes[p, y + starts[p, 0] + s, x + starts[p, 1] + t];
     beyond its edges a plane is mirrored about its outermost pixels. starts: (plane, 2) int64; taps: (plane, tap)
@@ -54,7 +54,7 @@ def filter_planes(planes, starts, taps_y, taps_x, out):
 
 @fused_kernel
 def along_row(target, source, taps):
-    """target[c] = sum over t of taps[t] * source[c + t]; four taps in one go, so that sums stay in registers."""
+    """target[c] = sum over t of taps[t] * source[c + t]; four taps at a time, so that sums stay in registers."""
     for t in range(0, len(taps), 4):
         a, b, c, d = source[t:], source[t + 1 :], source[t + 2 :], source[t + 3 :]
         u, v, w, z = taps[t], taps[t + 1], taps[t + 2], taps[t + 3]
@@ -81,7 +81,7 @@ def bandpass_rows(image, first, last, narrow, wide, out):
     """Rows ``first`` to below ``last`` of an image (y, x), narrow Gaussian minus wide one, into ``out`` (row, x).
 
     narrow, wide (tap,) float32, symmetric about the tap at their radius, then zeros up to a multiple of 4 taps. Image
-    mirrored at its edges. Each row is filtered along x once; as many as the filter is high are kept, in cache.
+    mirrored at its edges. Each row is filtered along x once; as many rows as the filter has taps are kept, in cache.
     """
     height, width = image.shape
     reach, inner = radius_of(wide), radius_of(narrow)
@@ -128,7 +128,7 @@ def bandpass_strip(images, first, last, narrow, wide, out):
 
 @kernel
 def _mirror(index, size):
-    """The pixel that stands for ``index`` when the image is mirrored about its outermost pixels."""
+    """The pixel that ``index`` refers to when the image is mirrored about its outermost pixels."""
     if size == 1:
         return 0
     period = 2 * size - 2
@@ -138,11 +138,11 @@ def _mirror(index, size):
 
 @parallel_kernel
 def remove_hot_pixels(image, out):
-    """Copy ``image`` (y, x) to float32 ``out``; a pixel far above its neighbours becomes as the second highest.
+    """Copy ``image`` (y, x) to float32 ``out``, with hot pixels replaced by their second highest neighbour.
 
-    The highest neighbour does not count, since hot pixels also come in pairs. "Far" is 4 times the range of the others:
-    light that went through a lens, even a spot of sigma 0.8 px, does not fall so steeply. Such pixels stay in place
-    while the sample drifts.
+    A pixel is hot if it exceeds that neighbour by 4 times the range of the other neighbours: light that passes through
+    a lens, even a spot of sigma 0.8 px, does not fall off so steeply. The highest neighbour is ignored because hot
+    pixels also occur in pairs. Hot pixels stay at the same position while the sample drifts.
     """
     height, width = image.shape
     for y in prange(height):
@@ -248,7 +248,7 @@ def warp_planes(coefficients, maps, out):
 
 @kernel
 def _cubic_weights(fraction, weights):
-    """Cubic B-splines at a place ``fraction`` (0 to 1) beyond the second of four pixels."""
+    """Cubic B-splines at a position ``fraction`` (0 to 1) beyond the second of four pixels."""
     left = np.float32(1.0) - fraction
     weights[0] = left * left * left / np.float32(6.0)
     weights[3] = fraction * fraction * fraction / np.float32(6.0)
@@ -258,7 +258,7 @@ def _cubic_weights(fraction, weights):
 
 @kernel
 def in_order(bits):
-    """Bits of a float32 to an integer ordered as the values are, and back."""
+    """Map the bits of a float32 to an integer that has the same order, and back."""
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
@@ -266,8 +266,8 @@ def in_order(bits):
 def median_of(values):
     """Median of finite ``values`` (n,) float32, n >= 1.
 
-    The range that the middle lies in is halved, from one of the values to another, until half of them lie below:
-    counting runs fast where sorting does not, and so do the lowest and the highest of integers.
+    By bisection between values: the interval that contains the median is halved until half of the values lie below
+    it. Counting, minima and maxima of integers are vectorised; sorting is not.
     """
     n = len(values)
     middle = (n + 1) // 2
@@ -300,7 +300,7 @@ def median_of(values):
 
 @kernel
 def tile_noise(planes, tile_y, tile_x, every, medians, deviations):
-    """Median, and median distance from it, of every so many pixels along each axis of tiles of (plane, y, x) images.
+    """Median and median absolute deviation of tiles of (plane, y, x) images, from every ``every``-th row and column.
 
     out: medians, deviations (plane, row, column) float32.
     """
@@ -322,10 +322,10 @@ def tile_noise(planes, tile_y, tile_x, every, medians, deviations):
 
 @kernel
 def find_peaks(image, height, threshold, x, y, value):
-    """Local maxima of an image (row, x) above a threshold, sub-pixel; planes of ``height`` rows below each other.
+    """Sub-pixel local maxima above a threshold in an image (row, x) of stacked planes of ``height`` rows each.
 
-    out: x, y (rows), value (capacity,) float32. The top is that of the least-squares paraboloid over 3 x 3 pixels, at
-    most 1 px away. Returns the number of maxima, also of those that find no place.
+    out: x, y (rows), value (capacity,) float32. The maximum is that of the least-squares paraboloid over 3 x 3 pixels,
+    at most 1 px away. Returns the number of maxima, including those beyond the capacity.
     """
     n_rows, width = image.shape
     found = 0

@@ -1,8 +1,8 @@
 """TIFF: pages in file order.
 
-tifffile's series are not used for movies: some microscopes write every frame as a series of its own, and a truncated
-page-wise stack is read as fewer pages without a warning. Headers that could cost much time or memory are checked before
-tifffile uses them.
+tifffile's series are not used for movies: some microscopes write every frame as a separate series, and a truncated
+page-wise stack is read as fewer pages without a warning. Header fields that could cost much time or memory are checked
+before tifffile uses them.
 """
 
 from __future__ import annotations

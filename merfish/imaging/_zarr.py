@@ -23,7 +23,7 @@ from merfish.imaging._header import Block, Header, refuse_bomb, row_blocks
 MOST_CHUNKS = 1_000_000
 MOST_METADATA = 1 << 20  # bytes
 _MOST_AXES = 8
-# What unpacks a chunk to a size that stands in the chunk, or can be counted before: in Zarr's second and third format
+# Codecs of chunks whose unpacked size is stored in the chunk or can be counted in advance, in Zarr formats 2 and 3
 _CODECS = {None, "blosc", "zstd", "lz4", "gzip", "zlib", "bytes", "crc32c", "sharding_indexed", "transpose"}
 _PIECE = 1 << 20  # bytes unpacked at a time while counting
 

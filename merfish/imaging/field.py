@@ -138,8 +138,8 @@ def other_stains(experiment: Experiment, config: RunConfig) -> tuple[list[str], 
     """Names of all stains of cells, and of the genes imaged one by one, as the experiment has them.
 
     Both are rows without a bit; those that the configuration does not name as stains are genes. In a folder of
-    registered stacks they are other images. Raises InputError for a stain that the configuration names and the
-    experiment has not.
+    registered stacks they are the other images. Raises InputError if the configuration names a stain that the
+    experiment does not have.
     """
     named = {name.lower() for name in (*config.stains, config.nuclei_stain, config.cytoplasm_stain)}
     known = [channel.name for channel in experiment.stains]
@@ -182,7 +182,7 @@ def stain_shifts(
 
 
 def aligned_stain(experiment: Experiment, fov: int, name: str, shift: np.ndarray) -> np.ndarray:
-    """A stain (z, y, x) without the drift that `stain_shifts` found."""
+    """A stain (z, y, x), corrected for the drift that `stain_shifts` measured."""
     planes = read_stain(experiment, fov, name)
     return align(planes[None], shift[None])[0][0] if shift.any() else planes
 
@@ -190,7 +190,7 @@ def aligned_stain(experiment: Experiment, fov: int, name: str, shift: np.ndarray
 def aligned_gene(
     experiment: Experiment, fov: int, name: str, shift: np.ndarray, config: RunConfig, calibration: Calibration
 ) -> np.ndarray:
-    """A gene imaged by itself, (z, y, x) float32, as `register_field` makes the bits: aligned, even, filtered."""
+    """A gene imaged by itself, (z, y, x) float32, processed like the bits: aligned, flat-field corrected, filtered."""
     channel = experiment.stain(name)
     smoothing, background = config.filter_sigmas
     planes = calibration.even_light(read_stain(experiment, fov, name)[None], [channel])

@@ -1,4 +1,4 @@
-"""Effects of camera and lamp on every image of a colour: uneven illumination, dark level, hot pixels.
+"""Effects of camera and light source on every image of a colour: uneven illumination, dark level, hot pixels.
 
 The illumination is estimated from the molecules: spots are dimmer where there is less light, independently of the
 tissue's autofluorescence, the dark level and the filter. The autofluorescence then gives the dark level: it is
@@ -244,7 +244,7 @@ def _fit_heights(spots: _Heights, degree: int) -> np.ndarray:
 
 
 def _about_levels(spots: _Heights, predicted: np.ndarray) -> np.ndarray:
-    """Log heights less what is predicted and less the light-weighted median of their group."""
+    """Log heights minus the prediction and minus the light-weighted median of their group."""
     off = spots.log - predicted
     for group in np.unique(spots.group):
         rows = spots.group == group

@@ -160,7 +160,8 @@ def _refuse_special(path: Path) -> None:
     except OSError as error:
         if path.is_symlink():
             raise InputError(f"{path}: links to {os.readlink(path)}: {error.strerror}") from error
-        raise InputError(f"{path}: no such file" + (f": {error.strerror}" if path.name else "")) from error
+        why = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
+        raise InputError(f"{path}: {why}") from error
     except ValueError as error:  # a NUL in the name
         raise InputError(f"{path}: no such file: {error}") from error
     folder = path.suffix.lower() == ".zarr"
@@ -240,7 +241,7 @@ def _dax_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
     return np.stack([movie[frame] for frame in frames])
 
 
-# --- .nd2 (Nikon): one image after the other, the channels of each one by one.
+# --- .nd2 (Nikon): a sequence of images, each with its channels in order.
 
 
 def _open_nd2(path: Path) -> Any:

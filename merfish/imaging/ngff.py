@@ -1,4 +1,4 @@
-"""OME-Zarr images (NGFF 0.5, Zarr 3) written tile by tile, each level half as large as the one before."""
+"""OME-Zarr images (NGFF 0.5, Zarr 3), written tile by tile; each level is half as large as the previous one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merfish._files import read_json
 if TYPE_CHECKING:
     import zarr
 
-TILE, CHUNK = 2048, 512  # pixels along y and x: of a file, and of what is read at a time
+TILE, CHUNK = 2048, 512  # pixels along y and x: of a file, and of a block that is read at a time
 SMALLEST = 256  # pixels along the longer side of the last level, at most
 
 
@@ -36,7 +36,7 @@ def create_image(
 
     n_levels = count_levels(shape)
     scales = [[1.0, microns[0], microns[1] * 2**k, microns[2] * 2**k] for k in range(n_levels)]
-    # the centre of a larger pixel lies between those of the pixels that it stands for
+    # the centre of a larger pixel lies between those of the pixels that it averages
     places = [
         [0.0, 0.0, *(o + m * (2**k - 1) / 2 for o, m in zip(origin, microns[1:], strict=True))] for k in range(n_levels)
     ]
@@ -73,7 +73,7 @@ def create_image(
 
 
 def count_levels(shape: Sequence[int]) -> int:
-    """Levels of an image (..., y, x), each half as large as the one before, down to `SMALLEST`."""
+    """Levels of an image (..., y, x), each half as large as the previous one, down to `SMALLEST`."""
     n_levels = 1
     while max(shape[-2:]) >> (n_levels - 1) > SMALLEST:
         n_levels += 1
@@ -90,7 +90,7 @@ def open_image(path: Path) -> tuple[list[zarr.Array[Any]], list[str]]:
 
 
 def tiles(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Parts (y, x) of an image (..., y, x) that stand in one file each."""
+    """Parts (y, x) of an image (..., y, x) that are stored in one file each."""
     height, width = shape[-2:]
     for y in range(0, height, TILE):
         for x in range(0, width, TILE):
@@ -98,7 +98,7 @@ def tiles(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
 
 
 def fill_levels(levels: Sequence[zarr.Array[Any]]) -> None:
-    """Fill all levels but the first, each pixel the mean of those that it stands for, a tile at a time."""
+    """Fill all levels but the first tile by tile; each pixel is the mean of the pixels that it covers."""
     for fine, coarse in pairwise(levels):
         for channel in range(coarse.shape[0]):
             for y, x in tiles(coarse.shape):
@@ -107,7 +107,7 @@ def fill_levels(levels: Sequence[zarr.Array[Any]]) -> None:
 
 
 def halve(image: np.ndarray) -> np.ndarray:
-    """Mean of squares of 2 x 2 pixels (..., y, x), at odd ends of those that are there; integers are rounded."""
+    """Mean of squares of 2 x 2 pixels (..., y, x), at odd ends of the pixels that exist; integers are rounded."""
     odd = [(0, 0)] * (image.ndim - 2) + [(0, side % 2) for side in image.shape[-2:]]
     even = np.pad(image, odd, mode="edge").astype(np.float32)
     mean = (even[..., ::2, ::2] + even[..., 1::2, ::2] + even[..., ::2, 1::2] + even[..., 1::2, 1::2]) / 4

@@ -120,7 +120,7 @@ def shared_normalization(fields: Sequence[FieldSpots], n_bits: int) -> Normaliza
             background[bit] = np.median([field.background[bit] for field in fields])
     count = np.sum([np.bincount(field.bit, minlength=n_bits) for field in fields], axis=0)
     if len(fields):
-        # a few noise spikes must not make a dead bit look alive
+        # a few noise peaks must not hide a dead bit
         scale[(count < DEAD_SPOTS * np.median(count)) & (scale < DEAD_HEIGHT * np.median(scale))] = 0.0
     return Normalization(background, scale)
 

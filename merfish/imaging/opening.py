@@ -1,4 +1,4 @@
-"""From the tables that describe an experiment, and the names of its images, to (field, bit, plane) -> file, frame."""
+"""Open an experiment: match its tables with the names of its images, (field, bit, plane) -> (file, frame)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from merfish._files import refuse_escape
-from merfish._text import listed
+from merfish._text import counted, listed
 from merfish.codebook import Codebook, read_codebook
 from merfish.errors import InputError
 from merfish.imaging import images
@@ -31,8 +31,8 @@ from merfish.imaging.organization import (
 )
 from merfish.imaging.registered import open_registered, stack_files
 
-# Time limits for matching a user's regular expressions, seconds, in all and for each pair of expression and file name;
-# usual ones need microseconds. Memory limit of the process that matches them: some expressions need any amount.
+# Time limits for matching a user's regular expressions, seconds: in total, and for each pair of expression and file
+# name; usual ones need microseconds. Memory limit of the matching process: some expressions need unbounded memory.
 MATCH_SECONDS, MATCH_SECONDS_A_NAME = 5.0, 5e-5
 MATCH_BYTES = 1 << 30
 
@@ -56,7 +56,8 @@ def open_experiment(
     """
     root = Path(folder)
     if not root.is_dir():
-        raise InputError(f"{root}: expected a folder with the images of an experiment")
+        found = "a file" if root.exists() else "no such folder"
+        raise InputError(f"{root}: {found}; expected the folder with the images of an experiment")
     tables = {
         "data_organization": Path(data_organization or root / "data_organization.csv"),
         "codebook": Path(codebook or root / "codebook.csv"),
@@ -89,7 +90,7 @@ def _refuse_missing(root: Path, tables: dict[str, Path]) -> None:
     kinds = {path.suffix for path in missing.values()}
     there = sorted(path.name for path in root.iterdir() if path.suffix in kinds)
     hint = f" The folder has {listed(there, ', ')}." if there else ""
-    raise InputError(f"{root}: not found: {paths}. Name other files with {options}.{hint}")
+    raise InputError(f"{root}: not found: {paths}. Give other paths with {options}.{hint}")
 
 
 def _match_bits(
@@ -169,7 +170,7 @@ def _stem(name: str) -> str:
 
 
 def _refuse_shared_frames(bits: Sequence[Channel], files: Mapping[tuple[Movie, int], Path], table: Path) -> None:
-    """Refuse bits that show the same image, and bits that show beads. Different expressions may name the same file."""
+    """Refuse bits that use the same image, or the image of beads. Different expressions may name the same file."""
     of_movie: dict[Movie, Path] = {}
     for (movie, _), path in sorted(files.items(), key=lambda item: item[0][1]):
         of_movie.setdefault(movie, path)
@@ -215,16 +216,14 @@ def _find_files(root: Path, movies: Iterable[Movie], n_fovs: int, table: Path) -
                 continue
             fov = _name_number(where, "fov", found.get("fov"), None)
             if fov >= n_fovs:
-                raise InputError(
-                    f"{root / name}: field {fov}, but the positions list {n_fovs} fields, 0 to {n_fovs - 1}"
-                )
+                raise InputError(f"{root / name}: field {fov} has no line in the positions, which end at {n_fovs - 1}")
             refuse_escape(root, entries[name])
             movie = same_type[number]
             other = files.setdefault((movie, fov), root / name)
             if other != root / name:
                 raise InputError(f"{other} and {name} are both {movie.image_type!r} field {fov} round {number}")
     if not files:
-        raise InputError(f"{root}: none of its {len(names)} image files matches the expressions of {table}")
+        raise InputError(f"{root}: none of its {counted(len(names), 'image file')} matches an imageRegExp of {table}")
     return files
 
 

@@ -71,7 +71,7 @@ def read_microscope(path: str | os.PathLike[str]) -> dict[str, Any]:
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # also integers with more digits than Python converts
-        raise InputError(f"{path}: not JSON: {error}") from error
+        raise InputError(f"{path}: not a microscope file in JSON: {error}") from error
     if not isinstance(given, dict):
         raise InputError(f"{path}: expected an object with microns_per_pixel, got {type(given).__name__}")
     scale = given.get("microns_per_pixel")

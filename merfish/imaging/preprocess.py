@@ -18,9 +18,9 @@ def bandpass(stack: np.ndarray, *, smoothing: float, background: float) -> np.nd
 
 
 class Bandpassed:
-    """A stack (bit, [z,] y, x) as `bandpass` would return it, planes one below the other: (bit, plane * y, x).
+    """A stack (bit, [z,] y, x) as `bandpass` would return it, with planes stacked along y: (bit, plane * y, x).
 
-    Filtered when it is indexed, ``stack[bit]`` or ``stack[:, first:last]``, so that no filtered copy is kept.
+    It is filtered when it is indexed, ``stack[bit]`` or ``stack[:, first:last]``, so that no filtered copy is kept.
     sigma: of the PSF, pixel, once `merfish.decoding.psf.psf_sigma` has measured it.
     """
 
@@ -65,5 +65,5 @@ def gaussian_taps(sigma: float) -> np.ndarray:
 
 
 def _filled(taps: np.ndarray) -> np.ndarray:
-    """The taps with zeros up to a multiple of 4."""
+    """Pad the taps with zeros to a multiple of 4."""
     return np.pad(taps, (0, -len(taps) % 4))

@@ -23,14 +23,14 @@ SIGMAS = 6.0  # robust standard deviations over all fields and bits; a value fur
 MIN_FIELDS = 3  # with fewer, bits can only be compared with each other, and bits differ anyway
 # ... if it is also this factor off: with MIN_FIELDS, and with fewer.
 FACTORS = {"brightness": (2.0, 5.0), "background": (2.0, 8.0), "noise": (2.0, 5.0), "width": (1.2, 1.4)}
-# Spots are too few below their usual number divided by the first (too many above it times the first), if chance does
-# not explain so few of the usual number divided by the second: genes differ between bits, and cells between fields.
+# Spots are too few (or too many) if they differ from their usual number by the first factor, and if chance does not
+# explain that few of the usual number divided by the second: genes differ between bits, and cells between fields.
 SPOT_FACTORS = ((5.0, 2.0), (20.0, 5.0))
 CHANCE = 1e-7
 ENOUGH_SPOTS = 15  # needed to measure their height and width
-# If the bits' intensities agree to this median correlation, one that is lower by so much shows another place.
+# If the intensities of bits have this median correlation, a bit that is lower by the second shows another position.
 COMMON_LIKENESS, LOST_LIKENESS = 0.6, 0.5
-# Two rounds are swapped if that reduces the sum of squares by this factor, and by so many squared sigmas.
+# Two rounds are swapped if swapping reduces the sum of squares by this factor, and by this many squared sigmas.
 SWAP_RATIO, SWAP_GAIN = 4.0, 80.0
 # Lower limits of the sigmas of logarithms.
 _SWAP_FLOORS = {"brightness": 0.04, "spots": 0.15, "background": 0.01, "noise": 0.02, "width": 0.01}
@@ -222,7 +222,7 @@ _WORDS = {
 
 def _flag_value(name: str, values: np.ndarray, enough: bool, reasons: list[list[list[str]]]) -> None:
     log = np.log(np.maximum(values, 1e-9))
-    # the optics are the same in every field, so a field with all bits out of focus must be found
+    # compared over fields: the optics are the same in each, so that a field with all bits out of focus is found
     expected = _expected(log, enough, per_field=name != "width")
     off = log - expected
     limit = max(SIGMAS * _sigma(off), np.log(FACTORS[name][0 if enough else 1]))

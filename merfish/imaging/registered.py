@@ -1,4 +1,4 @@
-"""A folder of registered stacks, one for each field, opened as an experiment."""
+"""Open a folder of registered stacks, one for each field, as an experiment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NAME = re.compile(r"(.+?)_0*(\d{1,9})(?:\.ome)?\.[A-Za-z0-9]+")
 
 
 def stack_files(folder: Path) -> dict[str, dict[int, Path]]:
-    """Image files called NAME_FIELD.ext in a folder, by name and field; none if no name is ``stack``.
+    """Image files named NAME_FIELD.ext in a folder, by name and field; empty if no name is ``stack``.
 
     Raises InputError for two files with the same name and field, and for links to files outside the folder.
     """

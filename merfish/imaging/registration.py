@@ -65,7 +65,7 @@ def measure_drift(images: np.ndarray, reference: int = 0, max_drift: float = MAX
 
 
 def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.ndarray) -> pd.DataFrame:
-    """Measure the drift of a field's rounds from its beads or, where that fails, from the molecules that rounds share.
+    """Measure the drift of a field's rounds from its beads or, if that fails, from the molecules that rounds share.
 
     beads: (round, y, x), or (0, y, x) if none were imaged; bits: (bit, z, y, x); round_of_bit: (bit,) int.
     Returns `measure_drift`'s table with a column ``source``: "beads"; "bits", which works because each word has its
@@ -151,7 +151,7 @@ def _blob_filter(image: np.ndarray) -> np.ndarray:
 
 
 def paraboloid_tops(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Top (peak, 2) of the least-squares paraboloid over the 3 x 3 pixels around each maximum, if within 1 px."""
+    """Maximum (peak, 2) of the least-squares paraboloid over 3 x 3 pixels around each peak, if within 1 px."""
     v, u = np.mgrid[-1:2, -1:2]
     patch = image[y[:, None, None] + v, x[:, None, None] + u].astype(np.float64)
     gy, gx = (patch * v).sum((1, 2)) / 6, (patch * u).sum((1, 2)) / 6
@@ -214,7 +214,7 @@ def _vote(fixed: np.ndarray, moving: np.ndarray, max_drift: float, scale: float)
 
 
 def _pairs(a: np.ndarray, b: np.ndarray, radius: float) -> np.ndarray:
-    """Rows (pair, 2) of points that are each other's nearest and at most ``radius`` apart."""
+    """Rows (pair, 2) of points that are mutual nearest neighbours and at most ``radius`` apart."""
     distance, to_b = spatial.KDTree(b).query(a, distance_upper_bound=radius)
     rows = np.flatnonzero(np.isfinite(distance))
     _, to_a = spatial.KDTree(a).query(b[to_b[rows]])
@@ -274,7 +274,7 @@ def align(
     transform @ (y + dy, x + dx, 1). Shifts by whole pixels alone copy values exactly.
 
     Returns the aligned images, float32 of the same shape, and where all of them have data, bool (y, x): elsewhere
-    some image is only a mirrored edge.
+    at least one image is only a mirrored edge.
 
     Raises InputError if shapes do not match or a number is not finite.
     """

@@ -160,7 +160,9 @@ def choose_fovs(experiment: Experiment, fovs: Sequence[int] | None) -> list[int]
         return list(experiment.fovs)
     unknown = sorted(set(fovs) - set(experiment.fovs))
     if unknown:
-        raise InputError(f"fields {unknown} are asked for, the experiment has 0 to {len(experiment.fovs) - 1}")
+        raise InputError(
+            f"no such field: {', '.join(map(str, unknown))}; the experiment has fields 0 to {len(experiment.fovs) - 1}"
+        )
     return sorted(set(fovs))
 
 
@@ -181,7 +183,7 @@ def check_files(experiment: Experiment, fovs: Sequence[int], keep_going: bool) -
 def refuse_other_results(out: Path) -> None:
     """Raise InputError if ``out`` holds the results of ``merfish decode``."""
     if (out / results.RUN).is_file() and not (out / results.FIELDS).is_dir():
-        raise InputError(f"{out} holds results that are not those of a run; choose another folder or remove it")
+        raise InputError(f"{out} holds results of merfish decode, not of a run; choose another folder or remove it")
 
 
 def published_key(out: Path) -> str:

@@ -13,7 +13,7 @@ import shapely
 from merfish.calls.overlap import FIELD_RADIUS, Sightings, seen_better_elsewhere
 from merfish.cells.counts import OUTSIDE, assign_cells
 from merfish.cells.measure import column_name
-from merfish.cells.merging import CellNumbers, part, unite
+from merfish.cells.merging import CellNumbers, merge_outlines, trim_overlaps
 from merfish.cells.stacks import footprints, nearest_plane, planes, thickness
 from merfish.exchange.run import PLANE_OUTLINES
 from merfish.imaging.experiment import Experiment
@@ -31,15 +31,15 @@ def assemble(fields: Fields, found: Reconciled, run_map: RunMap, display: Displa
     """Outline the cells and assign the molecules of every field; results go to files of the work folder."""
     near = fields.near(found.stitching.positions, FIELD_RADIUS)
     for name, work in (
-        ("unite cells", UniteWork(fields, found.cells, found.stitching.positions)),
-        ("part cells", PartWork(fields, found.cells, near)),
-        ("place", PlaceWork(fields, found.cells, found.stitching.positions, near)),
+        ("merge cells", MergeWork(fields, found.cells, found.stitching.positions)),
+        ("trim overlaps", TrimWork(fields, found.cells, near)),
+        ("assign molecules", AssignWork(fields, found.cells, found.stitching.positions, near)),
     ):
         map_all(name, work, fields.fovs, run_map, display)
 
 
 @dataclass(frozen=True, eq=False)
-class UniteWork:
+class MergeWork:
     """Merges the outlines of each cell whose home is a field."""
 
     fields: Fields
@@ -47,7 +47,7 @@ class UniteWork:
     positions: np.ndarray
 
     def __call__(self, fov: int) -> int:
-        """The number of cells, which are written to the file ``united``."""
+        """The number of cells, which are written to the file ``merged``."""
         members = self.cells.members(self.cells.at_home(fov))
         geometry = np.empty(len(members), dtype=object)
         measured = [read_measured(self.fields.out, fov).iloc[:0]]
@@ -60,12 +60,12 @@ class UniteWork:
             measured.append(read_measured(self.fields.out, other).iloc[chosen])
             place.append(np.flatnonzero(rows))
         means = pd.concat(measured).iloc[np.argsort(np.concatenate(place))]
-        write_cell_part(self.fields, "united", fov, unite(members, geometry, means))
+        write_cell_part(self.fields, "merged", fov, merge_outlines(members, geometry, means))
         return len(members)
 
 
 @dataclass(frozen=True, eq=False)
-class PartWork:
+class TrimWork:
     """Removes from the cells whose home is a field the area that larger cells cover."""
 
     fields: Fields
@@ -74,19 +74,19 @@ class PartWork:
 
     def __call__(self, fov: int) -> int:
         """The number of cells left, which are written to the file ``cells``."""
-        own = read_cell_part(self.fields, "united", fov)
+        own = read_cell_part(self.fields, "merged", fov)
         # a cell may extend into every field that has an outline of it, and touch the cells seen there
         seen = set(self.cells.members(own["cell"].to_numpy())["fov"].tolist()) | {fov}
         seen |= {other for field in seen for other in self.near[field]}
         homes = {fov, *self.cells.homes(sorted(seen))}
-        others = [read_cell_part(self.fields, "united", home) for home in sorted(homes)]
-        cells = part(own, pd.concat(others, ignore_index=True))
+        others = [read_cell_part(self.fields, "merged", home) for home in sorted(homes)]
+        cells = trim_overlaps(own, pd.concat(others, ignore_index=True))
         write_cell_part(self.fields, "cells", fov, described(cells, self.fields.experiment, self.fields.planes))
         return len(cells)
 
 
 @dataclass(frozen=True, eq=False)
-class PlaceWork:
+class AssignWork:
     """Drops the molecules of a field that another field shows better, and assigns the others to cells."""
 
     fields: Fields

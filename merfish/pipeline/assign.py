@@ -70,8 +70,8 @@ def replace_cells(
     with shown.step("read cells"):
         schema = part_by_field(fields, cells, slice_depth(record["z"]), run_map, shown)
     bounds = {fov: _bounds(fields, fov) for fov in fields.fovs}
-    work = PlaceWork(out, fields, groups, bounds, var.index[var["sequential"]].to_list())
-    placed = map_all("place", work, fields.fovs, run_map, shown)
+    work = AssignWork(out, fields, groups, bounds, var.index[var["sequential"]].to_list())
+    placed = map_all("assign molecules", work, fields.fovs, run_map, shown)
     contributors: dict[int, list[int]] = {fov: [] for fov in fields.fovs}
     for fov, (_, homes) in sorted(placed.items()):
         for home in homes:
@@ -158,7 +158,7 @@ def _bounds(fields: Fields, fov: int) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class PlaceWork:
+class AssignWork:
     """Puts the molecules of a field into cells, also those of genes imaged one by one (``sequential``, names in order).
 
     groups: row groups of each field in each of the tables of molecules in ``out``; bounds: what the cells of each field

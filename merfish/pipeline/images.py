@@ -109,8 +109,8 @@ def saved_channels(out: Path, fov: int) -> dict[str, tuple[Path, int]]:
     decoded = read_record(results.field_folder(out, fov))
     if decoded is None or not has_images(out, fov, decoded["parts"]):
         raise InputError(
-            f"{image_folder(out, fov)}: no whole images of the results that stand in {out}; "
-            "run again into the same folder with --save-images"
+            f"{image_folder(out, fov)}: no saved images of the results in {out}; "
+            "repeat the run into the same folder with --save-images"
         )
     found: dict[str, tuple[Path, int]] = {}
     for name in (STAINS, BITS):

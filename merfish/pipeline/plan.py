@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from merfish._text import counted
 from merfish.config import RunConfig
 from merfish.imaging import images
 from merfish.imaging.experiment import Experiment
@@ -57,7 +58,7 @@ def plan_lines(
     processes = min(workers or 1, cores())
     cost = run_cost(source, shape, len(good), segmented=bool(stains), config=config, processes=processes)
     free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
-    planes = f"{len(source.z)} plane{'s' if len(source.z) > 1 else ''}"
+    planes = counted(len(source.z), "plane")
     kind = "registered stacks" if source.registered else "raw images"
     size = sum(part.stat().st_size for path in files for part in (path.rglob("*") if path.is_dir() else [path]))
     there = decoded_fields(out)
@@ -70,7 +71,7 @@ def plan_lines(
         *([f"resumes     {out} holds {len(there)} fields; those that are unchanged are used again"] if there else []),
         f"method      {config.method}" + ("" if config.method == "spots" else "; the time is estimated for spots"),
         f"time        about {_duration(cost.seconds)} on {processes} process{'es' if processes > 1 else ''}, "
-        f"{cores()} cores of this machine, if no field is done yet",
+        f"{counted(cores(), 'core')} of this machine, if no field is done yet",
         f"memory      about {_bytes(cost.memory)}",
         f"disk        about {_bytes(cost.disk)} of {_bytes(free)} free"
         + ("; NOT ENOUGH: choose another folder or free some space" if cost.disk > free else ""),

@@ -108,7 +108,7 @@ def display(out: Path, show: bool, verbose: bool = False) -> Iterator[Display]:
         )
 
         columns = (
-            TextColumn("{task.description:<12}"),
+            TextColumn("{task.description:<16}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),

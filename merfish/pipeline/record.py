@@ -15,6 +15,7 @@ import pandas as pd
 
 from merfish import results
 from merfish._files import file_record
+from merfish._text import counted
 from merfish.calls.error_model import WordTally, bit_error_rates, misidentification_rate, wilson
 from merfish.calls.filtering import few_blanks
 from merfish.calls.fit import FitCounts, Verdict, codebook_fits
@@ -148,7 +149,8 @@ def describe_inputs(experiment: Experiment, fovs: Sequence[int]) -> dict[str, An
 def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
     """How many molecules were found, how many of them are wrong, and what the codebook leaves open, for a terminal."""
     rate = figures["misidentification_rate"]
-    line = f"{figures['n_kept']:,} molecules ({figures['n_blank']:,} blanks) of {figures['n_found']:,} found"
+    kept = f"{counted(figures['n_kept'], 'molecule')} ({counted(figures['n_blank'], 'blank')})"
+    line = f"{kept} of {figures['n_found']:,} found"
     warnings = [f"codebook: {warning}" for warning in figures["warnings"]]
     if rate is None:
         return [line, *warnings]
@@ -179,7 +181,7 @@ def run_summary(out: Path) -> dict[str, Any]:
         *stain_lines(record["fields"]),
         *filter(None, [untied_text(record["stage"])]),
         *([f"cells are those of {record['segmentation']['path']}"] if "segmentation" in record else []),
-        f"{figures['n_cells']:,} cells, {figures['transcripts_per_cell']:.0f} molecules per cell (median)",
+        f"{counted(figures['n_cells'], 'cell')}, {figures['transcripts_per_cell']:.0f} molecules per cell (median)",
         *sequential_lines(record["fields"]),
         *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),
         f"results in {out}, report in {out / results.REPORT}",

@@ -24,7 +24,7 @@ from merfish.exchange.labels import LABEL_SUFFIXES, count_planes, read_label_out
 from merfish.exchange.outlines import POLYGON_SUFFIXES, is_label_image, read_outlines
 from merfish.exchange.run import PLANE_OUTLINES
 from merfish.imaging.images import fingerprint
-from merfish.pipeline.assemble import PartWork, UniteWork, write_cell_part
+from merfish.pipeline.assemble import MergeWork, TrimWork, write_cell_part
 from merfish.pipeline.cluster import Failure, RunMap, StepError
 from merfish.pipeline.fields import OUTLINES, write_outlines
 from merfish.pipeline.folder import digest
@@ -200,9 +200,9 @@ def _join_fields(fields: Fields, cells: Segmentation, depth: float, run_map: Run
     overlapping = fields.near(positions, 0.0)
     pairs = map_all("match cells", SameCellsWork(fields, positions, overlapping), fields.fovs, run_map, shown)
     numbers = number_cells(fields.outlines, np.concatenate([NO_LINKS, *(pairs[fov] for fov in fields.fovs)]))
-    map_all("unite cells", UniteWork(fields, numbers, positions), fields.fovs, run_map, shown)
+    map_all("merge cells", MergeWork(fields, numbers, positions), fields.fovs, run_map, shown)
     near = fields.near(positions, FIELD_RADIUS)
-    map_all("part cells", PartWork(fields, numbers, near), fields.fovs, run_map, shown)
+    map_all("trim overlaps", TrimWork(fields, numbers, near), fields.fovs, run_map, shown)
 
 
 def _each(work: Any, fovs: Sequence[int], run_map: RunMap) -> list[tuple[int, Any]]:

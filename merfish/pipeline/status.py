@@ -8,6 +8,7 @@ from pathlib import Path
 
 from merfish import results
 from merfish._files import read_json
+from merfish._text import counted
 from merfish.errors import InputError
 from merfish.pipeline import folder
 
@@ -15,9 +16,9 @@ from merfish.pipeline import folder
 def status_lines(out: Path) -> list[str]:
     """A run in a few lines. Raises InputError if ``out`` is not the folder of a run."""
     if not (out / results.FIELDS).is_dir():
-        raise InputError(f"{out}: no folder {results.FIELDS} in it; expected the folder of a run")
+        raise InputError(f"{out}: {'not' if out.is_dir() else 'no such folder; expected'} the folder of a run")
     holder = folder.is_held(out)
-    lines = [f"running: {holder}" if holder else "not running"]
+    lines = [f"running: {holder}" if holder else "no run is in progress"]
     try:
         progress = read_json(out / results.FIELDS / folder.PROGRESS)
     except InputError:
@@ -36,7 +37,7 @@ def decoded_fields(out: Path) -> list[int]:
 
 def _decoded(progress: dict[str, float], running: bool) -> str:
     done, total = int(progress["done"]), int(progress["total"])
-    line = f"{done} of the {total} fields to decode are done"
+    line = f"{done} of {counted(total, 'field')} decoded"
     if not running or not 0 < done < total:
         return line
     left = (progress["time"] - progress["started"]) / done * (total - done) - (time.time() - progress["time"])
@@ -48,4 +49,7 @@ def _results(out: Path) -> list[str]:
         figures = results.read_run(out)["figures"]
     except InputError:
         return ["no results yet"]
-    return [f"results: {figures['n_fields']} fields, {figures['n_kept']:,} molecules, {figures['n_cells']:,} cells"]
+    return [
+        f"results: {counted(figures['n_fields'], 'field')}, {counted(figures['n_kept'], 'molecule')}, "
+        f"{counted(figures['n_cells'], 'cell')}"
+    ]

@@ -136,7 +136,7 @@ def read_bulk(path: Path) -> pd.Series:
         if value is None or value < 0:
             raise InputError(f"{path}: line {number}: expected a gene and a number from 0, got {shown(line)}")
         if parts[0] in values:
-            raise InputError(f"{path}: line {number}: the gene {shown(parts[0])} stands twice")
+            raise InputError(f"{path}: line {number}: the gene {shown(parts[0])} appears twice")
         values[parts[0]] = value
     return pd.Series(values, dtype=float)
 

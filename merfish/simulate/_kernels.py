@@ -1,4 +1,4 @@
-"""The loops of simulation: plain arrays in, ``out`` arrays filled."""
+"""Numba kernels of `merfish.simulate`."""
 
 from __future__ import annotations
 
@@ -62,5 +62,5 @@ def render_spots(y, x, z, flux, sigma, focal_range, image):
                     defocus = (plane - z[m]) / focal_range
                     wide *= math.sqrt(1.0 + defocus * defocus)
                     if wide > 8.0 * sigma[bit]:
-                        continue  # less than 2 % of its peak is left
+                        continue  # less than 2 % of its peak remains
                 add_spot(image[bit, plane], y[bit, m], x[bit, m], flux[bit, m], wide)

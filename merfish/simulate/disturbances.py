@@ -12,8 +12,8 @@ from scipy.ndimage import uniform_filter
 class Disturbances:
     """Disturbances of a simulated experiment; the defaults are none.
 
-    stage_error: sigma of the error of each field's true position about the written one, micrometre and axis.
-    chromatic: shift of a bit's colour against the beads' colour at the corner of the field, pixels.
+    stage_error: sigma of the difference between true and recorded position of a field along each axis, micrometre.
+    chromatic: shift of a bit's colour relative to the beads' colour at the corner of the field, pixels.
     vignetting: share of light lost in the corners of each frame.
     loose_beads: share of beads that move, about 20 pixels, in each round after the first.
     autofluorescence: photons per pixel that cells add to the bead images.
@@ -37,7 +37,7 @@ class Disturbances:
 
 
 def draw_chromatic(n_colors: int, shape: tuple[int, int], largest: float, rng: np.random.Generator) -> np.ndarray:
-    """Affine maps (color, 2, 3) of (y, x, 1): from positions in the beads' colour to positions in each colour.
+    """Affine maps (color, 2, 3) of (y, x, 1) from positions in the beads' colour to positions in each colour.
 
     Mostly magnification about the centre, with a little shear and a shift; the shift at the worst corner is
     ``largest`` pixels for the first colour and less for each further one.

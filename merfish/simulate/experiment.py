@@ -55,7 +55,7 @@ def simulate_experiment(
     disturbances: Disturbances | None = None,
     progress: bool = False,
 ) -> Path:
-    """Simulate a tissue and write the raw experiment of a microscope, and the truth.
+    """Simulate a tissue, and write it as a raw experiment together with the truth.
 
     The folder ``out`` holds ``data_organization.csv``, ``codebook.csv``, ``positions.csv``,
     ``microscope.json`` and one TIFF for each field and round: bits of two colours, then beads; a last round has
@@ -72,17 +72,17 @@ def simulate_experiment(
     The bits of a molecule, errors included, are the same in each field that shows it. There is no drift in round 0:
     global = position + pixel * microns_per_pixel.
 
-    codebook: genes and words; without it, an MHD4 codebook is made for ``genes`` genes.
+    codebook: genes and words; by default an MHD4 codebook is built for ``genes`` genes.
     fields: (rows, columns), overlapping by a tenth. shape: (y, x) of a frame. density: molecules per pixel
     of cell and plane. planes: z planes. layers: of cells above each other, in as many planes or more.
     drift: largest drift of a round in y and in x, pixels.
 
-    The same arguments give the same bytes. ``out`` is written whole or not at all.
+    The same arguments give the same bytes. ``out`` is written atomically.
     Raises InputError for numbers out of range, and if ``out`` exists and is not an empty folder.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already; expected a new or an empty folder")
+        raise InputError(f"{out} exists and is not an empty folder; choose another folder")
     if min(*fields, planes) < 1 or min(shape) < 32 or not (density >= 0 and drift >= 0):
         raise InputError(
             f"expected at least one field and plane, frames of 32 pixels, density and drift >= 0; "
@@ -126,7 +126,7 @@ def _draw_plan(
     moves = rng.uniform(-drift, drift, (len(grid), n_rounds, 2))
     moves[:, 0] = 0.0
     _, peak = draw_bits(imaging, n_bits, rng)
-    color_of_bit = (bit + round_of_bit + 1) % len(COLORS)  # 650, 750, 750, 650, 650, ... as labs order them
+    color_of_bit = (bit + round_of_bit + 1) % len(COLORS)  # 650, 750, 750, 650, 650, ..., the usual order
     return Plan(
         shape=shape,
         n_planes=planes,
@@ -288,7 +288,7 @@ def _write_truth(folder: Path, codebook: Codebook, plan: Plan, scene: Scene) -> 
 
 
 def _true_cells(plan: Plan, tissue: Tissue) -> pd.DataFrame:
-    """The imaged part of each cell; cell_id numbers the rows of the tissue with such a part, from 1."""
+    """The imaged part of each cell; cell_id numbers the cells of the tissue that were imaged, from 1."""
     seen = shapely.intersection(tissue.outlines, shapely.box(*_imaged(plan)))
     rows = np.flatnonzero(shapely.area(seen) > 0.0)
     seen = seen[rows]
@@ -314,7 +314,7 @@ def _true_molecules(codebook: Codebook, plan: Plan, scene: Scene, cells: pd.Data
     table = scene.molecules
     x0, y0, x1, y1 = _imaged(plan)
     table = table[table["x"].between(x0, x1) & table["y"].between(y0, y1)]
-    cell_id = np.full(len(scene.tissue.outlines) + 1, -1, np.int64)  # the last stands for row -1
+    cell_id = np.full(len(scene.tissue.outlines) + 1, -1, np.int64)  # the last one is for row -1
     cell_id[cells.pop("row")] = cells["cell_id"]
     word = table["barcode_id"].to_numpy()
     return pd.DataFrame(

@@ -21,7 +21,7 @@ POLYT_LIGHT = 350.0  # photons a pixel of cytoplasm
 STAIN_BLUR = 2.0  # pixels
 GRAIN_SIGMA = 4.0  # pixels
 N_GRAINS = (8, 20)  # of a nucleus and of a cell
-STAIN_AXIAL_BLUR = 0.8  # sigma along z of stains in several layers, micrometre: an objective's and more, for its tails
+STAIN_AXIAL_BLUR = 0.8  # sigma along z of stains in several layers, micrometre; an objective has less, but tails
 BEAD_SIGMA = 1.4  # pixels
 BEAD_LIGHT = 3000.0  # photons at the centre of a bead
 BEAD_DENSITY = 1.5e-4  # beads a pixel
@@ -31,7 +31,7 @@ BEAD_DENSITY = 1.5e-4  # beads a pixel
 class Plan:
     """The true geometry and optics of the imaging. Positions are of the centre of the first pixel, micrometre.
 
-    shape: (y, x). nominal, actual: (fov, 2) x, y written and true.
+    shape: (y, x). nominal, actual: (fov, 2) x, y, as recorded and true.
     drift: (fov, round, 2) dy, dx in pixels, the round of the stains last.
     sigma, peak, round_of_bit, color_of_bit: (bit,). chromatic: (color, 2, 3), affine maps of (y, x, 1).
     hot_pixels: (pixel, 2) y, x.

@@ -23,7 +23,7 @@ BIT_RANGE = (0.7, 1.3)  # by which the light differs between bits
 
 @dataclass(frozen=True, eq=False)
 class Glow:
-    """light: (bit, y, x) float32 photons of the cells themselves; cells: (y, x) bool, where there are cells."""
+    """light: (bit, y, x) float32, photons of autofluorescence; cells: (y, x) bool, True within cells."""
 
     light: np.ndarray
     cells: np.ndarray

@@ -1,4 +1,4 @@
-"""From molecules to images: bits with errors, brightness, blur and camera."""
+"""Molecules to images: bit errors, brightness, blur and camera noise."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from merfish.simulate._kernels import render_spots
 class Imaging:
     """Chemistry, optics and camera of a simulated experiment. Lengths in pixels, light in photons.
 
-    psf_sigma: range from which the PSF width of each bit is drawn. peak: photons a pixel at the centre of a
-    spot of brightness 1, before it is averaged over pixels. background: photons a pixel.
+    psf_sigma: range from which the PSF width of each bit is drawn. peak: photons per pixel at the centre of a
+    spot of brightness 1, before averaging over pixels. background: photons per pixel.
     Counts are camera_offset + camera_gain * Poisson(photons) + read_noise * N(0, 1), rounded, within uint16.
-    molecule_spread, bit_spread: sigma of the lognormal brightness of molecules, and of their bits about that.
+    molecule_spread, bit_spread: sigma of the lognormal brightness of molecules, and of their bits relative to it.
     bit_ratio: bits differ in brightness, log-uniformly, by up to this factor.
     lost, gained: probability that an on-bit is dark and that an off-bit is bright, for each molecule and bit; one
     number, or one for each bit.
@@ -103,7 +103,7 @@ def expose(expected: np.ndarray, imaging: Imaging, seed: np.random.SeedSequence)
 
 
 def draw_photons(expected: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Poisson numbers, float32, for ``expected`` photons of any shape.
+    """Poisson random numbers, float32, for ``expected`` photons of any shape.
 
     Above 16 photons by the Cornish-Fisher expansion, lambda + sqrt(lambda) z + (z^2 - 1) / 6 + (z - z^3) /
     (72 sqrt(lambda)) of a normal z, which has the Poisson mean, variance and skewness: it takes a

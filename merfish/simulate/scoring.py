@@ -1,4 +1,4 @@
-"""Scores of calls against the truth, matched one to one."""
+"""Score calls against the truth, matched one to one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def score_calls(
     *,
     shape: tuple[int, int] | None = None,
 ) -> dict[str, float]:
-    """Score calls against truth: the same barcode_id within ``radius`` pixels, each counted once.
+    """Score calls against the truth: a match has the same barcode_id within ``radius`` pixels, and is counted once.
 
     calls, truth: tables with barcode_id, x, y (pixels). shape: (y, x) of the field; with it, recall counts
     only molecules, and precision only calls, at least ``margin`` pixels inside the border, while partners may

@@ -1,4 +1,4 @@
-"""One registered field with molecules at random positions, as used for the decoders' figures."""
+"""One registered stack with molecules at random positions, as used in the benchmarks of the decoders."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def simulate_stack(
 
     Molecules lie uniformly over the field and a little beyond it, at sub-pixel positions; their genes are drawn
     with lognormal abundance (sigma 1) from the words that are not blank, or with ``abundance`` (gene,), in the order of
-    the book. ``imaging``: errors, optics, camera. ``bit_shift``: sigma of the shift of each bit along each axis,
-    pixels, by which its registration is wrong. ``glow``: autofluorescence of cells, photons per pixel; molecules are
+    the codebook. ``imaging``: errors, optics, camera. ``bit_shift``: sigma of the shift of each bit along each axis,
+    pixels, that remains after registration. ``glow``: autofluorescence of cells, photons per pixel; molecules are
     then only in cells.
 
     shape: (y, x). density: molecules per pixel (of each plane). n_planes: z planes; molecules then lie between
     z = -0.5 and n_planes - 0.5.
 
     Returns the stack, uint16 (bit, y, x), or (bit, z, y, x) with several planes; and the truth, one row for
-    each molecule whose centre is inside the field (the others are only light): barcode_id int32, gene, is_blank,
+    each molecule whose centre is inside the field (the others only contribute light): barcode_id int32, gene, is_blank,
     x, y, z float64 in pixels (z: planes), brightness, and shown, uint64, the bits that are on, the
     first least significant.
 

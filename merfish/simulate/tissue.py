@@ -1,4 +1,4 @@
-"""A piece of tissue: packed cells with nuclei, spatial domains, and the molecules in them. Lengths in micrometre."""
+"""Simulated tissue: packed cells with nuclei, spatial domains, and their molecules. Lengths in micrometre."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Tissue:
     """The cells of the tissue, before imaging.
 
     outlines, nuclei: (cell,) shapely polygons; domain, cell_type: (cell,) int64 from 0;
-    profile: (cell, gene) share of each gene among a cell's molecules; amount: (cell,) molecules an area,
+    profile: (cell, gene) share of each gene among a cell's molecules; amount: (cell,) molecules per area,
     mean 1. layer: (cell,) int64 from 0, the lowest; cells of one layer do not overlap. n_layers: their number.
     """
 
@@ -53,10 +53,10 @@ class Tissue:
 def make_tissue(
     bounds: tuple[float, float, float, float], n_genes: int, rng: np.random.Generator, layers: int = 1
 ) -> Tissue:
-    """Fill ``bounds`` (x0, y0, x1, y1) with cells in layers; each has all types and its own expression program.
+    """Fill ``bounds`` (x0, y0, x1, y1) with cells in domains; each domain has all types and an expression program.
 
-    The domain of a cell is not its type: only the shares of types change between layers, while the genes of a
-    layer's program are raised in every cell of the layer. ``layers`` of cells lie above each other, each packed apart.
+    The domain of a cell is not its type: domains differ in the proportions of types, and the genes of a domain's
+    program are raised in each of its cells. ``layers`` of cells lie above each other, each packed independently.
     """
     packed = [_pack_cells(bounds, rng) for _ in range(layers)]
     outlines = np.concatenate(packed)
@@ -121,7 +121,7 @@ def _nuclei(outlines: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _layers(centers: np.ndarray, bounds: tuple[float, float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """Three curved layers of about equal area: distance from a point beyond a corner, with a wave along the layer."""
+    """Three curved domains of about equal area, by distance from a point beyond a corner, with a wavy border."""
     x0, y0, x1, y1 = bounds
     size = max(x1 - x0, y1 - y0)
     dx, dy = centers[:, 0] - (x0 - 0.3 * size), centers[:, 1] - (y0 - 0.6 * size)
@@ -145,9 +145,9 @@ def scatter_molecules(
 ) -> pd.DataFrame:
     """Molecules in and between the cells.
 
-    density: molecules a square micrometre of cell, over all layers. thickness: height of the tissue about z = 0 ... in
-    micrometre, 0 = flat. Returns cell (row of the tissue, -1 = outside cells), gene (column of the profile), x, y,
-    z, those within ``bounds``.
+    density: molecules per square micrometre of cell, over all layers. thickness: of the tissue, micrometre; 0 = flat.
+    Returns cell (row of the tissue, -1 = outside cells), gene (column of the profile), x, y and z of the molecules
+    within ``bounds``.
     """
     number = rng.poisson(density * shapely.area(tissue.outlines) * tissue.amount / tissue.n_layers)
     cell = np.repeat(np.arange(len(number)), number)
