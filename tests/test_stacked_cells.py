@@ -147,6 +147,13 @@ def test_merscope__has_the_outlines_of_each_plane(done, tmp_path):
     row = np.searchsorted(cells["cell_id"], rows["EntityID"])
     assert shapely.equals(shapely.from_wkb(rows["Geometry"].to_numpy()), outlines[row, rows["ZIndex"]]).all()
     assert len(rows) == (~shapely.is_empty(outlines)).sum() < outlines.size
+    # and a run takes them
+    out = shutil.copytree(done, tmp_path / "run")
+    assign(out, tmp_path / "region")
+    again = read_cells(out / results.CELLS).set_index("cell_id").loc[cells["cell_id"]]
+    assert shapely.equals(planes(shapely.from_wkb(again["plane_outlines"].to_numpy())), outlines).all()
+    before, after = (pd.read_parquet(run / results.TRANSCRIPTS) for run in (done, out))
+    assert after["cell_id"].tolist() == before["cell_id"].tolist()
 
 
 @given(hnp.arrays(np.int32, (3, 4, 5), elements=st.integers(0, 3)))

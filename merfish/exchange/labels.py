@@ -23,7 +23,7 @@ LABEL_SUFFIXES = (".tif", ".tiff", ".npy", ".zarr")
 MOST_CORNERS = 1 << 20  # corners that are joined to outlines at a time
 
 
-def count_planes(path: Path) -> int:
+def count_label_planes(path: Path) -> int:
     """Number of planes of a label image."""
     if path.name.endswith("_seg.npy"):
         labels = read_seg_npy(path)

@@ -13,11 +13,13 @@ import pandas as pd
 import shapely
 
 from merfish._text import shown
+from merfish.cells.stacks import stack
 from merfish.errors import InputError
 from merfish.exchange.geojson import NAMES, read_geojson
 from merfish.exchange.geoparquet import read_geoparquet
-from merfish.exchange.labels import LABEL_SUFFIXES, read_label_outlines
+from merfish.exchange.labels import LABEL_SUFFIXES, count_label_planes, read_label_outlines
 
+PLANE = "ZIndex"  # column of MERSCOPE's files of outlines
 POLYGON_SUFFIXES = (".geojson", ".json", ".parquet")
 _POLYGON = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
 
@@ -31,29 +33,51 @@ def is_label_image(path: Path) -> bool:
     return suffix in LABEL_SUFFIXES
 
 
-def read_outlines(path: str | os.PathLike[str]) -> pd.DataFrame:
+def count_planes(path: Path) -> int:
+    """Number of planes in which the cells of a segmentation have outlines of their own; 1 if they have one for all.
+
+    The planes of a label image, or of the column ``ZIndex`` (MERSCOPE) if the outlines of any cell differ.
+    """
+    if is_label_image(path):
+        return count_label_planes(path)
+    if path.suffix != ".parquet":
+        return 1
+    names, geometry, plane = _read_parquet(path)
+    outlines = pd.Series(shapely.to_wkb(geometry), dtype=object).groupby(np.array(names, dtype=object))
+    return int(plane.max(initial=0)) + 1 if (outlines.nunique() > 1).any() else 1
+
+
+def read_outlines(path: str | os.PathLike[str], *, stacked: bool = False) -> pd.DataFrame:
     """Cells of a segmentation: cell_id int64 ascending, name (only if names are not numbers), and geometry.
 
     Label images are in pixels (see `merfish.exchange.labels.label_outlines`); GeoJSON (Baysor, proseg, QuPath, QGIS)
-    and GeoParquet (MERSCOPE, SpatialData) are in the unit of the file. A cell with several outlines, such as one per
-    plane, is their union. Raises InputError naming file and cell.
+    and GeoParquet (MERSCOPE, SpatialData) are in the unit of the file. A cell with several outlines is their union, or,
+    if ``stacked``, has an outline in each plane (see `merfish.cells.stacks`). Raises InputError naming file and cell.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; expected a segmentation")
     if is_label_image(path):
-        _, labels, geometry = read_label_outlines(path)
+        _, labels, geometry = read_label_outlines(path, stacked=stacked)
         return pd.DataFrame({"cell_id": labels, "geometry": geometry})
-    names, geometry = _read_parquet(path) if path.suffix == ".parquet" else read_geojson(path)
-    return numbered(*_one_each(names, _polygons(path, names, geometry)))
+    if path.suffix != ".parquet":
+        names, geometry = read_geojson(path)
+        return numbered(*_one_each(names, _polygons(path, names, geometry)))
+    names, geometry, plane = _read_parquet(path)
+    geometry = _polygons(path, names, geometry)
+    return numbered(*(_stacked(names, plane, geometry) if stacked else _one_each(names, geometry)))
 
 
-def _read_parquet(path: Path) -> tuple[list[Any], np.ndarray]:
+def _read_parquet(path: Path) -> tuple[list[Any], np.ndarray, np.ndarray]:
+    """Names, polygons and planes of the outlines, those of MERSCOPE's column or 0."""
     table, geometry = read_geoparquet(path)
     column = next((name for name in (*NAMES, "__index_level_0__") if name in table.column_names), None)
     there = ~shapely.is_missing(geometry)
     names = [None] * len(geometry) if column is None else table[column].to_pylist()
-    return [name for name, kept in zip(names, there, strict=True) if kept], geometry[there]
+    plane = table[PLANE].to_numpy() if PLANE in table.column_names else np.zeros(len(geometry), np.int64)
+    if plane.dtype.kind not in "iu" or plane.min(initial=0) < 0:
+        raise InputError(f"{path}: column {PLANE}: expected integers from 0")
+    return [name for name, kept in zip(names, there, strict=True) if kept], geometry[there], plane[there]
 
 
 def _polygons(path: Path, names: Sequence[Any], geometry: np.ndarray) -> np.ndarray:
@@ -84,6 +108,16 @@ def _one_each(names: Sequence[Any], geometry: np.ndarray) -> tuple[np.ndarray, n
     bounds = np.append(np.flatnonzero(np.diff(code[order], prepend=-1)), len(order))
     joined = [shapely.union_all(geometry[order[a:b]]) for a, b in pairwise(bounds)]
     return np.asarray(found, dtype=object), np.array(joined, dtype=object)
+
+
+def _stacked(names: Sequence[Any], plane: np.ndarray, geometry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `_one_each`, with an outline in each plane; plane: that of each outline, from 0."""
+    n_planes = int(plane.max(initial=0)) + 1
+    code, found = pd.factorize(np.array([str(name) for name in names], dtype=object))
+    place, joined = _one_each((code * n_planes + plane).tolist(), geometry)
+    outlines = np.full((len(found), n_planes), shapely.Polygon(), dtype=object)
+    outlines.flat[place.astype(np.int64)] = joined
+    return np.asarray(found, dtype=object), stack(outlines)
 
 
 def numbered(names: np.ndarray, geometry: np.ndarray) -> pd.DataFrame:

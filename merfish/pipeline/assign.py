@@ -42,8 +42,8 @@ def assign(out: Path, segmentation: Path, *, workers: int | None = None, progres
     are in micrometre of the stage; a label image of it needs MERSCOPE's 3 x 3 transform from micrometre to pixel in a
     file ``micron_to_mosaic_pixel_transform.csv`` beside it. Files of single fields are in pixels of the images as the
     run has them, after transposing and flipping as ``microscope.json`` says; cells seen in several fields are merged.
-    Label images (z, y, x) of as many planes as the run give each cell an outline in every plane, so that cells may lie
-    above each other; other cells have one outline over all planes.
+    Label images (z, y, x) and MERSCOPE's polygons in as many planes as the run has give each cell an outline in every
+    plane, so that cells may lie above each other; other cells have one outline over all planes.
 
     Returns the figures of the run. Raises InputError for cells that do not fit the run.
     """

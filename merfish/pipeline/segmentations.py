@@ -20,8 +20,8 @@ from merfish.calls.overlap import FIELD_RADIUS
 from merfish.cells.merging import DEPTH, NO_LINKS, number_cells
 from merfish.cells.stacks import footprints, planes, thickness
 from merfish.errors import InputError
-from merfish.exchange.labels import LABEL_SUFFIXES, count_planes, read_label_outlines
-from merfish.exchange.outlines import POLYGON_SUFFIXES, is_label_image, read_outlines
+from merfish.exchange.labels import LABEL_SUFFIXES, read_label_outlines
+from merfish.exchange.outlines import POLYGON_SUFFIXES, count_planes, is_label_image, read_outlines
 from merfish.exchange.run import PLANE_OUTLINES
 from merfish.imaging.images import fingerprint
 from merfish.pipeline.assemble import MergeWork, TrimWork, write_cell_part
@@ -53,14 +53,12 @@ class Segmentation:
         return digest({fov: fingerprint(path, whole=True)[1].hex() for fov, path in paths.items()})
 
     def planes(self, heights: Sequence[float]) -> np.ndarray | None:
-        """Heights of the planes in which cells have outlines of their own: label images of as many planes as a run.
+        """Heights of the planes if all files have outlines in each of them.
 
         heights: of the run's planes, micrometre. None if each cell has one outline for all.
         """
         paths = [*self.files.values()] or [self.path]
-        stacked = len(heights) > 1 and all(
-            is_label_image(path) and count_planes(path) == len(heights) for path in paths
-        )
+        stacked = len(heights) > 1 and all(count_planes(path) == len(heights) for path in paths)
         return np.array(heights) if stacked else None
 
 
@@ -149,7 +147,7 @@ def section_cells(fields: Fields, path: Path, depth: float) -> pd.DataFrame:
         outlines = _in_micrometre(fields, path, shape, outlines)
         table = pd.DataFrame({"cell_id": found})
     else:
-        table = read_outlines(path)
+        table = read_outlines(path, stacked=fields.planes is not None)
         outlines = table.pop("geometry").to_numpy(object)
     scale = fields.experiment.microns_per_pixel
     low = fields.experiment.positions[list(fields.fovs)].min(axis=0) - scale / 2
@@ -234,7 +232,7 @@ class ReadWork:
             if shape[-2:] != (height, width):
                 raise InputError(f"{path}: labels of {shape[-1]} x {shape[-2]} pixels, fields have {width} x {height}")
         else:
-            outlines = read_outlines(path)["geometry"].to_numpy(object)
+            outlines = read_outlines(path, stacked=self.fields.planes is not None)["geometry"].to_numpy(object)
         if len(outlines):
             left, low, right, high = shapely.total_bounds(outlines)
             if min(left, low) < -width or right > 2 * width or high > 2 * height:

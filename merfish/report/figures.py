@@ -31,7 +31,11 @@ def map_figure(width: float, extent: np.ndarray) -> tuple[Figure, Axes]:
     ax.set(xlabel="x [µm]", ylabel="y [µm]")
     ax.ticklabel_format(useOffset=False)
     ax.locator_params(axis="y", nbins=5)
-    ax.locator_params(axis="x", nbins=5 if aspect < 2 else 1)
+    if aspect < 2:
+        ax.locator_params(axis="x", nbins=5)
+    else:  # numbers are wider than the distance between them
+        ax.tick_params(axis="x", labelrotation=90)
+        ax.locator_params(axis="x", nbins=1)
     return figure, ax
 
 
