@@ -45,6 +45,7 @@ from merfish.transcripts import transcript_table
 SIDE, SCALE, TILES = 2048, 0.108, 10  # pixels, micrometre a pixel, tiles along a field; neighbours share one of them
 TILE = SIDE * SCALE / TILES
 CELLS_A_TILE, RADIUS = 3, 6.0
+ROUNDS = 8  # of two bits each
 STAGE_ERROR, PLACE_ERROR, SEEN = 2.0, 0.03, 0.9
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 
@@ -93,10 +94,17 @@ def write_field(out: Path, fov: int, columns: int, n_molecules: int) -> None:
         calls[list(CALL_COLUMNS)].to_parquet(folder / CALLS, index=False)
         write_outlines(list(seen), folder / OUTLINES, measured)
         write_spots([], folder / SPOTS)
-        np.save(folder / OVERVIEW, np.zeros((SIDE, SIDE), np.uint8))
+        np.lib.format.open_memmap(folder / OVERVIEW, "w+", np.uint8, (SIDE, SIDE))  # black: takes no room on disk
         write_tally(calls, folder / "tally.npz")
-        says |= {"drift": [], "shape": (SIDE, SIDE), "saturated": [0] * 16, "n_found": len(calls)}
-        says |= {"n_outlines": len(seen), "seconds": {}, "quality": quality(fov), "fit": asdict(count_fit(calls))}
+        says |= {"drift": drift(fov), "shape": (SIDE, SIDE), "saturated": [0] * 16, "n_found": len(calls)}
+        says |= {"n_outlines": len(seen), "quality": quality(fov), "fit": asdict(count_fit(calls))}
+        says["seconds"] = dict(zip(("register", "decode", "segment"), rng.gamma(50, 0.06, 3).tolist(), strict=True))
+
+
+def drift(fov: int) -> list[dict[str, float | int | bool]]:
+    """How far each round of a field lies from the first, pixel."""
+    shifts = np.random.default_rng([5, fov]).normal(0, 2, (ROUNDS, 2))
+    return [{"round": k, "dy": dy, "dx": dx, "ok": True} for k, (dy, dx) in enumerate(shifts.tolist())]
 
 
 def quality(fov: int) -> dict[str, list]:

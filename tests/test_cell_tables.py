@@ -9,6 +9,7 @@ import shutil
 import sys
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -177,6 +178,9 @@ def test_count_file__of_blocks_of_cells_reads_as_the_table_of_all(tmp_path):
     np.testing.assert_array_equal(table.layers["expected"].todense(), dense["expected"])
     np.testing.assert_array_equal(table.obsm["spatial"], cells[["center_x", "center_y"]])
     pd.testing.assert_frame_equal(table.obs, cells.set_index(cells["cell_id"].astype(str).rename(None)))
+    with h5py.File(tmp_path / "blocks.h5ad") as file:  # blocks of one value took 7 kB of memory each
+        grown = [*file["obs"].values(), *file["X"].values(), *file["layers/expected"].values()]
+        assert min(vector.chunks[0] for vector in grown) >= CHUNK
 
 
 # --- depth ----------------------------------------------------------------------------------------------------------

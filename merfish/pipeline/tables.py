@@ -58,7 +58,7 @@ SEQUENTIAL_SCHEMA = pa.schema(
     ]
 )
 
-CHUNK = 1 << 10  # cells in a block of a column of ``obs``
+CHUNK, ENTRIES = 1 << 10, 1 << 14  # cells in a block of a column of ``obs``, counts in one of a matrix
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def reserve(folder: Path, n_bytes: int) -> None:
 
 def _most_bytes(fields: Fields, n_columns: int) -> int:
     """Upper bound on the size of counts and cells: their parts on disk, a row of ``obs`` a cell, and an empty file."""
-    empty = (1 << 17) + 16 * CHUNK * n_columns  # text takes 16 bytes besides its letters, numbers at most 8
+    # text takes 16 bytes besides its letters, numbers at most 8; two matrices of two vectors of 4 bytes
+    empty = (1 << 17) + 16 * CHUNK * n_columns + 16 * ENTRIES
     names = (fields.file("counts", fov) for fov in fields.fovs)
     cells = [fields.file("cells", fov).with_suffix(".parquet") for fov in fields.fovs]
     parts = sum(path.stat().st_size for path in (*names, *cells))
@@ -252,6 +253,9 @@ class CountFile:
         self.file = h5py.File(path, "w")
         write_elem(self.file, "/", AnnData(none["count"], var=var, layers={"expected": none["expected"]}))
         self.counts = {"count": self.file["X"], "expected": self.file["layers/expected"]}
+        for matrix in self.counts.values():
+            for name, block in (("data", ENTRIES), ("indices", ENTRIES), ("indptr", CHUNK)):
+                _grow_in_blocks(matrix, name, block)
         del self.file["obs"], self.file["obsm"]
         rows, pairs = ({"maxshape": (None, *one), "chunks": (CHUNK, *one)} for one in ((), (2,)))
         write_elem(self.file, "obs", cell_obs(cells), dataset_kwargs=rows)
@@ -281,6 +285,13 @@ class CountFile:
 
 def _centres(cells: pd.DataFrame) -> np.ndarray:
     return cells[["center_x", "center_y"]].to_numpy(np.float64)
+
+
+def _grow_in_blocks(group: h5py.Group, name: str, block: int) -> None:
+    """Store a vector anew in blocks of so many values: HDF5 gives one that begins with a value blocks of one value."""
+    values = group[name][:]
+    del group[name]
+    group.create_dataset(name, data=values, maxshape=(None,), chunks=(block,))
 
 
 def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:
