@@ -28,6 +28,7 @@ import shapely
 from tables import RESULTS
 
 from merfish import mhd4_codebook, pipeline, results
+from merfish._files import Packed, pack
 from merfish.calls.fit import count_fit
 from merfish.config import RunConfig
 from merfish.imaging.calibration import Calibration
@@ -36,7 +37,7 @@ from merfish.imaging.normalize import Normalization
 from merfish.imaging.organization import Channel, Movie
 from merfish.pipeline.cluster import run_map_on
 from merfish.pipeline.fields import CALL_COLUMNS, CALLS, OUTLINES, SPOTS, write_outlines, write_spots, write_tally
-from merfish.pipeline.folder import new_record, owned, read_record
+from merfish.pipeline.folder import new_record, owned, read_record, said
 from merfish.pipeline.progress import display
 from merfish.pipeline.survey import Calibrated
 from merfish.report import OVERVIEW
@@ -153,8 +154,8 @@ def combine(out: Path, n_fields: int, workers: int) -> None:
             for fov in range(n_fields):
                 record = read_record(results.field_folder(out, fov))
                 assert record is not None
-                says[fov] = record
-        pipeline.combine(source, RunConfig(), out, says, {}, calibrated, "key", run_map, shown)
+                says[fov] = pack(said(record))
+        pipeline.combine(source, RunConfig(), out, Packed(says), {}, calibrated, "key", run_map, shown)
 
 
 def measure(folder: Path, n_fields: int, n_molecules: int, workers: int) -> dict[str, float]:
