@@ -16,6 +16,12 @@ import pyarrow.parquet as pq
 ROWS = 1 << 18  # of a part, at most, unless a single row group has more
 
 
+def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
+    """A small table, whole, on this thread: pyarrow's function of this name takes twice as long to begin."""
+    with pq.ParquetFile(source) as file:
+        return file.read(columns, use_threads=False)
+
+
 def parts(source: Any, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Yield a table part by part, whole row groups; source: path or file."""
     with pq.ParquetFile(source) as file:

@@ -180,9 +180,9 @@ class PlaceWork:
         cell = assign_cells(x, y, cells["geometry"].to_numpy(object), cells["cell_id"].to_numpy(np.int64))
         ends = np.cumsum([len(table) for table in tables.values()])
         for name, placed in zip(tables, np.split(cell, ends[:-1]), strict=True):
-            np.save(self.fields.file(name, fov), placed)
+            self.fields.write_rows(name, fov, placed)
         counts = count_pairs(cell, molecules["word"].to_numpy(), molecules["probability"].to_numpy())
-        np.save(self.fields.file("counts", fov), counts)
+        self.fields.write_rows("counts", fov, counts)
         return int((cell[: len(tables[results.TRANSCRIPTS])] >= 0).sum()), homes
 
     def _molecules(self, name: str, fov: int) -> pd.DataFrame:
@@ -212,5 +212,5 @@ def _write_placed(fields: Fields, path: Path, groups: Mapping[int, Sequence[int]
         with pq.ParquetWriter(stage / path.name, schema) as kept:
             for fov in shown.track(sorted(groups, key=lambda fov: groups[fov][0]), len(groups), "write calls"):
                 table = file.read_row_groups(list(groups[fov]))
-                cell = pa.array(np.load(fields.file(path.name, fov)))
+                cell = pa.array(fields.read_rows(path.name, fov, np.dtype(np.int64)))
                 kept.write_table(table.set_column(column, schema.field(column), cell))

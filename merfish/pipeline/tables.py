@@ -19,11 +19,11 @@ from scipy.sparse import coo_array, csr_matrix
 
 from merfish import results
 from merfish.calls.overlap import FIELD_RADIUS
-from merfish.cells.counts import cell_obs, word_var
+from merfish.cells.counts import OUTSIDE, cell_obs, word_var
 from merfish.codebook import Codebook
 from merfish.exchange.geoparquet import geo_schema
 from merfish.exchange.run import PLANE_OUTLINES
-from merfish.pipeline.assemble import COUNT_DTYPE, read_cell_part
+from merfish.pipeline.assemble import COUNT_DTYPE, PLACED_DTYPE, read_cell_part
 from merfish.pipeline.fields import read_calls, read_spots
 from merfish.pipeline.progress import Display
 from merfish.pipeline.reconcile import Fields, Reconciled, rate_field
@@ -129,12 +129,12 @@ def write_transcripts(fields: Fields, found: Reconciled, stage: Path, display: D
         pq.ParquetWriter(stage / results.TRANSCRIPTS, schema) as kept,
     ):
         for fov in display.track(fields.fovs, len(fields.fovs), "write calls"):
-            calls, placed = field_transcripts(fields, found, fov, first_id)
+            calls, placed = field_transcripts(fields, found, fov, first_id, schema)
             first_id += len(calls)
-            every.write_table(pa.Table.from_pandas(calls, schema, preserve_index=False))
-            kept.write_table(pa.Table.from_pandas(placed, schema, preserve_index=False))
+            every.write_table(calls)
+            kept.write_table(placed)
             n_molecules += len(placed)
-            n_in_cells += int((placed["cell_id"] >= 0).sum())
+            n_in_cells += int((placed["cell_id"].to_numpy() != OUTSIDE).sum())
     return n_molecules, n_in_cells
 
 
@@ -151,7 +151,7 @@ def _most_bytes(fields: Fields, n_columns: int) -> int:
     # text takes 16 bytes besides its letters, numbers at most 8; two matrices of two vectors of 4 bytes
     empty = (1 << 17) + 16 * CHUNK * n_columns + 16 * ENTRIES
     names = (fields.file("counts", fov) for fov in fields.fovs)
-    cells = [fields.file("cells", fov).with_suffix(".parquet") for fov in fields.fovs]
+    cells = [fields.file("cells", fov, "parquet") for fov in fields.fovs]
     parts = sum(path.stat().st_size for path in (*names, *cells))
     return parts + 500 * sum(pq.read_metadata(path).num_rows for path in cells) + empty
 
@@ -163,20 +163,31 @@ def transcript_schema(book: Codebook) -> pa.Schema:
     return pa.Schema.from_pandas(empty, preserve_index=False)
 
 
-def field_transcripts(fields: Fields, found: Reconciled, fov: int, first_id: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def field_transcripts(
+    fields: Fields, found: Reconciled, fov: int, first_id: int, schema: pa.Schema
+) -> tuple[pa.Table, pa.Table]:
     """Transcript tables of a field: every call, rated, and those that are kept, each once, with their cells."""
-    experiment = fields.experiment
-    calls = read_calls(fields.out, fov).drop(columns="nuclear")
+    experiment, book = fields.experiment, fields.experiment.codebook
+    calls = read_calls(fields.out, fov)
+    word, n = calls["barcode_id"].to_numpy(), len(calls)
     x, y = found.stitching.positions[fov]
-    columns = {name: calls[name].to_numpy() for name in calls.columns}
-    columns["probability"] = rate_field(calls, found.filter)[0]
-    columns["transcript_id"] = np.arange(first_id, first_id + len(calls))
-    columns["global_x"] = x + columns["x"].astype(float) * experiment.microns_per_pixel
-    columns["global_y"] = y + columns["y"].astype(float) * experiment.microns_per_pixel
-    columns["global_z"] = np.interp(columns["z"].astype(float), np.arange(len(experiment.z)), experiment.z)
-    table = transcript_table(experiment.codebook, columns.pop("barcode_id"), fov=fov, **columns)
-    placed = np.load(fields.file("placed", fov))
-    return table, table.iloc[placed["row"]].assign(cell_id=placed["cell"]).reset_index(drop=True)
+    columns = {name: calls[name].to_numpy() for name in schema.names if name in calls}
+    columns |= {
+        "transcript_id": np.arange(first_id, first_id + n),
+        "gene": pa.array(book.names, pa.string()).take(pa.array(word)),
+        "is_blank": book.is_blank[word],
+        "fov": np.full(n, fov),
+        "global_x": x + columns["x"].astype(float) * experiment.microns_per_pixel,
+        "global_y": y + columns["y"].astype(float) * experiment.microns_per_pixel,
+        "global_z": np.interp(columns["z"].astype(float), np.arange(len(experiment.z)), experiment.z),
+        "probability": rate_field(calls, found.filter)[0],
+        "cell_id": np.full(n, OUTSIDE),
+    }
+    every = pa.table({name: columns[name] for name in schema.names}, schema)
+    placed = fields.read_rows("placed", fov, PLACED_DTYPE)
+    at = schema.get_field_index("cell_id")
+    kept = every.take(placed["row"]).set_column(at, schema.field(at), pa.array(placed["cell"]))
+    return every, kept
 
 
 def write_sequential(fields: Fields, found: Reconciled, genes: Sequence[str], stage: Path) -> None:
@@ -184,7 +195,7 @@ def write_sequential(fields: Fields, found: Reconciled, genes: Sequence[str], st
     experiment = fields.experiment
     with pq.ParquetWriter(stage / results.SEQUENTIAL, SEQUENTIAL_SCHEMA) as file:
         for fov in fields.fovs:
-            placed = np.load(fields.file("single", fov))
+            placed = fields.read_rows("single", fov, PLACED_DTYPE)
             spots = read_spots(fields.out, fov)[placed["row"]]
             left, top = found.stitching.positions[fov]
             columns: dict[str, Any] = {name: spots[name] for name in ("x", "y", "z")}
@@ -210,7 +221,7 @@ def _contributors(fields: Fields, found: Reconciled) -> dict[int, list[int]]:
 
 def pairs_of_cells(fields: Fields, contributors: Iterable[int], cell_ids: np.ndarray) -> np.ndarray:
     """Molecules of each word in the cells of a field, `COUNT_DTYPE` with ``cell`` the row in ``cell_ids`` (sorted)."""
-    parts = [np.load(fields.file("counts", fov)) for fov in contributors]
+    parts = [fields.read_rows("counts", fov, COUNT_DTYPE) for fov in contributors]
     pairs = np.concatenate(parts) if parts else np.empty(0, COUNT_DTYPE)
     row = np.searchsorted(cell_ids, pairs["cell"])
     here = row < len(cell_ids)
