@@ -78,9 +78,7 @@ class Section:
     findings: Sequence[Finding] = ()
 
 
-def picture(
-    name: str, figure: Figure, caption: str, numbers: Numbers = None, width: Width = "normal"
-) -> Picture:
+def picture(name: str, figure: Figure, caption: str, numbers: Numbers = None, width: Width = "normal") -> Picture:
     """Render a figure."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -102,7 +102,7 @@ def sum_cells(path: Path, n_genes: np.ndarray, low: np.ndarray, high: np.ndarray
 
 
 def _squares(x: np.ndarray, y: np.ndarray, low: np.ndarray, bin_: float, shape: tuple[int, int]) -> np.ndarray:
-    """The square of a grid of shape (rows, columns), row by row, that each place lies in; the nearest of those beside it."""
+    """The square of a grid of shape (rows, columns), numbered row by row, that each place lies in or is nearest to."""
     column = np.clip(((x - low[0]) / bin_).astype(int), 0, shape[1] - 1)
     return np.asarray(np.clip(((y - low[1]) / bin_).astype(int), 0, shape[0] - 1) * shape[1] + column)
 
