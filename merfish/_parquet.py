@@ -1,11 +1,13 @@
-"""Parquet tables with a row group for each field, read without holding more than a few of them.
+"""Parquet tables of many fields, written and read without holding more than a few of their row groups.
 
-pyarrow's own iterators open a reader of every row group that they may come to, 60 kB each.
+What pyarrow knows of a row group takes a kilobyte a column, in readers and writers, so fields with few rows share one;
+its own iterators open a reader of every row group that they may come to, 60 kB each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 ROWS = 1 << 18  # of a part, at most, unless a single row group has more
+
+
+class GroupWriter:
+    """Writes tables, one a field, into row groups of whole fields with ``rows`` rows or more."""
+
+    def __init__(self, path: Path, schema: pa.Schema, rows: int = ROWS) -> None:
+        self._file, self._rows = pq.ParquetWriter(path, schema), rows
+        self._waiting: list[pa.Table] = []
+
+    def __enter__(self) -> GroupWriter:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._flush()
+        self._file.close()
+
+    def write(self, table: pa.Table) -> None:
+        """Write the table of a field, or keep it until there are enough of them."""
+        self._waiting.append(table)
+        if sum(map(len, self._waiting)) >= self._rows:
+            self._flush()
+
+    def _flush(self) -> None:
+        if any(map(len, self._waiting)):
+            group = pa.concat_tables(self._waiting)
+            self._file.write_table(group, row_group_size=len(group))
+        self._waiting = []
 
 
 def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Write the tables of a run one field after the other, a row group or some rows of counts each."""
+"""Write the tables of a run one field after the other."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import shapely
 from scipy.sparse import coo_array, csr_matrix
 
 from merfish import results
+from merfish._parquet import GroupWriter
 from merfish.calls.overlap import FIELD_RADIUS
 from merfish.cells.counts import OUTSIDE, cell_obs, word_var
 from merfish.codebook import Codebook
@@ -58,6 +59,7 @@ SEQUENTIAL_SCHEMA = pa.schema(
     ]
 )
 
+CELLS_TOGETHER = 1 << 14  # in a row group: their outlines take 500 bytes each
 CHUNK, ENTRIES = 1 << 10, 1 << 14  # cells in a block of a column of ``obs``, counts in one of a matrix
 
 
@@ -107,7 +109,7 @@ def write_counts(
     none = schema.empty_table().drop_columns(shapes).to_pandas()
     per_cell = [none["n_transcripts"].to_numpy()]
     with (
-        pq.ParquetWriter(stage / results.CELLS, geo_schema(schema)) as cell_file,
+        GroupWriter(stage / results.CELLS, geo_schema(schema), CELLS_TOGETHER) as cell_file,
         CountFile(stage / results.CELL_BY_GENE, var, none) as counts,
     ):
         for fov in display.track(fields.fovs, len(fields.fovs), "write counts"):
@@ -115,7 +117,7 @@ def write_counts(
             pairs = pairs_of_cells(fields, contributors[fov], cells["cell_id"].to_numpy())
             cells = with_counts(cells, pairs[pairs["word"] < n_words])[schema.names]
             counts.append(pairs, cells.drop(columns=shapes))
-            cell_file.write_table(cells_table(cells, schema))
+            cell_file.write(cells_table(cells, geo_schema(schema)))
             per_cell.append(cells["n_transcripts"].to_numpy())
     return np.concatenate(per_cell)
 
@@ -125,14 +127,14 @@ def write_transcripts(fields: Fields, found: Reconciled, stage: Path, display: D
     schema = transcript_schema(fields.experiment.codebook)
     n_molecules = n_in_cells = first_id = 0
     with (
-        pq.ParquetWriter(stage / results.ALL_TRANSCRIPTS, schema) as every,
-        pq.ParquetWriter(stage / results.TRANSCRIPTS, schema) as kept,
+        GroupWriter(stage / results.ALL_TRANSCRIPTS, schema) as every,
+        GroupWriter(stage / results.TRANSCRIPTS, schema) as kept,
     ):
         for fov in display.track(fields.fovs, len(fields.fovs), "write calls"):
             calls, placed = field_transcripts(fields, found, fov, first_id, schema)
             first_id += len(calls)
-            every.write_table(calls)
-            kept.write_table(placed)
+            every.write(calls)
+            kept.write(placed)
             n_molecules += len(placed)
             n_in_cells += int((placed["cell_id"].to_numpy() != OUTSIDE).sum())
     return n_molecules, n_in_cells
@@ -193,7 +195,7 @@ def field_transcripts(
 def write_sequential(fields: Fields, found: Reconciled, genes: Sequence[str], stage: Path) -> None:
     """Write the molecules of genes imaged one by one, each once, with their cells."""
     experiment = fields.experiment
-    with pq.ParquetWriter(stage / results.SEQUENTIAL, SEQUENTIAL_SCHEMA) as file:
+    with GroupWriter(stage / results.SEQUENTIAL, SEQUENTIAL_SCHEMA) as file:
         for fov in fields.fovs:
             placed = fields.read_rows("single", fov, PLACED_DTYPE)
             spots = read_spots(fields.out, fov)[placed["row"]]
@@ -203,7 +205,7 @@ def write_sequential(fields: Fields, found: Reconciled, genes: Sequence[str], st
             columns["global_x"] = left + spots["x"].astype(float) * experiment.microns_per_pixel
             columns["global_y"] = top + spots["y"].astype(float) * experiment.microns_per_pixel
             columns |= {"intensity": spots["height"], "cell_id": placed["cell"]}
-            file.write_table(pa.table({name: columns[name] for name in SEQUENTIAL_SCHEMA.names}, SEQUENTIAL_SCHEMA))
+            file.write(pa.table({name: columns[name] for name in SEQUENTIAL_SCHEMA.names}, SEQUENTIAL_SCHEMA))
 
 
 # --- cells and counts ---------------------------------------------------------------------------------------------
