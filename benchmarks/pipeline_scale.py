@@ -28,6 +28,7 @@ import shapely
 from tables import RESULTS
 
 from merfish import mhd4_codebook, pipeline, results
+from merfish._files import Packed, pack
 from merfish.calls.fit import count_fit
 from merfish.config import RunConfig
 from merfish.imaging.calibration import Calibration
@@ -36,7 +37,7 @@ from merfish.imaging.normalize import Normalization
 from merfish.imaging.organization import Channel, Movie
 from merfish.pipeline.cluster import run_map_on
 from merfish.pipeline.fields import CALL_COLUMNS, CALLS, OUTLINES, SPOTS, write_outlines, write_spots, write_tally
-from merfish.pipeline.folder import new_record, owned, read_record
+from merfish.pipeline.folder import new_record, owned, read_record, said
 from merfish.pipeline.progress import display
 from merfish.pipeline.survey import Calibrated
 from merfish.report import OVERVIEW
@@ -45,6 +46,7 @@ from merfish.transcripts import transcript_table
 SIDE, SCALE, TILES = 2048, 0.108, 10  # pixels, micrometre a pixel, tiles along a field; neighbours share one of them
 TILE = SIDE * SCALE / TILES
 CELLS_A_TILE, RADIUS = 3, 6.0
+ROUNDS = 8  # of two bits each
 STAGE_ERROR, PLACE_ERROR, SEEN = 2.0, 0.03, 0.9
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 
@@ -93,10 +95,17 @@ def write_field(out: Path, fov: int, columns: int, n_molecules: int) -> None:
         calls[list(CALL_COLUMNS)].to_parquet(folder / CALLS, index=False)
         write_outlines(list(seen), folder / OUTLINES, measured)
         write_spots([], folder / SPOTS)
-        np.save(folder / OVERVIEW, np.zeros((SIDE, SIDE), np.uint8))
+        np.lib.format.open_memmap(folder / OVERVIEW, "w+", np.uint8, (SIDE, SIDE))  # black: takes no room on disk
         write_tally(calls, folder / "tally.npz")
-        says |= {"drift": [], "shape": (SIDE, SIDE), "saturated": [0] * 16, "n_found": len(calls)}
-        says |= {"n_outlines": len(seen), "seconds": {}, "quality": quality(fov), "fit": asdict(count_fit(calls))}
+        says |= {"drift": drift(fov), "shape": (SIDE, SIDE), "saturated": [0] * 16, "n_found": len(calls)}
+        says |= {"n_outlines": len(seen), "quality": quality(fov), "fit": asdict(count_fit(calls))}
+        says["seconds"] = dict(zip(("register", "decode", "segment"), rng.gamma(50, 0.06, 3).tolist(), strict=True))
+
+
+def drift(fov: int) -> list[dict[str, float | int | bool]]:
+    """How far each round of a field lies from the first, pixel."""
+    shifts = np.random.default_rng([5, fov]).normal(0, 2, (ROUNDS, 2))
+    return [{"round": k, "dy": dy, "dx": dx, "ok": True} for k, (dy, dx) in enumerate(shifts.tolist())]
 
 
 def quality(fov: int) -> dict[str, list]:
@@ -145,8 +154,8 @@ def combine(out: Path, n_fields: int, workers: int) -> None:
             for fov in range(n_fields):
                 record = read_record(results.field_folder(out, fov))
                 assert record is not None
-                says[fov] = record
-        pipeline.combine(source, RunConfig(), out, says, {}, calibrated, "key", run_map, shown)
+                says[fov] = pack(said(record))
+        pipeline.combine(source, RunConfig(), out, Packed(says), {}, calibrated, "key", run_map, shown)
 
 
 def measure(folder: Path, n_fields: int, n_molecules: int, workers: int) -> dict[str, float]:

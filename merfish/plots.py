@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_PIXELS = 1000  # along the longer side of a picture of a field; more than a screen shows of it
 GENE, BLANK, MUTED = "#2563eb", "#dc2626", "#94a3b8"
 # Okabe and Ito's colours, which colour-blind readers can distinguish, then further hues
 CATEGORIES = (
@@ -48,7 +49,11 @@ def draw_field(ax: Axes, image: np.ndarray, calls: pd.DataFrame, square: tuple[i
     from matplotlib.patches import Rectangle
 
     top, left, side = square
-    ax.imshow(image, cmap="gray", interpolation="antialiased")
+    # matplotlib takes 40 bytes a pixel that it is given
+    step = max(image.shape) // MOST_PIXELS + 1
+    height, width = (side - side % step for side in image.shape)
+    small = image[:height, :width].reshape(height // step, step, width // step, step).mean(axis=(1, 3))
+    ax.imshow(small, cmap="gray", interpolation="antialiased", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     _molecules(ax, calls, 1.5, filled=True)
     ax.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor="#facc15", linewidth=1))
     ax.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))

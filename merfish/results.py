@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from merfish._files import read_json
+from merfish._files import Packed, pack, read_json
 from merfish.errors import InputError
 
 TRANSCRIPTS = "transcripts.parquet"
@@ -29,20 +29,16 @@ def field_folder(out: Path, fov: int) -> Path:
     return out / FIELDS / f"fov_{fov:04d}"
 
 
-def places_between(name: str, low: np.ndarray, high: np.ndarray) -> list[tuple[str, str, float]]:
-    """A filter for Parquet tables: columns name_x and name_y between two corners (x, y), the second left out."""
-    return [(f"{name}_{a}", op, float(end[k])) for k, a in enumerate("xy") for op, end in ((">=", low), ("<", high))]
-
-
 def read_run(out: Path) -> dict[str, Any]:
-    """The record of a finished run. Raises InputError if there is none."""
+    """The record of a finished run, with what it says of the fields packed. Raises InputError if there is none."""
     path = out / RUN
     if not path.is_file():
         raise InputError(f"{out}: no {RUN} in it; expected the folder of a finished run")
     record = read_json(path)
-    if not (isinstance(record, dict) and {"figures", "fields", "failed", "bits"} <= record.keys()):
+    whole = isinstance(record, dict) and {"figures", "fields", "failed", "bits"} <= record.keys()
+    if not whole or not isinstance(record["fields"], dict):
         raise InputError(f"{path}: not the record of a whole run")
-    return record
+    return {**record, "fields": Packed({fov: pack(said) for fov, said in record["fields"].items()})}
 
 
 def mosaic_origin(record: Mapping[str, Any]) -> np.ndarray:

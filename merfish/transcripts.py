@@ -64,9 +64,9 @@ def transcript_table(codebook: Codebook, word: np.ndarray, **columns: Any) -> pd
         **columns,
     }
     given["area"] = np.minimum(given["area"], np.iinfo(np.int16).max)
-    return pd.DataFrame(
-        {name: pd.Series(given[name], index=range(n)).astype(dtype) for name, dtype in COLUMNS.items()}  # type: ignore[call-overload]
-    )
+    gene = pd.array(given.pop("gene"), dtype="string")
+    columns = {name: np.broadcast_to(given[name], n).astype(COLUMNS[name]) for name in COLUMNS if name != "gene"}
+    return pd.DataFrame({name: gene if name == "gene" else columns[name] for name in COLUMNS})
 
 
 def write_transcripts(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:

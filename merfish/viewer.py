@@ -11,13 +11,13 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from merfish import results
+from merfish._parquet import between, parts
 from merfish.errors import InputError
 from merfish.imaging.ngff import open_image
 from merfish.mosaic import BRIGHTEST, Channel, lazy_mosaic
 from merfish.pipeline.images import BITS, STAINS, image_folder, saved_channels
 from merfish.plots import CATEGORIES
 from merfish.report import OVERVIEW, read_overview, read_record
-from merfish.results import places_between
 
 MOST_POINTS, MOST_OUTLINES = 1_000_000, 50_000  # molecules and cells that napari still shows smoothly
 COARSEST = 8  # pixels of a field that one pixel of the coarsest image of a section covers
@@ -167,14 +167,14 @@ def _outlines(out: Path, box: Box) -> list[Layer]:
     """Outlines of the cells whose centres lie in a box, or of all, as lines; only centres if there are too many."""
     import shapely
 
-    columns, filters = ["center_x", "center_y"], places_between("center", *box) if box else None
-    centres = pd.read_parquet(out / results.CELLS, columns=columns, filters=filters)
+    columns = ["center_x", "center_y"]
+    centres = _rows(out / results.CELLS, columns, "center", box)
     if not len(centres):
         return []
     if len(centres) > MOST_OUTLINES:
         options = {"name": "centres of cells", "size": 5.0, "face_color": "yellow", "border_width": 0}
         return [Layer("points", centres[columns[::-1]].to_numpy(), options)]
-    table = pd.read_parquet(out / results.CELLS, columns=["geometry"], filters=filters)
+    table = _rows(out / results.CELLS, ["geometry"], "center", box)
     lines = edges(shapely.from_wkb(table["geometry"].to_numpy()))
     options = {"name": "cells", "edge_width": LINE_WIDTH, "edge_color": "yellow", "vector_style": "line"}
     return [Layer("vectors", lines, options)]
@@ -208,11 +208,13 @@ def _molecules(out: Path, box: Box, deep: bool) -> list[Layer]:
 
 def _sample(path: Path, columns: list[str], box: Box) -> tuple[pd.DataFrame, int]:
     """Molecules in a box, all of them, or of the whole section at most `MOST_POINTS`; of how many each is one."""
-    file = pq.ParquetFile(path)
-    step = 1 if box else max(-(-file.metadata.num_rows // MOST_POINTS), 1)
+    step = 1 if box else max(-(-pq.read_metadata(path).num_rows // MOST_POINTS), 1)
     if step == 1:
-        filters = places_between("global", *box) if box else None
-        return pd.read_parquet(path, columns=columns, filters=filters), step
-    batches = file.iter_batches(columns=columns)
-    parts = [batch.take(np.arange(0, batch.num_rows, step)).to_pandas() for batch in batches]
-    return pd.concat(parts, ignore_index=True), step
+        return _rows(path, columns, "global", box), step
+    some = [part.take(np.arange(0, len(part), step)).to_pandas() for part in parts(path, columns)]
+    return pd.concat(some, ignore_index=True), step
+
+
+def _rows(path: Path, columns: list[str], name: str, box: Box) -> pd.DataFrame:
+    """Rows of a table whose places lie in a box, or all."""
+    return between(path, columns, name, *box) if box else pd.read_parquet(path, columns=columns)

@@ -9,6 +9,7 @@ import shutil
 import sys
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -177,6 +178,9 @@ def test_count_file__of_blocks_of_cells_reads_as_the_table_of_all(tmp_path):
     np.testing.assert_array_equal(table.layers["expected"].todense(), dense["expected"])
     np.testing.assert_array_equal(table.obsm["spatial"], cells[["center_x", "center_y"]])
     pd.testing.assert_frame_equal(table.obs, cells.set_index(cells["cell_id"].astype(str).rename(None)))
+    with h5py.File(tmp_path / "blocks.h5ad") as file:  # blocks of one value took 7 kB of memory each
+        grown = [*file["obs"].values(), *file["X"].values(), *file["layers/expected"].values()]
+        assert min(vector.chunks[0] for vector in grown) >= CHUNK
 
 
 # --- depth ----------------------------------------------------------------------------------------------------------
@@ -373,7 +377,7 @@ def test_the_command_refuses_domains_without_an_embedding(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "--domains: domains are found by --embed" in capsys.readouterr().err
+    assert "--domains needs --embed" in capsys.readouterr().err
 
 
 def test_assign__counts_genes_imaged_one_by_one_in_others_cells(done, tmp_path):

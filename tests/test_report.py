@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_command_line import call
 
 import merfish
-from merfish import InputError, plots, results
+from merfish import InputError, _parquet, plots, results
 from merfish.pipeline import folder
 from merfish.report import Section, Table, domains, figures, findings, picture, summary, write_report
 from merfish.report.notices import efficiency_line
@@ -197,6 +197,56 @@ def test_sum_molecules__as_one_counts_by_hand(seed, n):
     np.testing.assert_array_equal(found.in_cells, [((table["fov"] == f) & (table["cell_id"] >= 0)).sum() for f in fovs])
     assert found.density.sum() == (table["barcode_id"] != 1).sum()
     assert np.all(found.bin * np.array(found.density.shape[::-1]) >= [10 - 1e-9, 5 - 1e-9])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 200), st.integers(1, 90))
+def test_parquet__parts_and_places_as_of_the_whole_table(seed, n, most):
+    rng = np.random.default_rng(seed)
+    table = pd.DataFrame({"row": np.arange(n), "at_x": rng.uniform(0, 9, n), "at_y": rng.uniform(0, 9, n)})
+    file = pa.BufferOutputStream()
+    with pq.ParquetWriter(file, pa.Schema.from_pandas(table, preserve_index=False)) as writer:
+        for start in range(0, n, 40):
+            writer.write_table(pa.Table.from_pandas(table[start : start + 40], preserve_index=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_parquet, "ROWS", most)
+        found = list(_parquet.parts(pa.BufferReader(file.getvalue()), ["row"]))
+    assert [row for part in found for row in part["row"].to_pylist()] == list(range(n))
+    assert all(len(part) <= max(most, 40) for part in found)
+    low, high = rng.uniform(0, 9, (2, 2))
+    inside = ((table[["at_x", "at_y"]] >= low) & (table[["at_x", "at_y"]] < high)).all(axis=1)
+    near = _parquet.between(pa.BufferReader(file.getvalue()), ["row"], "at", low, high)
+    assert near["row"].tolist() == table["row"][inside].tolist()
+
+
+def test_sum_cells__as_one_counts_by_hand():
+    rng = np.random.default_rng(0)
+    n, side = 500, 10.0
+    cells = pd.DataFrame({name: rng.uniform(0, side, n) for name in ("center_x", "center_y", "volume")})
+    cells = cells.assign(n_transcripts=rng.integers(0, 50, n))
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pandas(cells, preserve_index=False), file, row_group_size=70)
+    genes, low = rng.integers(0, 9, n, dtype=np.int32), np.zeros(2)
+    found = summary.sum_cells(pa.BufferReader(file.getvalue()), genes, low, low + side)
+    np.testing.assert_array_equal(found.n_molecules, cells["n_transcripts"])
+    np.testing.assert_allclose(found.volume, cells["volume"], rtol=1e-6)
+    assert found.bin == pytest.approx(side / np.sqrt(n))
+    square = (cells[["center_y", "center_x"]] // found.bin).astype(int)
+    by_hand = cells.groupby([square["center_y"], square["center_x"]])["n_transcripts"].mean()
+    filled = np.argwhere(np.isfinite(found.full))
+    assert filled.tolist() == [list(place) for place in by_hand.index]
+    np.testing.assert_allclose(found.full[tuple(filled.T)], by_hand)
+
+
+def test_page__shows_the_first_rows_of_a_long_table_and_writes_all(tmp_path):
+    rows = [(k,) for k in range(1234)]
+    parts = [pd.DataFrame({"a": [1]}), pd.DataFrame({"a": [2, 3]})]
+    shown = picture("part", figures.histogram(np.ones(3), "a"), "in parts", lambda: iter(parts))
+    section = Section("long", tables=[Table(("k",), rows, name="long")], figures=[shown])
+    page = write_report(tmp_path / "report.html", "", "", [section]).read_text()
+    assert "The first 1,000 of 1,234 rows; long.csv has all." in page
+    assert page.count("<tr>") == 1001
+    assert len(pd.read_csv(tmp_path / "report" / "long.csv")) == 1234
+    assert pd.read_csv(tmp_path / "report" / "part.csv")["a"].tolist() == [1, 2, 3]
 
 
 def test_genes_of_cells__leaves_blanks_out(tmp_path):

@@ -20,6 +20,7 @@ import works
 
 import merfish
 from merfish import InputError, cli, results
+from merfish._files import Packed, pack
 from merfish.config import RunConfig
 from merfish.pipeline import cluster, fields, folder, single
 from merfish.pipeline.cluster import Failure, run_map_on
@@ -350,6 +351,18 @@ def test_report__of_a_damaged_record_is_one_message(done, out):
         (out / results.RUN).write_text(text)
         with pytest.raises(InputError, match=r"run\.json"):
             results.read_run(out)
+
+
+def test_write_json__a_line_an_entry_reads_as_it_was(tmp_path):
+    fields = {fov: {"n": fov, "names": ["a", None], "none": {}} for fov in range(3)}
+    packed = Packed({fov: pack(said) for fov, said in fields.items()})
+    assert packed == fields
+    record = {"fields": packed, "none": {}, "rate": float("nan"), "deep": {"er": {"est": [1, {"a": 2}]}}}
+    folder.write_json(tmp_path / "a.json", record)
+    lines = (tmp_path / "a.json").read_text().splitlines()
+    assert '  "1": {"n": 1, "names": ["a", null], "none": {}},' in lines
+    by_name = {str(fov): said for fov, said in fields.items()}
+    assert json.loads("".join(lines)) == {**record, "fields": by_name, "rate": None}
 
 
 def test_run_json_is_json(done):

@@ -175,10 +175,8 @@ def _level(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def on_bits(codebook: Codebook) -> tuple[np.ndarray, np.ndarray]:
     """On-bits of each word as (word, largest weight) int64, padded with 0, and the weights (word,) int64."""
     weights = codebook.weights
-    padded = np.zeros((codebook.n_words, int(weights.max())), np.int64)
-    for row, word in enumerate(codebook.words):
-        padded[row, : weights[row]] = np.flatnonzero(word)
-    return padded, weights
+    first = np.argsort(codebook.words == 0, axis=1, kind="stable")[:, : int(weights.max())]
+    return np.where(np.arange(first.shape[1]) < weights[:, None], first, 0), weights
 
 
 def _empty(shape: tuple[int, ...]) -> DecodedPixels:

@@ -17,39 +17,57 @@ def filter_planes(planes, starts, taps_y, taps_x, out):
     beyond its edges a plane is mirrored about its outermost pixels. starts: (plane, 2) int64; taps: (plane, tap)
     float32. Sums along a row run over all its pixels for one tap after the other, which compilers vectorise.
     """
-    n_planes, height, width = planes.shape
+    for strip in prange(len(planes) * strips_of(planes)):
+        filter_strip(planes, strip, starts, taps_y, taps_x, out)
+
+
+@kernel
+def filter_planes_alone(planes, starts, taps_y, taps_x, out):
+    """`filter_planes` on this thread alone, for `merfish._jit.map_bits`."""
+    for strip in range(len(planes) * strips_of(planes)):
+        filter_strip(planes, strip, starts, taps_y, taps_x, out)
+
+
+@kernel
+def strips_of(planes):
+    """Strips of a plane."""
+    return (planes.shape[1] + _ROWS - 1) // _ROWS
+
+
+@kernel
+def filter_strip(planes, strip, starts, taps_y, taps_x, out):
+    """The part of `filter_planes` in one strip, counted through all planes."""
+    _, height, width = planes.shape
     n_y, n_x = taps_y.shape[1], taps_x.shape[1]
-    strips = (height + _ROWS - 1) // _ROWS
-    for task in prange(n_planes * strips):
-        p = task // strips
-        first = (task % strips) * _ROWS
-        last = min(first + _ROWS, height)
-        n_rows = last - first + n_y - 1
-        padded = np.empty(width + n_x - 1, np.float32)
-        rows = np.empty((n_rows, width), np.float32)
-        for r in range(n_rows):
-            source = planes[p, _mirror(first + r + starts[p, 0], height)]
-            for c in range(width + n_x - 1):
-                column = c + starts[p, 1]
-                if column < 0 or column >= width:
-                    column = _mirror(column, width)
-                padded[c] = source[column]
-            row = rows[r]
-            row[:] = 0.0
-            for t in range(n_x):
-                weight = taps_x[p, t]
-                if weight != 0.0:
-                    for c in range(width):
-                        row[c] += weight * padded[c + t]
-        for r in range(first, last):
-            target = out[p, r]
-            target[:] = 0.0
-            for t in range(n_y):
-                weight = taps_y[p, t]
-                if weight != 0.0:
-                    row = rows[r - first + t]
-                    for c in range(width):
-                        target[c] += weight * row[c]
+    p = strip // strips_of(planes)
+    first = (strip % strips_of(planes)) * _ROWS
+    last = min(first + _ROWS, height)
+    n_rows = last - first + n_y - 1
+    padded = np.empty(width + n_x - 1, np.float32)
+    rows = np.empty((n_rows, width), np.float32)
+    for r in range(n_rows):
+        source = planes[p, _mirror(first + r + starts[p, 0], height)]
+        for c in range(width + n_x - 1):
+            column = c + starts[p, 1]
+            if column < 0 or column >= width:
+                column = _mirror(column, width)
+            padded[c] = source[column]
+        row = rows[r]
+        row[:] = 0.0
+        for t in range(n_x):
+            weight = taps_x[p, t]
+            if weight != 0.0:
+                for c in range(width):
+                    row[c] += weight * padded[c + t]
+    for r in range(first, last):
+        target = out[p, r]
+        target[:] = 0.0
+        for t in range(n_y):
+            weight = taps_y[p, t]
+            if weight != 0.0:
+                row = rows[r - first + t]
+                for c in range(width):
+                    target[c] += weight * row[c]
 
 
 @fused_kernel
@@ -136,7 +154,7 @@ def _mirror(index, size):
     return index if index < size else period - index
 
 
-@parallel_kernel
+@kernel
 def remove_hot_pixels(image, out):
     """Copy ``image`` (y, x) to float32 ``out``, with hot pixels replaced by their second highest neighbour.
 
@@ -145,7 +163,7 @@ def remove_hot_pixels(image, out):
     pixels also occur in pairs. Hot pixels stay at the same position while the sample drifts.
     """
     height, width = image.shape
-    for y in prange(height):
+    for y in range(height):
         for x in range(width):
             value = np.float32(image[y, x])
             low = np.float32(np.inf)

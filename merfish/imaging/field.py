@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -52,7 +53,11 @@ def register_field(
 
     Raises InputError if a round cannot be registered, or the bits are saturated.
     """
-    return _register(experiment, fov, read_bits(experiment, fov), config, calibration)
+    bits = read_bits(experiment, fov)
+    aligned = _align(experiment, fov, bits, config, calibration)
+    quality = _quality(experiment, fov, bits, aligned.filtered, aligned.round_of_bit)
+    shifts, saturated = aligned.shifts, aligned.saturated
+    return RegisteredField(aligned.filtered, aligned.drift, shifts, aligned.valid, saturated, quality)
 
 
 def survey_field(experiment: Experiment, fov: int, config: RunConfig) -> Survey:
@@ -66,25 +71,35 @@ def survey_field(experiment: Experiment, fov: int, config: RunConfig) -> Survey:
     # hot pixels would look like spots in every bit
     hot = {color: Light(np.zeros((1, 1)), 0.0, glow.hot) for color, glow in glows.items()}
     only_hot = Calibration(Normalization.identity(len(bits)), {}, hot)
-    field = _register(experiment, fov, bits, config, only_hot)
-    return Survey(find_spots(field.bits), field.shifts, glows)
+    aligned = _align(experiment, fov, bits, config, only_hot)
+    return Survey(find_spots(aligned.filtered), aligned.shifts, glows)
 
 
-def _register(
+class _Aligned(NamedTuple):
+    """As in `RegisteredField`; filtered: its bits; round_of_bit: (bit,)."""
+
+    filtered: np.ndarray
+    drift: pd.DataFrame
+    shifts: np.ndarray
+    valid: np.ndarray
+    saturated: np.ndarray
+    round_of_bit: np.ndarray
+
+
+def _align(
     experiment: Experiment, fov: int, bits: np.ndarray, config: RunConfig, calibration: Calibration | None
-) -> RegisteredField:
+) -> _Aligned:
     smoothing, background = config.filter_sigmas
     ceiling = camera_ceiling(bits)
     saturated = np.array(map_bits(lambda image: np.count_nonzero(image >= ceiling), bits))
     if experiment.registered:
         everywhere, still = np.ones(bits.shape[-2:], bool), np.zeros((len(bits), 2))
         filtered = bandpass(bits, smoothing=smoothing, background=background)
-        quality = _quality(experiment, fov, bits, filtered, np.full(len(bits), NO_ROUND))
-        return RegisteredField(filtered, pd.DataFrame(), still, everywhere, saturated, quality)
+        return _Aligned(filtered, pd.DataFrame(), still, everywhere, saturated, np.full(len(bits), NO_ROUND))
     share = float(np.median(saturated)) / bits[0].size
     if share > MOST_SATURATED:
         raise InputError(f"field {fov}: {share:.1%} of the pixels of its bits are saturated, spots cannot be separated")
-    raw, maps = bits, None
+    maps = None
     if calibration is not None:
         bits, maps = calibration.even_light(bits, experiment.bits), calibration.maps_of_bits(experiment.bits)
     beads, round_of_bit = read_fiducials(experiment, fov)
@@ -95,8 +110,7 @@ def _register(
     shifts = drift[["dy", "dx"]].to_numpy(float)[round_of_bit]
     aligned, valid = align(bits, shifts, maps)
     filtered = bandpass(aligned, smoothing=smoothing, background=background)
-    quality = _quality(experiment, fov, raw, filtered, round_of_bit)
-    return RegisteredField(filtered, drift, shifts, valid, saturated, quality)
+    return _Aligned(filtered, drift, shifts, valid, saturated, round_of_bit)
 
 
 def _quality(

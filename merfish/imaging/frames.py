@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from merfish._jit import map_bits
 from merfish.errors import InputError
 from merfish.imaging.experiment import Experiment
 from merfish.imaging.images import read_frames, read_stack
@@ -20,7 +21,8 @@ def read_bits(experiment: Experiment, fov: int) -> np.ndarray:
     """
     if experiment.registered:
         return _read_registered(experiment, fov)
-    return np.stack(_read_channels(experiment, fov, experiment.bits))
+    images = _read_channels(experiment, fov, experiment.bits)
+    return np.stack(images).reshape(len(experiment.bits), -1, *images[0].shape)
 
 
 def _read_registered(experiment: Experiment, fov: int) -> np.ndarray:
@@ -64,7 +66,7 @@ def read_stain(experiment: Experiment, fov: int, name: str) -> np.ndarray:
 
     Raises InputError if the experiment has no stain of that name (case does not matter).
     """
-    return _read_channels(experiment, fov, [experiment.stain(name)])[0]
+    return np.stack(_read_channels(experiment, fov, [experiment.stain(name)]))
 
 
 def read_stain_beads(experiment: Experiment, fov: int, name: str) -> np.ndarray | None:
@@ -74,9 +76,9 @@ def read_stain_beads(experiment: Experiment, fov: int, name: str) -> np.ndarray 
 
 
 def _read_channels(experiment: Experiment, fov: int, channels: Sequence[Channel]) -> list[np.ndarray]:
+    """The planes (y, x) of one channel after the other."""
     sources = [(channel.movie, frame) for channel in channels for frame in channel.frames]
-    images = iter(_read_sources(experiment, fov, sources))
-    return [np.stack([_oriented(experiment, next(images)) for _ in channel.frames]) for channel in channels]
+    return [_oriented(experiment, image) for image in _read_sources(experiment, fov, sources)]
 
 
 def _read_sources(experiment: Experiment, fov: int, sources: Sequence[tuple[Movie, int]]) -> list[np.ndarray]:
@@ -85,9 +87,9 @@ def _read_sources(experiment: Experiment, fov: int, sources: Sequence[tuple[Movi
     for movie, frame in sources:
         wanted[movie][frame] = None
     images: dict[tuple[Movie, int], np.ndarray] = {}
-    for movie, frames in wanted.items():
-        path = experiment.file(movie, fov)
-        stack = read_frames(path, list(frames))
+    paths = [experiment.file(movie, fov) for movie in wanted]
+    stacks = map_bits(lambda file: read_frames(file[0], list(file[1])), list(zip(paths, wanted.values(), strict=True)))
+    for (movie, frames), path, stack in zip(wanted.items(), paths, stacks, strict=True):
         if stack.dtype != np.uint16 and not experiment.registered:
             raise InputError(f"{path}: expected 16-bit unsigned images, got {stack.dtype}")
         images |= {(movie, frame): image for frame, image in zip(frames, stack, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merfish.imaging._kernels import bandpass_image, bandpass_strip, filter_planes
+from merfish.imaging._kernels import bandpass_image, bandpass_strip, filter_planes_alone
 
 
 def bandpass(stack: np.ndarray, *, smoothing: float, background: float) -> np.ndarray:
@@ -53,7 +53,7 @@ def gaussian(image: np.ndarray, sigma: float) -> np.ndarray:
     """An image (y, x) smoothed with a Gaussian of ``sigma`` px, cut at 4 sigma, float32; mirrored at its edges."""
     taps = gaussian_taps(sigma)[None]
     out = np.empty((1, *image.shape), np.float32)
-    filter_planes(image[None], np.full((1, 2), -(taps.shape[1] // 2)), taps, taps, out)
+    filter_planes_alone(image[None], np.full((1, 2), -(taps.shape[1] // 2)), taps, taps, out)
     return out[0]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from scipy import ndimage, spatial, special
 
+from merfish._jit import map_bits
 from merfish.errors import InputError
-from merfish.imaging._kernels import filter_planes, patch_steps, remove_hot_pixels, warp_planes
+from merfish.imaging._kernels import filter_planes, filter_planes_alone, patch_steps, remove_hot_pixels, warp_planes
 from merfish.imaging.preprocess import gaussian
 
 MAX_DRIFT = 40.0  # pixel, along y and along x
@@ -53,15 +56,15 @@ def measure_drift(images: np.ndarray, reference: int = 0, max_drift: float = MAX
         raise InputError("bead images: expected finite values, got NaN or infinity")
     fixed = _cleaned(images[reference])
     blobs = locate_blobs(fixed)
-    rows = []
-    for number, image in enumerate(images):
+
+    def one_round(number: int) -> tuple[int, float, float, float, int, float, bool]:
         if number == reference:
             usable = len(images) == 1 or max(map(len, blobs)) >= _MIN_BEADS
-            rows.append((number, 0.0, 0.0, 1.0, max(map(len, blobs)), 0.0, usable))
-        else:
-            drift = _measure_one(fixed, blobs, _cleaned(image), max_drift)
-            rows.append((number, *drift, True) if drift else (number, np.nan, np.nan, 0.0, 0, np.nan, False))
-    return pd.DataFrame(rows, columns=_COLUMNS)
+            return number, 0.0, 0.0, 1.0, max(map(len, blobs)), 0.0, usable
+        drift = _measure_one(fixed, blobs, _cleaned(images[number]), max_drift)
+        return (number, *drift, True) if drift else (number, np.nan, np.nan, 0.0, 0, np.nan, False)
+
+    return pd.DataFrame(map_bits(one_round, range(len(images))), columns=_COLUMNS)
 
 
 def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.ndarray) -> pd.DataFrame:
@@ -230,10 +233,10 @@ def _refine_drift(
     fixed: np.ndarray, moving: np.ndarray, shift: np.ndarray, blobs: np.ndarray, level: int
 ) -> tuple[np.ndarray, int, float] | None:
     """Drift (2,), the number of blobs (blob, 2) of ``fixed`` that agree on it, its error; None if they do not agree."""
-    centers = np.rint(blobs).astype(np.int64)
+    centers, aligned = np.rint(blobs).astype(np.int64), np.empty((1, *moving.shape), np.float32)
     steps, variances = np.empty((len(centers), 2)), np.empty(len(centers))
     for _ in range(_REFINEMENTS):
-        aligned, _ = align(moving[None], shift[None])
+        _translate(moving[None], shift, aligned, filter_planes_alone)
         size = np.array(fixed.shape)
         low, high = np.maximum(1, np.ceil(1 - shift)), np.minimum(size - 1, np.floor(size - 1 - shift))
         bounds = np.stack([low, high], axis=1).ravel().astype(np.int64)
@@ -294,7 +297,7 @@ def align(
     for image, at, result in zip(images, maps, out, strict=True):
         planes, results = image.reshape(-1, *image.shape[-2:]), result.reshape(-1, *image.shape[-2:])
         if (at[:, :2] == np.eye(2)).all():
-            _translate(planes, at[:, 2], results)
+            _translate(planes, at[:, 2], results, filter_planes)
         else:
             coefficients = np.empty(planes.shape, np.float32)
             taps = _repeat(_inverse_spline(_TAPS).astype(np.float32), len(planes))
@@ -303,11 +306,11 @@ def align(
     return out, seen_by_all(maps, images.shape[-2:])
 
 
-def _translate(planes: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
+def _translate(planes: np.ndarray, shift: np.ndarray, out: np.ndarray, filtered: Callable[..., None]) -> None:
     whole = np.floor(shift)
     taps = spline_taps(shift - whole)
     starts = _repeat(whole.astype(np.int64) - (_TAPS // 2 - 1), len(planes))
-    filter_planes(planes, starts, _repeat(taps[0], len(planes)), _repeat(taps[1], len(planes)), out)
+    filtered(planes, starts, _repeat(taps[0], len(planes)), _repeat(taps[1], len(planes)), out)
 
 
 def _repeat(values: np.ndarray, times: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merfish import results
+from merfish._files import Packed, pack
 from merfish._jit import compilation_said
 from merfish.calls.error_model import word_statistics
 from merfish.calls.fit import refuse_misfit
@@ -222,20 +223,18 @@ def _stale(out: Path, fov: int, manifest: Manifest, calibrated: Calibrated) -> b
     return record is None or record["parts"] != manifest.of_field(fov, calibrated.digest, fov in calibrated.spiked)
 
 
-def decode_fields(
-    work: FieldWork, run_map: RunMap, failed: dict[int, str], shown: Display
-) -> dict[int, dict[str, Any]]:
+def decode_fields(work: FieldWork, run_map: RunMap, failed: dict[int, str], shown: Display) -> Packed[int]:
     """Decode the fields whose records are missing or out of date, and say why.
 
-    Adds fields that fail to ``failed``. Returns the contents of all records. Raises OSError if the disk is full.
+    Adds fields that fail to ``failed``. Returns what all records say, packed. Raises OSError if the disk is full.
     """
-    out, says = work.out, {}
+    out, says = work.out, dict[int, bytes]()
     again: dict[str, list[int]] = {}
     for fov, parts in work.parts.items():
         place = results.field_folder(out, fov)
         record = folder.read_record(place)
         if record is not None and record["parts"] == parts:
-            says[fov] = record
+            says[fov] = pack(folder.said(record))
         elif place.exists():
             why = changed_parts(record["parts"], parts) if record else ["damaged on disk"]
             again.setdefault(", ".join(why), []).append(fov)
@@ -260,8 +259,8 @@ def decode_fields(
     for fov in todo:
         record = None if fov in failed else folder.read_record(results.field_folder(out, fov))
         if record is not None:
-            says[fov] = record
-    return dict(sorted(says.items()))
+            says[fov] = pack(folder.said(record))
+    return Packed(dict(sorted(says.items())))
 
 
 def fields_text(fovs: Iterable[int]) -> str:
@@ -291,23 +290,40 @@ def combine(
     run_map: RunMap,
     shown: Display,
 ) -> None:
-    """Make tables, record and report of the run from the records of all fields, and publish them together."""
+    """Make tables, record and report of the run from what the records of all fields say, and publish them together."""
+    stage = folder.new_stage(out)
+    write_results(experiment, config, out, says, failed, calibrated, key, stage, run_map, shown)
+    write_run_report(out, stage)
+    if not (stage / results.SEQUENTIAL).exists():
+        (out / results.SEQUENTIAL).unlink(missing_ok=True)
+    folder.publish(out)
+    folder.remove_work(out)
+
+
+def write_results(
+    experiment: Experiment,
+    config: RunConfig,
+    out: Path,
+    says: Mapping[int, Mapping[str, Any]],
+    failed: Mapping[int, str],
+    calibrated: Calibrated,
+    key: str,
+    stage: Path,
+    run_map: RunMap,
+    shown: Display,
+) -> None:
+    """Write tables and record of the run into ``stage``."""
     work = folder.new_work(out)
-    height, width = next((said["shape"] for said in says.values()), (1, 1))
-    outlines = {fov: int(said["n_outlines"]) for fov, said in says.items()}
-    fields = Fields(out, work, experiment, tuple(says), (height, width), outlines, stacked_planes(experiment, config))
+    shape, outlines = (1, 1), {}
+    for fov, said in says.items():
+        shape, outlines[fov] = tuple(said["shape"]), int(said["n_outlines"])
+    fields = Fields(out, work, experiment, tuple(says), shape, outlines, stacked_planes(experiment, config))
     found = reconcile(fields, config.misidentification_rate, run_map, shown)
     spikes = kept_spikes(fields, calibrated.spiked, found.filter)
     words = word_statistics(found.words, experiment.codebook, *spikes)
     assemble(fields, found, run_map, shown)
-    stage = folder.new_stage(out)
     genes = other_stains(experiment, config)[1]
     written = write_tables(fields, found, words, genes, stage, shown)
     record = run_record(fields, says, failed, config, calibrated, found, words, spikes[1], written)
     sizes = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
     folder.write_json(stage / results.RUN, {**record, "key": key, "results": sizes, "seconds": shown.timings()})
-    write_run_report(out, stage)
-    if not genes:
-        (out / results.SEQUENTIAL).unlink(missing_ok=True)
-    folder.publish(out)
-    folder.remove_work(out)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
+from merfish._parquet import read_table
 from merfish.calls.overlap import FIELD_RADIUS, Sightings, seen_better_elsewhere
 from merfish.cells.counts import OUTSIDE, assign_cells
 from merfish.cells.measure import column_name
@@ -20,7 +21,7 @@ from merfish.imaging.experiment import Experiment
 from merfish.pipeline.cluster import RunMap
 from merfish.pipeline.fields import read_measured, read_spots
 from merfish.pipeline.progress import Display
-from merfish.pipeline.reconcile import Fields, Reconciled, map_all, stage_outlines
+from merfish.pipeline.reconcile import KEPT_DTYPE, Fields, Reconciled, map_all, stage_outlines
 
 # count: molecules; expected: sum of their probabilities of being right; nuclear: those in a nucleus
 COUNT_DTYPE = np.dtype([("cell", "i8"), ("word", "i4"), ("count", "i4"), ("expected", "f4"), ("nuclear", "i4")])
@@ -96,7 +97,7 @@ class AssignWork:
 
     def __call__(self, fov: int) -> tuple[int, int]:
         """Numbers of molecules and of those in cells, written to the files ``placed``, ``single`` and ``counts``."""
-        kept = np.load(self.fields.file("kept", fov))
+        kept = self.fields.read_rows("kept", fov, KEPT_DTYPE)
         own = self._sightings(fov, kept)
         worse, n = seen_better_elsewhere(own, (self._sightings(other) for other in self.near[fov])), len(kept)
         homes = {fov, *self.cells.homes([fov, *self.near[fov]])}
@@ -106,14 +107,14 @@ class AssignWork:
         row = kept["row"][~worse[:n]]
         placed = np.empty(len(row), PLACED_DTYPE)
         placed["row"], placed["cell"] = row, cell[: len(row)]
-        np.save(self.fields.file("placed", fov), placed)
+        self.fields.write_rows("placed", fov, placed)
         single = np.empty(len(cell) - len(row), PLACED_DTYPE)
         single["row"], single["cell"] = np.flatnonzero(~worse[n:]), cell[len(row) :]
-        np.save(self.fields.file("single", fov), single)
+        self.fields.write_rows("single", fov, single)
         # spots of a gene that is imaged alone need no decoding
         probability = np.append(kept["probability"], np.ones(len(worse) - n, np.float32))[~worse]
         nuclear = np.append(kept["nuclear"], np.zeros(len(worse) - n, bool))[~worse]
-        np.save(self.fields.file("counts", fov), count_pairs(cell, own.word[~worse], probability, nuclear))
+        self.fields.write_rows("counts", fov, count_pairs(cell, own.word[~worse], probability, nuclear))
         return len(placed), int((placed["cell"] >= 0).sum())
 
     def _heights(self, fov: int, kept: np.ndarray) -> np.ndarray:
@@ -123,7 +124,7 @@ class AssignWork:
 
     def _sightings(self, fov: int, kept: np.ndarray | None = None) -> Sightings:
         """Kept molecules, then those of genes imaged one by one, whose words follow the codebook's."""
-        kept = np.load(self.fields.file("kept", fov)) if kept is None else kept
+        kept = self.fields.read_rows("kept", fov, KEPT_DTYPE) if kept is None else kept
         spots = read_spots(self.fields.out, fov)
         word = np.append(kept["word"], spots["gene"] + self.fields.experiment.codebook.n_words)
         height, width = self.fields.shape
@@ -202,14 +203,14 @@ def count_pairs(
 
 def write_cell_part(fields: Fields, name: str, fov: int, cells: pd.DataFrame) -> None:
     """Write cells for a later step."""
-    geometry = pa.array(shapely.to_wkb(cells["geometry"].to_numpy(object)), pa.binary())
-    table = pa.Table.from_pandas(cells.drop(columns="geometry"), preserve_index=False)
-    pq.write_table(table.append_column("geometry", geometry), fields.file(name, fov).with_suffix(".parquet"))
+    columns = {column: pa.array(cells[column].to_numpy()) for column in cells if column != "geometry"}
+    columns["geometry"] = pa.array(shapely.to_wkb(cells["geometry"].to_numpy(object)), pa.binary())
+    pq.write_table(pa.table(columns), fields.file(name, fov, "parquet"))
 
 
 def read_cell_part(fields: Fields, name: str, fov: int) -> pd.DataFrame:
     """Read what `write_cell_part` wrote."""
-    table = pq.read_table(fields.file(name, fov).with_suffix(".parquet"))
+    table = read_table(fields.file(name, fov, "parquet"))
     cells = table.drop_columns("geometry").to_pandas()
     geometry = shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False))
     return cells.assign(geometry=np.asarray(geometry, dtype=object))

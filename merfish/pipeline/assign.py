@@ -6,6 +6,7 @@ from ``transcripts.parquet``.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import shapely
 
@@ -79,8 +81,8 @@ def replace_cells(
     stage = folder.new_stage(out)
     with shown.step("write tables"):
         per_cell = write_counts(fields, contributors, var, stage, shown, schema)
-        for name, found in groups.items():
-            _write_placed(fields, out / name, found, stage, shown)
+        for name in groups:
+            _write_placed(fields, out / name, stage, shown)
     n_in_cells = sum(count for count, _ in placed.values())
     n_kept = record["figures"]["n_kept"]
     figures = {
@@ -130,17 +132,20 @@ def _fields_of(out: Path, record: Mapping[str, Any], planes: np.ndarray | None) 
 
 
 def field_groups(path: Path) -> dict[int, list[int]]:
-    """Row groups of a run's transcripts by field. Raises InputError for a table that no run wrote."""
+    """Row groups that may hold molecules of a field in a run's table. Raises InputError for one that no run wrote."""
     groups: dict[int, list[int]] = {}
+    last = -1
     try:
         metadata = pq.read_metadata(path)
         column = metadata.schema.names.index("fov")
         for k in range(metadata.num_row_groups):
             found = metadata.row_group(k).column(column).statistics
             if metadata.row_group(k).num_rows:
-                if found.min != found.max:
-                    raise ValueError(f"row group {k} holds several fields")
-                groups.setdefault(int(found.min), []).append(k)
+                if found.min < last:
+                    raise ValueError(f"row group {k}: its fields are not in order")
+                last = found.max
+                for fov in range(found.min, found.max + 1):
+                    groups.setdefault(fov, []).append(k)
     except (OSError, ValueError, AttributeError, pa.ArrowException) as error:
         raise InputError(f"{path}: not the transcripts of a run: {error}") from error
     return groups
@@ -161,8 +166,8 @@ def _bounds(fields: Fields, fov: int) -> np.ndarray:
 class AssignWork:
     """Puts the molecules of a field into cells, also those of genes imaged one by one (``sequential``, names in order).
 
-    groups: row groups of each field in each of the tables of molecules in ``out``; bounds: what the cells of each field
-    span, micrometre.
+    groups: row groups that may hold a field, of each table of molecules in ``out``; bounds: what the cells of each
+    field span, micrometre.
     """
 
     out: Path
@@ -187,17 +192,18 @@ class AssignWork:
             cell = place_in_cells(x, y, height, cells, planes)
         ends = np.cumsum([len(table) for table in tables.values()])
         for name, placed in zip(tables, np.split(cell, ends[:-1]), strict=True):
-            np.save(self.fields.file(name, fov), placed)
+            self.fields.write_rows(name, fov, placed)
         counts = count_pairs(cell, molecules["word"].to_numpy(), molecules["probability"].to_numpy())
-        np.save(self.fields.file("counts", fov), counts)
+        self.fields.write_rows("counts", fov, counts)
         return int((cell[: len(tables[results.TRANSCRIPTS])] >= 0).sum()), homes
 
     def _molecules(self, name: str, fov: int) -> pd.DataFrame:
         """Word, places (x, y in micrometre, z in planes) and probability of the molecules of a field in a table."""
         single = name == results.SEQUENTIAL
-        columns = ["global_x", "global_y", "z", *(["gene"] if single else ["barcode_id", "probability"])]
+        columns = ["fov", "global_x", "global_y", "z", *(["gene"] if single else ["barcode_id", "probability"])]
         with pq.ParquetFile(self.out / name) as file:
-            table = file.read_row_groups(list(self.groups[name].get(fov, [])), columns=columns).to_pandas()
+            table = file.read_row_groups(list(self.groups[name].get(fov, [])), columns=columns)
+        table = table.filter(pc.field("fov") == fov).drop_columns("fov").to_pandas()
         if not single:
             return table.rename(columns={"barcode_id": "word"})
         # a gene that the codebook has as well is called otherwise among the counts
@@ -211,13 +217,17 @@ class AssignWork:
         return bool(left <= x.max() and right >= x.min() and low <= y.max() and high >= y.min())
 
 
-def _write_placed(fields: Fields, path: Path, groups: Mapping[int, Sequence[int]], stage: Path, shown: Display) -> None:
-    """A table of molecules with their new cells, a field at a time, in the order that they have."""
+def _write_placed(fields: Fields, path: Path, stage: Path, shown: Display) -> None:
+    """A table of molecules with their new cells, a row group at a time, in the order that they have."""
     with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        column = schema.names.index("cell_id")
+        schema, written = file.schema_arrow, Counter[int]()
+        column = schema.get_field_index("cell_id")
         with pq.ParquetWriter(stage / path.name, schema) as kept:
-            for fov in shown.track(sorted(groups, key=lambda fov: groups[fov][0]), len(groups), "write calls"):
-                table = file.read_row_groups(list(groups[fov]))
-                cell = pa.array(np.load(fields.file(path.name, fov)))
-                kept.write_table(table.set_column(column, schema.field(column), cell))
+            for k in shown.track(range(file.num_row_groups), file.num_row_groups, "write calls"):
+                table, cells = file.read_row_group(k), [np.empty(0, np.int64)]
+                for fov, n in zip(*np.unique(table["fov"].to_numpy(), return_counts=True), strict=True):
+                    placed = fields.read_rows(path.name, fov, np.dtype(np.int64))
+                    cells.append(placed[written[fov] : written[fov] + n])
+                    written[fov] += n
+                table = table.set_column(column, schema.field(column), pa.array(np.concatenate(cells)))
+                kept.write_table(table, row_group_size=max(len(table), 1))

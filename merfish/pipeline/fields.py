@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import shapely
 
 from merfish import results
+from merfish._parquet import read_table
 from merfish.calls.filtering import Tally, call_features, tally_calls
 from merfish.calls.fit import count_fit
 from merfish.cells.measure import FieldCells, column_name, find_cells, find_stacked_cells, load_segmenter, no_cells
@@ -117,7 +118,7 @@ def process_field(
     clock.lap("segment")
     spots = [find_spots_of(experiment, fov, gene, shifts[gene], config, calibration, field.valid) for gene in genes]
     clock.lap("sequential")
-    pq.write_table(pa.Table.from_pandas(calls[list(CALL_COLUMNS)], preserve_index=False), folder / CALLS)
+    pq.write_table(pa.table({name: calls[name].to_numpy() for name in CALL_COLUMNS}), folder / CALLS)
     write_outlines(list(cells.outlines), folder / OUTLINES, cells.measured)
     write_spots(spots, folder / SPOTS)
     np.save(folder / OVERVIEW, overview(field.bits, calibration.normalization))
@@ -250,7 +251,7 @@ def spikes_of(
 
 def read_calls(out: Path, fov: int) -> pd.DataFrame:
     """Every call of a field, columns `CALL_COLUMNS`."""
-    return pq.read_table(results.field_folder(out, fov) / CALLS).to_pandas()
+    return read_table(results.field_folder(out, fov) / CALLS).to_pandas()
 
 
 def write_outlines(outlines: list[shapely.Polygon], path: Path, measured: pd.DataFrame | None = None) -> None:
@@ -265,7 +266,7 @@ def write_outlines(outlines: list[shapely.Polygon], path: Path, measured: pd.Dat
 
 def read_outlines(out: Path, fov: int) -> np.ndarray:
     """Outlines of a field (outline,), pixels."""
-    table = pq.read_table(results.field_folder(out, fov) / OUTLINES, columns=["geometry"])
+    table = read_table(results.field_folder(out, fov) / OUTLINES, columns=["geometry"])
     return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), dtype=object)
 
 
@@ -292,7 +293,7 @@ def stretch(image: np.ndarray) -> np.ndarray:
 
 def read_measured(out: Path, fov: int) -> pd.DataFrame:
     """A row of means of each outline of a field."""
-    return pq.read_table(results.field_folder(out, fov) / OUTLINES).drop_columns("geometry").to_pandas()
+    return read_table(results.field_folder(out, fov) / OUTLINES).drop_columns("geometry").to_pandas()
 
 
 def write_spots(spots: list[np.ndarray], path: Path) -> None:

@@ -113,6 +113,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return says if whole else None
 
 
+def said(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says, without its parts and files."""
+    return {name: value for name, value in record.items() if name not in ("parts", "files")}
+
+
 def write_checked(path: Path, content: Any) -> None:
     """Write JSON with its checksum."""
     content = plain(content)

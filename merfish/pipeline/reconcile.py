@@ -65,9 +65,17 @@ class Fields:
         """For each field those that overlap it or lie at most ``beyond`` micrometres away."""
         return overlapping_fields(self.fovs, positions, self.size, beyond)
 
-    def file(self, name: str, fov: int) -> Path:
-        """File in which a step keeps its result for a field."""
-        return self.work / f"{name}_{fov:04d}.npy"
+    def file(self, name: str, fov: int, kind: str = "rows") -> Path:
+        """File in which a step keeps its result for a field; kind: the end of its name."""
+        return self.work / f"{name}_{fov:04d}.{kind}"
+
+    def write_rows(self, name: str, fov: int, rows: np.ndarray) -> None:
+        """Keep an array (row,) for a later step, bare: a head would take longer to read than a small field's rows."""
+        rows.tofile(self.file(name, fov))
+
+    def read_rows(self, name: str, fov: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """Read what `write_rows` wrote."""
+        return np.fromfile(self.file(name, fov), dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +178,7 @@ class RateWork:
         kept["probability"] = probability[keep]
         for name in ("x", "y", "z", "nuclear"):
             kept[name] = calls[name].to_numpy()[keep]
-        np.save(self.fields.file("kept", fov), kept)
+        self.fields.write_rows("kept", fov, kept)
         return tally_words(word, shown, probability, keep, self.fields.experiment.codebook)
 
 
@@ -196,7 +204,7 @@ class LinkWork:
         return link_field(fov, later, self._places, self.fields.experiment.positions, self.fields.size)
 
     def _places(self, fov: int) -> FieldPlaces:
-        kept, scale = np.load(self.fields.file("kept", fov)), self.fields.experiment.microns_per_pixel
+        kept, scale = self.fields.read_rows("kept", fov, KEPT_DTYPE), self.fields.experiment.microns_per_pixel
         return FieldPlaces(kept["word"], kept["x"].astype(float) * scale, kept["y"].astype(float) * scale)
 
 

@@ -47,8 +47,6 @@ def run_record(
     """
     experiment, calibration = fields.experiment, calibrated.calibration
     book = experiment.codebook
-    kept = {fov: {name: value for name, value in said.items() if name not in ("parts", "files")}
-            for fov, said in says.items()}  # fmt: skip
     return {
         "versions": versions(),
         "command": shlex.join(sys.argv),
@@ -74,7 +72,7 @@ def run_record(
         "codebook_fit": asdict(judge_codebook(book, says, calibrated)),
         "stage": found.stitching.to_dict(),
         "quality": unusual_images(says),
-        "fields": kept,
+        "fields": says,
         "failed": dict(failed),
         "figures": {
             **call_figures(found.words, book),

@@ -1,4 +1,4 @@
-"""Write the tables of a run one field after the other, a row group or some rows of counts each."""
+"""Write the tables of a run one field after the other."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ import shapely
 from scipy.sparse import coo_array, csr_matrix
 
 from merfish import results
+from merfish._parquet import GroupWriter
 from merfish.calls.overlap import FIELD_RADIUS
-from merfish.cells.counts import cell_obs, word_var
+from merfish.cells.counts import OUTSIDE, cell_obs, word_var
 from merfish.codebook import Codebook
 from merfish.exchange.geoparquet import geo_schema
 from merfish.exchange.run import PLANE_OUTLINES
-from merfish.pipeline.assemble import COUNT_DTYPE, read_cell_part
+from merfish.pipeline.assemble import COUNT_DTYPE, PLACED_DTYPE, read_cell_part
 from merfish.pipeline.fields import read_calls, read_spots
 from merfish.pipeline.progress import Display
 from merfish.pipeline.reconcile import Fields, Reconciled, rate_field
@@ -58,7 +59,8 @@ SEQUENTIAL_SCHEMA = pa.schema(
     ]
 )
 
-CHUNK = 1 << 10  # cells in a block of a column of ``obs``
+CELLS_TOGETHER = 1 << 14  # in a row group: their outlines take 500 bytes each
+CHUNK, ENTRIES = 1 << 10, 1 << 14  # cells in a block of a column of ``obs``, counts in one of a matrix
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def write_counts(
     none = schema.empty_table().drop_columns(shapes).to_pandas()
     per_cell = [none["n_transcripts"].to_numpy()]
     with (
-        pq.ParquetWriter(stage / results.CELLS, geo_schema(schema)) as cell_file,
+        GroupWriter(stage / results.CELLS, geo_schema(schema), CELLS_TOGETHER) as cell_file,
         CountFile(stage / results.CELL_BY_GENE, var, none) as counts,
     ):
         for fov in display.track(fields.fovs, len(fields.fovs), "write counts"):
@@ -115,7 +117,7 @@ def write_counts(
             pairs = pairs_of_cells(fields, contributors[fov], cells["cell_id"].to_numpy())
             cells = with_counts(cells, pairs[pairs["word"] < n_words])[schema.names]
             counts.append(pairs, cells.drop(columns=shapes))
-            cell_file.write_table(cells_table(cells, schema))
+            cell_file.write(cells_table(cells, geo_schema(schema)))
             per_cell.append(cells["n_transcripts"].to_numpy())
     return np.concatenate(per_cell)
 
@@ -125,16 +127,16 @@ def write_transcripts(fields: Fields, found: Reconciled, stage: Path, display: D
     schema = transcript_schema(fields.experiment.codebook)
     n_molecules = n_in_cells = first_id = 0
     with (
-        pq.ParquetWriter(stage / results.ALL_TRANSCRIPTS, schema) as every,
-        pq.ParquetWriter(stage / results.TRANSCRIPTS, schema) as kept,
+        GroupWriter(stage / results.ALL_TRANSCRIPTS, schema) as every,
+        GroupWriter(stage / results.TRANSCRIPTS, schema) as kept,
     ):
         for fov in display.track(fields.fovs, len(fields.fovs), "write calls"):
-            calls, placed = field_transcripts(fields, found, fov, first_id)
+            calls, placed = field_transcripts(fields, found, fov, first_id, schema)
             first_id += len(calls)
-            every.write_table(pa.Table.from_pandas(calls, schema, preserve_index=False))
-            kept.write_table(pa.Table.from_pandas(placed, schema, preserve_index=False))
+            every.write(calls)
+            kept.write(placed)
             n_molecules += len(placed)
-            n_in_cells += int((placed["cell_id"] >= 0).sum())
+            n_in_cells += int((placed["cell_id"].to_numpy() != OUTSIDE).sum())
     return n_molecules, n_in_cells
 
 
@@ -148,9 +150,10 @@ def reserve(folder: Path, n_bytes: int) -> None:
 
 def _most_bytes(fields: Fields, n_columns: int) -> int:
     """Upper bound on the size of counts and cells: their parts on disk, a row of ``obs`` a cell, and an empty file."""
-    empty = (1 << 17) + 16 * CHUNK * n_columns  # text takes 16 bytes besides its letters, numbers at most 8
+    # text takes 16 bytes besides its letters, numbers at most 8; two matrices of two vectors of 4 bytes
+    empty = (1 << 17) + 16 * CHUNK * n_columns + 16 * ENTRIES
     names = (fields.file("counts", fov) for fov in fields.fovs)
-    cells = [fields.file("cells", fov).with_suffix(".parquet") for fov in fields.fovs]
+    cells = [fields.file("cells", fov, "parquet") for fov in fields.fovs]
     parts = sum(path.stat().st_size for path in (*names, *cells))
     return parts + 500 * sum(pq.read_metadata(path).num_rows for path in cells) + empty
 
@@ -162,28 +165,39 @@ def transcript_schema(book: Codebook) -> pa.Schema:
     return pa.Schema.from_pandas(empty, preserve_index=False)
 
 
-def field_transcripts(fields: Fields, found: Reconciled, fov: int, first_id: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def field_transcripts(
+    fields: Fields, found: Reconciled, fov: int, first_id: int, schema: pa.Schema
+) -> tuple[pa.Table, pa.Table]:
     """Transcript tables of a field: every call, rated, and those that are kept, each once, with their cells."""
-    experiment = fields.experiment
-    calls = read_calls(fields.out, fov).drop(columns="nuclear")
+    experiment, book = fields.experiment, fields.experiment.codebook
+    calls = read_calls(fields.out, fov)
+    word, n = calls["barcode_id"].to_numpy(), len(calls)
     x, y = found.stitching.positions[fov]
-    columns = {name: calls[name].to_numpy() for name in calls.columns}
-    columns["probability"] = rate_field(calls, found.filter)[0]
-    columns["transcript_id"] = np.arange(first_id, first_id + len(calls))
-    columns["global_x"] = x + columns["x"].astype(float) * experiment.microns_per_pixel
-    columns["global_y"] = y + columns["y"].astype(float) * experiment.microns_per_pixel
-    columns["global_z"] = np.interp(columns["z"].astype(float), np.arange(len(experiment.z)), experiment.z)
-    table = transcript_table(experiment.codebook, columns.pop("barcode_id"), fov=fov, **columns)
-    placed = np.load(fields.file("placed", fov))
-    return table, table.iloc[placed["row"]].assign(cell_id=placed["cell"]).reset_index(drop=True)
+    columns = {name: calls[name].to_numpy() for name in schema.names if name in calls}
+    columns |= {
+        "transcript_id": np.arange(first_id, first_id + n),
+        "gene": pa.array(book.names, pa.string()).take(pa.array(word)),
+        "is_blank": book.is_blank[word],
+        "fov": np.full(n, fov),
+        "global_x": x + columns["x"].astype(float) * experiment.microns_per_pixel,
+        "global_y": y + columns["y"].astype(float) * experiment.microns_per_pixel,
+        "global_z": np.interp(columns["z"].astype(float), np.arange(len(experiment.z)), experiment.z),
+        "probability": rate_field(calls, found.filter)[0],
+        "cell_id": np.full(n, OUTSIDE),
+    }
+    every = pa.table({name: columns[name] for name in schema.names}, schema)
+    placed = fields.read_rows("placed", fov, PLACED_DTYPE)
+    at = schema.get_field_index("cell_id")
+    kept = every.take(placed["row"]).set_column(at, schema.field(at), pa.array(placed["cell"]))
+    return every, kept
 
 
 def write_sequential(fields: Fields, found: Reconciled, genes: Sequence[str], stage: Path) -> None:
     """Write the molecules of genes imaged one by one, each once, with their cells."""
     experiment = fields.experiment
-    with pq.ParquetWriter(stage / results.SEQUENTIAL, SEQUENTIAL_SCHEMA) as file:
+    with GroupWriter(stage / results.SEQUENTIAL, SEQUENTIAL_SCHEMA) as file:
         for fov in fields.fovs:
-            placed = np.load(fields.file("single", fov))
+            placed = fields.read_rows("single", fov, PLACED_DTYPE)
             spots = read_spots(fields.out, fov)[placed["row"]]
             left, top = found.stitching.positions[fov]
             columns: dict[str, Any] = {name: spots[name] for name in ("x", "y", "z")}
@@ -191,7 +205,7 @@ def write_sequential(fields: Fields, found: Reconciled, genes: Sequence[str], st
             columns["global_x"] = left + spots["x"].astype(float) * experiment.microns_per_pixel
             columns["global_y"] = top + spots["y"].astype(float) * experiment.microns_per_pixel
             columns |= {"intensity": spots["height"], "cell_id": placed["cell"]}
-            file.write_table(pa.table({name: columns[name] for name in SEQUENTIAL_SCHEMA.names}, SEQUENTIAL_SCHEMA))
+            file.write(pa.table({name: columns[name] for name in SEQUENTIAL_SCHEMA.names}, SEQUENTIAL_SCHEMA))
 
 
 # --- cells and counts ---------------------------------------------------------------------------------------------
@@ -209,7 +223,7 @@ def _contributors(fields: Fields, found: Reconciled) -> dict[int, list[int]]:
 
 def pairs_of_cells(fields: Fields, contributors: Iterable[int], cell_ids: np.ndarray) -> np.ndarray:
     """Molecules of each word in the cells of a field, `COUNT_DTYPE` with ``cell`` the row in ``cell_ids`` (sorted)."""
-    parts = [np.load(fields.file("counts", fov)) for fov in contributors]
+    parts = [fields.read_rows("counts", fov, COUNT_DTYPE) for fov in contributors]
     pairs = np.concatenate(parts) if parts else np.empty(0, COUNT_DTYPE)
     row = np.searchsorted(cell_ids, pairs["cell"])
     here = row < len(cell_ids)
@@ -252,6 +266,9 @@ class CountFile:
         self.file = h5py.File(path, "w")
         write_elem(self.file, "/", AnnData(none["count"], var=var, layers={"expected": none["expected"]}))
         self.counts = {"count": self.file["X"], "expected": self.file["layers/expected"]}
+        for matrix in self.counts.values():
+            for name, block in (("data", ENTRIES), ("indices", ENTRIES), ("indptr", CHUNK)):
+                _grow_in_blocks(matrix, name, block)
         del self.file["obs"], self.file["obsm"]
         rows, pairs = ({"maxshape": (None, *one), "chunks": (CHUNK, *one)} for one in ((), (2,)))
         write_elem(self.file, "obs", cell_obs(cells), dataset_kwargs=rows)
@@ -281,6 +298,13 @@ class CountFile:
 
 def _centres(cells: pd.DataFrame) -> np.ndarray:
     return cells[["center_x", "center_y"]].to_numpy(np.float64)
+
+
+def _grow_in_blocks(group: h5py.Group, name: str, block: int) -> None:
+    """Store a vector anew in blocks of so many values: HDF5 gives one that begins with a value blocks of one value."""
+    values = group[name][:]
+    del group[name]
+    group.create_dataset(name, data=values, maxshape=(None,), chunks=(block,))
 
 
 def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:

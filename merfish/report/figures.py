@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 MANY = 500  # fields or points, above which a picture is drawn in pixels rather than one shape each
 LEAST_OFF = 1e-3  # micrometre; less is no arrow
 ENLARGED = (1, 2, 5, 10, 20, 50, 100)  # of arrows
-MOST_COMPARED = 2000  # fields among which the nearest are looked for
 MOST_NAMED, NAME_SIZE = 5, (0.15, 0.04)  # genes in a picture; width and height of a name, shares of the axes
 SMALL, NORMAL, LEAST_HEIGHT = 4.0, 6.4, 2.0  # inches
 
@@ -80,17 +79,21 @@ def field_map(
     return figure
 
 
+def square_map(values: np.ndarray, corner: np.ndarray, bin_: float, label: str, colours: str, width: float) -> Figure:
+    """Values (y, x) of squares of ``bin_`` micrometre from ``corner`` (x, y); NaN where there is nothing to show."""
+    high = corner + bin_ * np.array(values.shape[::-1])
+    figure, ax = map_figure(width, high - corner)
+    shown = values[np.isfinite(values) & (values > 0)]
+    top = float(np.percentile(shown, 99)) if len(shown) else 1.0
+    extent = (corner[0], high[0], high[1], corner[1])
+    image = ax.imshow(values, cmap=colours, vmin=0, vmax=top, extent=extent, interpolation="nearest")
+    _colours_beside(ax, image, label)
+    return figure
+
+
 def density_map(density: np.ndarray, corner: np.ndarray, bin_: float) -> Figure:
     """Molecules a square micrometre; density: (y, x) of counts in squares of ``bin_`` micrometre."""
-    high = corner + bin_ * np.array(density.shape[::-1])
-    figure, ax = map_figure(SMALL, high - corner)
-    values = density / bin_**2
-    top = float(np.percentile(values[values > 0], 99)) if values.any() else 1.0
-    image = ax.imshow(
-        values, cmap="magma", vmin=0, vmax=top, extent=(corner[0], high[0], high[1], corner[1]), interpolation="nearest"
-    )
-    _colours_beside(ax, image, "molecules of genes / µm²")
-    return figure
+    return square_map(density / bin_**2, corner, bin_, "molecules of genes / µm²", "magma", SMALL)
 
 
 def field_image(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> Figure:
@@ -107,33 +110,19 @@ def field_detail(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int,
     return figure
 
 
-def cell_map(centres: np.ndarray, geometry: np.ndarray | None, values: np.ndarray, label: str) -> Figure:
-    """Cells coloured by a value (cell,): outlines (shapely, micrometre), or their centres where there are too many."""
+def cell_map(geometry: np.ndarray, values: np.ndarray, label: str) -> Figure:
+    """Outlines of cells (shapely, micrometre) coloured by a value (cell,)."""
     from matplotlib.collections import PolyCollection
 
-    figure, ax = map_figure(NORMAL, np.ptp(centres, axis=0) + 1)
-    top = float(np.percentile(values, 99)) if len(values) else 1.0
-    if geometry is None:
-        size = _dot(len(centres))
-        drawn = ax.scatter(
-            centres[:, 0],
-            centres[:, 1],
-            c=values,
-            s=size,
-            linewidths=0,
-            cmap="viridis",
-            vmin=0,
-            vmax=top,
-            rasterized=True,
-        )
-    else:
-        rings, cell = _rings(geometry)
-        collection = PolyCollection(
-            rings, array=values[cell], cmap="viridis", clim=(0, top), edgecolors="#64748b", linewidths=0.3,
-            rasterized=len(rings) > MANY,
-        )  # fmt: skip
-        drawn = ax.add_collection(collection)  # type: ignore[assignment]
-        ax.autoscale_view()
+    rings, cell = _rings(geometry)
+    corners = np.concatenate(rings)
+    figure, ax = map_figure(NORMAL, np.ptp(corners, axis=0))
+    collection = PolyCollection(
+        rings, array=values[cell], cmap="viridis", clim=(0, float(np.percentile(values, 99))), edgecolors="#64748b",
+        linewidths=0.3, rasterized=len(rings) > MANY,
+    )  # fmt: skip
+    drawn = ax.add_collection(collection)
+    ax.autoscale_view()
     ax.invert_yaxis()
     _colours_beside(ax, drawn, label)
     return figure
@@ -355,7 +344,10 @@ def stage(said: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figur
         # the longest arrow spans up to half the way to the next field
         enlarged = max([times for times in ENLARGED if times * longest <= _step(said) / 2], default=1)
         off = np.hypot(*change.T) > LEAST_OFF
-        ax.quiver(*said[off].T, *change[off].T, color=GENE, angles="xy", scale_units="xy", scale=1 / enlarged, zorder=3)
+        ax.quiver(
+            *said[off].T, *change[off].T, color=GENE, angles="xy", scale_units="xy", scale=1 / enlarged, zorder=3,
+            rasterized=len(said) > MANY,
+        )  # fmt: skip
         ax.plot(*(said + change * enlarged).T, " ")  # makes room for the arrows
         title = f"arrows {enlarged} times enlarged; the longest stands for {longest:.2g} µm"
     ax.set_title(title, fontsize=9, loc="left")
@@ -365,10 +357,11 @@ def stage(said: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figur
 
 
 def _step(places: np.ndarray) -> float:
-    """Distance of the nearest two of the first fields, micrometre."""
-    some = places[:MOST_COMPARED]
-    near = np.hypot(*(some[:, None] - some[None]).T)
-    return float(np.min(near[near > 0], initial=np.inf)) if (near > 0).any() else 1.0
+    """Distance of the nearest two fields, micrometre."""
+    from scipy.spatial import KDTree
+
+    different = np.unique(places, axis=0)
+    return float(KDTree(different).query(different, k=2)[0][:, 1].min()) if len(different) > 1 else 1.0
 
 
 def words_called(before: np.ndarray, counts: np.ndarray, names: Sequence[str], is_blank: np.ndarray) -> Figure:

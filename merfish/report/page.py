@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = "report"  # beside the page: pictures as PNG, numbers as CSV
+MOST_ROWS = 1000  # of a table on the page; its CSV file has all
 DPI = 150  # of pictures, and of images within them
 # Colours that the page names, so that it can change them in the dark
 _NAMED = {"#000000": "currentColor", plots.GENE: "var(--gene)", plots.BLANK: "var(--blank)"}
 
+# A table, or a function that yields its parts: they are written one by one
+Numbers = pd.DataFrame | Callable[[], Iterator[pd.DataFrame]] | None
 Width = Literal["small", "normal", "wide"]
 
 
@@ -37,7 +40,7 @@ class Picture:
     svg: Markup
     png: bytes
     caption: str
-    numbers: pd.DataFrame | None
+    numbers: Numbers
     width: Width
 
 
@@ -57,9 +60,10 @@ class Table:
 
     @property
     def cells(self) -> list[list[tuple[str, float | None]]]:
-        """Rows of (text, number to sort by or None for text)."""
+        """The first `MOST_ROWS` rows of (text, number to sort by or None for text)."""
         return [
-            [_cell(v, self.formats.get(c, "")) for c, v in zip(self.columns, row, strict=True)] for row in self.rows
+            [_cell(v, self.formats.get(c, "")) for c, v in zip(self.columns, row, strict=True)]
+            for row in self.rows[:MOST_ROWS]
         ]
 
 
@@ -74,9 +78,7 @@ class Section:
     findings: Sequence[Finding] = ()
 
 
-def picture(
-    name: str, figure: Figure, caption: str, numbers: pd.DataFrame | None = None, width: Width = "normal"
-) -> Picture:
+def picture(name: str, figure: Figure, caption: str, numbers: Numbers = None, width: Width = "normal") -> Picture:
     """Render a figure."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -125,7 +127,10 @@ def _write_numbers(section: Section, folder: Path) -> None:
     for shown in section.figures:
         (folder / f"{shown.name}.png").write_bytes(shown.png)
         if shown.numbers is not None:
-            shown.numbers.to_csv(folder / f"{shown.name}.csv", index=False)
+            parts = shown.numbers() if callable(shown.numbers) else [shown.numbers]
+            with open(folder / f"{shown.name}.csv", "w", newline="", encoding="utf-8") as file:
+                for k, part in enumerate(parts):
+                    part.to_csv(file, index=False, header=k == 0)
     for table in section.tables:
         if table.name:
             with open(folder / f"{table.name}.csv", "w", newline="", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from merfish import plots, results
 from merfish._files import plain
+from merfish._parquet import between, parts
 from merfish.calls.filtering import few_blanks
 from merfish.errors import InputError
 from merfish.report import figures
@@ -26,11 +28,11 @@ from merfish.report.summary import (
     genes_of_cells,
     log_correlation,
     read_bulk,
+    sum_cells,
     sum_molecules,
 )
 
 OVERVIEW, STAINS = "overview.npy", "stains.npz"  # of each field
-MOST_ROWS = 1000  # of a table on the page; the CSV file has all
 FEWEST_CELLS_DRAWN = 10  # fewer lie too far apart to be seen on one picture
 MOST_CELLS_DRAWN = 10_000  # by their outlines; more are as small as the pixels of a picture
 VERDICTS = {
@@ -69,12 +71,16 @@ class Run:
         height, width = next((field["shape"] for field in self.record["fields"].values()), (1, 1))
         return width * self.record["microns_per_pixel"], height * self.record["microns_per_pixel"]
 
+    @property
+    def corners(self) -> tuple[np.ndarray, np.ndarray]:
+        """First and last corner (x, y) of the section, micrometre."""
+        places = self.places if len(self.fovs) else np.zeros((1, 2))
+        return places.min(axis=0), places.max(axis=0) + self.size
+
     @cached_property
     def molecules(self) -> Molecules:
         """Sums over the kept molecules."""
-        places = self.places if len(self.fovs) else np.zeros((1, 2))
-        low, high = places.min(axis=0), places.max(axis=0) + self.size
-        return sum_molecules(self.stage / results.TRANSCRIPTS, self.fovs, self.is_blank, low, high)
+        return sum_molecules(self.stage / results.TRANSCRIPTS, self.fovs, self.is_blank, *self.corners)
 
     @cached_property
     def fields(self) -> pd.DataFrame:
@@ -231,9 +237,8 @@ def _overview_picture(run: Run) -> list[Picture]:
     if not path.is_file():
         return []
     low, high = run.places[row], run.places[row] + run.size
-    box = results.places_between("global", low, high)
     columns = ["gene", "is_blank", "global_x", "global_y"]
-    calls = pd.read_parquet(run.stage / results.TRANSCRIPTS, filters=box, columns=columns)
+    calls = between(run.stage / results.TRANSCRIPTS, columns, "global", low, high)
     calls = calls.assign(x=(calls["global_x"] - low[0]) / scale, y=(calls["global_y"] - low[1]) / scale)
     image, numbers = read_overview(path), calls[["gene", "is_blank", "x", "y"]]
     square = plots.densest_square(calls, image.shape)
@@ -277,7 +282,7 @@ def gene_section(run: Run) -> Section:
     }
     rows = [
         (f"{row['gene']}{' (blank)' if row['is_blank'] else ''}", *(row[name] for name in list(names)[1:]))
-        for row in order.to_dict("records")[:MOST_ROWS]
+        for row in order.to_dict("records")
     ]
     formats = {"found": "{:,}", "kept": "{:,}", "wrong": "{:.1%}", "exact": "{:.0%}", "detected": "{:.0%}"}
     text = [
@@ -344,11 +349,11 @@ def bit_section(run: Run) -> Section:
     return Section("Bits", text, [_table(table, formats, "bits")], shown)
 
 
-def _median_of_bits(fields: dict[str, Any], name: str, n_bits: int) -> np.ndarray:
-    values = [field["quality"][name] for field in fields.values() if name in field["quality"]]
+def _median_of_bits(fields: Mapping[str, Any], name: str, n_bits: int) -> np.ndarray:
+    values = [np.array(field["quality"][name], float) for field in fields.values() if name in field["quality"]]
     if not values:
         return np.full(n_bits, np.nan)
-    return pd.DataFrame(values).astype(float).median().to_numpy()
+    return pd.DataFrame(np.array(values)).median().to_numpy()
 
 
 def field_section(run: Run) -> Section | None:
@@ -388,7 +393,6 @@ def field_section(run: Run) -> Section | None:
         "filtering, pixels, larger out of focus. Saturated: pixels of all bits. r: log10 counts of genes against those "
         "of all other fields. Crosses on the maps: fields that failed.",
         *([" ".join(alike)] if alike else []),
-        *([f"The first {MOST_ROWS:,} of {len(table):,} fields; fields.csv has all."] if len(table) > MOST_ROWS else []),
     ]
     return Section("Fields", text, [_table(table, formats, "fields")], shown)
 
@@ -406,33 +410,42 @@ def cell_section(run: Run) -> Section | None:
     made = run.record["figures"]
     if not made["n_cells"]:
         return None
-    columns = ["cell_id", "center_x", "center_y", "volume", "n_transcripts"]
-    cells = pd.read_parquet(run.stage / results.CELLS, columns=columns)
-    cells["n_genes"] = genes_of_cells(run.stage / results.CELL_BY_GENE)
-    shares = run.fields["in cells"].to_numpy(float)
+    path = run.stage / results.CELLS
+    cells = sum_cells(path, genes_of_cells(run.stage / results.CELL_BY_GENE), *run.corners)
     text = [
         f"{made['n_cells']:,} cells, {made['transcripts_per_cell']:,.0f} molecules per cell (median); "
         f"{made['share_in_cells']:.0%} of the molecules lie in cells. "
-        f"{int((cells['n_transcripts'] == 0).sum()):,} cells are empty."
+        f"{int((cells.n_molecules == 0).sum()):,} cells are empty."
     ]
-    geometry = _outlines(run.stage / results.CELLS, len(cells))
-    counts = cells["n_transcripts"].to_numpy(float)
-    centres = cells[["center_x", "center_y"]].to_numpy()
     shown = []
-    if len(cells) >= FEWEST_CELLS_DRAWN:
-        figure = figures.cell_map(centres, geometry, counts, "molecules")
-        shown = [picture("cells", figure, "Cells by their molecules", cells)]
+    if made["n_cells"] >= FEWEST_CELLS_DRAWN:
+        outlines = _outlines(path, made["n_cells"])
+        if outlines is None:
+            caption = "Cells by their molecules, mean of those in a square"
+            figure = figures.square_map(cells.full, cells.corner, cells.bin, "molecules", "viridis", figures.NORMAL)
+        else:
+            caption = "Cells by their molecules"
+            figure = figures.cell_map(outlines, cells.n_molecules, "molecules")
+        shown = [picture("cells", figure, caption, lambda: _described_cells(path, cells.n_genes))]
     shown += _stain_picture(run)
     for name, values, label, counted in (
-        ("cell_molecules", counts, "molecules a cell", "cells"),
-        ("cell_genes", cells["n_genes"].to_numpy(float), "genes a cell", "cells"),
-        ("cell_volume", cells["volume"].to_numpy(float), "volume [µm³]", "cells"),
-        ("assigned", shares, "share of a field's molecules in cells", "fields"),
+        ("cell_molecules", cells.n_molecules, "molecules a cell", "cells"),
+        ("cell_genes", cells.n_genes, "genes a cell", "cells"),
+        ("cell_volume", cells.volume, "volume [µm³]", "cells"),
+        ("assigned", run.fields["in cells"].to_numpy(float), "share of a field's molecules in cells", "fields"),
     ):
         numbers = pd.DataFrame({label: values})
         figure = figures.histogram(values, label, counted)
         shown.append(picture(name, figure, f"Histogram: {label}", numbers, "small"))
     return Section("Cells", text, figures=shown)
+
+
+def _described_cells(path: Path, n_genes: np.ndarray) -> Iterator[pd.DataFrame]:
+    """What the page knows of each cell, part by part."""
+    first = 0
+    for part in parts(path, ["cell_id", "center_x", "center_y", "volume", "n_transcripts"]):
+        yield part.to_pandas().assign(n_genes=n_genes[first : first + len(part)])
+        first += len(part)
 
 
 def embedding_section(run: Run) -> Section | None:
@@ -466,8 +479,7 @@ def _stain_picture(run: Run) -> list[Picture]:
         stains, names, step = saved["stains"], saved["names"].tolist(), float(saved["step"])
     low, high = run.places[row], run.places[row] + run.size
     around = np.array(run.size) / 4  # cells whose centres lie outside reach in
-    box = results.places_between("center", low - around, high + around)
-    near = pd.read_parquet(run.stage / results.CELLS, columns=["cell_id", "geometry"], filters=box)
+    near = between(run.stage / results.CELLS, ["cell_id", "geometry"], "center", low - around, high + around)
     parts, cell = shapely.get_parts(shapely.from_wkb(near["geometry"].to_numpy()), return_index=True)
     # the middle of pixel k of the small picture is that of its square of pixels
     rings = [
@@ -541,7 +553,7 @@ def _stage_pictures(stage: dict[str, Any]) -> tuple[list[str], list[Picture]]:
 def image_section(run: Run) -> Section:
     """Drift, stage, light, colours, and images that are unlike the others."""
     record = run.record
-    shifts = pd.DataFrame([{"fov": int(fov), **row} for fov, f in record["fields"].items() for row in f["drift"]])
+    shifts = _drift_table(record["fields"])
     text, shown = "The stacks were registered already.", []
     if len(shifts):
         text = "Each round's drift was measured on the bead images against round 0 and taken out in one resampling."
@@ -553,6 +565,16 @@ def image_section(run: Run) -> Section:
     ]
     said, places = _stage_pictures(record["stage"])
     return Section("Images and stage", [text, *said], tables, [*shown, *places])
+
+
+def _drift_table(fields: Mapping[str, Any]) -> pd.DataFrame:
+    """A row for each field and round, as `merfish.imaging.registration.measure_field_drift` has them."""
+    columns: dict[str, list[Any]] = {}
+    for fov, field in fields.items():
+        for row in field["drift"]:
+            for name, value in {"fov": int(fov), **row}.items():
+                columns.setdefault(name, []).append(value)
+    return pd.DataFrame(columns)
 
 
 def _quality_table(quality: dict[str, list[Any]]) -> list[Table]:
