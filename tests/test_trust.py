@@ -193,7 +193,7 @@ def test_decode_and_run_keep_out_of_each_other_s_folders(raw, done, tmp_path):
         single.decode_file(stack, book, done, **options)
     assert contents(done) == before
     single.decode_file(stack, book, tmp_path / "one", **options)
-    with pytest.raises(InputError, match="not those of a run"):
+    with pytest.raises(InputError, match="not of a run"):
         merfish.run(raw, out=tmp_path / "one")
 
 
