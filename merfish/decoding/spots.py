@@ -177,21 +177,30 @@ def _some(fits: list[Fit], sigma: float) -> list[Fit]:
 
 def measure_shifts(fits: list[Fit], height: int, sigma: float) -> BitShifts:
     """Shifts of the bits of a field, from their peaks."""
-    x, y, bit = _joined(fits)
+    x, y, _, bit = joined(fits)
     plane = (y / height).astype(np.int64)
     return bit_shifts(x, y - plane * height, plane, bit, len(fits), sigma)
 
 
-def _joined(fits: list[Fit]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    bit = np.repeat(np.arange(len(fits)), [len(fit.x) for fit in fits])
-    return np.concatenate([fit.x for fit in fits]), np.concatenate([fit.y for fit in fits]), bit
+class Peaks(NamedTuple):
+    """Peaks of all bits, (peak,): x, y (rows), height float64, and bit int64."""
+
+    x: np.ndarray
+    y: np.ndarray
+    height: np.ndarray
+    bit: np.ndarray
+
+
+def joined(fits: list[Fit]) -> Peaks:
+    """The peaks of all bits, bit by bit."""
+    x, y, height = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("x", "y", "height"))
+    return Peaks(x, y, height, np.repeat(np.arange(len(fits)), [len(fit.x) for fit in fits]))
 
 
 def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, shift: np.ndarray) -> kernels.Scene:
     """Peaks corrected for the shifts (bit, 2) of their bits, sorted into a grid; left: see `gather_peaks`."""
     _, n_rows, width = left.shape
-    x, y, bit = _joined(fits)
-    top = np.concatenate([fit.height for fit in fits])
+    x, y, top, bit = joined(fits)
     first = (y / height).astype(np.int64) * height
     x = np.clip(x - shift[bit, 1], 0, width - 1)
     y = np.clip(y - shift[bit, 0], first, first + height - 1)

@@ -296,7 +296,7 @@ def combine(
     fields = Fields(out, work, experiment, tuple(says), (height, width), outlines, stacked_planes(experiment, config))
     found = reconcile(fields, config.misidentification_rate, run_map, shown)
     spikes = kept_spikes(fields, calibrated.spiked, found.filter)
-    words = word_statistics(found.words, experiment.codebook, *spikes)
+    words = word_statistics(found.words, experiment.codebook, found.filter.blank_share, *spikes)
     assemble(fields, found, run_map, shown)
     stage = folder.new_stage(out)
     genes = other_stains(experiment, config)[1]
