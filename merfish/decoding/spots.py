@@ -92,7 +92,7 @@ def decode_spots(
     return _molecules(call(scene, views, classes, sigma), scene, codebook, shifts)
 
 
-def _molecules(called: Calls, scene: kernels.Scene, codebook: Codebook, shifts: BitShifts) -> Spots:
+def _molecules(called: kernels.Calls, scene: kernels.Scene, codebook: Codebook, shifts: BitShifts) -> Spots:
     height = scene.height
     table, (word, errors) = called.table, called.evidence.T
     word = word.astype(np.int32)
@@ -132,7 +132,7 @@ def gather_peaks(
     return map_bits(one_bit, range(len(stack)))
 
 
-def refit(fits: list[Fit], scene: kernels.Scene, called: Calls, left: np.ndarray, sigma: float) -> list[Fit]:
+def refit(fits: list[Fit], scene: kernels.Scene, called: kernels.Calls, left: np.ndarray, sigma: float) -> list[Fit]:
     """Peaks of every bit, with those of molecules that are close together fitted at the molecules' positions.
 
     Two molecules closer than the width of a spot have one common peak in bits that they share. Their positions are
@@ -221,21 +221,6 @@ def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, shi
     return scene._replace(pz=depth(light, plane))
 
 
-class Calls(NamedTuple):
-    """One round of calls.
-
-    table (call, 5): x, y, brightness, score, log odds. evidence (call, 2) uint64: word, wrong bits. owner (peak,): call
-    that has it, or -1. share (class,), shows (2, bit, bin), light (2, step): see `_spot_kernels.call_molecules`.
-    """
-
-    table: np.ndarray
-    evidence: np.ndarray
-    owner: np.ndarray
-    share: np.ndarray
-    shows: np.ndarray
-    light: np.ndarray
-
-
 def look(scene: kernels.Scene) -> kernels.Views:
     """Collect the neighbourhood of each peak of a scene."""
     n, n_bits = len(scene.px), len(scene.light)
@@ -248,18 +233,21 @@ def look(scene: kernels.Scene) -> kernels.Views:
     return views
 
 
-def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, sigma: float) -> Calls:
+def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, sigma: float) -> kernels.Calls:
     """One round of calls."""
-    most = len(scene.px)
-    table, evidence, owner = np.empty((most, 5)), np.empty((most, 2), np.uint64), np.empty(most, np.int64)
-    share, shows = np.zeros(len(classes.weight)), np.zeros((2, len(scene.light), kernels.N_BINS))
-    light = np.zeros((2, kernels.N_STEPS))
+    most, n_bits = len(scene.px), len(scene.light)
+    out = kernels.Calls(
+        table=np.empty((most, 5)),
+        evidence=np.empty((most, 2), np.uint64),
+        owner=np.empty(most, np.int64),
+        share=np.zeros(len(classes.weight)),
+        shows=np.zeros((2, n_bits, kernels.N_BINS)),
+        light=np.zeros((2, kernels.N_STEPS)),
+    )
     first = np.empty(most)
     if most <= kernels.CHUNK:
         kernels.score_some(views, 0, most, classes, first)
     else:
         kernels.score_seeds(views, classes, first)
-    n = kernels.call_molecules(
-        scene, views, classes, first, EXPLAINED * sigma, table, evidence, owner, share, shows, light
-    )
-    return Calls(table[:n], evidence[:n], owner, share, shows, light)
+    n = kernels.call_molecules(scene, views, classes, first, EXPLAINED * sigma, out)
+    return out._replace(table=out.table[:n], evidence=out.evidence[:n])

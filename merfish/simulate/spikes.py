@@ -11,8 +11,8 @@ from scipy.spatial import cKDTree
 from merfish.calls.error_model import bit_error_rates, tally_words
 from merfish.calls.filtering import keep_at_rate, rate_calls
 from merfish.codebook import Codebook
-from merfish.decoding._peak_kernels import add_spots
-from merfish.decoding.peaks import BIN, REACH, Fit
+from merfish.decoding._peak_kernels import Spots, add_spots
+from merfish.decoding.peaks import BIN, REACH, Fit, shape_of
 from merfish.decoding.spots import Peaks, gather_peaks, joined, measure_shifts
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed, bandpass
@@ -119,7 +119,8 @@ def add_spikes(
     for bit, (profile, (down, across)) in enumerate(zip(profiles(fits), shift, strict=True)):
         on = np.flatnonzero(light[:, bit])
         row = plane[on] * plane_height + np.clip(y[on] + down, 0, plane_height - 1)
-        add_spots(out[bit], plane_height, x[on] + across, row, light[on, bit], profile, 1 / (BIN * sigma))
+        spots = Spots(x[on] + across, row, light[on, bit])
+        add_spots(out[bit], plane_height, spots, shape_of(profile, sigma))
     added = pd.DataFrame({"barcode_id": word.astype(np.int32), "x": x, "y": y, "z": plane.astype(float)})
     return out.reshape(filtered.shape), added
 
