@@ -147,7 +147,7 @@ def best_settings(scores: pd.DataFrame) -> pd.DataFrame:
 
 def deliver_worlds(cache: Path, folder: Path) -> None:
     """Write what starfish's pixel decoder, the better one, scores on the worlds of robustness.py, a file a world."""
-    sys.path.append(str(HERE.parent))
+    sys.path.insert(0, str(HERE.parent))  # before this folder, which has a decode.py as well
     from robustness import SEEDS, WORLDS, peer_file
 
     python = environment(cache, "starfish")

@@ -86,10 +86,8 @@ def decode_spots(
         classes = learn_classes(codebook, live, called.share, called.shows, called.light)
         fits = refit(fits, scene, called, left, sigma)
         scene = make_scene(fits, left, height, sigma, shifts.shift)
-        views = look(scene)
-        called = call(scene, views, classes, sigma)
-    classes = learn_classes(codebook, live, called.share, called.shows, called.light)
-    return _molecules(call(scene, views, classes, sigma), scene, codebook, shifts)
+        called = call(scene, look(scene), classes, sigma)
+    return _molecules(called, scene, codebook, shifts)
 
 
 def _molecules(called: kernels.Calls, scene: kernels.Scene, codebook: Codebook, shifts: BitShifts) -> Spots:
