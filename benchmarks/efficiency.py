@@ -12,21 +12,14 @@ from tables import RESULTS, as_markdown
 
 from merfish import mhd4_codebook, simulate_stack
 from merfish.calls.error_model import tally_words, word_statistics
-from merfish.calls.filtering import (
-    call_features,
-    fit_log_odds,
-    log_odds_wrong,
-    probability_wrong,
-    tally_calls,
-    threshold_at_rate,
-)
+from merfish.calls.filtering import keep_at_rate, learn_odds, with_odds
 from merfish.config import MISIDENTIFICATION_RATE
 from merfish.decoding.methods import METHODS, decode_filtered
-from merfish.decoding.psf import psf_sigma
 from merfish.imaging.normalize import peak_normalization
 from merfish.imaging.preprocess import bandpass
+from merfish.pipeline.fields import spikes_of
+from merfish.pipeline.single import keeps_spikes
 from merfish.simulate import match_calls
-from merfish.simulate.spikes import spike_in
 
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 SEEDS = range(800, 804)
@@ -45,22 +38,18 @@ def measure(method: str, density: float, seed: int) -> dict[str, float]:
         return decode_filtered(images, BOOK, scale, method=method)
 
     calls = decode(filtered)
-    features, evidence = call_features(calls)
-    tally = tally_calls(features, calls["is_blank"].to_numpy(), evidence)
-    odds = fit_log_odds(tally, float(BOOK.is_blank.mean()), evidence)
-    level = threshold_at_rate(tally, odds, MISIDENTIFICATION_RATE)
-    keep = log_odds_wrong(features, odds) <= level
-    word, shown = (calls[name].to_numpy() for name in ("barcode_id", "shown"))
-    words = tally_words(word, shown, 1 - probability_wrong(features, odds), keep, BOOK)
-    spikes = spike_in(
-        filtered, BOOK, scale, calls, decode, sigma=psf_sigma(filtered[:, 0], side, filters), filters=filters, seed=seed
-    )
-    found = spikes[spikes["x"].notna()]
+    odds, share = learn_odds(calls, BOOK)
+    rated = with_odds(calls, odds)
+    keep = keep_at_rate(1 - rated["probability"].to_numpy(float), MISIDENTIFICATION_RATE)
+    word, shown, probability = (rated[name].to_numpy() for name in ("barcode_id", "shown", "probability"))
+    words = tally_words(word, shown, probability, keep, BOOK)
+    spikes = spikes_of(filtered, calls, BOOK, scale, method, filters)
+    kept = keeps_spikes(spikes, odds, float(probability[keep].min()))
     return {
         "true": len(match_calls(calls[keep], truth)[0]) / len(truth),
-        "stated": float((log_odds_wrong(call_features(found)[0], odds) <= level).sum() / len(spikes)),
+        "stated": float(kept.mean()),
         "by error rates alone": float(
-            np.average(word_statistics(words, BOOK)["detection_efficiency"], weights=words.kept)
+            np.average(word_statistics(words, BOOK, share)["detection_efficiency"], weights=words.kept)
         ),
         "spikes": len(spikes),
     }

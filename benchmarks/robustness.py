@@ -1,11 +1,13 @@
 """The decoders where the world differs from the simulator's defaults: python benchmarks/robustness.py.
 
-Writes benchmarks/results/robustness.md and robustness.png. ``--quick`` is a smoke run of one seed.
+Writes benchmarks/results/robustness.md and robustness.png. ``--quick`` is a smoke run of one seed. ``--peers FOLDER``
+adds what ``benchmarks/peers/decode.py --worlds FOLDER`` has written there.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -165,6 +167,20 @@ def dim_third(kept: pd.DataFrame, truth: pd.DataFrame) -> float:
     return float(found[dim.to_numpy()].mean())
 
 
+def peer_file(folder: Path, world: World) -> Path:
+    """Scores of starfish on the first stack of a world."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '_', world.name.lower())}.csv"
+
+
+def beside_peers(rows: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """One row a world and method: largest F1 that starfish reaches on the first seed, and how far ours is ahead."""
+    first = rows[rows["seed"] == SEEDS[0]].set_index(["world", "method"])["F1"]
+    theirs = {world.name: peer_file(folder, world) for world in WORLDS}
+    best = {name: pd.read_csv(path)["f1"].max() for name, path in theirs.items() if path.exists()}
+    starfish = first.index.get_level_values("world").map(best).to_numpy(float)
+    return pd.DataFrame({"starfish": starfish, "ahead": first - starfish}, index=first.index)
+
+
 def draw(table: pd.DataFrame, path: Path) -> None:
     """Molecules found where 1 in 20 calls is wrong, and calls truly wrong where 5 % are stated, world by world."""
     figure, (found, wrong) = plots.new_figure(12, 5.5, 2)
@@ -187,18 +203,29 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, metadata={"Software": None})
 
 
-def main(quick: bool) -> None:
+def main(quick: bool, peers: Path | None) -> None:
     """Measure everything and write the table and the picture."""
     seeds = SEEDS[:1] if quick else SEEDS
-    rows = [row for world in WORLDS for seed in seeds for row in measure(world, seed)]
-    table = pd.DataFrame(rows).drop(columns="seed").groupby(["world", "method"], sort=False).mean().reset_index()
-    text = f"""Made by `python benchmarks/robustness.py{" --quick" if quick else ""}`.
+    rows = pd.DataFrame([row for world in WORLDS for seed in seeds for row in measure(world, seed)])
+    groups = rows.drop(columns="seed").groupby(["world", "method"], sort=False)
+    table, note = groups.mean().join(groups["wrong"].sem().rename("wrong_se")), ""
+    if peers is not None:
+        table = table.join(beside_peers(rows, peers))
+        note = (
+            "\n`starfish`: largest F1 of starfish's pixel decoder with either filter and three thresholds, picked\n"
+            f"with the truth in hand, on the stack of seed {SEEDS[0]} (see [decode_peers](decode_peers.md)); `ahead`:\n"
+            "F1 of the row on the same stack minus it.\n"
+        )
+    table = table.reset_index()
+    options = (" --quick" if quick else "") + (" --peers FOLDER" if note else "")
+    text = f"""Made by `python benchmarks/robustness.py{options}`.
 
 One thing at a time differs from the defaults of the simulator; {len(seeds)} seeds, 0.01 molecules a pixel and the MHD4
 book of 16 bits where nothing else is said, defaults of the decoders. `recall`, `wrong`: of calls kept at 5 %,
 `stated`: as the decoder says, `F1` of both; `at`: recall at {PRECISION} precision, by rank; `best`: the same of a
-decoder that knows places, bits, rates and abundances; `dim`: recall of the dim third of the abundant gene.
-
+decoder that knows places, bits, rates and abundances; `dim`: recall of the dim third of the abundant gene; `wrong_se`:
+standard error of `wrong` over the seeds.
+{note}
 {as_markdown(table.round(3))}
 """
     (RESULTS / "robustness.md").write_text(text)
@@ -209,4 +236,6 @@ decoder that knows places, bits, rates and abundances; `dim`: recall of the dim 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    main(parser.parse_args().quick)
+    parser.add_argument("--peers", type=Path, help="folder with scores of starfish")
+    options = parser.parse_args()
+    main(options.quick, options.peers)

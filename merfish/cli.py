@@ -143,8 +143,9 @@ def decode(
     """Decode one registered stack into OUT/transcripts.parquet."""
     from merfish.pipeline.record import molecule_lines
     from merfish.pipeline.single import decode_file
+    from merfish.report.notices import efficiency_line
 
-    figures = decode_file(
+    record = decode_file(
         stack,
         codebook,
         out,
@@ -152,7 +153,7 @@ def decode(
         preprocess=preprocess,
         misidentification_rate=misidentification_rate,
     )
-    print(*molecule_lines(figures), f"results in {out}", sep="\n")
+    print(*molecule_lines(record["figures"]), *efficiency_line(record), f"results in {out}", sep="\n")
 
 
 @app.command()

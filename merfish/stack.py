@@ -45,12 +45,20 @@ def find_all(
     stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
 ) -> pd.DataFrame:
     """As `decode_all`, with the decoder's own posterior, if it gives one, instead of the probability to be right."""
+    filtered, normalization = prepare(stack, codebook, method=method, preprocess=preprocess)
+    return decode_filtered(filtered, codebook, normalization, method=method)
+
+
+def prepare(
+    stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
+) -> tuple[np.ndarray | Bandpassed, Normalization]:
+    """The stack as a decoder takes it, filtered when it is indexed, and its normalization; arguments as of `decode`."""
     check_stack(stack, codebook)
     if not preprocess:
-        return decode_filtered(stack, codebook, Normalization.identity(codebook.n_bits), method=method)
+        return stack, Normalization.identity(codebook.n_bits)
     chosen = method_named(method)
     filtered = Bandpassed(stack, smoothing=chosen.smoothing, background=chosen.background)
     scale = psf_sigma(filtered, filtered.height) / USUAL_SIGMA
     if not 1 / MATCHED < scale < MATCHED:
         filtered = Bandpassed(stack, smoothing=scale * chosen.smoothing, background=scale * chosen.background)
-    return decode_filtered(filtered, codebook, peak_normalization(filtered), method=method)
+    return filtered, peak_normalization(filtered)

@@ -328,3 +328,13 @@ def mixture_log_density(weight, mean, variance, z):
         parts = np.exp(-0.5 * (z[i, j] - mean[i]) ** 2 / variance[i]) / np.sqrt(2 * np.pi * variance[i])
         out[i, j] = np.log((weight[i] * parts.prod(1)).sum())
     return out
+
+
+def nearest_words(codebook) -> np.ndarray:
+    """Whether no other word is nearer to a gene's word than this one, (word, word) float64."""
+    near = np.zeros((codebook.n_words, codebook.n_words))
+    for gene in np.flatnonzero(~codebook.is_blank):
+        distance = (codebook.words != codebook.words[gene]).sum(axis=1)
+        distance[gene] = codebook.n_bits + 1
+        near[distance == distance.min(), gene] = 1.0
+    return near

@@ -25,6 +25,7 @@ from merfish.calls.filtering import (
     POSTERIOR,
     Evidence,
     add_tallies,
+    blank_share,
     call_features,
     few_blanks,
     fit_log_odds,
@@ -54,8 +55,8 @@ def drawn_calls(n: int, book: Codebook, seed: int = 3) -> tuple[pd.DataFrame, np
     odds = rng.normal(2.5, 3, n)
     wrong = rng.random(n) < 1 / (1 + np.exp(odds))
     word = np.where(wrong, rng.integers(book.n_words, size=n), rng.choice(np.flatnonzero(~book.is_blank), n))
-    table = {"barcode_id": word, "is_blank": book.is_blank[word], "probability": 1 / (1 + np.exp(-odds))}
-    return pd.DataFrame(table), wrong
+    table = pd.DataFrame({"barcode_id": word, "is_blank": book.is_blank[word], "probability": 1 / (1 + np.exp(-odds))})
+    return table.assign(intensity=1.0), wrong
 
 
 # --- odds and filter ------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ def test_odds_are_calibrated_and_the_rate_is_held():
 
 @given(st.lists(st.tuples(st.floats(-12, 12), st.booleans(), st.integers(0, 2)), max_size=40))
 def test_tallies_of_fields_add_up_in_any_order(rows):
-    value = np.array([row[0] for row in rows]).reshape(-1, 1)
+    value = np.array([(row[0], max(row[0], 0.0)) for row in rows]).reshape(-1, 2)
     blank, field = np.array([row[1] for row in rows], bool), np.array([row[2] for row in rows], int)
     parts = [tally_calls(value[field == k], blank[field == k], POSTERIOR) for k in range(3)]
     whole = tally_calls(value, blank, POSTERIOR)
@@ -112,14 +113,31 @@ def test_call_features__of_patches_and_of_posteriors():
     np.testing.assert_allclose(features, [[np.log(9), 0.3, 0.0, 2.0]])
     features, evidence = call_features(pd.DataFrame(columns | {"probability": [0.5]}))
     assert evidence is POSTERIOR
-    np.testing.assert_allclose(features, [[0.0]])
+    np.testing.assert_allclose(features, [[0.0, 0.0]])
+    dim, _ = call_features(pd.DataFrame(columns | {"probability": [0.5], "intensity": [0.25]}))
+    np.testing.assert_allclose(dim, [[0.0, np.log(2)]])
 
 
 def test_threshold__of_nothing_and_of_what_is_always_wrong():
-    none = tally_calls(np.empty((0, 1)), np.empty(0, bool), POSTERIOR)
-    assert threshold_at_rate(none, np.array([0.0, 1.0]), 0.05) == np.inf
-    bad = tally_calls(np.full((5, 1), 3.0), np.zeros(5, bool), POSTERIOR)
-    assert threshold_at_rate(bad, np.array([0.0, 1.0]), 0.05) == -np.inf
+    none = tally_calls(np.empty((0, 2)), np.empty(0, bool), POSTERIOR)
+    assert threshold_at_rate(none, np.array([0.0, 1.0, 3.0]), 0.05) == np.inf
+    bad = tally_calls(np.full((5, 2), 3.0), np.zeros(5, bool), POSTERIOR)
+    assert threshold_at_rate(bad, np.array([0.0, 1.0, 3.0]), 0.05) == -np.inf
+
+
+def test_blank_share__follows_the_molecules_that_are_confused():
+    rng = np.random.default_rng(1)
+    abundance = np.where(BOOK.is_blank, 0.0, rng.lognormal(0, 1, BOOK.n_words))
+    abundance[0] = abundance.sum()  # one gene makes half of all molecules
+    near = reference.nearest_words(BOOK)
+    received = near @ abundance
+    expected = received[BOOK.is_blank].sum() / received.sum()
+    right = rng.multinomial(20_000, abundance / abundance.sum())
+    found = right + rng.multinomial(2_000, received / received.sum())
+    assert abs(expected - BOOK.is_blank.mean()) > 0.02
+    assert blank_share(found, BOOK, PATCHES) == pytest.approx(expected, abs=0.003)
+    assert blank_share(found, BOOK, POSTERIOR) == BOOK.is_blank.mean()
+    assert blank_share(0 * found, BOOK, PATCHES) == pytest.approx(BOOK.is_blank.mean(), abs=0.005)
 
 
 def test_few_blanks_are_reported():
@@ -144,7 +162,7 @@ def test_detection_efficiency_is_the_share_found():
     stack, truth = simulate_stack(BOOK, shape=(512, 512), density=0.004, seed=9)
     found = decode_all(stack, BOOK)
     keep = keep_at_rate(1 - found["probability"].to_numpy(float))
-    efficiency = word_statistics(words_of(found, keep), BOOK)["detection_efficiency"]
+    efficiency = word_statistics(words_of(found, keep), BOOK, BOOK.is_blank.mean())["detection_efficiency"]
     assert efficiency.mean() == pytest.approx(len(match_calls(found[keep], truth)[0]) / len(truth), abs=0.06)
 
 
@@ -170,12 +188,14 @@ def test_held_out_rate_is_that_of_calls_rated_by_others():
     blank = calls["is_blank"].to_numpy()
     half = np.arange(len(calls)) % 2 == 1
     halves = tuple(tally_calls(features[side], blank[side], evidence) for side in (half, ~half))
-    rate, low, high = held_out_rate(halves, evidence, BOOK, 0.05)
+    rate, low, high = held_out_rate(halves, evidence, BOOK.is_blank.mean(), 0.05)
     assert low < 0.05 < high
     assert rate == pytest.approx(0.05, abs=0.01)
     keep = keep_at_rate(1 - rate_calls(calls, BOOK)["probability"].to_numpy())
     assert wrong[keep].mean() == pytest.approx(0.05, abs=0.01)
-    assert misidentification_rate(blank[keep].sum(), keep.sum(), BOOK)[0] == pytest.approx(0.05, abs=0.01)
+    assert misidentification_rate(blank[keep].sum(), keep.sum(), BOOK.is_blank.mean())[0] == pytest.approx(
+        0.05, abs=0.01
+    )
 
 
 def test_wilson_holds_its_extremes():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from merfish.imaging.normalize import FieldSpots, shared_normalization
+from merfish.imaging import normalize
+from merfish.imaging.normalize import FieldSpots, peak_normalization, shared_normalization
 
 SCALE = np.array([100.0, 200.0, 300.0, 400.0])
 
@@ -39,3 +40,14 @@ def test_shared_normalization__a_dead_bit_stays_dead():
 def test_shared_normalization__of_nothing():
     for fields in ([], [field(0, 0)]):
         assert (shared_normalization(fields, 4).gain == 0).all()
+
+
+@pytest.mark.parametrize("rows", [(2, 510), (66, 126)])
+def test_peak_normalization__of_a_part_is_that_of_the_whole(rows, monkeypatch):
+    rng = np.random.default_rng(0)
+    stack = rng.normal(0, 0.01, (2, 512, 256)).astype(np.float32)
+    y, x = rng.integers(*rows, 1000), rng.integers(2, 254, 1000)
+    stack[:, y, x] += rng.lognormal(0, 0.3, 1000).astype(np.float32)
+    whole = peak_normalization(stack)
+    monkeypatch.setattr(normalize, "PART", 2 * normalize.BAND * 256)  # bands 0 and 4, where the second stack is dark
+    np.testing.assert_allclose(peak_normalization(stack).scale, whole.scale, rtol=0.05 if rows[0] == 2 else 0.0)

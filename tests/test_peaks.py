@@ -5,14 +5,14 @@ import pytest
 
 import reference
 from merfish.decoding import _peak_kernels as kernels
-from merfish.decoding.peaks import BIN, CORE, MOST_STEP, REACH, STIFFNESS, Fit, fit_peaks, measure_profile, share_peaks
+from merfish.decoding.peaks import BIN, CORE, REACH, STIFFNESS, Fit, fit_peaks, measure_profile, shape_of, share_peaks
 from merfish.imaging.normalize import locate_peaks
 
 SIGMA = 1.35
 BINS = 1 / (BIN * SIGMA)
 N_BINS = round(REACH / BIN)
 PROFILE = np.append(np.exp(-((np.arange(N_BINS) / BINS) ** 2) / (2 * SIGMA**2)), 0.0)
-SLOPE = np.append(0.0, np.gradient(PROFILE)[1:]) * BINS
+SHAPE = shape_of(PROFILE, SIGMA)
 
 
 def render(x, y, top, shape):
@@ -64,9 +64,9 @@ def test_the_profile_is_measured_in_spite_of_neighbours(crowd):
 def test_refit_spot_equals_least_squares():
     x, y, top = 10.2, 9.7, 1.1
     image = render([10.35], [9.6], [1.3], (20, 20)).astype(np.float32)
-    kernels.add_spot(image, 0, 19, x, y, -top, PROFILE, BINS)
-    got = kernels.refit_spot(image, 0, 19, x, y, top, PROFILE, SLOPE, BINS, CORE * SIGMA, STIFFNESS, MOST_STEP * SIGMA)
-    expected = reference.refit_spot(image, x, y, top, PROFILE, SLOPE, BINS, CORE * SIGMA, STIFFNESS)
+    kernels.add_spot(image, 0, 19, x, y, -top, SHAPE)
+    got = kernels.refit_spot(image, 0, 19, x, y, top, SHAPE)
+    expected = reference.refit_spot(image, x, y, top, PROFILE, SHAPE.slope, BINS, CORE * SIGMA, STIFFNESS)
     assert got == pytest.approx(expected, abs=1e-5)
     assert got == pytest.approx((10.35, 9.6, 1.3), abs=0.03)
 
@@ -74,7 +74,7 @@ def test_refit_spot_equals_least_squares():
 def test_planes_do_not_touch():
     spot = render([15.0], [3.0], [1.0], (30, 30)).astype(np.float32)
     rows = np.concatenate([spot, np.zeros((30, 30), np.float32)])
-    kernels.add_spot(rows, 0, 29, 15.0, 29.0, 1.0, PROFILE, BINS)
+    kernels.add_spot(rows, 0, 29, 15.0, 29.0, 1.0, SHAPE)
     assert not rows[30:].any()
 
 
@@ -89,7 +89,7 @@ def test_the_light_of_one_peak_is_shared_by_the_molecules_that_make_it():
     image = render(x, y, [1.0, 0.8, 1.0, 0.0], (60, 60)).astype(np.float32)
     merged = Fit(np.array([20.4, 40.0]), np.array([20.1, 40.0]), np.array([1.7, 1.0]), PROFILE)
     for a, b, top in zip(*merged[:3], strict=True):
-        kernels.add_spot(image, 0, 59, a, b, -top, PROFILE, BINS)
+        kernels.add_spot(image, 0, 59, a, b, -top, SHAPE)
     got = share_peaks(image, 60, merged, np.ones(2, bool), x, y, SIGMA)
     assert got.height == pytest.approx([1.0, 0.8, 1.0], abs=0.15)
     assert got.x == pytest.approx([20, 20.9, 40], abs=0.15)
@@ -100,6 +100,6 @@ def test_share_light_equals_the_reference():
     x, y, top = rng.uniform(5, 25, 6), rng.uniform(5, 25, 6), rng.uniform(0, 1, 6)
     image = rng.normal(0, 0.2, (30, 30)).astype(np.float32)
     left, heights = reference.share_light(image, x, y, top, PROFILE, BINS, CORE * SIGMA)
-    kernels.share_light(image, 30, np.arange(6), x, y, top, PROFILE, BINS, CORE * SIGMA, 1, 0.0)
+    kernels.share_light(image, 30, kernels.Spots(x, y, top), np.arange(6), SHAPE, 1, 0.0)
     assert top == pytest.approx(heights, abs=1e-5)
     assert image == pytest.approx(left, abs=1e-5)

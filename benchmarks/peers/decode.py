@@ -1,7 +1,9 @@
 """starfish on the same simulated stacks as the decoders here, scored alike: python benchmarks/peers/decode.py.
 
 Makes an environment for starfish outside the repository (``--cache``), installs it there from PyPI, and writes
-benchmarks/results/decode_peers.md. ``--quick`` is a smoke run of small fields.
+benchmarks/results/decode_peers.md. ``--quick`` is a smoke run of small fields. With ``--worlds FOLDER`` only starfish
+runs, on the first stack of each world in one plane of benchmarks/robustness.py: scores go to FOLDER, where
+``robustness.py --peers FOLDER`` reads them; what is there already is left alone.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 DISTANCE = 0.5176  # starfish's notebook: one lost bit
 MAGNITUDES = (0.25, 0.5, 0.87)  # in molecules; of these starfish is given the one that suits it best
 BLOB = 0.3  # in molecules, height of a blob in the brightest bit
+PIXELS = (("pixels", "own"), ("pixels", "ours"))  # route, filters
+ROUTES = (*PIXELS, ("blobs", "own"), ("blobs", "ours"))
 
 
 def run_worker(python: Path, folder: Path, step: str, **settings: float) -> dict[str, float]:
@@ -46,19 +50,29 @@ def run_worker(python: Path, folder: Path, step: str, **settings: float) -> dict
     return dict(json.loads((folder / "record.json").read_text()))
 
 
-def starfish(python: Path, raw: np.ndarray, truth: pd.DataFrame) -> pd.DataFrame:
-    """starfish's routes on a raw stack, one row a route, filter and magnitude threshold."""
+def starfish(
+    python: Path,
+    raw: np.ndarray,
+    truth: pd.DataFrame,
+    words: np.ndarray,
+    psf_sigma: float,
+    routes: tuple[tuple[str, str], ...] = ROUTES,
+) -> pd.DataFrame:
+    """starfish's routes on a raw stack, one row a route, filter and magnitude threshold.
+
+    words (word, bit) of the codebook; psf_sigma: pixel, for its deconvolution.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "raw.npy", raw)
-        np.save(folder / "words.npy", BOOK.words)
+        np.save(folder / "words.npy", words)
         start = time.perf_counter()
         smooth = bandpass(raw, smoothing=METHODS["pixels"].smoothing, background=METHODS["pixels"].background)
         ours = {"seconds": time.perf_counter() - start, "bytes": 0.0}
-        theirs = run_worker(python, folder, "filter", psf_sigma=float(np.mean(Imaging().psf_sigma)))
+        theirs = run_worker(python, folder, "filter", psf_sigma=psf_sigma)
         filters = {"own": (np.load(folder / "filtered.npy", allow_pickle=False), theirs), "ours": (smooth, ours)}
-        for route, filter_name in [("pixels", "own"), ("pixels", "ours"), ("blobs", "own"), ("blobs", "ours")]:
+        for route, filter_name in routes:
             stack, before = filters[filter_name]
             scale = peak_normalization(stack)
             normalised = (stack - scale.background[:, None, None]) * scale.gain[:, None, None]
@@ -131,6 +145,21 @@ def best_settings(scores: pd.DataFrame) -> pd.DataFrame:
     return summary.loc[summary.groupby(["density", "method"], sort=False)["f1"].idxmax()].reset_index(drop=True)
 
 
+def deliver_worlds(cache: Path, folder: Path) -> None:
+    """Write what starfish's pixel decoder, the better one, scores on the worlds of robustness.py, a file a world."""
+    sys.path.insert(0, str(HERE.parent))  # before this folder, which has a decode.py as well
+    from robustness import SEEDS, WORLDS, peer_file
+
+    python = environment(cache, "starfish")
+    folder.mkdir(parents=True, exist_ok=True)
+    for world in WORLDS:
+        path = peer_file(folder, world)
+        raw, truth, imaging, _ = world.simulate(SEEDS[0])
+        if raw.ndim == 3 and not path.exists():
+            table = starfish(python, raw, truth, world.book.words, float(np.mean(imaging.psf_sigma)), PIXELS)
+            table.to_csv(path, index=False)
+
+
 def main(cache: Path, quick: bool) -> None:
     """Run everything and write the table."""
     sys.path.append(str(HERE.parent))
@@ -142,7 +171,8 @@ def main(cache: Path, quick: bool) -> None:
     for density in DENSITIES:
         for seed in range(100, 100 + seeds):
             raw, truth = simulate_stack(BOOK, shape=(side, side), density=density, seed=seed)
-            for table in (ours(raw, truth), starfish(python, raw, truth)):
+            theirs = starfish(python, raw, truth, BOOK.words, float(np.mean(Imaging().psf_sigma)))
+            for table in (ours(raw, truth), theirs):
                 tables.append(table.assign(density=density))
     table = best_settings(pd.concat(tables, ignore_index=True))
     pins = (HERE / "starfish.txt").read_text().split("\n", 1)[1].split()
@@ -172,8 +202,11 @@ if __name__ == "__main__":
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "merfish-peers"
     parser.add_argument("--cache", type=Path, default=default, help=f"folder of environments ({default})")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worlds", type=Path, help="folder for scores on the worlds of robustness.py")
     options = parser.parse_args()
     if options.worker:
         run_ours(Path(options.worker[0]), options.worker[1])
+    elif options.worlds:
+        deliver_worlds(options.cache, options.worlds)
     else:
         main(options.cache, options.quick)

@@ -92,36 +92,35 @@ def wilson(hits: float, others: float) -> tuple[float, float, float]:
     return share, max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def misidentification_rate(n_blank: float, n_calls: float, codebook: Codebook) -> tuple[float, float, float]:
+def misidentification_rate(n_blank: float, n_calls: float, blank_share: float) -> tuple[float, float, float]:
     """Share of wrong calls, from the blanks among them alone, with its 95 % interval.
 
-    Wrong calls are equally likely for every word, so their number is that of blanks called, times words over blank
-    words. NaN without blanks in the codebook or without calls.
+    blank_share: of wrong calls, see `merfish.calls.filtering.blank_share`. NaN without blanks in the codebook, or
+    without calls.
     """
-    n_blank_words = int(codebook.is_blank.sum())
-    if not n_blank_words:
+    if not blank_share:
         return np.nan, np.nan, np.nan
-    share = wilson(n_blank, n_calls - n_blank)
-    rate, low, high = (part * codebook.n_words / n_blank_words for part in share)
+    rate, low, high = (part / blank_share for part in wilson(n_blank, n_calls - n_blank))
     return rate, low, min(high, 1.0)
 
 
 def held_out_rate(
-    halves: tuple[Tally, Tally], evidence: Evidence, codebook: Codebook, rate: float
+    halves: tuple[Tally, Tally], evidence: Evidence, blank_share: float, rate: float
 ) -> tuple[float, float, float]:
     """The misidentification rate, with its interval, that filtering for ``rate`` reaches on held-out calls.
 
-    Each half of the calls is rated by the blanks of the other half; NaN if a half has no calls.
+    Each half of the calls is rated by the blanks of the other half; blank_share: of wrong calls. NaN if a half has no
+    calls.
     """
     n_blank = n_calls = 0
     for one, other in (halves, halves[::-1]):
         if not one.calls.sum():
             return np.nan, np.nan, np.nan
-        odds = fit_log_odds(other, float(codebook.is_blank.mean()), evidence)
+        odds = fit_log_odds(other, blank_share, evidence)
         kept = log_odds_wrong(one.values, odds) <= threshold_at_rate(one, odds, rate)
         n_blank += int(one.blanks[kept].sum())
         n_calls += int(one.calls[kept].sum())
-    return misidentification_rate(n_blank, n_calls, codebook)
+    return misidentification_rate(n_blank, n_calls, blank_share)
 
 
 FEWEST_SPIKES = 50  # the standard error of a share of 0.8 is then 0.06
@@ -130,13 +129,15 @@ FEWEST_SPIKES = 50  # the standard error of a share of 0.8 is then 0.06
 def word_statistics(
     tally: WordTally,
     codebook: Codebook,
+    blank_share: float,
     spike_word: np.ndarray | None = None,
     spike_kept: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Statistics of each word, one row each: calls, confidence, and the share of its molecules that is detected.
 
-    spike_word int, spike_kept bool (spike,): words of molecules that were added to the images, and whether they were
-    found and kept (see `merfish.simulate.spikes`).
+    blank_share: of wrong calls, see `merfish.calls.filtering.blank_share`. spike_word int, spike_kept bool (spike,):
+    words of molecules that were added to the images, and whether they were found and kept (see
+    `merfish.simulate.spikes`).
 
     confidence_ratio: exact calls over exact and corrected ones (Chen et al. 2015; for blanks, the value expected by
     chance); misidentification_rate: expected share of wrong ones among the kept; its interval is that of all words,
@@ -156,7 +157,7 @@ def word_statistics(
     if spike_word is not None and spike_kept is not None and len(spike_word) >= FEWEST_SPIKES and n_exact:
         efficiency = efficiency * spike_kept.sum() / np.minimum(efficiency[spike_word], 1.0).sum()
     wrong = tally.kept - tally.right
-    _, low, high = misidentification_rate(tally.kept[codebook.is_blank].sum(), n_kept, codebook)
+    _, low, high = misidentification_rate(tally.kept[codebook.is_blank].sum(), n_kept, blank_share)
     with np.errstate(invalid="ignore", divide="ignore"):
         confidence = tally.kept_exact / tally.kept
         rate = wrong / tally.kept

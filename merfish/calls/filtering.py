@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 
-from merfish.codebook import Codebook
+from merfish.codebook import MAX_BITS, Codebook
 from merfish.config import MISIDENTIFICATION_RATE
 
 MAX_LOG_ODDS = 12.0
+FEW_CALLS = 1.0  # prior number of molecules of a gene: a few calls must not decide which words are confused
+SETTLING = 10  # alternations between the molecules of each word and its wrong calls; they settle to 1 % in half as many
 FEWEST_BLANKS = 10  # called; with fewer the 95 % interval of the rate spans more than a factor of 3
 
 
@@ -27,18 +30,21 @@ class Evidence:
     steps: (feature,) width of a tally's bins, too small to change the odds noticeably. prior: (1 + feature,)
     expected log odds of being wrong if all features are 0, and their change for each unit of a feature; weight: about
     the number of blanks needed to outweigh the slopes of the prior, its constant weighs one quarter. unchecked:
-    (1 + feature,) log odds used if the codebook has no blanks.
+    (1 + feature,) log odds used if the codebook has no blanks. fair: whether the decoder takes care that its wrong
+    calls are blanks as often as genes, whatever the abundances.
     """
 
     steps: tuple[float, ...]
     prior: tuple[float, ...]
     weight: float
     unchecked: tuple[float, ...]
+    fair: bool = True
 
 
-# The decoder's own log odds of being wrong, which are nearly right. Priors are from simulated fields of 0.003-0.03
-# molecules a pixel with known truth.
-POSTERIOR = Evidence(steps=(0.02,), prior=(0.0, 0.9), weight=64.0, unchecked=(0.0, 0.9))
+HALF = 0.5  # of a molecule's usual height; calls dimmer than that are often light that others leave
+# The decoder's own log odds of being wrong, which are nearly right, and how much dimmer than `HALF` a call is, as a
+# logarithm. Priors are from simulated fields of 0.003-0.03 molecules a pixel with known truth, in one and five planes.
+POSTERIOR = Evidence(steps=(0.02, 0.02), prior=(0.0, 0.9, 3.0), weight=64.0, unchecked=(0.0, 0.9, 3.0))
 # Patches of pixels: log area, distance, log intensity, corrected bits. The odds without blanks are from patches of
 # `pixels` and `hamming` on simulated fields of 0.003-0.03 molecules a pixel without blanks, with known truth.
 PATCHES = Evidence(
@@ -46,6 +52,7 @@ PATCHES = Evidence(
     prior=(-3.5, -0.8, 4.0, 0.0, 2.0),
     weight=4.0,
     unchecked=(-4.66, -0.64, -0.74, -1.98, 2.54),
+    fair=False,
 )
 
 
@@ -61,17 +68,19 @@ class Tally:
 def call_features(calls: pd.DataFrame) -> tuple[np.ndarray, Evidence]:
     """Features (call, feature) float64 of a transcript table, and their kind.
 
-    If the decoder gives a probability, it is the only feature, as log odds of being wrong; otherwise the features are
-    log area, distance, log intensity and corrected bits (2 = more).
+    If the decoder gives a probability, the features are its log odds of being wrong, and the logarithm of how much
+    dimmer the call is than `HALF`; otherwise log area, distance, log intensity and corrected bits (2 = more).
     """
     stated = calls["probability"].to_numpy(float)
+    light = np.log(np.maximum(calls["intensity"].to_numpy(float), 1e-2))
     if len(calls) and not np.isnan(stated).any():
         odds = np.log(np.maximum(1 - stated, 1e-9)) - np.log(np.maximum(stated, 1e-9))
-        return np.clip(odds, -MAX_LOG_ODDS, MAX_LOG_ODDS)[:, None], POSTERIOR
+        dimmer = np.maximum(np.log(HALF) - light, 0.0)
+        return np.column_stack([np.clip(odds, -MAX_LOG_ODDS, MAX_LOG_ODDS), dimmer]), POSTERIOR
     features = [
         np.log(np.maximum(calls["area"].to_numpy(float), 1)),
         np.nan_to_num(calls["distance"].to_numpy(float)),
-        np.log(np.maximum(calls["intensity"].to_numpy(float), 1e-2)),
+        light,
         np.minimum(calls["hamming_distance"].to_numpy(float), 2),
     ]
     return np.column_stack(features), PATCHES
@@ -98,12 +107,45 @@ def _counted(bins: np.ndarray, blanks: np.ndarray, calls: np.ndarray, evidence: 
     return Tally(unique * np.array(evidence.steps), count, blank)
 
 
+def blank_share(found: np.ndarray, codebook: Codebook, evidence: Evidence) -> float:
+    """Share of the wrong calls that are expected to be blanks; 0 without blanks. found: (word,) number of calls.
+
+    With a fair decoder it is the share of blanks among the words. Otherwise a molecule that is called wrongly gets, in
+    most cases, one of the words nearest to its own, each as often: what blanks get depends on the abundances of the
+    genes near them. These are the calls without the wrong ones, whose number follows from the blanks called.
+    """
+    blank = codebook.is_blank
+    if evidence.fair or not blank.any() or blank.all():
+        return float(blank.mean())
+    genes = np.flatnonzero(~blank)
+    near = nearest_words(codebook.codes, genes)
+    molecules = found[genes].astype(float)
+    for _ in range(SETTLING):
+        received = near @ (molecules + FEW_CALLS)
+        of_blanks = received[blank].sum()
+        if of_blanks == 0.0:
+            return float(blank.mean())
+        molecules = np.maximum(found[genes] - received[genes] * (found[blank].sum() / of_blanks), 0.0)
+    return float(of_blanks / received.sum())
+
+
+def nearest_words(codes: np.ndarray, chosen: np.ndarray) -> csr_array:
+    """Words nearest to each of the ``chosen`` ones, (word, chosen) float64 of 0 and 1; codes (word,) uint64."""
+    rows = []
+    for word in chosen:
+        distance = np.bitwise_count(codes ^ codes[word])
+        distance[word] = MAX_BITS
+        rows.append(np.flatnonzero(distance == distance.min()))
+    column = np.repeat(np.arange(len(chosen)), [len(row) for row in rows])
+    return csr_array((np.ones(len(column)), (np.concatenate(rows), column)), (len(codes), len(chosen)))
+
+
 def fit_log_odds(tally: Tally, blank_fraction: float, evidence: Evidence) -> np.ndarray:
     """Fit the log odds of a call being wrong, (1 + feature,): a constant and the change for each unit of a feature.
 
-    Wrong calls are equally likely for every word, so a call that is wrong with probability p is a blank with
-    probability p times ``blank_fraction``, the share of words that are blanks (Moffitt et al. 2016 use it bin by bin).
-    p is a logistic function of the features, which needs far fewer parameters than bins.
+    A call that is wrong with probability p is a blank with probability p times ``blank_fraction``, see `blank_share`
+    (Moffitt et al. 2016 use it bin by bin). p is a logistic function of the features, which needs far fewer parameters
+    than bins.
 
     Without blanks in the codebook, the unchecked odds of the evidence are returned.
     """
@@ -189,12 +231,22 @@ def keep_at_rate(probability_wrong: np.ndarray, rate: float = MISIDENTIFICATION_
     return keep
 
 
-def rate_calls(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
-    """Set ``probability``, that each call is right, in a copy of a transcript table, corrected by its blanks."""
+def learn_odds(calls: pd.DataFrame, codebook: Codebook) -> tuple[np.ndarray, float]:
+    """The result of `fit_log_odds` for a transcript table, and that of `blank_share`."""
     features, evidence = call_features(calls)
     tally = tally_calls(features, calls["is_blank"].to_numpy(bool), evidence)
-    odds = fit_log_odds(tally, float(codebook.is_blank.mean()), evidence)
-    return calls.assign(probability=(1 - probability_wrong(features, odds)).astype(np.float32))
+    share = blank_share(np.bincount(calls["barcode_id"], minlength=codebook.n_words), codebook, evidence)
+    return fit_log_odds(tally, share, evidence), share
+
+
+def with_odds(calls: pd.DataFrame, odds: np.ndarray) -> pd.DataFrame:
+    """A copy of a transcript table whose ``probability``, that each call is right, follows from log odds."""
+    return calls.assign(probability=(1 - probability_wrong(call_features(calls)[0], odds)).astype(np.float32))
+
+
+def rate_calls(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
+    """Set ``probability``, that each call is right, in a copy of a transcript table, corrected by its blanks."""
+    return with_odds(calls, learn_odds(calls, codebook)[0])
 
 
 def keep_calls(calls: pd.DataFrame, rate: float = MISIDENTIFICATION_RATE) -> pd.DataFrame:

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from merfish._jit import kernel
+
+
+class Shape(NamedTuple):
+    """What a spot looks like, and how its place is fitted.
+
+    profile (bin,): radial, 1 high, ``bins`` a pixel; slope (bin,): its change a pixel. core: pixel, radius of the fit.
+    stiffness: holds a spot whose place is poorly determined. most_step: pixel, of a place in one step.
+    """
+
+    profile: np.ndarray
+    slope: np.ndarray
+    bins: float
+    core: float
+    stiffness: float
+    most_step: float
+
+
+class Spots(NamedTuple):
+    """Spots of one bit: x, y (rows), top (spot,) float64."""
+
+    x: np.ndarray
+    y: np.ndarray
+    top: np.ndarray
 
 
 @kernel
@@ -17,8 +42,9 @@ def at(profile, place):
 
 
 @kernel
-def add_spot(image, first_row, last_row, x, y, height, profile, bins):
-    """Add a spot of radial ``profile`` (``bins`` a pixel) to the rows of its plane in an image (row, x) float32."""
+def add_spot(image, first_row, last_row, x, y, height, shape):
+    """Add a spot to the rows of its plane in an image (row, x) float32."""
+    profile, bins = shape.profile, shape.bins
     reach = (len(profile) - 1) / bins
     for row in range(max(first_row, int(np.ceil(y - reach))), min(last_row, int(y + reach)) + 1):
         for column in range(max(0, int(np.ceil(x - reach))), min(image.shape[1] - 1, int(x + reach)) + 1):
@@ -27,12 +53,12 @@ def add_spot(image, first_row, last_row, x, y, height, profile, bins):
 
 
 @kernel
-def refit_spot(image, first_row, last_row, x, y, height, profile, slope, bins, core, stiffness, most_step):
-    """New x, y, height of a spot, fitted by least squares within ``core`` pixels to what the other spots leave.
+def refit_spot(image, first_row, last_row, x, y, height, shape):
+    """New x, y, height of a spot, fitted by least squares within the core to what the other spots leave.
 
-    image (row, x): the light that no spot explains; slope (bin,): the profile's change a pixel. The place
-    is updated by a linear approximation; ``stiffness`` holds a spot whose place is poorly determined.
+    image (row, x): the light that no spot explains. The place is updated by a linear approximation.
     """
+    profile, slope, bins, core = shape.profile, shape.slope, shape.bins, shape.core
     pp = px = py = xx = xy = yy = vp = vx = vy = 0.0
     for row in range(max(first_row, int(np.ceil(y - core))), min(last_row, int(y + core)) + 1):
         for column in range(max(0, int(np.ceil(x - core))), min(image.shape[1] - 1, int(x + core)) + 1):
@@ -53,8 +79,8 @@ def refit_spot(image, first_row, last_row, x, y, height, profile, slope, bins, c
             vp += value * p
             vx += value * gx
             vy += value * gy
-    xx += stiffness
-    yy += stiffness
+    xx += shape.stiffness
+    yy += shape.stiffness
     # Cramer's rule for height, height * step in x, height * step in y
     a, b, c = xx * yy - xy * xy, py * xy - px * yy, px * xy - py * xx
     e, f, g = pp * yy - py * py, px * py - pp * xy, pp * xx - px * px
@@ -62,6 +88,7 @@ def refit_spot(image, first_row, last_row, x, y, height, profile, slope, bins, c
     top = (vp * a + vx * b + vy * c) / det if det > 0.0 else 0.0
     if not top > 0.0:
         return x, y, 0.0
+    most_step = shape.most_step
     step_x = (vp * b + vx * e + vy * f) / det / top
     step_y = (vp * c + vx * f + vy * g) / det / top
     new_x = min(max(x + min(max(step_x, -most_step), most_step), 0.0), image.shape[1] - 1.0)
@@ -70,36 +97,38 @@ def refit_spot(image, first_row, last_row, x, y, height, profile, slope, bins, c
 
 
 @kernel
-def fit_spots(image, plane_height, fresh, x, y, top, profile, slope, bins, core, stiffness, most_step, sweeps, settled):
+def fit_spots(image, plane_height, spots, fresh, shape, sweeps, settled):
     """Fit spots jointly: ``sweeps`` times, each in turn to what the others leave.
 
-    image (row, x) float32, the light that no spot explains, and the spots' x, y (rows), top (spot,) float64 are
-    updated; the light of spots from ``fresh`` on is still in the image. profile, slope (bin,). A spot whose height,
-    and whose place in pixels, would change by ``settled`` at most stays as it is.
+    image (row, x) float32, the light that no spot explains, and the `Spots` are updated; the light of spots from
+    ``fresh`` on is still in the image. A spot whose height, and whose place in pixels, would change by ``settled`` at
+    most stays as it is.
     """
+    x, y, top = spots
     for i in range(fresh, len(x)):
         first = int(y[i]) // plane_height * plane_height
-        add_spot(image, first, first + plane_height - 1, x[i], y[i], -top[i], profile, bins)
+        add_spot(image, first, first + plane_height - 1, x[i], y[i], -top[i], shape)
     for _ in range(sweeps):
         for i in range(len(x)):
             first = int(y[i]) // plane_height * plane_height
             last = first + plane_height - 1
-            new_x, new_y, new_top = refit_spot(
-                image, first, last, x[i], y[i], top[i], profile, slope, bins, core, stiffness, most_step
-            )
+            new_x, new_y, new_top = refit_spot(image, first, last, x[i], y[i], top[i], shape)
             if max(abs(new_x - x[i]), abs(new_y - y[i]), abs(new_top - top[i])) <= settled:
                 continue
-            add_spot(image, first, last, x[i], y[i], top[i], profile, bins)
-            add_spot(image, first, last, new_x, new_y, -new_top, profile, bins)
+            add_spot(image, first, last, x[i], y[i], top[i], shape)
+            add_spot(image, first, last, new_x, new_y, -new_top, shape)
             x[i], y[i], top[i] = new_x, new_y, new_top
 
 
 @kernel
-def draw_spot(first_row, last_row, last_column, x, y, radius, profile, bins, box, out):
+def draw_spot(image, plane_height, x, y, radius, shape, box, out):
     """A spot 1 high, pixel by pixel, within ``radius``, into ``out`` (row, column); returns the sum of its squares.
 
     box: (4,) int64 out, the pixels of the image that these are: first row, end of rows, first column, end of columns.
     """
+    profile, bins = shape.profile, shape.bins
+    first_row = int(y) // plane_height * plane_height
+    last_row, last_column = first_row + plane_height - 1, image.shape[1] - 1
     box[0], box[1] = max(first_row, int(np.ceil(y - radius))), min(last_row, int(y + radius)) + 1
     box[2], box[3] = max(0, int(np.ceil(x - radius))), min(last_column, int(x + radius)) + 1
     total = 0.0
@@ -113,13 +142,15 @@ def draw_spot(first_row, last_row, last_column, x, y, radius, profile, bins, box
 
 
 @kernel
-def share_light(image, plane_height, chosen, x, y, top, profile, bins, core, sweeps, settled):
+def share_light(image, plane_height, spots, chosen, shape, sweeps, settled):
     """Fit the heights of the ``chosen`` spots at fixed places, each in turn to what the others leave.
 
-    image, x, y, top, profile as for `fit_spots`; the light of all spots has been subtracted from the image. A height
-    that would change by ``settled`` at most stays as it is; sweeps end when all do.
+    image and spots as for `fit_spots`; the light of all spots has been subtracted from the image. A height that would
+    change by ``settled`` at most stays as it is; sweeps end when all do.
     """
-    reach = (len(profile) - 1) / bins
+    x, y, top = spots
+    core = shape.core
+    reach = (len(shape.profile) - 1) / shape.bins
     # each spot, and its core, 1 high, pixel by pixel: the same in every sweep
     whole = np.empty((len(chosen), int(2 * reach) + 2, int(2 * reach) + 2))
     middle = np.empty((len(chosen), int(2 * core) + 2, int(2 * core) + 2))
@@ -127,10 +158,8 @@ def share_light(image, plane_height, chosen, x, y, top, profile, bins, core, swe
     square = np.empty(len(chosen))
     for k in range(len(chosen)):
         i = chosen[k]
-        first = int(y[i]) // plane_height * plane_height
-        last = first + plane_height - 1
-        draw_spot(first, last, image.shape[1] - 1, x[i], y[i], reach, profile, bins, box[k], whole[k])
-        square[k] = draw_spot(first, last, image.shape[1] - 1, x[i], y[i], core, profile, bins, inner[k], middle[k])
+        draw_spot(image, plane_height, x[i], y[i], reach, shape, box[k], whole[k])
+        square[k] = draw_spot(image, plane_height, x[i], y[i], core, shape, inner[k], middle[k])
     for _ in range(sweeps):
         moved = False
         for k in range(len(chosen)):
@@ -153,8 +182,9 @@ def share_light(image, plane_height, chosen, x, y, top, profile, bins, core, swe
 
 
 @kernel
-def add_spots(image, plane_height, x, y, top, profile, bins):
+def add_spots(image, plane_height, spots, shape):
     """Add spots to an image (row, x), each to its plane."""
+    x, y, top = spots
     for i in range(len(x)):
         first = int(y[i]) // plane_height * plane_height
-        add_spot(image, first, first + plane_height - 1, x[i], y[i], top[i], profile, bins)
+        add_spot(image, first, first + plane_height - 1, x[i], y[i], top[i], shape)

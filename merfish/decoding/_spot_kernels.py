@@ -272,9 +272,27 @@ def best_class(seen, bright, classes, score):
     return best
 
 
+class Calls(NamedTuple):
+    """One round of calls.
+
+    table (call, 5): x, y, brightness, score, log odds against all other classes. evidence (call, 2) uint64: word, its
+    bits that are wrong. owner (peak,) int64: call that has it, or -1. share (class,): posterior of each class, summed
+    over candidates. shows (2, bit, bin): how often each bit showed what, where there is something, weighted by the
+    posterior that the bit is off, and on. light (2, step): how often nothing, and something, was how bright.
+    """
+
+    table: np.ndarray
+    evidence: np.ndarray
+    owner: np.ndarray
+    share: np.ndarray
+    shows: np.ndarray
+    light: np.ndarray
+
+
 @kernel
-def called_before(cx, cy, word, scene, owner, table, evidence):
+def called_before(cx, cy, word, scene, calls):
     """Whether a call of the same word lies within the radius: then these peaks are left over from it."""
+    owner, table, evidence = calls.owner, calls.table, calls.evidence
     start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
     n_cells = len(start) - 1
     row, column = int(cy / cell), int(cx / cell)
@@ -377,18 +395,15 @@ def take_tails(peak, scene, taken):
 
 
 @kernel
-def call_molecules(scene, views, classes, first, explained, table, evidence, owner, share, shows, light):
+def call_molecules(scene, views, classes, first, explained, out):
     """Call molecules, the most certain first, each from peaks that no other call has taken.
 
     scene, views, classes: see `Scene`, `Views` and `Classes`; first (peak,) from `score_seeds`. Peaks around
     which nothing is likelier than any word are not called. A call takes the peaks of its word's bits, and others within
     ``explained`` px, which are its errors. An object that is bright in every bit takes its peaks, but is not a call.
-    out, a row a call: table (x, y, brightness, score, log odds against all other classes), evidence uint64 (word, its
-    bits that are wrong); owner (peak,) int64, the call that has taken a peak, or -1. Added to: share (class,), the
-    posterior of each class summed over candidates; shows (2, bit, bin), how often each bit showed what, where there is
-    something, weighted by the posterior that the bit is off, and on; light (2, step), how often nothing, and something,
-    was how bright. Returns the number of calls.
+    out: `Calls`, of which share, shows and light are added to. Returns the number of calls.
     """
+    table, evidence, owner, share, shows, light = out
     px, py, pa = scene.px, scene.py, scene.pa
     n_peaks = len(px)
     n_bits = scene.light.shape[0]
@@ -419,7 +434,7 @@ def call_molecules(scene, views, classes, first, explained, table, evidence, own
         if score[best] < -negative - 1e-9:
             heapq.heappush(heap, (-score[best], seed))
             continue
-        if called_before(cx, cy, best, scene, owner, table, evidence):
+        if called_before(cx, cy, best, scene, out):
             taken[seed] = True
             continue
         others = 0.0

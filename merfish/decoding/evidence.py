@@ -8,6 +8,7 @@ as far as they are alike.
 from __future__ import annotations
 
 import numpy as np
+from scipy.special import gammaln
 
 from merfish.codebook import Codebook
 from merfish.decoding import _spot_kernels as kernels
@@ -17,8 +18,8 @@ from merfish.decoding.pixels import on_bits
 START_LOST, START_GAINED, START_SIGMA, START_SPREAD, START_CROWD = 0.10, 0.04, 0.15, 0.3, 0.04
 START_DEPTH = (0.8, 0.15, 0.05)  # of a molecule's own peaks, by how far they seem away from its depth
 START_NOTHING, START_EVERYTHING = 0.3, 0.001  # share of candidates
-# prior count of every word: with few molecules, chance must not make a gene look abundant
-PRIOR_CALLS = 5.0
+# how alike the abundances of genes may be: shapes of a gamma distribution, from nearly all in one gene to all equal
+ALIKE = np.geomspace(0.1, 100.0, 31)
 START_WEIGHT = 20.0  # calls that the initial values count for
 MOST_ALIKE = 1e4  # observations that the mean of all bits counts for, at most
 FEWEST_ALIKE = 10.0  # and at least
@@ -72,12 +73,24 @@ def word_abundance(share: np.ndarray, is_blank: np.ndarray) -> np.ndarray:
     wrong calls. This way wrong calls are as likely for a blank as for a gene, however they depend on abundance: the
     blanks' share of the wrong calls is their share of the words.
     """
-    abundance = share + PRIOR_CALLS
+    abundance = share + likeness(share[~is_blank] if not is_blank.all() else share)
     n_blanks = int(is_blank.sum())
     if 0 < n_blanks < len(is_blank):
         genes = np.sort(abundance[~is_blank])
         abundance[is_blank] = np.repeat(genes, n_blanks).reshape(n_blanks, -1).mean(axis=1)
     return abundance / abundance.sum()
+
+
+def likeness(count: np.ndarray) -> float:
+    """Shape of the gamma distribution of abundances, from the counts of words (word,): the likeliest of `ALIKE`.
+
+    It is the prior count of each word with which its abundance is estimated best: with few molecules, chance must not
+    make a gene look abundant. Counts are negative binomial then.
+    """
+    mean = max(float(count.mean()), 1e-9)
+    shape = ALIKE[:, None]
+    log = gammaln(count + shape) - gammaln(shape) - shape * np.log1p(mean / shape) - count * np.log1p(shape / mean)
+    return float(ALIKE[np.argmax(log.sum(axis=1))])
 
 
 def bit_log_ratio(shows: np.ndarray) -> np.ndarray:

@@ -70,15 +70,17 @@ def fit_peaks(image: np.ndarray, height: int, sigma: float) -> Fit:
 
 def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: float) -> None:
     """Fit the peaks of one bit on the residual image, from which those from ``fresh`` on are not yet subtracted."""
-    if fit.profile is None:
-        return
+    if fit.profile is not None:
+        spots = kernels.Spots(fit.x, fit.y, fit.height)
+        kernels.fit_spots(image, height, spots, fresh, shape_of(fit.profile, sigma), SWEEPS, SETTLED)
+
+
+def shape_of(profile: np.ndarray, sigma: float) -> kernels.Shape:
+    """A spot of a radial profile (bin,), bins of `BIN`; sigma: of the PSF, pixel."""
     bins = 1 / (BIN * sigma)
-    slope = np.gradient(fit.profile) * bins
+    slope = np.gradient(profile) * bins
     slope[0] = 0.0  # the top of the profile is smooth
-    kernels.fit_spots(
-        image, height, fresh, fit.x, fit.y, fit.height, fit.profile, slope, bins, CORE * sigma, STIFFNESS,
-        MOST_STEP * sigma, SWEEPS, SETTLED,
-    )  # fmt: skip
+    return kernels.Shape(profile, slope, bins, CORE * sigma, STIFFNESS, MOST_STEP * sigma)
 
 
 def share_peaks(
@@ -90,17 +92,17 @@ def share_peaks(
     positions of the molecules, some of which are dark in this bit. Heights are fitted together, weak peaks are dropped,
     and the positions of the others are refined.
     """
-    bins = 1 / (BIN * sigma)
+    shape = shape_of(fit.profile, sigma)
     px, py = np.concatenate([x, fit.x[~mine]]), np.concatenate([y, fit.y[~mine]])
     top = np.concatenate([np.zeros(len(x)), fit.height[~mine]])
-    kernels.add_spots(left, height, fit.x[mine], fit.y[mine], fit.height[mine], fit.profile, bins)
+    kernels.add_spots(left, height, kernels.Spots(fit.x[mine], fit.y[mine], fit.height[mine]), shape)
     near = TOUCHING * sigma
     apart, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]), distance_upper_bound=near)
     touched = apart < near
     together = np.flatnonzero(touched)
-    kernels.share_light(left, height, together, px, py, top, fit.profile, bins, CORE * sigma, SHARE_SWEEPS, SETTLED)
+    kernels.share_light(left, height, kernels.Spots(px, py, top), together, shape, SHARE_SWEEPS, SETTLED)
     stay = top > STAY * threshold(NoiseMap.of(left, height), px, py, PEAK_HEIGHT)
-    kernels.add_spots(left, height, px[~stay], py[~stay], top[~stay], fit.profile, bins)
+    kernels.add_spots(left, height, kernels.Spots(px[~stay], py[~stay], top[~stay]), shape)
     px, py, top, touched = px[stay], py[stay], top[stay], touched[stay]
     part = Fit(px[touched], py[touched], top[touched], fit.profile)
     fit_together(left, height, part, len(part.x), sigma)

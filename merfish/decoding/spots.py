@@ -86,13 +86,11 @@ def decode_spots(
         classes = learn_classes(codebook, live, called.share, called.shows, called.light)
         fits = refit(fits, scene, called, left, sigma)
         scene = make_scene(fits, left, height, sigma, shifts.shift)
-        views = look(scene)
-        called = call(scene, views, classes, sigma)
-    classes = learn_classes(codebook, live, called.share, called.shows, called.light)
-    return _molecules(call(scene, views, classes, sigma), scene, codebook, shifts)
+        called = call(scene, look(scene), classes, sigma)
+    return _molecules(called, scene, codebook, shifts)
 
 
-def _molecules(called: Calls, scene: kernels.Scene, codebook: Codebook, shifts: BitShifts) -> Spots:
+def _molecules(called: kernels.Calls, scene: kernels.Scene, codebook: Codebook, shifts: BitShifts) -> Spots:
     height = scene.height
     table, (word, errors) = called.table, called.evidence.T
     word = word.astype(np.int32)
@@ -132,7 +130,7 @@ def gather_peaks(
     return map_bits(one_bit, range(len(stack)))
 
 
-def refit(fits: list[Fit], scene: kernels.Scene, called: Calls, left: np.ndarray, sigma: float) -> list[Fit]:
+def refit(fits: list[Fit], scene: kernels.Scene, called: kernels.Calls, left: np.ndarray, sigma: float) -> list[Fit]:
     """Peaks of every bit, with those of molecules that are close together fitted at the molecules' positions.
 
     Two molecules closer than the width of a spot have one common peak in bits that they share. Their positions are
@@ -177,21 +175,30 @@ def _some(fits: list[Fit], sigma: float) -> list[Fit]:
 
 def measure_shifts(fits: list[Fit], height: int, sigma: float) -> BitShifts:
     """Shifts of the bits of a field, from their peaks."""
-    x, y, bit = _joined(fits)
+    x, y, _, bit = joined(fits)
     plane = (y / height).astype(np.int64)
     return bit_shifts(x, y - plane * height, plane, bit, len(fits), sigma)
 
 
-def _joined(fits: list[Fit]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    bit = np.repeat(np.arange(len(fits)), [len(fit.x) for fit in fits])
-    return np.concatenate([fit.x for fit in fits]), np.concatenate([fit.y for fit in fits]), bit
+class Peaks(NamedTuple):
+    """Peaks of all bits, (peak,): x, y (rows), height float64, and bit int64."""
+
+    x: np.ndarray
+    y: np.ndarray
+    height: np.ndarray
+    bit: np.ndarray
+
+
+def joined(fits: list[Fit]) -> Peaks:
+    """The peaks of all bits, bit by bit."""
+    x, y, height = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("x", "y", "height"))
+    return Peaks(x, y, height, np.repeat(np.arange(len(fits)), [len(fit.x) for fit in fits]))
 
 
 def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, shift: np.ndarray) -> kernels.Scene:
     """Peaks corrected for the shifts (bit, 2) of their bits, sorted into a grid; left: see `gather_peaks`."""
     _, n_rows, width = left.shape
-    x, y, bit = _joined(fits)
-    top = np.concatenate([fit.height for fit in fits])
+    x, y, top, bit = joined(fits)
     first = (y / height).astype(np.int64) * height
     x = np.clip(x - shift[bit, 1], 0, width - 1)
     y = np.clip(y - shift[bit, 0], first, first + height - 1)
@@ -212,21 +219,6 @@ def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, shi
     return scene._replace(pz=depth(light, plane))
 
 
-class Calls(NamedTuple):
-    """One round of calls.
-
-    table (call, 5): x, y, brightness, score, log odds. evidence (call, 2) uint64: word, wrong bits. owner (peak,): call
-    that has it, or -1. share (class,), shows (2, bit, bin), light (2, step): see `_spot_kernels.call_molecules`.
-    """
-
-    table: np.ndarray
-    evidence: np.ndarray
-    owner: np.ndarray
-    share: np.ndarray
-    shows: np.ndarray
-    light: np.ndarray
-
-
 def look(scene: kernels.Scene) -> kernels.Views:
     """Collect the neighbourhood of each peak of a scene."""
     n, n_bits = len(scene.px), len(scene.light)
@@ -239,18 +231,21 @@ def look(scene: kernels.Scene) -> kernels.Views:
     return views
 
 
-def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, sigma: float) -> Calls:
+def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, sigma: float) -> kernels.Calls:
     """One round of calls."""
-    most = len(scene.px)
-    table, evidence, owner = np.empty((most, 5)), np.empty((most, 2), np.uint64), np.empty(most, np.int64)
-    share, shows = np.zeros(len(classes.weight)), np.zeros((2, len(scene.light), kernels.N_BINS))
-    light = np.zeros((2, kernels.N_STEPS))
+    most, n_bits = len(scene.px), len(scene.light)
+    out = kernels.Calls(
+        table=np.empty((most, 5)),
+        evidence=np.empty((most, 2), np.uint64),
+        owner=np.empty(most, np.int64),
+        share=np.zeros(len(classes.weight)),
+        shows=np.zeros((2, n_bits, kernels.N_BINS)),
+        light=np.zeros((2, kernels.N_STEPS)),
+    )
     first = np.empty(most)
     if most <= kernels.CHUNK:
         kernels.score_some(views, 0, most, classes, first)
     else:
         kernels.score_seeds(views, classes, first)
-    n = kernels.call_molecules(
-        scene, views, classes, first, EXPLAINED * sigma, table, evidence, owner, share, shows, light
-    )
-    return Calls(table[:n], evidence[:n], owner, share, shows, light)
+    n = kernels.call_molecules(scene, views, classes, first, EXPLAINED * sigma, out)
+    return out._replace(table=out.table[:n], evidence=out.evidence[:n])

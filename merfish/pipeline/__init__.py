@@ -320,7 +320,7 @@ def write_results(
     fields = Fields(out, work, experiment, tuple(says), shape, outlines, stacked_planes(experiment, config))
     found = reconcile(fields, config.misidentification_rate, run_map, shown)
     spikes = kept_spikes(fields, calibrated.spiked, found.filter)
-    words = word_statistics(found.words, experiment.codebook, *spikes)
+    words = word_statistics(found.words, experiment.codebook, found.filter.blank_share, *spikes)
     assemble(fields, found, run_map, shown)
     genes = other_stains(experiment, config)[1]
     written = write_tables(fields, found, words, genes, stage, shown)

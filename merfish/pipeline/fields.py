@@ -38,6 +38,7 @@ from merfish.imaging.field import (
     stain_shifts,
 )
 from merfish.imaging.normalize import Normalization
+from merfish.imaging.preprocess import Bandpassed
 from merfish.pipeline.folder import new_record
 from merfish.pipeline.images import new_images, write_images
 from merfish.report import OVERVIEW, STAINS
@@ -107,7 +108,10 @@ def process_field(
     calls = calls[field.valid[np.rint(calls["y"]).astype(int), np.rint(calls["x"]).astype(int)]]
     clock.lap("decode")
     if spiked:
-        write_spikes(spikes_of(field.bits, calls, experiment.codebook, calibration.normalization, config), folder)
+        spikes = spikes_of(
+            field.bits, calls, experiment.codebook, calibration.normalization, config.method, config.filter_sigmas
+        )
+        write_spikes(spikes, folder)
         clock.lap("spike in")
     stains, genes = other_stains(experiment, config)
     shifts, faults = stain_shifts(experiment, fov, [*stains, *genes])
@@ -123,7 +127,7 @@ def process_field(
     write_spots(spots, folder / SPOTS)
     np.save(folder / OVERVIEW, overview(field.bits, calibration.normalization))
     write_small_stains({name: image.max(axis=0) for name, image in aligned.items()}, folder / STAINS)
-    write_tally(calls, folder / TALLY)
+    write_tally(calls, experiment.codebook, folder / TALLY)
     clock.lap("write")
     if images is not None:
         write_images(experiment, fov, field.bits, calibration, images)
@@ -230,18 +234,26 @@ def _same_shape(image: np.ndarray, shape: tuple[int, ...], fov: int, name: str) 
 
 
 def spikes_of(
-    bits: np.ndarray, calls: pd.DataFrame, book: Codebook, normalization: Normalization, config: RunConfig
+    bits: np.ndarray | Bandpassed,
+    calls: pd.DataFrame,
+    book: Codebook,
+    normalization: Normalization,
+    method: str,
+    filters: tuple[float, float],
 ) -> pd.DataFrame:
-    """Molecules added to a field (bit, z, y, x), and the calls that find them."""
-    filters = config.filter_sigmas
+    """Molecules added to a field (bit, [z,] y, x), and the calls that find them.
+
+    filters: sigmas of the band-pass of the field, pixel.
+    """
+    rows = bits if isinstance(bits, Bandpassed) else bits.reshape(len(bits), -1, bits.shape[-1])
+    height = bits.height if isinstance(bits, Bandpassed) else bits.shape[-2]
     return spike_in(
         bits,
         book,
         normalization,
         calls,
-        lambda stack: decode_filtered(stack, book, normalization, method=config.method),
-        sigma=psf_sigma(bits.reshape(len(bits), -1, bits.shape[-1]), bits.shape[-2], filters),
-        filters=filters,
+        lambda stack: decode_filtered(stack, book, normalization, method=method),
+        sigma=psf_sigma(rows, height, filters),
         seed=SPIKE_SEED,
     )
 
@@ -323,21 +335,27 @@ def read_spikes(out: Path, fov: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
         return arrays["word"], arrays["found"], arrays["features"]
 
 
-def write_tally(calls: pd.DataFrame, path: Path) -> None:
-    """Write what the filter is fitted to: the tallies of its left and right halves."""
+def write_tally(calls: pd.DataFrame, book: Codebook, path: Path) -> None:
+    """Write what the filter is fitted to: tallies of the left and right halves, and the calls of each word."""
     features, evidence = call_features(calls)
     blank = calls["is_blank"].to_numpy(bool)
     right = calls["x"].to_numpy() > calls["x"].median()
     halves = [tally_calls(features[side], blank[side], evidence) for side in (~right, right)]
     arrays = {f"{name}{k}": getattr(half, name) for k, half in enumerate(halves) for name in _TALLY}
-    np.savez(path, **arrays)
+    np.savez(path, found=np.bincount(calls["barcode_id"].to_numpy(), minlength=book.n_words), **arrays)
 
 
 _TALLY = ("values", "calls", "blanks")
 
 
 def read_tally(out: Path, fov: int) -> tuple[Tally, Tally]:
-    """Read what `write_tally` wrote."""
+    """Tallies of the left and right halves of a field."""
     with np.load(results.field_folder(out, fov) / TALLY, allow_pickle=False) as arrays:
         left, right = (Tally(*(arrays[f"{name}{k}"] for name in _TALLY)) for k in (0, 1))
     return left, right
+
+
+def read_found(out: Path, fov: int) -> np.ndarray:
+    """Number of calls (word,) int64 of a field."""
+    with np.load(results.field_folder(out, fov) / TALLY, allow_pickle=False) as arrays:
+        return np.asarray(arrays["found"])

@@ -20,6 +20,7 @@ from merfish.calls.filtering import (
     PATCHES,
     POSTERIOR,
     add_tallies,
+    blank_share,
     call_features,
     fit_log_odds,
     log_odds_wrong,
@@ -30,7 +31,7 @@ from merfish.calls.stitching import MOST_ERROR, FieldPlaces, Links, Stitching, l
 from merfish.cells.merging import NO_LINKS, CellNumbers, field_frame, in_stage_frame, number_cells, same_cells
 from merfish.imaging.experiment import Experiment
 from merfish.pipeline.cluster import Failure, RunMap, StepError, Work
-from merfish.pipeline.fields import read_calls, read_outlines, read_spikes, read_tally
+from merfish.pipeline.fields import read_calls, read_found, read_outlines, read_spikes, read_tally
 from merfish.pipeline.progress import Display
 
 KEPT_DTYPE = np.dtype(
@@ -82,11 +83,13 @@ class Fields:
 class Filter:
     """Log odds of a call being wrong (see `merfish.calls.filtering.fit_log_odds`), and the threshold of kept calls.
 
-    held_out: misidentification rate of calls that the filter was not fitted to, with its interval.
+    blank_share: of wrong calls. held_out: misidentification rate of calls that the filter was not fitted to, with its
+    interval.
     """
 
     odds: np.ndarray
     threshold: float
+    blank_share: float
     held_out: tuple[float, float, float]
 
 
@@ -143,9 +146,11 @@ def learn_filter(fields: Fields, rate: float) -> Filter:
     evidence = PATCHES if len(PATCHES.steps) in widths else POSTERIOR
     halves = add_tallies(called[0], evidence), add_tallies(called[1], evidence)
     everything, book = add_tallies(halves, evidence), fields.experiment.codebook
-    odds = fit_log_odds(everything, float(book.is_blank.mean()), evidence)
-    held_out = held_out_rate(halves, evidence, book, rate)
-    return Filter(odds, threshold_at_rate(everything, odds, rate), held_out)
+    found = sum((read_found(fields.out, fov) for fov in fields.fovs), np.zeros(book.n_words, np.int64))
+    share = blank_share(found, book, evidence)
+    odds = fit_log_odds(everything, share, evidence)
+    held_out = held_out_rate(halves, evidence, share, rate)
+    return Filter(odds, threshold_at_rate(everything, odds, rate), share, held_out)
 
 
 def kept_spikes(fields: Fields, spiked: Collection[int], chosen: Filter) -> tuple[np.ndarray, np.ndarray]:

@@ -75,10 +75,9 @@ def run_record(
         "fields": says,
         "failed": dict(failed),
         "figures": {
-            **call_figures(found.words, book),
+            **call_figures(found.words, book, found.filter.blank_share),
             "held_out": interval(found.filter.held_out),
-            "spike_in": interval(wilson(int(spikes.sum()), int((~spikes).sum()))),
-            "n_spikes": len(spikes),
+            **spike_figures(spikes),
             "n_fields": len(fields.fovs),
             "n_duplicates": int(found.words.kept.sum()) - written.n_molecules,
             "n_kept": written.n_molecules,
@@ -112,8 +111,11 @@ def unusual_images(says: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Any]
     return {name: shown[name].tolist() for name in ("fov", "bit", "round", "reasons")}
 
 
-def call_figures(words: WordTally, codebook: Codebook) -> dict[str, Any]:
-    """Numbers of molecules before and after filtering, the share of the kept that is expected to be wrong, warnings."""
+def call_figures(words: WordTally, codebook: Codebook, blank_share: float) -> dict[str, Any]:
+    """Numbers of molecules before and after filtering, the share of the kept that is expected to be wrong, warnings.
+
+    blank_share: of wrong calls.
+    """
     n_kept, blank = int(words.kept.sum()), codebook.is_blank
     return {
         "n_found": int(words.found.sum()),
@@ -122,9 +124,14 @@ def call_figures(words: WordTally, codebook: Codebook) -> dict[str, Any]:
         "n_blank": int(words.kept[blank].sum()),
         "blanks_in_book": bool(blank.any()),
         "misidentification_rate": float(1 - words.right.sum() / n_kept) if n_kept else None,
-        "by_blanks": interval(misidentification_rate(words.kept[blank].sum(), n_kept, codebook)),
+        "by_blanks": interval(misidentification_rate(words.kept[blank].sum(), n_kept, blank_share)),
         "warnings": list(check_codebook(codebook).warnings),
     }
+
+
+def spike_figures(kept: np.ndarray) -> dict[str, Any]:
+    """How many molecules were added to the images, and the share of them that is kept; kept: bool, of each."""
+    return {"spike_in": interval(wilson(int(kept.sum()), int((~kept).sum()))), "n_spikes": len(kept)}
 
 
 def interval(rate: tuple[float, float, float]) -> dict[str, float] | None:

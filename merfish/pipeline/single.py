@@ -7,25 +7,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from merfish import results
 from merfish._files import file_record, write_json
-from merfish.calls.error_model import bit_error_rates, tally_words
-from merfish.calls.filtering import keep_at_rate, rate_calls
+from merfish.calls.error_model import bit_error_rates, tally_words, word_statistics
+from merfish.calls.filtering import keep_at_rate, learn_odds, with_odds
 from merfish.calls.fit import codebook_fits, count_fit, refuse_misfit
 from merfish.codebook import read_codebook
+from merfish.config import FILTER_SIGMAS
+from merfish.decoding.methods import decode_filtered
 from merfish.errors import InputError
 from merfish.imaging.images import read_stack
 from merfish.pipeline import folder
+from merfish.pipeline.fields import spikes_of
 from merfish.pipeline.manifest import versions
-from merfish.pipeline.record import call_figures
-from merfish.stack import find_all
+from merfish.pipeline.record import call_figures, spike_figures
+from merfish.stack import prepare
 from merfish.transcripts import write_transcripts
 
 
 def decode_file(
     stack: Path, codebook: Path, out: Path, *, method: str, preprocess: bool, misidentification_rate: float
 ) -> dict[str, Any]:
-    """Decode an image file; write transcripts before and after filtering, and ``run.json``. Returns its figures.
+    """Decode an image file; write transcripts before and after filtering, and ``run.json``. Returns the record.
 
     Raises InputError if ``out`` holds a whole run, CodebookMisfit if the images do not fit the codebook.
     """
@@ -33,21 +39,29 @@ def decode_file(
         raise InputError(f"{out} holds a run of a whole experiment; choose another folder")
     started = time.perf_counter()
     book = read_codebook(codebook)
-    unrated = find_all(read_stack(stack), book, method=method, preprocess=preprocess)
+    filtered, normalization = prepare(read_stack(stack), book, method=method, preprocess=preprocess)
+    unrated = decode_filtered(filtered, book, normalization, method=method)
     verdict = codebook_fits(count_fit(unrated), book)
     if misidentification_rate < 1:
         refuse_misfit(verdict)
-    found = rate_calls(unrated, book)
+    odds, share = learn_odds(unrated, book)
+    found = with_odds(unrated, odds)
     keep = keep_at_rate(1 - found["probability"].to_numpy(float), misidentification_rate)
     word, shown, probability = (found[name].to_numpy() for name in ("barcode_id", "shown", "probability"))
     words = tally_words(word, shown, probability, keep, book)
+    spikes = spikes_of(filtered, unrated, book, normalization, method, FILTER_SIGMAS[method])
+    spike_kept = keeps_spikes(spikes, odds, float(probability[keep].min(initial=1.0)))
+    figures = {**call_figures(words, book, share), **spike_figures(spike_kept)}
+    statistics = word_statistics(words, book, share, spikes["spike"].to_numpy(), spike_kept)
     record = {
         "versions": versions(),
         "parameters": {"method": method, "preprocess": preprocess, "misidentification_rate": misidentification_rate},
         "inputs": {path.name: {"path": str(path), **file_record(path)} for path in (stack, codebook) if path.is_file()},
+        "codebook": {"names": book.names, "is_blank": book.is_blank.tolist()},
         "bit_error_rates": bit_error_rates(words, book).to_dict("list"),
+        "words": statistics.to_dict("list"),
         "codebook_fit": asdict(verdict),
-        "figures": call_figures(words, book),
+        "figures": figures,
         "seconds": {"total": time.perf_counter() - started},
     }
     with folder.owned(out):
@@ -56,4 +70,13 @@ def decode_file(
         write_transcripts(found[keep].reset_index(drop=True), stage / results.TRANSCRIPTS)
         write_json(stage / results.RUN, record)
         folder.publish(out)
-    return call_figures(words, book)
+    return record
+
+
+def keeps_spikes(spikes: pd.DataFrame, odds: np.ndarray, least: float) -> np.ndarray:
+    """Which of the molecules added to the images (see `spike_in`) a call of ``least`` probability finds, bool."""
+    kept = np.zeros(len(spikes), bool)
+    hit = np.flatnonzero(spikes["x"].notna()) if "x" in spikes else np.empty(0, np.int64)
+    if len(hit):
+        kept[hit] = with_odds(spikes.iloc[hit], odds)["probability"] >= least
+    return kept

@@ -11,7 +11,11 @@ from scipy.spatial import cKDTree
 from merfish.calls.error_model import bit_error_rates, tally_words
 from merfish.calls.filtering import keep_at_rate, rate_calls
 from merfish.codebook import Codebook
-from merfish.imaging.normalize import FieldSpots, Normalization, find_spots
+from merfish.decoding._peak_kernels import Spots, add_spots
+from merfish.decoding.peaks import BIN, REACH, Fit, shape_of
+from merfish.decoding.spots import Peaks, gather_peaks, joined, measure_shifts
+from merfish.imaging.normalize import Normalization
+from merfish.imaging.preprocess import Bandpassed, bandpass
 from merfish.simulate.scoring import match_calls
 
 BIT_SPREAD = 0.15  # sigma of the logarithm of a molecule's heights in its bits; that of the simulator
@@ -23,26 +27,25 @@ SIDE = 1024  # pixel; a part of the field of this many squared, over all planes,
 
 
 def spike_in(
-    filtered: np.ndarray,
+    filtered: np.ndarray | Bandpassed,
     codebook: Codebook,
     normalization: Normalization,
     calls: pd.DataFrame,
     decode: Callable[[np.ndarray], pd.DataFrame],
     *,
     sigma: float,
-    filters: tuple[float, float],
     seed: int,
 ) -> pd.DataFrame:
     """Add molecules to the middle of a field, decode it again, and say which of them were found.
 
-    filtered: (bit, z, y, x) float32, band-passed with ``filters`` (pixel). calls: those of the field, not yet rated.
-    decode: from such a stack to its calls, not yet rated. sigma: of the PSF, pixel.
+    filtered: (bit, [z,] y, x) real, band-passed, or a stack that is filtered when it is indexed. calls: those of the
+    field, not yet rated. decode: from (bit, z, y, x) float32 to its calls, not yet rated. sigma: of the PSF, pixel.
     Returns one row a molecule that was added: ``spike``, its barcode_id, and the columns of the call that found it,
     NaN where none did. Empty where the field shows fewer than `FEWEST` molecules.
     """
-    top, left, side = _middle(filtered.shape)
+    part, top, left = _middle(filtered)
     x, y = calls["x"] - left, calls["y"] - top
-    calls = calls.assign(x=x, y=y)[(x >= 0) & (x < side[1]) & (y >= 0) & (y < side[0])]
+    calls = calls.assign(x=x, y=y)[(x >= 0) & (x < part.shape[3]) & (y >= 0) & (y < part.shape[2])]
     rated = rate_calls(calls, codebook)
     keep = keep_at_rate(1 - rated["probability"].to_numpy(float))
     kept = rated[keep]
@@ -51,21 +54,24 @@ def spike_in(
     word, shown = (rated[name].to_numpy() for name in ("barcode_id", "shown"))
     rates = bit_error_rates(tally_words(word, shown, rated["probability"].to_numpy(), keep, codebook), codebook)
     lost, gained = (np.nan_to_num(rates[name].to_numpy()) for name in ("lost", "gained"))
-    part = filtered[:, :, top : top + side[0], left : left + side[1]]
-    spiked, spikes = add_spikes(
-        part, codebook, normalization, kept, lost=lost, gained=gained, sigma=sigma, filters=filters, seed=seed
-    )
+    spiked, spikes = add_spikes(part, codebook, normalization, kept, lost=lost, gained=gained, sigma=sigma, seed=seed)
     again = decode(spiked)
     call, spike = match_calls(again, spikes, radius=RADIUS * sigma)
     found = again.iloc[call].set_axis(spike).reindex(range(len(spikes)))
     return found.assign(spike=spikes["barcode_id"].to_numpy(np.int32))
 
 
-def _middle(shape: tuple[int, ...]) -> tuple[int, int, tuple[int, int]]:
-    """First row, first column and size (y, x) of the part of a stack (bit, z, y, x) that is decoded again."""
-    side = int(SIDE / np.sqrt(shape[1]))
-    size = min(side, shape[2]), min(side, shape[3])
-    return (shape[2] - size[0]) // 2, (shape[3] - size[1]) // 2, size
+def _middle(filtered: np.ndarray | Bandpassed) -> tuple[np.ndarray, int, int]:
+    """The part of a stack that is decoded again, (bit, z, y, x), and its first row and column."""
+    whole = filtered.images if isinstance(filtered, Bandpassed) else filtered
+    whole = whole.reshape(len(whole), -1, *whole.shape[-2:])
+    n_planes, *shape = whole.shape[1:]
+    side = int(SIDE / np.sqrt(n_planes))
+    top, left = ((n - min(n, side)) // 2 for n in shape)
+    part = whole[:, :, top : top + side, left : left + side]
+    if isinstance(filtered, Bandpassed):
+        part = bandpass(part, smoothing=filtered.smoothing, background=filtered.background)
+    return part, top, left
 
 
 def add_spikes(
@@ -77,64 +83,66 @@ def add_spikes(
     lost: np.ndarray,
     gained: np.ndarray,
     sigma: float,
-    filters: tuple[float, float],
     seed: int = 0,
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """A copy of a band-passed stack with molecules added, and what was added: barcode_id, x, y, z.
 
-    filtered: (bit, z, y, x) float32, filtered with ``filters`` (pixel). kept: calls of this field, whose words the
-    added molecules have. Places and heights are those of the field's bright spots: each molecule lies a few spots off
-    one of them, where it is as crowded. lost, gained (bit,): rates of the bits, as `bit_error_rates` estimates them.
+    filtered: (bit, z, y, x) float32. kept: calls of this field, whose words the added molecules have. Places, heights,
+    profiles and shifts between bits are those of the field's peaks, fitted together: each molecule lies a few spots off
+    a bright one, where it is as crowded. lost, gained (bit,): rates of the bits, as `bit_error_rates` estimates them.
     sigma: of the PSF, pixel. Molecules between planes are not imitated: each lies in one plane.
     """
     rng = np.random.default_rng(seed)
-    n_bits, last_y, last_x = len(filtered), filtered.shape[-2] - 1, filtered.shape[-1] - 1
+    n_bits, _, plane_height, width = filtered.shape
     number = min(max(round(SHARE * len(kept)), FEWEST), len(kept))
-    spots = find_spots(filtered)
-    height = spots.height * normalization.gain[spots.bit]
-    # spots of molecules, whether these are called or not; dimmer ones are noise or far out of focus
-    bright = np.flatnonzero(height > DIMMEST * np.median(height[belong(spots, kept, sigma)]))
+    rows = filtered.reshape(n_bits, -1, width)
+    fits = gather_peaks(rows, normalization, plane_height, sigma, np.empty(rows.shape, np.int8))
+    shift = measure_shifts(fits, plane_height, sigma).shift
+    peaks = joined(fits)
+    # peaks of molecules, whether these are called or not; dimmer ones are noise or far out of focus
+    own = belong(peaks, plane_height, kept, sigma)
+    bright = np.flatnonzero(peaks.height > DIMMEST * np.median(peaks.height[own]))
     model = rng.choice(bright, number)
+    plane = (peaks.y[model] / plane_height).astype(np.int64)
     angle, away = rng.uniform(0, 2 * np.pi, number), rng.uniform(4, 8, number) * sigma
-    x = np.clip(spots.x[model] + away * np.cos(angle), 0, last_x)
-    y = np.clip(spots.y[model] + away * np.sin(angle), 0, last_y)
+    x = np.clip(peaks.x[model] + away * np.cos(angle), 0, width - 1)
+    y = np.clip(peaks.y[model] - plane * plane_height + away * np.sin(angle), 0, plane_height - 1)
     word = rng.choice(kept["barcode_id"].to_numpy(), number)
-    plane = spots.plane[model]
     chance = rng.random((number, n_bits))
     shown = np.where(codebook.words[word] == 1, chance >= lost, chance < gained)
-    log = np.log(height[bright])
+    log = np.log(peaks.height[bright])
     # heights of single bits vary by the spread between bits as well, which is added below
     middle, share = np.median(log), 1 - BIT_SPREAD**2 / max(float(log.var()), BIT_SPREAD**2)
     light = np.exp(middle + np.sqrt(share) * (rng.choice(log, number) - middle))
-    light = light[:, None] * np.exp(rng.normal(0, BIT_SPREAD, (number, n_bits))) * shown
-    out = np.array(filtered, np.float32)
-    for bit in range(n_bits):
-        for k in np.flatnonzero(light[:, bit]):
-            _add(out[bit, plane[k]], y[k], x[k], light[k, bit] * normalization.scale[bit], sigma, filters)
-    return out, pd.DataFrame({"barcode_id": word.astype(np.int32), "x": x, "y": y, "z": plane.astype(float)})
+    light = light[:, None] * np.exp(rng.normal(0, BIT_SPREAD, (number, n_bits))) * shown * normalization.scale
+    out = np.array(rows, np.float32)
+    for bit, (profile, (down, across)) in enumerate(zip(profiles(fits), shift, strict=True)):
+        on = np.flatnonzero(light[:, bit])
+        row = plane[on] * plane_height + np.clip(y[on] + down, 0, plane_height - 1)
+        spots = Spots(x[on] + across, row, light[on, bit])
+        add_spots(out[bit], plane_height, spots, shape_of(profile, sigma))
+    added = pd.DataFrame({"barcode_id": word.astype(np.int32), "x": x, "y": y, "z": plane.astype(float)})
+    return out.reshape(filtered.shape), added
 
 
-def belong(spots: FieldSpots, calls: pd.DataFrame, sigma: float) -> np.ndarray:
-    """Which spots (spot,) are part of one of the calls (x, y, z in pixels and planes, and the bits ``shown``).
+def profiles(fits: list[Fit]) -> list[np.ndarray]:
+    """Radial profile of a spot in each bit; where it is unknown, the mean of the others, and else a Gaussian."""
+    known = [fit.profile for fit in fits if fit.profile is not None]
+    usual = np.mean(known, axis=0) if known else np.exp(-0.5 * (BIN * np.arange(round(REACH / BIN) + 1)) ** 2)
+    return [usual if fit.profile is None else fit.profile for fit in fits]
 
-    They lie within ``sigma``, pixel, of the PSF. All spots if none does.
+
+def belong(peaks: Peaks, plane_height: int, calls: pd.DataFrame, sigma: float) -> np.ndarray:
+    """Which peaks (peak,) are part of one of the calls (x, y, z in pixels and planes, and the bits ``shown``).
+
+    They lie within ``sigma``, pixel, of the PSF. All peaks if none does.
     """
     bits = np.arange(64, dtype=np.uint64)
     call, bit = np.nonzero((calls["shown"].to_numpy(np.uint64)[:, None] >> bits) & np.uint64(1))
     apart = 4.0 * sigma  # of planes and of bits
     x, y, z = (calls[name].to_numpy(float)[call] for name in ("x", "y", "z"))
     tree = cKDTree(np.column_stack([x, y, np.rint(z) * apart, bit * apart]))
-    places = np.column_stack([spots.x, spots.y, spots.plane * apart, spots.bit * apart])
+    plane, row = np.divmod(peaks.y, plane_height)
+    places = np.column_stack([peaks.x, row, plane * apart, peaks.bit * apart])
     near = np.isfinite(tree.query(places, distance_upper_bound=sigma)[0])
     return near if near.any() else np.ones(len(near), bool)
-
-
-def _add(image: np.ndarray, y: float, x: float, top: float, sigma: float, filters: tuple[float, float]) -> None:
-    """Add a band-passed Gaussian spot, ``top`` high, to an image (y, x)."""
-    near, far = (sigma**2 + 1 / 12 + width**2 for width in filters)
-    reach = int(np.ceil(4 * np.sqrt(far)))
-    rows = np.arange(max(round(y) - reach, 0), min(round(y) + reach + 1, image.shape[0]))
-    columns = np.arange(max(round(x) - reach, 0), min(round(x) + reach + 1, image.shape[1]))
-    squares = (rows[:, None] - y) ** 2 + (columns - x) ** 2
-    spot = np.exp(-squares / (2 * near)) / near - np.exp(-squares / (2 * far)) / far
-    image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] += top * spot / (1 / near - 1 / far)
