@@ -219,7 +219,6 @@ BENCHMARKS = (
     ),
     Benchmark(
         "training_speed", "training speed and the time of each part of a step", "training_speed.py",
-        quick=["--quick"],
         figures=[
             Figure("SpatialVAE / products alone, minibatch 1024", "minibatch 1024",
                    {"": "SpatialVAE, without neighbours"}, {"": "matrix products alone"}, "ratio"),
