@@ -1,11 +1,11 @@
-"""All benchmarks, one after the other, and a summary: python -m benchmarks [--quick] [--only NAME ...].
+"""Run all benchmarks in sequence, and write a summary: python -m benchmarks [--quick] [--only NAME ...].
 
-    --list       what there is, and the command of each
-    --quick      small settings of those that have one, under five minutes; their pages go to a temporary folder
-    --peers      those as well that install other tools, each in an environment of its own
-    --data DIR   real data, see benchmarks/README.md; without it what needs them is left out
+    --list       list the benchmarks with their commands
+    --quick      small settings where there are some, under five minutes; pages go to a temporary folder
+    --peers      include those that install other tools, each in a separate environment
+    --data DIR   real data, see benchmarks/README.md; without it, benchmarks that need them are left out
 
-Each benchmark runs in a process of its own. Writes benchmarks/results/summary.md and summary.png: the headline figures
+Each benchmark runs in a separate process. Writes benchmarks/results/summary.md and summary.png: the headline figures
 of the pages, ratios of figures that were measured in the same run, and the time and memory of each benchmark.
 """
 
@@ -35,7 +35,7 @@ DATA = HERE.parents[1] / "shared" / "data"
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one benchmark: exit code, seconds, and peak memory [GB] of its largest process."""
+    """Cost of one benchmark: exit code, seconds, and peak memory [GB] of its largest process."""
 
     code: int
     seconds: float
@@ -43,7 +43,7 @@ class Cost:
 
 
 def run(command: Sequence[str], results: Path) -> Cost:
-    """Run a benchmark that writes its page to ``results``; what it prints is shown only if it fails."""
+    """Run a benchmark that writes its page to ``results``; its output is shown only if it fails."""
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
         environment = os.environ | {RESULTS_VARIABLE: str(results)}
@@ -57,7 +57,7 @@ def run(command: Sequence[str], results: Path) -> Cost:
 
 
 def measure(benchmarks: Sequence[Benchmark], data: Path, results: Path, quick: bool) -> tuple[list[dict], list[dict]]:
-    """Run benchmarks; rows of figures, and of costs."""
+    """Run benchmarks; returns rows of figures and of costs."""
     figures, costs = [], []
     for one in benchmarks:
         command = one.command(data, quick)
@@ -65,7 +65,10 @@ def measure(benchmarks: Sequence[Benchmark], data: Path, results: Path, quick: b
         cost = run([sys.executable, *command], results)
         page = results / f"{one.name}.md"
         if not cost.code and page.exists():
-            figures += [{"benchmark": one.name, **row} for row in headlines(one, page.read_text())]
+            try:
+                figures += [{"benchmark": one.name, **row} for row in headlines(one, page.read_text())]
+            except LookupError as error:  # a small setting may lack a row
+                print(f"{one.name}: {error}", flush=True)
         costs.append(
             {
                 "benchmark": one.name,
@@ -101,7 +104,7 @@ def draw(figures: pd.DataFrame, costs: pd.DataFrame, path: Path) -> None:
 
 
 def summary(figures: pd.DataFrame, costs: pd.DataFrame, command: str) -> str:
-    """The page."""
+    """The summary page."""
     return f"""# Summary of the benchmarks
 
 Made by `{command}`.
@@ -111,17 +114,17 @@ each other, not with those of other machines.
 
 ## Figures
 
-`ratio`: of two figures that were measured in the same run.
+`ratio`: ratio of two figures of the same run.
 
 {as_markdown(figures)}
 
 ## Costs
 
-Peak memory is that of the largest process of a benchmark.
+Peak memory of the largest process of each benchmark.
 
 {as_markdown(costs)}
 
-![The same figures drawn](summary.png)
+![The same figures](summary.png)
 """
 
 

@@ -159,10 +159,7 @@ BENCHMARKS = (
         "pipeline_scale", "memory and time of everything after decoding", "pipeline_scale.py",
         quick=["--fields", "10", "--molecules", "5000"],
     ),
-    Benchmark(
-        "faults", "faulty inputs, kills, damage, a full disk: messages, and the same results", "faults.py",
-        quick=["--only", "damage", "--kills", "10"],
-    ),
+    Benchmark("faults", "faulty inputs, kills, damage, a full disk: messages, and the same results", "faults.py"),
     Benchmark(
         "fuzz", "mutated images and tables: what is accepted, what is refused, how fast", "fuzz.py",
         quick=["--number", "20"],
@@ -219,7 +216,6 @@ BENCHMARKS = (
     ),
     Benchmark(
         "training_speed", "training speed and the time of each part of a step", "training_speed.py",
-        quick=["--quick"],
         figures=[
             Figure("SpatialVAE / products alone, minibatch 1024", "minibatch 1024",
                    {"": "SpatialVAE, without neighbours"}, {"": "matrix products alone"}, "ratio"),

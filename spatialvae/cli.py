@@ -1,4 +1,4 @@
-"""``spatialvae``: train on a table, embed a table, evaluate a model."""
+"""The ``spatialvae`` command: train models on tables, and use them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def train(
     max_epochs: Annotated[int | None, typer.Option(min=1, help="passes over the table at most")] = None,
     seed: Annotated[int, typer.Option(help="of weights, held-out cells and noise")] = 0,
     measurement: Annotated[
-        bool, typer.Option("--measurement", help="model what was missed and miscalled, as `merfish run` states it")
+        bool,
+        typer.Option(
+            "--measurement", help="include detection efficiency and wrong calls, as `merfish run` estimates them"
+        ),
     ] = False,
     linear_decoder: Annotated[
         bool, typer.Option("--linear-decoder", help="expression linear in the latents; writes loadings.csv")
@@ -99,7 +102,7 @@ def train(
     shape, steps = model.module.shape, model.training_log["step"].iloc[-1]
     typer.echo(
         f"{adata.n_obs} cells, {shape.n_genes} genes: {steps} steps, {shape.n_niche} niche and "
-        f"{shape.n_cell} cell dimensions, ELBO {elbo:.2f} nats a cell. Written to {out}"
+        f"{shape.n_cell} cell dimensions, ELBO {elbo:.2f} nats per cell. Written to {out}"
     )
 
 
@@ -109,7 +112,7 @@ def embed(
     model: Annotated[Path, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")],
     out: Annotated[Path, typer.Option(help="where to write the table with its embedding", metavar="TABLE2.h5ad")],
 ) -> None:
-    """Embed TABLE, which the model may never have seen, without training."""
+    """Embed TABLE, which may hold new cells, with a trained model."""
     adata = _read(table)
     from spatialvae.model import SpatialVAE
 
@@ -133,9 +136,9 @@ def neighbours(
     spatial_key: Places = "spatial",
     sample_key: Sections = None,
 ) -> None:
-    """Which types are neighbours more, or less, often than their abundances explain: a Potts model of the labels.
+    """Find types that are neighbours more, or less, often than their abundances explain: a Potts model of the labels.
 
-    Errors are by blocks of the tissue, so that its gradients count as what they are.
+    Errors are estimated from blocks of the tissue, so that they account for its gradients.
     """
     adata = _read(table)
     from spatialvae import plots
@@ -155,7 +158,7 @@ def neighbours(
     typer.echo(f"{len(certain)} of {len(found)} pairs attract or repel each other at an FDR of 5 %. Written to {out}")
     for row in certain.head(10).to_dict("records"):
         verb = "attract" if row["coupling"] > 0 else "repel"
-        size = f"{row['coupling']:+.2f} nats an edge, +- {row['error']:.2f}"
+        size = f"{row['coupling']:+.2f} nats per edge, +- {row['error']:.2f}"
         typer.echo(f"  {row['label']} and {row['neighbour']} {verb}: {size}")
 
 
@@ -167,11 +170,11 @@ def dependence(
     spatial_key: Places = "spatial",
     sample_key: Sections = None,
     labels: Annotated[str | None, typer.Option(help="obs with the type of each cell", metavar="KEY")] = None,
-    genes: Annotated[int, typer.Option(min=3, help="genes whose dependence is asked for, the most variable")] = 60,
-    max_false: Annotated[float, typer.Option(min=0.01, help="wrong edges to expect, at most")] = 1.0,
+    genes: Annotated[int, typer.Option(min=3, help="number of genes, the most variable")] = 60,
+    max_false: Annotated[float, typer.Option(min=0.01, help="expected number of wrong edges, at most")] = 1.0,
     seed: Annotated[int, typer.Option(help="of halves")] = 0,
 ) -> None:
-    """Which genes depend on each other given all others and the neighbours; with labels, what neighbours do to genes.
+    """Find genes that depend on each other given all others and the neighbours; with labels, effects of neighbours.
 
     Writes edges.csv and edges_without_neighbours.csv; with labels also variance.csv and neighbour_effects.csv; and
     figures of them.
@@ -275,7 +278,7 @@ def latent(
 def evaluate(
     table: Table,
     model: Annotated[Path | None, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")] = None,
-    labels: Annotated[str | None, typer.Option(help="with --model: obs with known domains to compare with")] = None,
+    labels: Annotated[str | None, typer.Option(help="with --model: obs with known domains to compare")] = None,
     samples: Annotated[int, typer.Option(min=1, help="importance samples of log p(x)")] = 100,
     seed: Annotated[int, typer.Option(help="of draws, mixtures, weights and held-out cells")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for evidence.csv or, with --model, checks.csv")] = None,
@@ -288,12 +291,12 @@ def evaluate(
     sample_key: Annotated[str | None, typer.Option(help="without --model: obs naming sections")] = None,
     batch_key: Annotated[str | None, typer.Option(help="without --model: obs naming batches")] = None,
 ) -> None:
-    """How well a model explains TABLE, or which model of TABLE explains cells that it has not seen.
+    """Evaluate a model on TABLE, or compare models of TABLE by their evidence for held-out cells.
 
-    With --model: prints, as JSON, bounds and evidence in nats a cell, and how domains agree with labels; with --out,
-    too, compares TABLE with counts drawn from the model's posterior and writes OUT/checks.csv and OUT/checks.png.
+    With --model: prints, as JSON, bounds and evidence in nats per cell, and the agreement of domains with labels; with
+    --out, also compares TABLE with counts drawn from the model's posterior, in OUT/checks.csv and OUT/checks.png.
     Without --model: trains models with each likelihood and latent size, with and without neighbours, on a part of the
-    cells and writes their evidence for the others to OUT/evidence.csv and OUT/evidence.png.
+    cells, and writes their evidence for the others to OUT/evidence.csv and OUT/evidence.png.
     """
     if model is None and out is None:
         raise InputError("give --model DIR to evaluate a model, or --out DIR to compare models of the table")
@@ -330,7 +333,7 @@ def _evaluate_model(adata: AnnData, model: Path, labels: str | None, samples: in
         figures["ari"] = float(adjusted_rand_score(truth, found))
         figures["nmi"] = float(normalized_mutual_info_score(truth, found))
     if out is not None:
-        with _status("drawing counts, telling them from those of the table"):
+        with _status("drawing counts, comparing them with those of the table"):
             figures |= _check(loaded, out, seed)
     typer.echo(json.dumps(figures, indent=1))
 
@@ -394,18 +397,18 @@ def sample(
     out: Annotated[Path, typer.Option(help="where to write the sampled counts", metavar="TABLE2.h5ad")],
     what: Annotated[str, typer.Option(help="posterior, tissue or prior")] = "posterior",
     given: Annotated[
-        Path | None, typer.Option(help="cells that are held fixed; TABLE is then known by its places alone")
+        Path | None, typer.Option(help="cells that are given; of TABLE only the positions are then used")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="posterior: draws, the second and later ones as layers")] = 1,
     cells: Annotated[str, typer.Option(help="tissue, prior: cells of the 'model', or types of the 'table'")] = "table",
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
 ) -> None:
-    """Draw counts from a model: of TABLE's cells again (posterior), of new cells on TABLE's places (tissue), or of as
-    many cells that know nothing of each other (prior)."""
+    """Draw counts from a model: of TABLE's cells (posterior), of new cells at TABLE's positions (tissue), or of as many
+    independent cells (prior)."""
     if what not in ("posterior", "tissue", "prior"):
         raise InputError(f"--what is {what!r}; expected posterior, tissue or prior")
     if given is not None and what == "prior":
-        raise InputError("--given is for --what posterior and tissue: cells of the prior know nothing of others")
+        raise InputError("--given is for --what posterior and tissue: cells of the prior are independent")
     adata, known = _read(table), None if given is None else _read(given)
     from spatialvae._files import whole
     from spatialvae.model import SpatialVAE
@@ -431,7 +434,7 @@ def _sampled(model: SpatialVAE, what: str, given: AnnData | None, samples: int, 
         return model.sample_prior(table.n_obs, cells, seed)
     if what == "tissue":
         if model.setup.spatial_key is None:
-            raise InputError("the model was trained without places: sample its prior")
+            raise InputError("the model was trained without coordinates: use --what prior")
         where, names = read_places(table, model.setup)
         return model.sample_tissue(where, names, given, None, cells, seed)
     drawn = model.posterior_predictive_sample(n_samples=samples, given=given, seed=seed)
@@ -481,7 +484,7 @@ def _read(path: Path) -> AnnData:
             layers={name: lazy(item) for name, item in layers.items()},
         )
     except Exception as error:  # h5py and anndata raise many kinds for what is not a table
-        raise InputError(f"{path} cannot be read as an AnnData file: {error}") from error
+        raise InputError(f"{path}: cannot be read as an AnnData file: {error}") from error
 
 
 def _model_folder(path: Path) -> Path:
@@ -540,7 +543,7 @@ def _write_figure(figure: Figure, path: Path) -> None:
 
     kinds = figure.canvas.get_supported_filetypes()
     if path.suffix[1:] not in kinds:
-        raise InputError(f"{path} is not a kind of figure that can be written; end it in .png, .pdf or .svg")
+        raise InputError(f"{path}: unknown figure format; use .png, .pdf or .svg")
     with whole(path) as part:
         figure.savefig(part)
 

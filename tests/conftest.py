@@ -6,9 +6,10 @@ import matplotlib
 import pytest
 from hypothesis import HealthCheck, settings
 
-# These need other environments, which .ci/exchange and .ci/scvi create.
+# These need other environments, which .ci/exchange, .ci/scvi and .ci/napari create.
 collect_ignore = [] if find_spec("squidpy") else ["exchange_roundtrip.py", "analysis_roundtrip.py"]
 collect_ignore += [] if find_spec("scvi") else ["scvi_roundtrip.py"]
+collect_ignore += [] if find_spec("napari_spatialdata") else ["napari_roundtrip.py"]
 
 matplotlib.use("Agg")
 # compilation takes seconds on the first example and no time after it

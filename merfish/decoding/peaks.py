@@ -92,6 +92,7 @@ def share_peaks(
     positions of the molecules, some of which are dark in this bit. Heights are fitted together, weak peaks are dropped,
     and the positions of the others are refined.
     """
+    assert fit.profile is not None  # without a profile no peaks are shared
     shape = shape_of(fit.profile, sigma)
     px, py = np.concatenate([x, fit.x[~mine]]), np.concatenate([y, fit.y[~mine]])
     top = np.concatenate([np.zeros(len(x)), fit.height[~mine]])
