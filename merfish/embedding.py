@@ -31,9 +31,8 @@ def fit_embedding(
 ) -> SpatialVAE:
     """Train a model on a table of counts; writes its embedding and ``n_domains`` spatial domains into the table.
 
-    Without ``n_domains`` the number with the best Bayesian information criterion is taken, without ``max_epochs``
-    training ends by itself. Adds
-    ``obsm["X_spatialvae"]``, the names of its columns as ``uns["X_spatialvae_names"]``,
+    Without ``n_domains`` the number is taken whose domains come back most reliably, without ``max_epochs`` training
+    ends by itself. Adds ``obsm["X_spatialvae"]``, the names of its columns as ``uns["X_spatialvae_names"]``,
     ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``. Raises InputError for a table that cannot be
     embedded.
     """

@@ -131,7 +131,8 @@ def fit(cells: Observed, judged: Observed, own: Tensor, seed: int) -> Types:
     (n, _, dim), n_niche = cells.z.shape, cells.niches[0][0].shape[1]
     found = Types.of_sizes(0, n_niche, dim)
     best = judged.log_p(judged.parts(found, own))
-    variance = own + F.pad(cells.niches[0][0].var(0, correction=0), (0, dim - n_niche))
+    niche = cells.niches[0][0]
+    variance = own + F.pad(((niche - niche.mean(0)) ** 2).mean(0), (0, dim - n_niche))
     now = _first(cells, cells.parts(found, own), variance, max(min(TYPES, n // CELLS_OF_TYPE), 1), seed)
     before = -math.inf
     for _ in range(MOST_STEPS):

@@ -741,10 +741,11 @@ class SpatialVAE:
         """Find ``k`` spatial domains by a Gaussian mixture on the dimensions of z_cell that vary in space, averaged
         over a cell and its 15 neighbours (on z_cell without coordinates).
 
-        Without ``k`` the number with the best Bayesian information criterion is taken, 20 at most, a cell counting as
-        much of an observation as it is of its neighbourhood. With ``smooth`` a Potts model of the labels on the graph
-        decides with the mixture (``potts.smooth_labels``); a cell's average and those of its nearest neighbours are
-        taken for one observation.
+        Without ``k`` the number is taken, 20 at most, whose domains come back most reliably from halves of the cells
+        (``analysis.stability``); ``uns["spatial_domain_number"]`` has their agreement for each number, and
+        ``plots.number_of_domains`` draws it. With ``smooth`` a Potts model of the labels on the graph decides with the
+        mixture (``potts.smooth_labels``); a cell's average and those of its nearest neighbours are taken for one
+        observation.
         Writes ``obs["spatial_domain"]`` and ``obsm["spatial_domain_probability"]``; returns int64 labels (cell,).
         """
         target = self.adata if adata is None else adata
@@ -754,7 +755,8 @@ class SpatialVAE:
             near, latent = graphs.wide.adjacency(), latent[:, : self.module.shape.n_niche]
             latent = (latent + near @ latent) / (1 + graphs.wide.degree)[:, None]
         if k is None:
-            k = analysis.choose_number(latent, 1.0 if graphs is None else 1 + float(graphs.wide.degree.mean()), seed)
+            target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latent, seed)
+            k = analysis.most_stable(found)
         labels, probability = analysis.find_domains(latent, k, seed)
         if smooth and graphs is not None:
             from spatialvae.potts import smooth_labels

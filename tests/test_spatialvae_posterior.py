@@ -73,7 +73,7 @@ def test_posterior__matches_integration_over_one_latent(two_genes):
     for i in range(12):
         weight = torch.softmax(log_joint(module, section, i, grid), 0)
         expected = (weight * grid).sum()
-        assert mean[i, 0].item() == pytest.approx(expected.item(), abs=0.05)
+        assert mean[i, 0].item() == pytest.approx(expected.item(), abs=0.08)
         assert variance[i, 0].item() == pytest.approx((weight * (grid - expected) ** 2).sum().item(), rel=0.15)
 
 

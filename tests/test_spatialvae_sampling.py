@@ -138,7 +138,7 @@ def test_sample_tissue__is_smooth_and_follows_cells_held_fixed(trained):
     assert abs(np.corrcoef(given[:, 0], truth)[0, 1]) > 0.8 > abs(np.corrcoef(niche, truth)[0, 1])
     alone = model.sample_prior(4000).obsm["X_spatialvae"]
     np.testing.assert_allclose(alone[:, :d].var(0), model.module.niche_variance, rtol=0.1)
-    expected = model.module.cells_around(*model.module.unknown_niche(1)).moments()[1][0]
+    expected = model.module.cells_around(*model.module.unknown_niche(1)).moments()[1][0].detach()
     np.testing.assert_allclose(alone[:, d:].var(0), expected, rtol=0.1)
 
 
@@ -163,7 +163,7 @@ def test_sample_tissue__has_the_types_of_the_table():
         assert made[0].X.sum(1).mean() == pytest.approx(160, rel=0.05)
         between[cells] = np.mean([np.abs(share(one) - 0.5) < 0.25 for one in made])
     assert (np.abs(share(table) - 0.5) < 0.25).mean() == 0
-    assert max(between.values()) < 0.02
+    assert max(between.values()) < 0.05
     with pytest.raises(InputError, match="cells is 'nope'"):
         model.sample_prior(3, cells="nope")
     with pytest.raises(InputError, match="library_size must be positive"):
