@@ -35,7 +35,7 @@ from spatialvae.field import draws, posterior_covariance, solve
 from spatialvae.mixture import Mixture
 from spatialvae.module import LEAST_DEPTH, Section, Sites, Space, SpatialModule
 
-ENTRIES = 2**21  # slopes (cell, gene, dim) that are held at a time
+ENTRIES = 2**21  # slopes (cell, gene, dim) or precisions (cell, type, dim, dim) that are held at a time
 NEWTON_STEPS = 3
 HALVINGS = 3  # factor for a step that does not raise the posterior density, or the bound
 ROUNDS = 2  # of niches given cells and cells given niches
@@ -366,5 +366,6 @@ def refined(
 
 
 def blocks(module: SpatialModule, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """``rows`` in parts whose slopes fit into memory."""
-    return minibatches(rows, max(ENTRIES // (module.shape.n_genes * module.shape.n_cell), 1))
+    """``rows`` in parts whose slopes, and precisions given each type, fit into memory."""
+    dim, parts = module.shape.n_cell, 1 + module.shape.n_types
+    return minibatches(rows, max(ENTRIES // (dim * max(module.shape.n_genes, parts * dim)), 1))
