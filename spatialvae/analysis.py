@@ -46,10 +46,13 @@ def stability(latent: np.ndarray, seed: int = 0) -> pd.DataFrame:
 
 
 def most_stable(found: pd.DataFrame) -> int:
-    """The number of clusters that ``stability`` says are there."""
-    if not found["agreement"].max() >= LEAST_AGREEMENT:
+    """The number of clusters that ``stability`` says are there: the largest that comes back as reliably as the most
+    reliable one, within one standard deviation of it (Breiman, Friedman, Olshen & Stone 1984)."""
+    k, agreement, spread = found[["k", "agreement", "spread"]].to_numpy().T
+    if not len(k) or agreement.max() < LEAST_AGREEMENT:
         return 1
-    return int(found["k"][found["agreement"].idxmax()])
+    best = agreement.argmax()
+    return int(k[agreement >= agreement[best] - spread[best]].max())
 
 
 def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

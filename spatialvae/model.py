@@ -742,7 +742,7 @@ class SpatialVAE:
         over a cell and its 15 neighbours (on z_cell without coordinates).
 
         Without ``k`` the number is taken, 20 at most, whose domains come back most reliably from halves of the cells
-        (``analysis.stability``); ``uns["spatial_domain_number"]`` has their agreement for each number, and
+        (``analysis.most_stable``); ``uns["spatial_domain_number"]`` has their agreement for each number, and
         ``plots.number_of_domains`` draws it. With ``smooth`` a Potts model of the labels on the graph decides with the
         mixture (``potts.smooth_labels``); a cell's average and those of its nearest neighbours are taken for one
         observation.

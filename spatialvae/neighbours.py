@@ -150,9 +150,9 @@ def prior_for(niche_encoder: str | nn.Module, module: SpatialModule) -> Neighbou
     shape = module.shape
     if niche_encoder == "field" or not shape.n_niche:
         return None
-    own = isinstance(niche_encoder, nn.Module)
-    encoder = niche_encoder if own else Convolution(str(niche_encoder), shape.n_cell)
-    return NeighbourPrior(shape.n_cell, encoder).eval()
+    if not isinstance(niche_encoder, nn.Module):
+        niche_encoder = Convolution(niche_encoder, shape.n_cell)
+    return NeighbourPrior(shape.n_cell, niche_encoder).eval()
 
 
 @torch.no_grad()

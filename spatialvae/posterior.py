@@ -40,6 +40,7 @@ NEWTON_STEPS = 3
 HALVINGS = 3  # factor for a step that does not raise the posterior density, or the bound
 ROUNDS = 2  # of niches given cells and cells given niches
 AVERAGED, STEPS = 8, 2  # draws that slopes are averaged over, in pairs; steps in a round
+WEIGHED, WIDER = 64, 1.2  # importance samples that widths are compared with; their sd in units of the Gaussian's
 VARIANCE_DRAWS = 20  # of the niche: only a small part of its variance is not known exactly
 
 
@@ -125,7 +126,33 @@ def _likelihood(
         z = climbed(module, section, rows, z, *prior)
         curved = expanded(module, section, rows, z)[0] + precision_before
     z, curved = refined(module, section, rows, z, curved, *prior)
+    curved = precision_before + (curved - precision_before) * widening(module, section, rows, z, curved, *prior)
     return curved - precision_before, (curved @ z[..., None])[..., 0] - pull
+
+
+def widening(
+    module: SpatialModule,
+    section: Section,
+    rows: np.ndarray,
+    mean: Tensor,
+    precision: Tensor,
+    prior_mean: Tensor,
+    prior_variance: Tensor,
+) -> Tensor:
+    """The factor (B, 1, 1), at most 1, for what the likelihood adds to ``precision``: of distances from ``mean`` in the
+    directions that it tells of, the mean square under N(``mean``, ``precision``^-1) over that of p(z_cell | x), from
+    importance samples. The closest Gaussian is narrower than what it stands for."""
+    x, root = module.counts(section, rows), torch.linalg.cholesky(precision) / WIDER
+    noise = torch.randn(WEIGHED, 1, mean.shape[1], generator=torch.Generator().manual_seed(1)).to(mean.device)
+    off = torch.linalg.solve_triangular(root.mT, noise.expand(-1, len(mean), -1)[..., None], upper=True)[..., 0]
+    likelihood = torch.stack([module.log_likelihood(section, rows, x, mean + step) for step in off])
+    prior = ((mean + off - prior_mean) ** 2 / prior_variance).sum(2)
+    weight = torch.softmax(likelihood - 0.5 * prior + 0.5 * (noise**2).sum(2), 0)
+    told = precision - torch.diag_embed(1 / prior_variance)
+    found = (weight * torch.einsum("sbd,bde,sbe->sb", off, told, off)).sum(0)
+    variance = torch.cholesky_inverse(root * WIDER).diagonal(dim1=1, dim2=2)
+    stated = mean.shape[1] - (variance / prior_variance).sum(1)
+    return (stated / found.clamp(min=1e-12)).clamp(0, 1)[:, None, None]
 
 
 def link_of(module: SpatialModule, share: Tensor, niche: Tensor) -> Link:
