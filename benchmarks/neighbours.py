@@ -16,7 +16,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -31,26 +30,14 @@ from tables import as_markdown
 
 from spatialvae import SpatialVAE, neighbours
 from spatialvae.graph import knn_graph
-from spatialvae.mixture import Mixture
 from spatialvae.training import Plan
 
 RESULTS = Path(__file__).parent / "results"
 COMPONENTS, AVERAGED = 20, 15  # of the linear predictor: principal components, neighbours
 DRAWS, LEVEL = 200, 0.9  # of counts
-ALONE = "types, no neighbours"
 LINEAR = "linear Gaussian, 20 principal components"
 
 Row = tuple[str, str, int, float, float, float, float]  # section, method, seed, gain, over field, ranks within, CPU s
-
-
-class Alone(neighbours.NeighbourPrior):
-    """The same mixture where nothing is known of any place: what types are worth without neighbours."""
-
-    unknown: torch.Tensor
-
-    def forward(self, around: neighbours.Surroundings, own: torch.Tensor) -> Mixture:
-        nothing = replace(around, mean=torch.zeros_like(around.mean), variance=self.unknown.expand_as(around.mean))
-        return super().forward(nothing, own)
 
 
 def trained(name: str, rest: anndata.AnnData, seed: int, models: Path | None) -> SpatialVAE:
@@ -59,7 +46,7 @@ def trained(name: str, rest: anndata.AnnData, seed: int, models: Path | None) ->
     if folder is not None and folder.exists():
         return SpatialVAE.load(folder, rest)
     SpatialVAE.setup_anndata(rest)
-    model = SpatialVAE(rest, seed=seed)
+    model = SpatialVAE(rest, seed=seed, niche_encoder="field")
     model.train(seed=seed, progress=False)
     if folder is not None:
         model.save(folder)
@@ -71,17 +58,12 @@ def of_section(name: str, table: anndata.AnnData, seed: int, samples: int, model
     model = trained(name, rest, seed, models)
     alone = model.get_marginal_ll(held, samples, seed, return_mean=False)
     field = None
-    for method in ("field", ALONE, *neighbours.ENCODERS[1:]):
+    for method in neighbours.ENCODERS:
         began = time.process_time()
         torch.manual_seed(seed)
-        if method == ALONE:
-            model.neighbours = Alone(model.module.shape.n_cell, model.module.shape.n_niche, None)
-            model.neighbours.unknown = model.module.niche_variance
-        else:
-            model.neighbours = neighbours.prior_for(method, model.module)
+        model.neighbours = neighbours.prior_for(method, model.module)
         if model.neighbours is not None:
-            plan = Plan(seed=seed).fitted_to(rest.n_obs)
-            neighbours.fit(model.neighbours, model.module, model._section, plan, fresh=True)
+            neighbours.fit(model.neighbours, model.module, model._section, Plan(seed=seed).fitted_to(rest.n_obs))
         took = time.process_time() - began
         given = model.get_marginal_ll(held, samples, seed, given=rest, return_mean=False)
         field = given if field is None else field
@@ -130,14 +112,12 @@ Made by `{command}`.
 Seeds: {seeds}; where there are several, their mean. {REMOVED:.0%} of the cells with at least {LEAST} counts are held
 out; {samples} importance samples.
 
-- "field": the Gaussian field alone; "mixture": and types weighted by the field; "gatv2", "sage", "gin": and by messages
-  of 15 neighbours. All share encoder, decoder and field of one training.
-- "{ALONE}": the mixture with constant weights, which says how much of a gain is the shape of the prior and
-  not the neighbours.
+- "field": the model itself, a Gaussian field and types of cells that it weights; "gatv2", "sage", "gin": messages of
+  15 neighbours, too. All share encoder, decoder, field and types of one training.
 
 ## Gain of the neighbours
 
-log p(x_i | neighbours) - log p(x_i), nats a cell, log p(x_i) under the Gaussian prior. The linear predictor has 20
+log p(x_i | neighbours) - log p(x_i), nats a cell, both under the model with its types. The linear predictor has 20
 principal components of log counts and the mean of 15 neighbours.
 
 {wide("gain", 2)}

@@ -191,6 +191,12 @@ BENCHMARKS = (
         ],
     ),
     Benchmark(
+        "domains", "number of domains that is found, and spread of domains over seeds", "domains.py",
+        [f"{{data}}/spatial_tables/{name}" for name in (
+            "starmap_mpfc_BZ5.h5ad:z", "starmap_mpfc_BZ14.h5ad:z", "osmfish_cortex.h5ad:Region")],
+        ["--seeds", "1", "--simulated", "1"],
+    ),
+    Benchmark(
         "heldout", "likelihood of held-out cells and counts, cell types; needs '.[vae,analysis]'", "heldout.py",
         ["{data}"],
         figures=[Figure("log p(x) [nats a cell], osmFISH", "osmfish", {"method": "SpatialVAE"}, kind="number")],

@@ -200,7 +200,7 @@ def run(
     ] = False,
     domains: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of spatial domains that --embed finds. [default: the number that fits best]"),
+        typer.Option(min=1, help="Number of spatial domains that --embed finds. [default: the most stable number]"),
     ] = None,
 ) -> None:
     """Decode a whole raw experiment into molecules, cells and counts; write OUT/report.html.

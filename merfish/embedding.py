@@ -32,10 +32,10 @@ def fit_embedding(
 ) -> SpatialVAE:
     """Train a model on a table of counts, and add its embedding and spatial domains to the table.
 
-    n_domains: by default the number with the best Bayesian information criterion. max_epochs: by default training stops
-    when held-out cells no longer improve. Adds ``obsm["X_spatialvae"]``, the names of its columns as
-    ``uns["X_spatialvae_names"]``, ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``. Raises
-    InputError for a table that cannot be embedded.
+    n_domains: by default the number whose domains are found again most reliably in halves of the cells. max_epochs: by
+    default training stops when held-out cells no longer improve. Adds ``obsm["X_spatialvae"]``, the names of its
+    columns as ``uns["X_spatialvae_names"]``, ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``.
+    Raises InputError for a table that cannot be embedded.
     """
     from spatialvae import InputError as NotEmbeddable
     from spatialvae import SpatialVAE

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from spatialvae.errors import InputError
 
@@ -15,26 +16,45 @@ if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
 
 MIXTURE_STARTS = 20  # the likelihood has several maxima: with 5, seeds disagreed on one section of two
-NUMBER_STARTS = 2  # when only the likelihood is wanted
 MOST_DOMAINS = 20  # tried when no number is given
+HALVINGS = 10  # of the cells, for each number that is tried
+HALVING_STARTS = 2
+MOST_HALVED = 10_000  # cells
+LEAST_AGREEMENT = 0.5  # of halves: where no number reaches it there is one domain
 
 
-def choose_number(latent: np.ndarray, overlap: float = 1.0, seed: int = 0) -> int:
-    """The number of mixture components, 1 to 20, with the best Bayesian information criterion (Schwarz 1978).
+def stability(latent: np.ndarray, seed: int = 0) -> pd.DataFrame:
+    """Agreement about all cells of mixtures fitted to two random halves of ``latent`` (cell, dim).
 
-    ``overlap``: number of rows of ``latent`` (cell, dim) that carry the same information. Niches of cells with common
-    neighbours are not independent observations; n cells count as n / overlap of them, in the likelihood and in the
-    penalty. With overlap 1 the criterion for niches decreases without a minimum.
+    Returns a row for each number ``k`` of components, 2 to 20: the mean ``agreement`` over halvings, an adjusted Rand
+    index, and its standard deviation, ``spread``.
+
+    The number whose clusters are found again most reliably is taken as the number of clusters (Lange, Roth, Braun &
+    Buhmann 2004). At most 10,000 cells are used.
     """
-    latent = np.asarray(latent, float)
-    n, dim = latent.shape
-    worth = max(n / overlap, 2.0)
+    from sklearn.metrics import adjusted_rand_score
 
-    def criterion(k: int) -> float:
-        parameters = k * dim + k - 1 + dim * (dim + 1) / 2
-        return -2 * worth * float(_mixture(latent, k, seed, NUMBER_STARTS).score(latent)) + parameters * np.log(worth)
+    rng = np.random.default_rng(seed)
+    latent = np.asarray(latent, float)[rng.permutation(len(latent))[:MOST_HALVED]]
+    middle, rows = len(latent) // 2, []
+    for k in range(2, min(MOST_DOMAINS, middle) + 1):
+        found = []
+        for i in range(HALVINGS):
+            order = rng.permutation(len(latent))
+            halves = (_mixture(latent[half], k, seed + i, HALVING_STARTS) for half in np.split(order, [middle]))
+            found.append(adjusted_rand_score(*(mixture.predict(latent) for mixture in halves)))
+        rows.append((k, float(np.mean(found)), float(np.std(found))))
+    return pd.DataFrame(rows, columns=["k", "agreement", "spread"])
 
-    return min(range(1, min(MOST_DOMAINS, n - 1) + 1), key=criterion)
+
+def most_stable(found: pd.DataFrame) -> int:
+    """The number of clusters according to ``stability``: the largest whose agreement is within one standard deviation of
+    the best (Breiman, Friedman, Olshen & Stone 1984)."""
+    k, agreement, spread = found[["k", "agreement", "spread"]].to_numpy().T
+    if not len(k) or agreement.max() < LEAST_AGREEMENT:
+        return 1
+    best = agreement.argmax()
+    return int(k[agreement >= agreement[best] - spread[best]].max())
 
 
 def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 r"""Evidence: log p(x) of cells, with its Monte Carlo error.
 
 The prior of z_cell_i is a mixture of Gaussians, given others (``neighbours``) or, with neighbours unknown, its marginal
-N(0, v spread + S). It is drawn from r, Laplace's approximation of its posterior, with the Gaussian of the same moments
-in place of the mixture, made wider:
+(``celltypes``). z_cell_i is drawn from r, Laplace's approximation of its posterior, with the Gaussian of the same
+moments in place of the mixture, made wider:
 
     log p(x) = log E_r [ w ],   w = p(x | z_cell) p(z_cell) / r(z_cell)
 
@@ -42,6 +42,29 @@ def weighted_draws(
         noise = torch.randn(mode.shape, generator=generator).to(mode.device)
         z = mode + torch.linalg.solve_triangular(root.mT, noise[..., None], upper=True)[..., 0]
         yield z, log_likelihood(z) - (log_det - 0.5 * (noise**2).sum(-1))
+
+
+@torch.no_grad()
+def drawn(
+    module: SpatialModule,
+    section: Section,
+    rows: np.ndarray,
+    samples: int,
+    seed: int = 0,
+    expected: Callable[[np.ndarray], Mixture] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """z (row, draw, dim) and log p(x | z) / r(z) (row, draw), on the CPU; r around the mode under what is ``expected``
+    of ``rows`` (see ``log_evidence``)."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    for part in blocks(module, rows):
+        prior = module.cells_around(*module.unknown_niche(len(part))) if expected is None else expected(part)
+        likelihood, mode, precision = proposal(module, section, part, prior.moments())
+        pairs = weighted_draws(likelihood, mode, precision, samples, generator)
+        found.append([torch.stack(values, 1).cpu() for values in zip(*pairs, strict=True)])
+    if not found:
+        return torch.empty(0, samples, module.shape.n_cell), torch.empty(0, samples)
+    z, log_weight = (torch.cat(values) for values in zip(*found, strict=True))
+    return z, log_weight
 
 
 def log_mean_weight(
@@ -93,12 +116,7 @@ def log_evidence(
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for part in blocks(module, rows):
-        if expected is None:
-            unknown = module.niche_variance.expand(len(part), -1)
-            mean, variance = module.prior_of_cells(torch.zeros_like(unknown), unknown)
-            prior = Mixture.gaussian(mean, variance)
-        else:
-            prior = expected(part)
+        prior = module.cells_around(*module.unknown_niche(len(part))) if expected is None else expected(part)
         likelihood, mode, precision = proposal(module, section, part, prior.moments())
         found = log_mean_weight(likelihood, prior, mode, precision, samples, generator)
         parts.append(torch.stack(found).cpu().numpy())

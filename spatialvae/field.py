@@ -166,24 +166,23 @@ def draws(laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.
     return solve(laplacian, r, weight, target)
 
 
-def posterior_variance(
+def posterior_covariance(
     laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.Generator, samples: int
 ) -> np.ndarray:
-    """Diagonal of (1 + r L + W)^-1, float64 (cell, dim), W as in ``solve``, from ``samples`` draws.
+    """Blocks on the diagonal of (1 + r L + W)^-1, float64 (cell, dim, dim), W (cell, dim, dim) as in ``solve``, from
+    ``samples`` draws.
 
-    The variance of a cell given its neighbours is exact; only the contribution of the neighbours is estimated (Siden,
+    The covariance of a cell given its neighbours is exact; only the contribution of the neighbours is estimated (Siden,
     Lindgren, Bolin & Villani 2018).
     """
     own = r * laplacian.diagonal()
-    if weight.ndim == 2:
-        given = (1 / (1 + own[:, None] + weight))[..., None] * np.eye(weight.shape[1])
-    else:
-        given = np.linalg.inv(weight + (1 + own)[:, None, None] * np.eye(weight.shape[1]))
+    given = np.linalg.inv(weight + (1 + own)[:, None, None] * np.eye(weight.shape[1]))
     others = sp.csr_array(sp.diags_array(own) - r * laplacian)
-    added = np.zeros(weight.shape[:2])
+    added = np.zeros(weight.shape)
     for _ in range(samples):
-        added += np.einsum("ide,ie->id", given, others @ draws(laplacian, r, weight, rng)) ** 2
-    return np.einsum("idd->id", given) + added / samples
+        moved = np.einsum("ide,ie->id", given, others @ draws(laplacian, r, weight, rng))
+        added += moved[:, :, None] * moved[:, None]
+    return given + added / samples
 
 
 def _spectral_measure(laplacian: sp.csr_array, vectors: np.ndarray) -> Measure:

@@ -25,10 +25,14 @@ class Mixture:
 
     def log_density(self, z: Tensor) -> Tensor:
         """Of points ``z`` (B, point, dim): (B, point), in nats."""
+        return torch.logsumexp(self.log_parts(z), -1)
+
+    def log_parts(self, z: Tensor) -> Tensor:
+        """Log weight and density of each part at points ``z`` (B, point, dim): (B, point, part)."""
         precision = self.variance.reciprocal()
         energy = z**2 @ precision.mT - 2 * z @ (self.mean * precision).mT
         constant = (self.mean**2 * precision + self.variance.log() + math.log(2 * math.pi)).sum(-1)
-        return torch.logsumexp(self.log_weight[:, None] - 0.5 * (energy + constant[:, None]), -1)
+        return self.log_weight[:, None] - 0.5 * (energy + constant[:, None])
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance, (B, dim) each."""

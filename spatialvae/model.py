@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,15 +14,9 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from spatialvae import _keys, analysis, differential, evidence, neighbours, sampling, verbs
-from spatialvae._files import whole
-from spatialvae.data import (
-    build_graphs,
-    check_table,
-    fingerprint,
-    minibatches,
-    read_cells,
-)
+from spatialvae import _keys, analysis, differential, evidence, neighbours, sampling, saving, verbs
+from spatialvae.celltypes import Types
+from spatialvae.data import build_graphs, check_table, fingerprint, minibatches, read_cells
 from spatialvae.differential import Selection
 from spatialvae.errors import InputError
 from spatialvae.linear import fit_linear
@@ -37,9 +29,6 @@ from spatialvae.training import Plan, train
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 5
-FILES = ("model.json", "model.safetensors")
-TABLE = "adata.h5ad"
 WHICH = ("both", "niche", "cell")
 CELLS = ("model", "table")
 OWN = "module"  # a user's niche_encoder, in model.json
@@ -63,8 +52,8 @@ class SpatialVAE:
     niche_encoder : what is expected of a cell from others' counts (``spatialvae.neighbours``), for everything that is
         asked with ``given``; embeddings do not depend on it. "gatv2", "sage", "gin": layers of torch_geometric that
         take messages of the 15 neighbours, of which the first predicts best (benchmarks/results/neighbours.md);
-        "mixture": types of cells weighted by the Gaussian field; "field": the field alone, whose cells can be drawn
-        together and not only one by one; or a ``torch.nn.Module`` with forward(x, edge_index, edge_attr) that returns
+        "field": the Gaussian field alone, whose cells can be drawn together and not only one by one; or a
+        ``torch.nn.Module`` with forward(x, edge_index, edge_attr) that returns
         a row for each node. x (node, z_cell's dimensions) are neighbours' z_cell, zeros for the cells in question;
         edge_attr (edge, 1) distances in mean spacings of neighbours
 
@@ -237,12 +226,12 @@ class SpatialVAE:
         if max_epochs is not None:
             n_train = section.cells.n_cells - int(held_out * section.cells.n_cells)
             plan = replace(plan, max_steps=max_epochs * -(-n_train // plan.batch_size))
+        self.module.set_types(Types.of_sizes(0, self.module.shape.n_niche, self.module.shape.n_cell))
         with _bar(plan.max_steps, progress) as report:
             history = pd.DataFrame(train(self.module, section, plan, report))
-        if self.neighbours is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                neighbours.fit(self.neighbours, self.module, section, plan, fresh=not trained)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            neighbours.fit(self.neighbours, self.module, section, plan)
         if trained:
             history[["step", "epoch"]] += self.training_log[["step", "epoch"]].iloc[-1]
             history = pd.concat([self.training_log, history], ignore_index=True)
@@ -505,8 +494,8 @@ class SpatialVAE:
             ``samples`` as in their ``sample_key``
         library_size : total counts (cell,); by default those of cells of the model's table picked at random, whose
             batches they take, too
-        cells : "model" for z_cell ~ N(z_niche, S); "table" for that of a cell of the model's table whose niche is
-            alike, so that there are the same types of cells
+        cells : "model" for p(z_cell | z_niche) of the model; "table" for that of a cell of the model's table whose
+            niche is alike, so that there are the same cells
 
         Returns an AnnData with counts in X, ``obsm["X_spatialvae"]``, the latents that they come from, and places and
         sections under the keys of the model.
@@ -740,8 +729,9 @@ class SpatialVAE:
         around = self._around(adata, given)
 
         def expected(rows: np.ndarray) -> Mixture:
-            here, own = around.of(rows, self.device), self.module.log_residual.exp()
-            return neighbours.of_field(here, own) if self.neighbours is None else self.neighbours(here, own)
+            here = around.of(rows, self.device)
+            field = self.module.cells_around(here.mean, here.variance)
+            return field if self.neighbours is None else self.neighbours(here, field)
 
         return expected
 
@@ -751,10 +741,11 @@ class SpatialVAE:
         """Find ``k`` spatial domains by a Gaussian mixture on the dimensions of z_cell that vary in space, averaged
         over a cell and its 15 neighbours (on z_cell without coordinates).
 
-        Without ``k`` the number with the best Bayesian information criterion is taken, 20 at most, a cell counting as
-        much of an observation as it is of its neighbourhood. With ``smooth`` a Potts model of the labels on the graph
-        decides with the mixture (``potts.smooth_labels``); a cell's average and those of its nearest neighbours are
-        taken for one observation.
+        Without ``k`` the number is taken, 20 at most, whose domains come back most reliably from halves of the cells
+        (``analysis.most_stable``); ``uns["spatial_domain_number"]`` has their agreement for each number, and
+        ``plots.number_of_domains`` draws it. With ``smooth`` a Potts model of the labels on the graph decides with the
+        mixture (``potts.smooth_labels``); a cell's average and those of its nearest neighbours are taken for one
+        observation.
         Writes ``obs["spatial_domain"]`` and ``obsm["spatial_domain_probability"]``; returns int64 labels (cell,).
         """
         target = self.adata if adata is None else adata
@@ -764,7 +755,8 @@ class SpatialVAE:
             near, latent = graphs.wide.adjacency(), latent[:, : self.module.shape.n_niche]
             latent = (latent + near @ latent) / (1 + graphs.wide.degree)[:, None]
         if k is None:
-            k = analysis.choose_number(latent, 1.0 if graphs is None else 1 + float(graphs.wide.degree.mean()), seed)
+            target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latent, seed)
+            k = analysis.most_stable(found)
         labels, probability = analysis.find_domains(latent, k, seed)
         if smooth and graphs is not None:
             from spatialvae.potts import smooth_labels
@@ -782,36 +774,18 @@ class SpatialVAE:
         Raises InputError if either is there already, unless ``overwrite``. Interrupted, it leaves the old model, or two
         files that ``load`` tells apart.
         """
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is not a folder; name one for the model's files")
-        there = [name for name in (*FILES, *([TABLE] if save_anndata else [])) if (folder / name).exists()]
-        if there and not overwrite:
-            raise InputError(f"{folder} has a {there[0]} already; pass overwrite=True to replace it")
         tensors = self.module.state_dict()
         if self.neighbours is not None:
             tensors |= {_NEIGHBOURS + name: value for name, value in self.neighbours.state_dict().items()}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        with whole(folder / "model.safetensors") as part:
-            save_file(tensors, part)
-            digest = _digest(part)
         about = {
-            "format": FORMAT,
             "shape": asdict(self.module.shape),
             "setup": asdict(self.setup),
             "genes": list(self.genes),
             "batch_names": list(self.batch_names),
             "history": self.training_log.to_dict("list"),
             "niche_encoder": self._niche_encoder,
-            "sha256": digest,
         }
-        with whole(folder / "model.json") as part:
-            part.write_text(json.dumps(about, indent=1))
-        if save_anndata:
-            with whole(folder / TABLE) as part:
-                self.adata.to_memory().write_h5ad(part)
+        saving.write(Path(folder), about, tensors, self.adata if save_anndata else None, overwrite)
 
     @classmethod
     def load(
@@ -833,13 +807,13 @@ class SpatialVAE:
         InputError : if the folder is not a whole model, the table lacks genes or keys that the model needs, or
             ``niche_encoder`` is not what the model was made with
         """
-        about, tensors = _read_folder(Path(folder))
+        about, tensors = saving.read(Path(folder))
         model = cls.__new__(cls)
         try:
             model.module = SpatialModule(Shape(**about["shape"]))
             of_neighbours = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_NEIGHBOURS)}
             model.module.load_state_dict(tensors)
-            model._niche_encoder = about.get("niche_encoder", "field")
+            model._niche_encoder = about["niche_encoder"]
             own = _own_encoder(Path(folder), model._niche_encoder, niche_encoder)
             model.neighbours = neighbours.prior_for(own or model._niche_encoder, model.module)
             if model.neighbours is not None:
@@ -852,7 +826,7 @@ class SpatialVAE:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{folder} is not a model of this version: {error}") from error
         model._to(verbs.device_of(accelerator) if accelerator else _device())
-        model.adata = _saved_table(Path(folder)) if adata is None else adata
+        model.adata = saving.read_table(Path(folder)) if adata is None else adata
         model._read(None, fresh=True)
         return model
 
@@ -903,19 +877,6 @@ def _own_encoder(folder: Path, saved: str, given: torch.nn.Module | None) -> tor
     return given
 
 
-def _saved_table(folder: Path) -> AnnData:
-    import anndata
-
-    paths = [folder / TABLE, folder.parent / "table.h5ad"]
-    there = [path for path in paths if path.is_file()]
-    if not there:
-        raise InputError(f"{folder} has no {TABLE}: pass the table as adata, or save(..., save_anndata=True) before")
-    try:
-        return anndata.read_h5ad(there[0])
-    except Exception as error:  # h5py and anndata raise many kinds for what is not a table
-        raise InputError(f"{there[0]} cannot be read as an AnnData file: {error}") from error
-
-
 def _bar(steps: int, visible: bool) -> Any:
     from contextlib import contextmanager
 
@@ -933,27 +894,3 @@ def _bar(steps: int, visible: bool) -> Any:
             yield report
 
     return bar()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is not a saved model: it has no {name}")
-    try:
-        about = json.loads((folder / "model.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except (ValueError, OSError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be read: {error}") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise InputError(f"{folder}/model.json is not of format {FORMAT}")
-    if about.get("sha256") != _digest(folder / "model.safetensors"):
-        raise InputError(f"{folder}: model.safetensors is not the file that model.json tells of; save the model again")
-    return about, tensors

@@ -10,6 +10,9 @@ Of cell i, gene g and latent dimension d::
 l_i is the total count, s_i the batch. Latents are directions of unit variance in which cells resemble their neighbours,
 the most spatial first, so that a niche is the smooth part of as many. Everything linear is given by ``LinearStart``.
 
+Afterwards a share of the cells is of types that the niche weights, in place of N(z_niche, S) (``celltypes``); what
+follows then is the approximate posterior of the bound.
+
 The encoder puts a Gaussian N(t_i; z_cell_i, 1 / Lambda_i) in place of each cell's likelihood. Given these the posterior
 of both latents is Gaussian, and exact. With g_id = 1 / (S_d + 1 / Lambda_id)::
 
@@ -17,11 +20,12 @@ of both latents is Gaussian, and exact. With g_id = 1 / (S_d + 1 / Lambda_id)::
 
 a sparse system that conjugate gradients solve for a whole section (``SpatialModule.solve``); z_cell given z_niche is a
 product of Gaussians cell by cell. Training alternates: niches given the encoder, the networks given niches.
+Posteriors under the whole model are those of ``spatialvae.posterior``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -29,12 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from spatialvae import likelihoods, loss
+from spatialvae.celltypes import Types
 from spatialvae.data import Cells, Graphs, minibatches
 from spatialvae.decoder import Decoder
 from spatialvae.encoder import CellEncoder, combined, log_normalised
 from spatialvae.field import Measure, laplacian_of, solve, trace_measure
 from spatialvae.linear import LinearStart
 from spatialvae.measurement import Measurement
+from spatialvae.mixture import Mixture
 
 LIKELIHOODS = ("nb", "zinb", "poisson")
 ROWS_AT_ONCE = 2048
@@ -54,6 +60,7 @@ class Shape:
     n_hidden: int
     likelihood: str
     linear_decoder: bool = False
+    n_types: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +135,7 @@ class SpatialModule(nn.Module):
         }
         for name, value in given.items():
             self.register_buffer(name, _tensor(value))
+        self.set_types(Types.of_sizes(shape.n_types, shape.n_niche, shape.n_cell))
         shift = _tensor(start.shift)
         self.log_residual = nn.Parameter(_tensor(start.own).log())
         self.log_theta = nn.Parameter(torch.ones(shape.n_genes))
@@ -239,8 +247,27 @@ class SpatialModule(nn.Module):
         variance[:, :d] += (variance[:, :d] / own[:d]) ** 2 * niche.variance
         return mean, variance
 
+    def set_types(self, types: Types) -> None:
+        """Let z_cell given z_niche be distributed as ``types`` say."""
+        self.shape = replace(self.shape, n_types=len(types.bias))
+        for name, value in vars(types).items():
+            self.register_buffer(f"type_{name}", value.to(self.mean.device))
+
+    @property
+    def types(self) -> Types:
+        return Types(**{name: getattr(self, f"type_{name}") for name in Types.__annotations__})
+
+    def cells_around(self, niche_mean: Tensor, niche_variance: Tensor) -> Mixture:
+        """How z_cell is distributed, (B, part, dim), in a Gaussian niche, (B, D) each."""
+        return self.types.around((niche_mean, niche_variance), self.log_residual.exp())
+
+    def unknown_niche(self, n_cells: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance (cell, D) of z_niche of cells whose neighbours are not known."""
+        variance = self.niche_variance.expand(n_cells, -1)
+        return torch.zeros_like(variance), variance
+
     def prior_of_cells(self, niche_mean: Tensor, niche_variance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean (B, dim) and variance (B, dim) or (dim,) of z_cell given a Gaussian niche, (B, D) each."""
+        """Mean (B, dim) and variance (B, dim) or (dim,) of z_cell in a Gaussian niche, (B, D) each, without types."""
         own, rest = self.log_residual.exp(), self.shape.n_cell - niche_mean.shape[1]
         mean = nn.functional.pad(niche_mean, (0, rest))
         return mean, own if niche_variance is None else own + nn.functional.pad(niche_variance, (0, rest))
@@ -253,7 +280,7 @@ class SpatialModule(nn.Module):
     @property
     @torch.no_grad()
     def cell_variance(self) -> Tensor:
-        """Variance (dim,) of z_cell in the prior, whatever the niche: v spread + S."""
+        """Variance (dim,) of z_cell in the prior, whatever the niche, without types: v spread + S."""
         return self.prior_of_cells(self.niche_variance[None], self.niche_variance[None])[1][0]
 
     def logits(self, section: Section, rows: np.ndarray, z_cell: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -313,6 +340,10 @@ class SpatialModule(nn.Module):
         prior_mean, _ = self.prior_of_cells(z_niche)
         mean, log_variance = combined(*self.encoded(section, rows, x), prior_mean, self.log_residual.exp())
         z_cell, kl_cell = loss.draw_cell(mean, log_variance, prior_mean, self.log_residual, cell_noise)
+        if self.shape.n_types:  # the divergence from a mixture has no closed form: the same draw estimates it
+            log_q = Mixture.gaussian(mean, log_variance.exp()).log_density(z_cell[:, None])
+            prior = self.cells_around(z_niche, torch.zeros_like(z_niche))
+            kl_cell = (log_q - prior.log_density(z_cell[:, None]))[:, 0]
         likelihood = self.log_likelihood(section, rows, x, z_cell)
         return loss.Terms(likelihood, kl_cell, niche.divergence[index].to(device), mean)
 

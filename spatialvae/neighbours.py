@@ -1,18 +1,15 @@
-r"""What is expected of a cell before its own counts are looked at: message passing from its neighbours, and types.
+r"""What is expected of a cell before its own counts are looked at: message passing from its neighbours.
 
-The field tells the mean of z_cell at the place of cell i from the counts of other cells; but no mean says "half of the
-cells here are interneurons". Here z_cell_i given the others is a mixture of what the field says and of K types, the
-same in all sections, whose weights and means depend on the place::
+The field tells at the place of cell i, from the counts of other cells, which types are frequent there and where z_cell
+lies (``celltypes``): a mixture of parts p with weights w_ip, means m_ip and variances V_ip. Here both depend on the
+neighbours one by one, too::
 
-    p(z_cell_i | others) = sum_k w_ik N(z_cell_i; m_ik, V_ik)
-    m_i0 = field_i + A c_i,        V_i0 = variance of the field_i + S
-    m_ik = t_k + A c_i,            V_ik = V_k
-    w_i  = softmax(b + W (field_i, c_i))
+    p(z_cell_i | others) = sum_p softmax_p(log w_ip + u_p + (U c_i)_p) N(z_cell_i; m_ip + a_p + A c_i, exp(e_p) V_ip)
 
 The context c_i is what a graph network makes of the neighbours' z_cell, as their own counts tell it. It works on stars:
 a node without features for the cell in question, nodes for its neighbours, and edges from those to it. No path leads
-from the counts of a cell to its own context, however many layers the network has. A and W are zero at the start, and
-types have no weight before the training.
+from the counts of a cell to its own context, however many layers the network has. u, U, a, A
+and e are zero at the start.
 
 What is maximised is the mean of log p(x_i | others) itself, with the likelihood of each cell held fixed as draws z_is
 from a wide Gaussian r_i around the mode, with weights (``evidence.weighted_draws``)::
@@ -35,27 +32,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatialvae.analysis import equal_rows_allowed
+from spatialvae import celltypes
+from spatialvae.celltypes import TYPES
 from spatialvae.data import graphs_of, minibatches
 from spatialvae.errors import InputError
-from spatialvae.evidence import proposal, weighted_draws
+from spatialvae.evidence import drawn
 from spatialvae.graph import NeighbourGraph
 from spatialvae.mixture import Mixture
 from spatialvae.module import Section, Sites, SpatialModule
-from spatialvae.posterior import blocks
 from spatialvae.sampling import Places
 from spatialvae.training import MOST_HELD, Plan, divided, threads_for
 
 CONVOLUTIONS = ("gatv2", "sage", "gin")
-ENCODERS = ("field", "mixture", *CONVOLUTIONS)
-TYPES = 20  # more than a section has cost little: their weights fall
+ENCODERS = ("field", *CONVOLUTIONS)
 HIDDEN = 64  # columns of a context
 HEADS = 4
 FOLDS = 10  # parts of a table, each predicted from the others
 MOST_CELLS = 20_000  # that are predicted: several times the number of parameters
 DRAWS = 16  # of each cell; 8 and 32 came to the same within 0.1 nats on one section
-LEAST_VARIANCE = 0.05  # of a type at the start, in units of z_cell, in which cells vary by about 1
-NEVER = -30.0  # log odds of types before the training
 LEARNING_RATE = 3e-3
 CHECK, PATIENCE, MOST_STEPS = 50, 500, 5000  # steps
 
@@ -115,54 +109,34 @@ class Convolution(nn.Module):
 
 
 class NeighbourPrior(nn.Module):
-    """p(z_cell | others) of cells of ``n_cell`` and niches of ``n_niche`` dimensions; ``encoder`` (x, edge_index,
-    edge_attr) -> context (node, column), or None for a mixture that depends on the field alone.
+    """p(z_cell | others) of cells of ``n_cell`` dimensions; ``encoder`` (x, edge_index, edge_attr) -> context (node,
+    column).
 
     Raises InputError if ``encoder`` does not return a matrix with a row for each node.
     """
 
-    def __init__(self, n_cell: int, n_niche: int, encoder: nn.Module | None) -> None:
+    def __init__(self, n_cell: int, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        width = 0 if encoder is None else _width(encoder, n_cell)
-        self.weights = nn.Linear(n_niche + width, 1 + TYPES)
-        self.shift = nn.Linear(width, n_cell, bias=False) if width else None
-        self.types = nn.Parameter(torch.zeros(TYPES, n_cell))
-        self.log_variance = nn.Parameter(torch.zeros(TYPES, n_cell))
-        with torch.no_grad():
-            self.weights.weight.zero_()
-            self.weights.bias.fill_(NEVER)[0] = 0
-            if self.shift is not None:
-                self.shift.weight.zero_()
-
-    def forward(self, around: Surroundings, own: Tensor) -> Mixture:
-        """Of the places ``around``; ``own`` (dim,) is S, the variance that a cell does not share with its niche."""
-        field = of_field(around, own)
-        n, seen, step = len(around.mean), around.mean, torch.zeros((), device=own.device)
-        if self.encoder is not None and self.shift is not None:
-            context = self.encoder(*around.stars())[:n]
-            seen, step = torch.cat([seen, context], 1), self.shift(context)[:, None]
-        mean = torch.cat([field.mean, self.types.expand(n, -1, -1)], 1) + step
-        variance = torch.cat([field.variance, self.log_variance.exp().expand(n, -1, -1)], 1)
-        return Mixture(torch.log_softmax(self.weights(seen), 1), mean, variance)
+        width = _width(encoder, n_cell)
+        self.weights = nn.Linear(width, 1 + TYPES)
+        self.shift = nn.Linear(width, n_cell, bias=False)
+        self.moved, self.log_wider = (nn.Parameter(torch.zeros(1 + TYPES, n_cell)) for _ in range(2))
+        self.start()
 
     @torch.no_grad()
-    def start(self, cells: Tensor, uncertain: Tensor, seed: int) -> None:
-        """Let types be clusters of ``cells`` (cell, dim), each of a variance that adds ``uncertain`` (cell, dim), with
-        together as much weight as the field."""
-        from sklearn.cluster import KMeans
+    def start(self) -> None:
+        """Let nothing be said beyond the field."""
+        for parameter in (*self.weights.parameters(), *self.shift.parameters(), self.moved, self.log_wider):
+            parameter.zero_()
 
-        with equal_rows_allowed():
-            found = KMeans(min(TYPES, len(cells)), n_init=1, random_state=seed).fit(cells.numpy())
-        label = torch.from_numpy(found.labels_.astype(np.int64))
-        sums, share = torch.zeros_like(self.types).cpu(), torch.bincount(label, minlength=TYPES) / len(cells)
-        centre = sums.clone()
-        centre[: len(found.cluster_centers_)] = torch.from_numpy(found.cluster_centers_)
-        sums.index_add_(0, label, (cells - centre[label]) ** 2 + uncertain)
-        variance = sums / (share * len(cells)).clamp(min=1)[:, None]
-        self.types.copy_(centre)
-        self.log_variance.copy_(variance.clamp(min=LEAST_VARIANCE).log())
-        self.weights.bias[1:] = share.log().clamp(min=NEVER)
+    def forward(self, around: Surroundings, field: Mixture) -> Mixture:
+        """Of the places ``around``; ``field`` is what the field alone says of them."""
+        context = self.encoder(*around.stars())[: len(around.mean)]
+        parts = slice(field.log_weight.shape[1])
+        log_weight = torch.log_softmax(field.log_weight + self.weights(context)[:, parts], 1)
+        mean = field.mean + self.moved[parts] + self.shift(context)[:, None]
+        return Mixture(log_weight, mean, field.variance * self.log_wider[parts].exp())
 
 
 def prior_for(niche_encoder: str | nn.Module, module: SpatialModule) -> NeighbourPrior | None:
@@ -176,16 +150,9 @@ def prior_for(niche_encoder: str | nn.Module, module: SpatialModule) -> Neighbou
     shape = module.shape
     if niche_encoder == "field" or not shape.n_niche:
         return None
-    encoder = niche_encoder if isinstance(niche_encoder, nn.Module) else None
-    if niche_encoder in CONVOLUTIONS:
-        encoder = Convolution(str(niche_encoder), shape.n_cell)
-    return NeighbourPrior(shape.n_cell, shape.n_niche, encoder).eval()
-
-
-def of_field(around: Surroundings, own: Tensor) -> Mixture:
-    """What the field alone says of z_cell: one Gaussian; ``own`` (dim,) is S."""
-    rest = len(own) - around.mean.shape[1]
-    return Mixture.gaussian(F.pad(around.mean, (0, rest)), own + F.pad(around.variance, (0, rest)))
+    if not isinstance(niche_encoder, nn.Module):
+        niche_encoder = Convolution(niche_encoder, shape.n_cell)
+    return NeighbourPrior(shape.n_cell, niche_encoder).eval()
 
 
 @torch.no_grad()
@@ -199,7 +166,7 @@ def surroundings(module: SpatialModule, places: Places, section: Section, known:
     niche = module.solve(module.space(graphs), joined, known=np.arange(n + m) >= n)
     index, distance = neighbours_among(graphs.wide, samples, np.arange(n + m) >= n)
     index = torch.where(index >= n, index - n, -1)[:n]
-    return Surroundings(niche.mean[:n], niche.variance[:n], index, distance[:n], own_values(module, sites)[0])
+    return Surroundings(niche.mean[:n], niche.variance[:n], index, distance[:n], own_values(module, sites))
 
 
 def neighbours_among(graph: NeighbourGraph, samples: np.ndarray, known: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -212,33 +179,49 @@ def neighbours_among(graph: NeighbourGraph, samples: np.ndarray, known: np.ndarr
     return torch.from_numpy(index), torch.from_numpy((graph.distance / spacing[code, None]).astype(np.float32))
 
 
-def own_values(module: SpatialModule, sites: Sites) -> tuple[Tensor, Tensor]:
-    """Posterior mean and variance (cell, dim) of z_cell of cells that know of no other."""
-    variance = module.cell_variance.cpu()
-    gain = torch.sigmoid(sites.log_precision + variance.log())
-    return gain * sites.target, (1 - gain) * variance
+def own_values(module: SpatialModule, sites: Sites) -> Tensor:
+    """Posterior mean (cell, dim) of z_cell of cells that know of no other."""
+    return torch.sigmoid(sites.log_precision + module.cell_variance.cpu().log()) * sites.target
 
 
 @threads_for(0)  # matrices are small
-def fit(prior: NeighbourPrior, module: SpatialModule, section: Section, plan: Plan, fresh: bool) -> None:
-    """Fit ``prior`` in place to the cells that ``plan`` trains on, until those it holds out are explained no better;
-    ``fresh``: from types that are found first."""
-    rng, device, own = np.random.default_rng(plan.seed), module.mean.device, module.log_residual.detach().exp()
+def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, plan: Plan) -> None:
+    """Fit types of cells and ``prior`` in place to the cells that ``plan`` trains on, until those it holds out are
+    explained no better."""
+    rng, device = np.random.default_rng(plan.seed), module.mean.device
     held, rows = divided(section, plan, rng)
     sites = module.sites(section)
-    values, uncertain = own_values(module, sites)
-    around, rows = _hidden_in_turn(module, section, sites, held, rng.permutation(rows))
+    mean, variance, rows = _hidden_in_turn(module, section, sites, held, rng.permutation(rows))
     held = held[:MOST_HELD]
     used = np.concatenate([rows, held])
-    if fresh:
-        prior.start(values[rows], uncertain[rows], plan.seed)
-    drawn = _drawn(module, section, around, used, plan.seed)
     place = np.full(section.cells.n_cells, -1)
     place[used] = np.arange(len(used))
 
+    def of_field(part: np.ndarray) -> Mixture:
+        return module.cells_around(mean[torch.from_numpy(part)].to(device), variance[torch.from_numpy(part)].to(device))
+
+    cells = drawn(module, section, used, DRAWS, plan.seed, of_field)
+
+    def observed(part: np.ndarray) -> celltypes.Observed:
+        z, log_weight = (value[torch.from_numpy(place[part])].to(device) for value in cells)
+        here, sure = (value[torch.from_numpy(part)].to(device) for value in (mean, variance))
+        return celltypes.Observed(z, log_weight, ((here, sure), module.unknown_niche(1)))
+
+    judged = observed(held if len(held) else rows[:MOST_HELD])
+    module.set_types(celltypes.fit(observed(rows), judged, module.log_residual.detach().exp(), plan.seed))
+    if prior is None or section.graphs is None:
+        return
+    prior.start()
+    known = np.ones(section.cells.n_cells, bool)
+    known[held] = False
+    index, distance = neighbours_among(section.graphs.wide, section.cells.samples, known & (section.cells.depth > 0))
+    around = Surroundings(mean, variance, index, distance, own_values(module, sites))
+
     def mean_log_p(part: np.ndarray) -> Tensor:
-        z, log_weight = (value[torch.from_numpy(place[part])].to(device) for value in drawn)
-        density = prior(around.of(part, device), own).log_density(z)
+        z, log_weight = (value[torch.from_numpy(place[part])].to(device) for value in cells)
+        with torch.no_grad():
+            field = of_field(part)
+        density = prior(around.of(part, device), field).log_density(z)
         return (torch.logsumexp(log_weight + density, 1) - np.log(DRAWS)).mean()
 
     optimiser = torch.optim.Adam(prior.parameters(), LEARNING_RATE, weight_decay=plan.weight_decay / len(rows))
@@ -266,14 +249,11 @@ def fit(prior: NeighbourPrior, module: SpatialModule, section: Section, plan: Pl
 
 def _hidden_in_turn(
     module: SpatialModule, section: Section, sites: Sites, held: np.ndarray, rows: np.ndarray
-) -> tuple[Surroundings, np.ndarray]:
-    """Surroundings of all cells of a section, and those of ``rows`` (in random order) that are valid for a prediction:
-    part by part is hidden, until there are enough. Nothing is ever known of ``held``."""
-    if section.graphs is None:
-        raise InputError("a table without positions has no neighbours")
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Mean and variance (cell, D) of z_niche of all cells of a section, and those of ``rows`` (in random order) where
+    they are a prediction: part by part is hidden, until there are enough. Nothing is ever known of ``held``."""
     known = np.ones(section.cells.n_cells, bool)
     known[held] = False
-    index, distance = neighbours_among(section.graphs.wide, section.cells.samples, known & (section.cells.depth > 0))
     niche = module.solve(section.space, sites, known)
     mean, variance, done = niche.mean.clone(), niche.variance.clone(), 0
     for part in np.array_split(rows, min(FOLDS, len(rows))):
@@ -284,22 +264,7 @@ def _hidden_in_turn(
         done += len(part)
         if done >= MOST_CELLS:
             break
-    return Surroundings(mean, variance, index, distance, own_values(module, sites)[0]), rows[:done]
-
-
-@torch.no_grad()
-def _drawn(
-    module: SpatialModule, section: Section, around: Surroundings, rows: np.ndarray, seed: int
-) -> tuple[Tensor, Tensor]:
-    """z (row, draw, dim) and log p(x | z) / r(z) (row, draw), r around the mode given the field."""
-    generator, found = torch.Generator().manual_seed(seed), []
-    for part in blocks(module, rows):
-        expected = of_field(around.of(part, module.mean.device), module.log_residual.exp()).moments()
-        likelihood, mode, precision = proposal(module, section, part, expected)
-        pairs = weighted_draws(likelihood, mode, precision, DRAWS, generator)
-        found.append([torch.stack(values, 1).cpu() for values in zip(*pairs, strict=True)])
-    z, log_weight = (torch.cat(values) for values in zip(*found, strict=True))
-    return z, log_weight
+    return mean, variance, rows[:done]
 
 
 def _torch_geometric() -> Any:

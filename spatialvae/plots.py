@@ -62,6 +62,15 @@ def domains_in_space(
     return figure
 
 
+def number_of_domains(found: pd.DataFrame) -> Figure:
+    """Agreement of halves of the cells by number of domains, as ``analysis.stability`` gives it; bars: one standard
+    deviation over halvings."""
+    figure, (axes,) = _figure(1)
+    axes.errorbar(found["k"], found["agreement"], found["spread"], marker="o", capsize=2)
+    axes.set(xlabel="domains", ylabel="adjusted Rand index of halves", title="How reliably domains come back")
+    return figure
+
+
 def latent_distances(latent: np.ndarray, labels: np.ndarray, seed: int = 0, title: str = "Latent space") -> Figure:
     """Distances between cells in latent space, ordered by label, beside an embedding of them in the plane.
 

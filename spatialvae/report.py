@@ -155,6 +155,9 @@ def _maps(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> li
         return sections
     places = np.asarray(adata.obsm[key])
     figures = [picture(plots.domains_in_space(places, found, like=known), "Domains, found without labels")]
+    if _keys.DOMAIN_NUMBER in adata.uns:
+        drawn = plots.number_of_domains(adata.uns[_keys.DOMAIN_NUMBER])
+        figures.append(picture(drawn, "Agreement of domains found in halves of the cells, by their number"))
     sizes = pd.Series(found).value_counts().rename_axis("domain").reset_index(name="cells")
     text, tables = [f"{len(sizes)} domains."], []
     if known is not None:

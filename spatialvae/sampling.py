@@ -3,7 +3,7 @@ of new tissue::
 
     seen cells   z_niche, z_cell ~ p( . | all counts)       (``posterior.latent_draws``)
     new places   z_niche ~ N(0, v (1 + r L)^-1), also given the counts of cells that are held fixed,
-                 z_cell ~ N(z_niche, S), or as in a cell of the table whose niche is alike
+                 z_cell ~ p( . | z_niche) (``celltypes``), or as in a cell of the table whose niche is alike
     both         x ~ p(x | z_cell, total count)             (``module``)
 """
 
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
-from torch.nn import functional as F
 
 from spatialvae import likelihoods
 from spatialvae.data import graphs_of, minibatches
@@ -135,11 +134,11 @@ def niches_alone(module: SpatialModule, n_cells: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def cells_of_model(module: SpatialModule, niche: Tensor, seed: int) -> Tensor:
-    """z_cell ~ N(z_niche, S), (..., cell, dim), in ``niche`` (..., cell, D)."""
-    own = module.log_residual.exp().cpu()
-    mean = F.pad(niche, (0, len(own) - niche.shape[-1]))
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed + 1))
-    return (mean + own.sqrt() * noise).to(module.mean.device)
+    """z_cell, (..., cell, dim), drawn from the model in ``niche`` (..., cell, D)."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    parts = niche.reshape(-1, niche.shape[-1]).to(module.mean.device).split(ROWS_AT_ONCE)
+    drawn = [module.cells_around(part, torch.zeros_like(part)).draw(1, generator)[0] for part in parts]
+    return torch.cat(drawn).reshape(*niche.shape[:-1], module.shape.n_cell).to(module.mean.device)
 
 
 def predictive_at(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -9,7 +11,8 @@ import torch
 
 import reference
 from merfish import datasets
-from spatialvae import InputError, SpatialVAE, analysis, likelihoods, linear, training
+from spatialvae import InputError, SpatialVAE, analysis, likelihoods, linear, plots, training
+from spatialvae.celltypes import Types
 
 
 def tissue(n=240, genes=12, seed=0):
@@ -41,7 +44,8 @@ def trained():
 
 def test_terms__match_a_naive_bound_cell_by_cell(trained):
     _, model = trained
-    module, section = model.module, model._section
+    module, section = copy.deepcopy(model.module), model._section
+    module.set_types(Types.of_sizes(0, module.shape.n_niche, module.shape.n_cell))
     rows = np.arange(section.cells.n_cells)
     with torch.no_grad():
         noise = module.noise(len(rows), torch.Generator().manual_seed(3))
@@ -296,12 +300,14 @@ def test_domains__number_is_chosen_when_not_given():
     assert len(set(SpatialVAE(table).domains())) == 2
 
 
-def test_choose_number__counts_repeated_rows_once():
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(60, 2)) + 6 * np.array([[0, 0], [1, 0], [0, 1]])[np.arange(60) % 3]
-    latent = np.repeat(rows, 16, 0) + 0.02 * rng.normal(size=(60 * 16, 2))
-    assert analysis.choose_number(latent, overlap=16) == 3
-    assert analysis.choose_number(latent) > 3
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_stability__is_greatest_at_the_number_of_clusters(k):
+    rng = np.random.default_rng(k)
+    latent = rng.normal(size=(400, 6)) + 6 * np.eye(6)[np.arange(400) % k]
+    found = analysis.stability(latent)
+    assert list(found["k"]) == list(range(2, 21))
+    assert analysis.most_stable(found) == k
+    assert plots.number_of_domains(found).axes[0].get_xlabel() == "domains"
 
 
 @pytest.mark.parametrize("step", [0.0, 1e-8])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -8,6 +10,7 @@ import torch
 
 import reference
 from spatialvae import InputError, SpatialVAE
+from spatialvae.celltypes import Types
 from spatialvae.mixture import Mixture
 from spatialvae.neighbours import CONVOLUTIONS, ENCODERS, Surroundings
 
@@ -47,7 +50,7 @@ def fitted(niche_encoder, steps=300, **options):
     return model, rest, held
 
 
-@pytest.fixture(scope="module", params=["mixture", "gatv2"])
+@pytest.fixture(scope="module", params=["field", "gatv2"])
 def trained(request):
     return fitted(request.param)
 
@@ -66,9 +69,12 @@ def test_mixture__is_that_of_a_naive_sum():
 
 def test_types__say_that_half_are_of_one_kind(trained, monkeypatch):
     model, rest, held = trained
-    mixture = model.get_marginal_ll(held, 200, given=rest)
+    types = model.get_marginal_ll(held, 200, given=rest)
     monkeypatch.setattr(model, "neighbours", None)
-    assert mixture > model.get_marginal_ll(held, 200, given=rest) + 0.05
+    sizes = 0, model.module.shape.n_niche, model.module.shape.n_cell
+    monkeypatch.setattr(model, "module", copy.deepcopy(model.module))
+    model.module.set_types(Types.of_sizes(*sizes))
+    assert types > model.get_marginal_ll(held, 200, given=rest) + 0.05
 
 
 @pytest.mark.parametrize("kind", [*CONVOLUTIONS, "own"])
@@ -83,7 +89,9 @@ def test_context__of_a_cell_does_not_see_its_own_counts(kind):
     values = torch.randn(n, dim, generator=generator)
     values.requires_grad_()
     index[index == torch.arange(n)[:, None]] = -1
-    mixture = prior(Surroundings(torch.zeros(n, d), torch.ones(n, d), index, near, values), torch.ones(dim))
+    parts = torch.zeros(n, 3, dim)
+    field = Mixture(parts[..., 0], parts, parts + 1)
+    mixture = prior(Surroundings(torch.zeros(n, d), torch.ones(n, d), index, near, values), field)
     for i in (0, 7):
         outcome = mixture.mean[i, 0].sum() + mixture.log_weight[i, 1]
         slope = torch.autograd.grad(outcome, values, retain_graph=True)[0].abs().sum(1)
@@ -106,10 +114,8 @@ def test_prediction__sees_others_and_not_the_cell(trained):
 
 def test_before_training__is_the_field():
     field, rest, held = fitted("field", 0)
-    for kind in ("mixture", "sage"):
-        model = fitted(kind, 0)[0]
-        expected = field.get_marginal_ll(held, 20, given=rest)
-        assert model.get_marginal_ll(held, 20, given=rest) == pytest.approx(expected, abs=1e-3)
+    expected = field.get_marginal_ll(held, 20, given=rest)
+    assert fitted("sage", 0)[0].get_marginal_ll(held, 20, given=rest) == pytest.approx(expected, abs=1e-3)
 
 
 def test_counts_given_neighbours__have_the_composition_of_their_place(trained):
@@ -126,7 +132,8 @@ def test_saved_model__predicts_the_same(trained, tmp_path):
     model, rest, held = trained
     model.save(tmp_path / "model")
     again = SpatialVAE.load(tmp_path / "model", rest)
-    assert again.get_marginal_ll(held, 20, given=rest) == model.get_marginal_ll(held, 20, given=rest)
+    for given in (rest, None):
+        assert again.get_marginal_ll(held, 20, given=given) == model.get_marginal_ll(held, 20, given=given)
     with pytest.raises(InputError, match="leave out niche_encoder"):
         SpatialVAE.load(tmp_path / "model", rest, niche_encoder=Sum(6))
 
@@ -159,6 +166,6 @@ def test_types__of_cells_that_are_equal():
     places = np.random.default_rng(1).uniform(0, 100, (120, 2))
     table = anndata.AnnData(counts[np.arange(120) % 6], obsm={"spatial": places})
     SpatialVAE.setup_anndata(table)
-    model = SpatialVAE(table, niche_encoder="mixture")
+    model = SpatialVAE(table, niche_encoder="field")
     model.train(max_steps=50, progress=False)
     assert np.isfinite(model.get_marginal_ll(n_mc_samples=10, given=table))

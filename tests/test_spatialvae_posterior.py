@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from spatialvae import posterior
+from spatialvae import evidence, posterior
+from spatialvae.celltypes import Types
 from spatialvae.counts import read_counts
 from spatialvae.data import Cells
 from spatialvae.decoder import Decoder
@@ -35,8 +36,8 @@ def test_slopes__are_the_derivatives_of_logits():
     torch.testing.assert_close(made.slopes(z, batch), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def two_genes():
+@pytest.fixture(params=[False, True], ids=["gaussian", "types"])
+def two_genes(request):
     """One latent, 12 cells without places of which the last has no counts, and a linear decoder: integrals are sums."""
     shape = Sizes(2, 1, 1, 0, 4, "nb")
     loading = np.array([[0.8], [-0.8]])
@@ -44,6 +45,11 @@ def two_genes():
     torch.manual_seed(0)
     module = SpatialModule(shape, start).eval()
     module.log_theta.data.fill_(5.0)
+    if request.param:
+        two = torch.tensor([[-1.5], [1.0]])
+        module.set_types(
+            Types(torch.tensor(0.9), torch.tensor([0.0, 1.0]), torch.zeros(2, 0), two, torch.ones(2, 1) / 4)
+        )
     x = np.random.default_rng(0).poisson(20, (12, 2))
     x[-1] = 0
     places = np.zeros(12, np.int64)
@@ -51,15 +57,67 @@ def two_genes():
     return module, module.section(cells, None)
 
 
+def log_joint(module, section, i, grid):
+    """log p(x_i, z) at each z of ``grid``."""
+    rows = np.full(len(grid), i)
+    with torch.no_grad():
+        likelihood = module.log_likelihood(section, rows, module.counts(section, rows), grid[:, None])
+        prior = module.cells_around(*module.unknown_niche(1)).log_density(grid[None, :, None])[0]
+    return likelihood + prior
+
+
 def test_posterior__matches_integration_over_one_latent(two_genes):
     module, section = two_genes
     mean, variance = posterior.posterior(module, section, module.sites(section))[1]
-    grid = torch.linspace(-5, 5, 2001)
+    grid, ratio = torch.linspace(-5, 5, 2001), []
     for i in range(12):
-        rows = np.full(len(grid), i)
-        with torch.no_grad():
-            value = module.log_likelihood(section, rows, module.counts(section, rows), grid[:, None]) - grid**2 / 2
-        weight = torch.softmax(value, 0)
+        weight = torch.softmax(log_joint(module, section, i, grid), 0)
         expected = (weight * grid).sum()
-        assert mean[i, 0].item() == pytest.approx(expected.item(), abs=0.05)
-        assert variance[i, 0].item() == pytest.approx((weight * (grid - expected) ** 2).sum().item(), rel=0.15)
+        assert mean[i, 0].item() == pytest.approx(expected.item(), abs=0.08)
+        ratio.append(variance[i, 0].item() / (weight * (grid - expected) ** 2).sum().item())
+    tolerance = 0.35 if module.shape.n_types else 0.15  # a cell that may be of two types has two modes
+    np.testing.assert_allclose(ratio, 1, atol=tolerance)
+    assert np.mean(ratio) == pytest.approx(1, abs=tolerance / 2)
+
+
+def test_evidence_and_bound__are_those_of_integration_over_one_latent(two_genes):
+    module, section = two_genes
+    grid, rows = torch.linspace(-6, 6, 2001), np.arange(11)
+    exact = np.array([torch.logsumexp(log_joint(module, section, i, grid), 0).item() for i in rows]) + np.log(12 / 2000)
+    found, error = evidence.log_evidence(module, section, rows, 3000)
+    np.testing.assert_allclose(found, exact, atol=0.03)
+    assert error.max() < 0.02
+    generator, niche = torch.Generator().manual_seed(0), module.solve(None, module.sites(section))
+    with torch.no_grad():
+        terms = [module.terms(section, rows, niche, module.noise(11, generator)).elbo() for _ in range(400)]
+    bound = torch.stack(terms).mean(0).numpy()
+    assert (bound < exact + 0.1).all()
+    assert bound.mean() > exact.mean() - 1
+
+
+def test_covers__what_the_model_has_drawn():
+    """One strong latent in a curved decoder, of few counts: the mode and its curvature alone would not do."""
+    module = decoder_of_few_counts()
+    truth = torch.randn(3000, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        share = torch.softmax(module.decoder(truth, torch.zeros(3000, dtype=torch.int64))[0], 1).numpy()
+    x = np.random.default_rng(2).poisson(12 * share)
+    x[x.sum(1) == 0, 0] = 1
+    places = np.zeros(3000, np.int64)
+    cells = Cells(read_counts(x, np.arange(8), "X"), tuple("abcdefgh"), np.zeros(8, bool), None, places, places, ("",))
+    section = module.section(cells, None)
+    mean, variance = posterior.posterior(module, section, module.sites(section))[1]
+    inside = ((truth - mean).abs() < 1.645 * variance.sqrt()).float().mean()
+    assert 0.84 < inside < 0.93
+
+
+def decoder_of_few_counts():
+    rng = np.random.default_rng(0)
+    loading = rng.normal(size=(8, 2))
+    start = LinearStart(
+        1.0, np.zeros(8), loading / 8, loading, np.zeros((1, 2)), np.ones(2), 1.0, np.full(8, 0.125), None
+    )
+    torch.manual_seed(0)
+    module = SpatialModule(Sizes(8, 1, 2, 0, 16, "poisson"), start).eval()
+    module.decoder.out.weight.data[:, 2:] = 0.4 * torch.randn(8, 16)
+    return module

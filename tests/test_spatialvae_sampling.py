@@ -138,11 +138,12 @@ def test_sample_tissue__is_smooth_and_follows_cells_held_fixed(trained):
     assert abs(np.corrcoef(given[:, 0], truth)[0, 1]) > 0.8 > abs(np.corrcoef(niche, truth)[0, 1])
     alone = model.sample_prior(4000).obsm["X_spatialvae"]
     np.testing.assert_allclose(alone[:, :d].var(0), model.module.niche_variance, rtol=0.1)
-    np.testing.assert_allclose(alone[:, d:].var(0), model.module.cell_variance, rtol=0.1)
+    expected = model.module.cells_around(*model.module.unknown_niche(1)).moments()[1][0].detach()
+    np.testing.assert_allclose(alone[:, d:].var(0), expected, rtol=0.1)
 
 
-def test_sample_tissue__of_table_has_the_types_of_the_table():
-    """Two types far apart, side by side all over the tissue: a Gaussian fills the gap between them."""
+def test_sample_tissue__has_the_types_of_the_table():
+    """Two types far apart, side by side all over the tissue."""
     rng, rate = np.random.default_rng(0), np.where(np.arange(10) % 2, 30.0, 2.0)
     kind = rng.random(300) < 0.5
     table = tissue()
@@ -154,6 +155,7 @@ def test_sample_tissue__of_table_has_the_types_of_the_table():
     def share(made):
         return made.X.toarray()[:, ::2].sum(1) / np.maximum(made.X.toarray().sum(1), 1)
 
+    assert model.module.shape.n_types > 1
     between = {}
     given = {"coordinates": table.obsm["spatial"], "library_size": np.full(300, 160.0)}
     for cells in ("model", "table"):
@@ -161,7 +163,7 @@ def test_sample_tissue__of_table_has_the_types_of_the_table():
         assert made[0].X.sum(1).mean() == pytest.approx(160, rel=0.05)
         between[cells] = np.mean([np.abs(share(one) - 0.5) < 0.25 for one in made])
     assert (np.abs(share(table) - 0.5) < 0.25).mean() == 0
-    assert between["table"] < 0.02 < 0.1 < between["model"]
+    assert max(between.values()) < 0.05
     with pytest.raises(InputError, match="cells is 'nope'"):
         model.sample_prior(3, cells="nope")
     with pytest.raises(InputError, match="library_size must be positive"):

@@ -1,0 +1,120 @@
+"""How many domains `SpatialVAE.domains()` finds, and how far domains move with the seed.
+
+    python benchmarks/domains.py TABLE:LABEL ... [--seeds N] [--simulated N]
+
+TABLE is an AnnData file with counts in X and obsm["spatial"], LABEL an obs with known domains. Tissues are simulated
+beside them: patches of 3 to 12 domains, which differ by how frequent 14 types of cells are there. Writes
+benchmarks/results/domains.md.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread mostly waits
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from scipy.spatial import cKDTree
+from sklearn.metrics import adjusted_rand_score
+from tables import RESULTS, as_markdown
+
+from spatialvae import SpatialVAE
+
+CELLS, GENES, TYPES = 2000, 120, 14  # of a simulated tissue
+PATCHES = 3  # of each domain
+
+Row = dict[str, str | int | float]
+
+
+def tissue(k: int, seed: int) -> anndata.AnnData:
+    """Cells in a square of patches of ``k`` domains, obs["domain"]; counts are negative binomial, 60 a cell."""
+    rng = np.random.default_rng(seed)
+    places = rng.uniform(0, 100, (CELLS, 2))
+    patch = cKDTree(rng.uniform(0, 100, (PATCHES * k, 2))).query(places)[1]
+    frequency = rng.dirichlet(np.full(TYPES, 0.3), k)[patch % k]
+    kind = (rng.random((CELLS, 1)) > frequency.cumsum(1)).sum(1).clip(0, TYPES - 1)
+    share = rng.gamma(0.5, 1, (TYPES, GENES))
+    share /= share.sum(1, keepdims=True)
+    depth = rng.gamma(4, 60 / 4, CELLS)
+    counts = rng.poisson(depth[:, None] * share[kind] * rng.gamma(3, 1 / 3, (CELLS, GENES)))
+    obs = pd.DataFrame({"domain": (patch % k).astype(str)}, index=[f"cell{i}" for i in range(CELLS)])
+    return anndata.AnnData(sp.csr_matrix(counts.astype(np.float32)), obs, obsm={"spatial": places})
+
+
+def rows_of(name: str, table: anndata.AnnData, label: str, seeds: int) -> Iterator[Row]:
+    """A row for each seed of the training."""
+    table = table[np.asarray(table.X.sum(1)).ravel() > 0].copy()
+    truth = table.obs[label].astype(str)
+    SpatialVAE.setup_anndata(table)
+    for seed in range(seeds):
+        model = SpatialVAE(table, seed=seed, niche_encoder="field")
+        model.train(seed=seed, progress=False)
+        found = len(set(model.domains(seed=seed)))
+        stable = table.uns["spatial_domain_number"].set_index("k")
+        labels = model.domains(truth.nunique(), seed=seed)
+        yield {
+            "section": name,
+            "true": truth.nunique(),
+            "found": found,
+            "agreement": stable["agreement"].get(found, np.nan),
+            "ARI": adjusted_rand_score(truth, labels),
+        }
+
+
+def page(rows: pd.DataFrame, seeds: int, command: str) -> str:
+    each = rows.groupby("section", sort=False)
+    table = pd.DataFrame(
+        {
+            "true number": each["true"].first(),
+            "found": each["found"].agg(lambda found: ", ".join(map(str, found))),
+            "agreement of halves": each["agreement"].mean().round(2),
+            "ARI at the true number": each["ARI"].median().round(3),
+            "spread": (each["ARI"].max() - each["ARI"].min()).round(3),
+        }
+    )
+    near = (rows["found"] - rows["true"]).abs() <= 2
+    good = (near.groupby(rows["section"], sort=False).mean() > 0.5).sum()
+    return f"""# Domains
+
+Made by `{command}`.
+
+Seeds of training and mixture: {seeds}. "found": by `domains()` without a number, for each seed, and the agreement of
+halves that it has; "spread": the range over seeds of the ARI of `domains(k)`, k true. "simulated K": {CELLS:,} cells,
+patches of K domains.
+
+{as_markdown(table.reset_index())}
+
+Within 2 of the true number: {near.mean():.0%} of all runs; {good} of {len(each)} sections in most seeds.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE:LABEL")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--simulated", type=int, default=4, help="tissues, of 3 to 12 domains")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    for asked in options.tables:
+        path, label = asked.rsplit(":", 1)
+        rows += rows_of(Path(path).stem, anndata.read_h5ad(path), label, options.seeds)
+        print(*rows[-options.seeds :], sep="\n", flush=True)
+    for i, k in enumerate(np.linspace(3, 12, options.simulated).round().astype(int)):
+        rows += rows_of(f"simulated {k}", tissue(k, 100 + i), "domain", options.seeds)
+        print(*rows[-options.seeds :], sep="\n", flush=True)
+    names = " ".join(f"{Path(asked.rsplit(':', 1)[0]).name}:{asked.rsplit(':', 1)[1]}" for asked in options.tables)
+    command = f"python benchmarks/domains.py {names} --seeds {options.seeds} --simulated {options.simulated}"
+    text = page(pd.DataFrame(rows), options.seeds, command)
+    (RESULTS / "domains.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
