@@ -37,7 +37,7 @@ from spatialvae.training import Plan, train
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 5
+FORMAT = 6
 FILES = ("model.json", "model.safetensors")
 TABLE = "adata.h5ad"
 WHICH = ("both", "niche", "cell")

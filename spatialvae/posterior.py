@@ -9,13 +9,15 @@ slopes J = d log mu / d z and the Fisher information w of a count about its log 
 stand for precision and precision times mean. z_cell is integrated out as before, which gives the niche of cell i the
 precision (1 + F S)^-1 F and the linear term (1 + F S)^-1 h, of the first D dimensions. (S^-1 - S^-1 (F + S^-1)^-1 S^-1
 is the same, but rounds to nothing where S is small.) Given the niche z_cell is Gaussian with precision F + S^-1, so
-that both latents of a whole section can be drawn together.
+that both latents of a whole section can be drawn together; draws of z_cell are then moved to the posterior itself
+(``hamiltonian``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 from spatialvae.data import minibatches
 from spatialvae.errors import InputError
 from spatialvae.field import draws, posterior_variance, solve
+from spatialvae.hamiltonian import moved
 from spatialvae.module import LEAST_DEPTH, Section, Sites, Space, SpatialModule
 
 ENTRIES = 2**21  # slopes (cell, gene, dim) that are held at a time
@@ -104,10 +107,17 @@ def latent_draws(
         index, here = torch.from_numpy(rows[part]), niche[:, part].to(own.device)
         precision, linear = expanded(module, section, rows[part], found.mode[index])
         root = torch.linalg.cholesky(precision + own.reciprocal().diag())
-        pull = linear + F.pad(here, (0, len(own) - here.shape[-1])) / own
-        noise = torch.randn(pull.shape, generator=generator).to(own.device)
-        half = torch.linalg.solve_triangular(root, pull[..., None], upper=False) + noise[..., None]
-        yield rows[part], here, torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
+        expected, x = F.pad(here, (0, len(own) - here.shape[-1])), module.counts(section, rows[part])
+        noise = torch.randn(expected.shape, generator=generator).to(own.device)
+        half = torch.linalg.solve_triangular(root, (linear + expected / own)[..., None], upper=False) + noise[..., None]
+        drawn = torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
+
+        def log_density(z: Tensor, mean: Tensor, rows: np.ndarray = rows[part], x: Tensor = x) -> Tensor:
+            return module.log_likelihood(section, rows, x, z) - 0.5 * ((z - mean) ** 2 / own).sum(-1)
+
+        pairs = zip(drawn, expected, strict=True)
+        z = [moved(partial(log_density, mean=mean), start, root, generator) for start, mean in pairs]
+        yield rows[part], here, torch.stack(z)
 
 
 def niche_draws(
@@ -158,6 +168,8 @@ def expanded(module: SpatialModule, section: Section, rows: np.ndarray, z: Tenso
     slopes = module.slopes(section, rows, z)
     slopes = slopes - (share[:, None] @ slopes)
     mean, theta = depth[:, None] * share, module.bounded_log_theta.exp()
+    if logit_zero is not None:
+        mean = mean * (1 + logit_zero.exp())
     shrunk = torch.ones_like(mean) if module.shape.likelihood == "poisson" else theta / (mean + theta)
     counted = torch.ones_like(mean)
     if logit_zero is not None:  # odds that a zero is not an additional one

@@ -41,10 +41,11 @@ class Imputed:
 
 @torch.no_grad()
 def expected_counts(module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Expected counts (row, gene) given ``z`` (row, dim) and total counts, and the probability of additional zeros."""
+    """Means of counts (row, gene) given ``z`` (row, dim) and total counts, but for additional zeros, and the
+    probability of these."""
     logits, logit_zero = module.logits(section, rows, z)
     zero = torch.zeros(()) if logit_zero is None else torch.sigmoid(logit_zero)
-    return module.log_mean(section, rows, logits).exp(), zero
+    return module.log_mean(section, rows, logits, logit_zero).exp(), zero
 
 
 def draw_counts(
