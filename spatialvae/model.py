@@ -503,8 +503,8 @@ class SpatialVAE:
         samples : the section of each cell, one if None; neighbours are found within it
         given : a table of cells that are held fixed: the field is drawn given their counts. Their sections are named in
             ``samples`` as in their ``sample_key``
-        library_size : total counts (cell,); by default those of cells of the model's table picked at random, whose
-            batches they take, too
+        library_size : total counts (cell,); by default those of the cells of the model's table that are most alike in
+            z_cell, whose batches they take, too
         cells : "model" for z_cell ~ N(z_niche, S); "table" for that of a cell of the model's table whose niche is
             alike, so that there are the same types of cells
 
@@ -534,9 +534,10 @@ class SpatialVAE:
         section = self._read(None)
         if cells == "model":
             z = sampling.cells_of_model(self.module, niche, seed)
+            like = sampling.cells_like(self.module, section, z, seed)
         else:
-            z = sampling.cells_of_table(self.module, section, niche, seed)
-        section = sampling.as_if(section, len(niche), library_size, seed)
+            z, like = sampling.cells_of_table(self.module, section, niche, seed)
+        section = sampling.as_if(section, like, library_size)
         rows, rng = np.arange(len(niche)), np.random.default_rng([seed, 3])
         parts = minibatches(rows, ROWS_AT_ONCE)
         counts = [sp.csr_matrix(sampling.draw_counts(self.module, section, part, z[part], rng)) for part in parts]
