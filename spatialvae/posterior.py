@@ -107,17 +107,31 @@ def latent_draws(
         index, here = torch.from_numpy(rows[part]), niche[:, part].to(own.device)
         precision, linear = expanded(module, section, rows[part], found.mode[index])
         root = torch.linalg.cholesky(precision + own.reciprocal().diag())
-        expected, x = F.pad(here, (0, len(own) - here.shape[-1])), module.counts(section, rows[part])
-        noise = torch.randn(expected.shape, generator=generator).to(own.device)
-        half = torch.linalg.solve_triangular(root, (linear + expected / own)[..., None], upper=False) + noise[..., None]
-        drawn = torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
+        pull = linear + F.pad(here, (0, len(own) - here.shape[-1])) / own
+        noise = torch.randn(pull.shape, generator=generator).to(own.device)
+        half = torch.linalg.solve_triangular(root, pull[..., None], upper=False) + noise[..., None]
+        z_cell = torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
+        yield rows[part], here, _exact(module, section, rows[part], here, z_cell, root, generator)
 
-        def log_density(z: Tensor, mean: Tensor, rows: np.ndarray = rows[part], x: Tensor = x) -> Tensor:
-            return module.log_likelihood(section, rows, x, z) - 0.5 * ((z - mean) ** 2 / own).sum(-1)
 
-        pairs = zip(drawn, expected, strict=True)
-        z = [moved(partial(log_density, mean=mean), start, root, generator) for start, mean in pairs]
-        yield rows[part], here, torch.stack(z)
+def _exact(
+    module: SpatialModule,
+    section: Section,
+    rows: np.ndarray,
+    niche: Tensor,
+    z_cell: Tensor,
+    root: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Draws of ``z_cell`` given those of ``niche``, (sample, row, dim) each, moved to p(z_cell | niche, x); ``root``
+    (row, dim, dim) of the precision of the Gaussian that they come from."""
+    x, own = module.counts(section, rows), module.log_residual.exp()
+
+    def log_density(z: Tensor, expected: Tensor) -> Tensor:
+        return module.log_likelihood(section, rows, x, z) - 0.5 * ((z - expected) ** 2 / own).sum(-1)
+
+    pairs = zip(z_cell, F.pad(niche, (0, len(own) - niche.shape[-1])), strict=True)
+    return torch.stack([moved(partial(log_density, expected=mean), z, root, generator) for z, mean in pairs])
 
 
 def niche_draws(
