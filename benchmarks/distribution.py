@@ -28,7 +28,7 @@ from peers import embed
 from scipy.stats import spearmanr
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
-from tables import RESULTS, as_markdown
+from tables import RESULTS, as_markdown, put_section
 
 from spatialvae import SpatialVAE, checks
 from spatialvae.evidence import mean_with_error
@@ -326,12 +326,11 @@ root mean square error, over cells and genes, of square roots of the molecules t
 """
 
 
+TITLE = """# The fitted distribution
+
+Made by `python benchmarks/distribution.py DATA --peers FOLDER`, sections by themselves with --only.
+"""
 FIGURES = ("evidence", "intervals", "imputation", "tissue", "differential", "measurement")
-
-
-def sections_of(page: str) -> dict[str, str]:
-    """The sections of a page by their titles."""
-    return {part.partition("\n")[0]: f"## {part}".rstrip() + "\n" for part in page.split("\n## ")[1:]}
 
 
 def main() -> None:
@@ -348,14 +347,10 @@ def main() -> None:
         "differential": lambda: differential(asked.peers),
         "measurement": measurement,
     }
-    path = RESULTS / "distribution.md"
     for name in asked.only:
         section = made[name]()
         print(section, flush=True)
-        parts = sections_of(path.read_text()) if path.exists() else {}
-        parts |= sections_of(f"\n{section}")
-        about = "Made by `python benchmarks/distribution.py DATA --peers FOLDER`, sections by themselves with --only."
-        path.write_text("\n".join(["# The fitted distribution\n", f"{about}\n", *parts.values()]))
+        put_section(RESULTS / "distribution.md", TITLE, section)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ class SpatialVAE:
     n_latent : dimensions of z_cell, at most; fewer genes give fewer
     n_niche : dimensions of z_niche, at most; as many are used as vary in space
     n_hidden : width of the hidden layers
-    gene_likelihood : "nb", "zinb" or "poisson"; "zinb" takes 1.7 times as long, and explains some tables much better, such
-        as those of STARmap (benchmarks/results/distribution.md): ``comparison.compare`` says which is best
+    gene_likelihood : "nb", "zinb" or "poisson"; "zinb" takes 1.7 times as long, and explains some tables much better,
+        such as those of STARmap (benchmarks/results/distribution.md): ``comparison.compare`` says which is best
     seed : of the initial weights
     measurement : model expression as it was before it was measured (``spatialvae.measurement``): ``adata`` gives each
         gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them
