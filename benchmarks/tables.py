@@ -27,3 +27,11 @@ def read_markdown(page: str) -> list[pd.DataFrame]:
         elif tables[-1]:
             tables.append([])
     return [pd.DataFrame(rows[2:], columns=rows[0]) for rows in tables if rows]
+
+
+def put_section(path: Path, title: str, section: str) -> None:
+    """Write ``section``, which begins with "## ", into a page in place of the one with the same heading, or at its end;
+    ``title`` is all before the first section."""
+    text = path.read_text() if path.exists() else ""
+    parts = [f"## {part}".rstrip() + "\n" for part in text.split("\n## ")[1:]] + [section.rstrip() + "\n"]
+    path.write_text("\n".join([title, *{part.partition("\n")[0]: part for part in parts}.values()]))

@@ -48,8 +48,8 @@ def stability(latent: np.ndarray, seed: int = 0) -> pd.DataFrame:
 
 
 def most_stable(found: pd.DataFrame) -> int:
-    """The number of clusters according to ``stability``: the largest whose agreement is within one standard deviation of
-    the best (Breiman, Friedman, Olshen & Stone 1984)."""
+    """The number of clusters according to ``stability``: the largest whose agreement is within one standard deviation
+    of the best (Breiman, Friedman, Olshen & Stone 1984)."""
     k, agreement, spread = found[["k", "agreement", "spread"]].to_numpy().T
     if not len(k) or agreement.max() < LEAST_AGREEMENT:
         return 1

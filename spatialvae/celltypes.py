@@ -69,11 +69,17 @@ class Types:
     def around(self, niche: Gaussian, own: Tensor) -> Mixture:
         """How z_cell is distributed, (B, 1 + type, dim), in a Gaussian ``niche``; ``own`` (dim,) is S. The first part
         is the one around the niche."""
-        alone = around_niche(niche, own)
+        return self._beside(around_niche(niche, own), self.log_frequency_around(niche))
+
+    def within(self, niche: Tensor, own: Tensor) -> Mixture:
+        """As ``around``, in a known ``niche`` (B, D)."""
+        return self._beside(around_niche((niche, torch.zeros_like(niche)), own), self.log_frequency(niche))
+
+    def _beside(self, alone: Mixture, log_frequency: Tensor) -> Mixture:
+        """The types, of ``log_frequency`` (B, type), beside the part around the niche."""
         if not len(self.bias):
             return alone
-        n = len(alone.mean)
-        log_of_types = self.share.log() + self.log_frequency_around(niche)
+        n, log_of_types = len(alone.mean), self.share.log() + log_frequency
         pairs = (alone.mean, self.mean), (alone.variance, self.variance)
         parts = (torch.cat([one, many.expand(n, -1, -1)], 1) for one, many in pairs)
         return Mixture(torch.cat([torch.log1p(-self.share).expand(n, 1), log_of_types], 1), *parts)

@@ -68,6 +68,9 @@ def train(
     domains: Annotated[int | None, typer.Option(min=1, help="spatial domains to find")] = None,
     max_epochs: Annotated[int | None, typer.Option(min=1, help="passes over the table at most")] = None,
     seed: Annotated[int, typer.Option(help="of weights, held-out cells and noise")] = 0,
+    likelihood: Annotated[
+        str, typer.Option(help="of counts: nb, zinb or poisson; `spatialvae evaluate` says which explains TABLE best")
+    ] = "nb",
     measurement: Annotated[
         bool,
         typer.Option(
@@ -89,7 +92,9 @@ def train(
 
     SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
     with _status("reading counts, finding neighbours, fitting the spatial field"):
-        model = SpatialVAE(adata, seed=seed, measurement=measurement, linear_decoder=linear_decoder)
+        model = SpatialVAE(
+            adata, gene_likelihood=likelihood, seed=seed, measurement=measurement, linear_decoder=linear_decoder
+        )
     model.train(max_epochs, seed=seed, progress=is_first())
     if not is_first():
         return

@@ -294,6 +294,11 @@ def neighbour_effects(
     false discovery rate is Benjamini & Hochberg's (1995), over all tests: pairs of types that meet in 10 blocks' worth
     of cells, genes found in a tenth of the type's cells.
 
+    A cell has about as many neighbours as any other, so that more of one type are fewer of others: what one type does
+    would show as the opposite in all of them. Of each gene the type of neighbour with the largest t is therefore tested
+    by itself, and every other one given it, n and e being what is left of a regression on its number. Counts are shares
+    of a total, too: a gene that rises by much lowers all others of the cell a little, with the same neighbour.
+
     Molecules of a neighbour that were assigned to the cell look like an effect: be careful where ``mean_neighbour``,
     the expression in the neighbour's type, is far above ``mean``, that in the type itself.
 
@@ -324,7 +329,7 @@ def neighbour_effects(
         met = np.flatnonzero(spread.sum(1) ** 2 >= LEAST_BLOCKS * (spread**2).sum(1) + 1e-12)
         if not len(met):
             continue
-        total, t = _studentised(n[:, met], e, blocks)
+        effect, t = _given_the_largest(n[:, met], e, blocks)
         pairs, genes_of = np.repeat(met, len(expressed)), np.tile(expressed, len(met))
         tables.append(
             pd.DataFrame(
@@ -332,7 +337,7 @@ def neighbour_effects(
                     "type": names[own],
                     "neighbour": np.array(names)[pairs],
                     "gene": np.array(genes)[genes_of],
-                    "effect": (total / spread[met].sum(1)[:, None]).ravel(),
+                    "effect": effect.ravel(),
                     "t": t.ravel(),
                     "p_value": 2 * student.sf(np.abs(t.ravel()), blocks.max()),
                     "mean": means[own, genes_of],
@@ -353,8 +358,23 @@ def _less_block_mean(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
 
 
 def _studentised(n: np.ndarray, e: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum over blocks of S_b and its t, (type, gene), of ``n`` (cell, type) and ``e`` (cell, gene)."""
+    """Effects and their t, (type, gene), of ``n`` (cell, type) and ``e`` (cell, gene)."""
     to_block = sp.csr_array((np.ones(len(blocks)), (blocks, np.arange(len(blocks)))))
     sums = np.stack([to_block @ (each[:, None] * e) for each in n.T])  # (type, block, gene)
     total = sums.sum(1)
-    return total, total / np.maximum(np.sqrt(sums.shape[1] * sums.var(1, ddof=1)), 1e-12)
+    error = np.sqrt(sums.shape[1] * sums.var(1, ddof=1))
+    return total / np.maximum((n**2).sum(0), 1e-12)[:, None], total / np.maximum(error, 1e-12)
+
+
+def _given_the_largest(n: np.ndarray, e: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same, for each gene given the type with the largest t; of this type by itself."""
+    effect, t = _studentised(n, e, blocks)
+    largest = np.abs(t).argmax(0)
+    for kind in np.unique(largest):
+        genes, others = np.flatnonzero(largest == kind), np.delete(np.arange(len(t)), kind)
+        both = np.hstack([n[:, others], e[:, genes]])
+        left = both - np.outer(n[:, kind], n[:, kind] @ both / (n[:, kind] @ n[:, kind]))
+        rest_n, rest_e = np.split(left, [len(others)], axis=1)
+        place = np.ix_(others, genes)
+        effect[place], t[place] = _studentised(rest_n, rest_e, blocks)
+    return effect, t

@@ -44,7 +44,8 @@ class SpatialVAE:
     n_latent : dimensions of z_cell, at most; fewer genes give fewer
     n_niche : dimensions of z_niche, at most; as many are used as vary in space
     n_hidden : width of the hidden layers
-    gene_likelihood : "nb", "zinb" or "poisson"
+    gene_likelihood : "nb", "zinb" or "poisson"; "zinb" takes 1.7 times as long, and explains some tables much better,
+        such as those of STARmap (benchmarks/results/distribution.md): ``comparison.compare`` says which is best
     seed : of the initial weights
     measurement : model expression as it was before it was measured (``spatialvae.measurement``): ``adata`` gives each
         gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them
@@ -492,10 +493,10 @@ class SpatialVAE:
         samples : the section of each cell, one if None; neighbours are found within it
         given : a table of cells that are held fixed: the field is drawn given their counts. Their sections are named in
             ``samples`` as in their ``sample_key``
-        library_size : total counts (cell,); by default those of cells of the model's table picked at random, whose
-            batches they take, too
+        library_size : total counts (cell,); by default those of the cells of the model's table that are most alike in
+            z_cell, whose batches they take, too
         cells : "model" for p(z_cell | z_niche) of the model; "table" for that of a cell of the model's table whose
-            niche is alike, so that there are the same cells
+            niche is alike, so that there are the same types of cells
 
         Returns an AnnData with counts in X, ``obsm["X_spatialvae"]``, the latents that they come from, and places and
         sections under the keys of the model.
@@ -523,9 +524,10 @@ class SpatialVAE:
         section = self._read(None)
         if cells == "model":
             z = sampling.cells_of_model(self.module, niche, seed)
+            like = sampling.cells_like(self.module, section, z, seed)
         else:
-            z = sampling.cells_of_table(self.module, section, niche, seed)
-        section = sampling.as_if(section, len(niche), library_size, seed)
+            z, like = sampling.cells_of_table(self.module, section, niche, seed)
+        section = sampling.as_if(section, like, library_size)
         rows, rng = np.arange(len(niche)), np.random.default_rng([seed, 3])
         parts = minibatches(rows, ROWS_AT_ONCE)
         counts = [sp.csr_matrix(sampling.draw_counts(self.module, section, part, z[part], rng)) for part in parts]

@@ -261,6 +261,10 @@ class SpatialModule(nn.Module):
         """How z_cell is distributed, (B, part, dim), in a Gaussian niche, (B, D) each."""
         return self.types.around((niche_mean, niche_variance), self.log_residual.exp())
 
+    def cells_within(self, niche: Tensor) -> Mixture:
+        """How z_cell is distributed in a known ``niche`` (B, D)."""
+        return self.types.within(niche, self.log_residual.exp())
+
     def unknown_niche(self, n_cells: int) -> tuple[Tensor, Tensor]:
         """Mean and variance (cell, D) of z_niche of cells whose neighbours are not known."""
         variance = self.niche_variance.expand(n_cells, -1)
@@ -304,11 +308,13 @@ class SpatialModule(nn.Module):
             return logits
         return logits.masked_fill(torch.from_numpy(section.cells.missing).to(logits.device), UNSEEN)
 
-    def log_mean(self, section: Section, rows: np.ndarray, logits: Tensor) -> Tensor:
-        """Log of the expected counts (B, gene), given the total of the genes that were measured; of the others, what
-        would have been counted beside them."""
+    def log_mean(self, section: Section, rows: np.ndarray, logits: Tensor, logit_zero: Tensor | None) -> Tensor:
+        """Log of the mean of Poisson or NB (B, gene), given the total of the genes that were measured; of the others,
+        what would have been counted beside them. With additional zeros it is the mean without these, so that the
+        expected counts add up to the total all the same."""
         total = self.measured(section, logits).logsumexp(-1, keepdim=True)
-        return logits - total + section.depth[torch.from_numpy(rows)].to(logits.device).log()[:, None]
+        log_mean = logits - total + section.depth[torch.from_numpy(rows)].to(logits.device).log()[:, None]
+        return log_mean if logit_zero is None else log_mean + nn.functional.softplus(logit_zero)
 
     @property
     def bounded_log_theta(self) -> Tensor:
@@ -322,7 +328,7 @@ class SpatialModule(nn.Module):
         logits = self.measured(section, logits)
         if self.shape.likelihood == "nb":
             return likelihoods.negative_binomial_of_logits(x, logits, depth, self.bounded_log_theta)
-        log_mu = torch.log_softmax(logits, -1) + depth.log()[:, None]
+        log_mu = self.log_mean(section, rows, logits, logit_zero)
         if logit_zero is not None:
             return likelihoods.zero_inflated_negative_binomial(x, log_mu, self.bounded_log_theta, logit_zero)
         return likelihoods.poisson(x, log_mu)

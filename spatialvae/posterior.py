@@ -15,13 +15,14 @@ moments that the mixture has given the shares of the cell in its parts. Integrat
 cell i the precision c^2 (1 + F E)^-1 F and the linear term c (1 + F E)^-1 (h - F o), of the first D dimensions. (E^-1 -
 E^-1 (F + E^-1)^-1 E^-1 is the same, but rounds to nothing where E is small.) To these the type adds what it says of the
 niche by its frequency there. Given the niche z_cell is Gaussian with precision F + E^-1, so that both latents of a
-whole section can be drawn together.
+whole section can be drawn together; draws of z_cell are then moved to p(z_cell | z_niche, x) itself (``hamiltonian``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from spatialvae.celltypes import LEAST_SHARE
 from spatialvae.data import minibatches
 from spatialvae.errors import InputError
 from spatialvae.field import draws, posterior_covariance, solve
+from spatialvae.hamiltonian import moved
 from spatialvae.mixture import Mixture
 from spatialvae.module import LEAST_DEPTH, Section, Sites, Space, SpatialModule
 
@@ -249,7 +251,28 @@ def latent_draws(
         noise = torch.randn(pull.shape, generator=generator)
         half = torch.linalg.solve_triangular(root, pull[..., None], upper=False) + noise[..., None]
         z_cell = torch.linalg.solve_triangular(root.mT, half, upper=True)[..., 0]
-        yield rows[part], here.to(device), z_cell.to(device)
+        yield rows[part], here.to(device), _exact(module, section, rows[part], here, z_cell, root, generator)
+
+
+def _exact(
+    module: SpatialModule,
+    section: Section,
+    rows: np.ndarray,
+    niche: Tensor,
+    z_cell: Tensor,
+    root: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """Draws of ``z_cell`` given those of ``niche``, (sample, row, dim) each, moved to p(z_cell | niche, x); ``root``
+    (row, dim, dim) of the precision of the Gaussian that they come from."""
+    x, device = module.counts(section, rows), module.mean.device
+
+    def log_density(z: Tensor, prior: Mixture) -> Tensor:
+        return module.log_likelihood(section, rows, x, z) + prior.log_density(z[:, None])[:, 0]
+
+    priors = (module.cells_within(here.to(device)) for here in niche)
+    pairs = zip(z_cell.to(device), priors, strict=True)
+    return torch.stack([moved(partial(log_density, prior=prior), z, root.to(device), generator) for z, prior in pairs])
 
 
 def niche_draws(
@@ -308,6 +331,8 @@ def expanded(module: SpatialModule, section: Section, rows: np.ndarray, z: Tenso
     slopes = module.slopes(section, rows, z)
     slopes = slopes - (share[:, None] @ slopes)
     mean, theta = depth[:, None] * share, module.bounded_log_theta.exp()
+    if logit_zero is not None:
+        mean = mean * (1 + logit_zero.exp())
     shrunk = torch.ones_like(mean) if module.shape.likelihood == "poisson" else theta / (mean + theta)
     counted = torch.ones_like(mean)
     if logit_zero is not None:  # odds that a zero is not an additional one

@@ -24,7 +24,8 @@ from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, SpatialModule
 from spatialvae.posterior import expansion, latent_draws, niche_draws
 
-ALIKE = 30  # cells of the table one of which lends a new cell its z_cell
+CANDIDATES = 30  # cells of the table, the nearest in z_niche, one of which lends a new cell its z_cell
+MOST_COMPARED = 5000  # cells of the table, one of which lends a new cell its total count
 
 Places = tuple[np.ndarray, np.ndarray]  # coordinates (cell, axis) and names of samples (cell,)
 
@@ -40,10 +41,11 @@ class Imputed:
 
 @torch.no_grad()
 def expected_counts(module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Expected counts (row, gene) given ``z`` (row, dim) and total counts, and the probability of additional zeros."""
+    """Means of counts (row, gene) given ``z`` (row, dim) and total counts, but for additional zeros, and the
+    probability of these."""
     logits, logit_zero = module.logits(section, rows, z)
     zero = torch.zeros(()) if logit_zero is None else torch.sigmoid(logit_zero)
-    return module.log_mean(section, rows, logits).exp(), zero
+    return module.log_mean(section, rows, logits, logit_zero).exp(), zero
 
 
 def draw_counts(
@@ -177,34 +179,44 @@ def predictive_of(
         yield part, np.stack([draw_counts(module, section, part, z, rng) for z in z_cell])
 
 
-def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed: int) -> Tensor:
-    """z_cell (cell, dim) in ``niche`` (cell, D), each that of one of the ``ALIKE`` cells of ``section`` whose z_niche
-    is nearest, in one draw of its posterior.
+def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed: int) -> tuple[Tensor, np.ndarray]:
+    """z_cell (cell, dim) in ``niche`` (cell, D), each that of a cell of ``section`` in one draw of its posterior; and
+    the rows of these cells.
 
-    This is the aggregate posterior given the niche (Tomczak & Welling 2018, who use it as a prior): cells in which the
-    Gaussian of the model sees one cloud keep to their types.
+    This is the aggregate posterior (Tomczak & Welling 2018, who use it as a prior) given the niche: a cell of the
+    section is picked with the probability density that its posterior of z_niche has there. Cells in which the Gaussian
+    of the model sees one cloud keep to their types.
     """
     rng, rows = np.random.default_rng([seed, 2]), np.flatnonzero(section.cells.depth > 0)
-    drawn = [(of_niche[0].cpu(), of_cell[0]) for _, of_niche, of_cell in latent_draws(module, section, rows, 1, seed)]
-    here, cells = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-    k = min(ALIKE, len(rows))
+    z = torch.cat([of_cell[0] for _, _, of_cell in latent_draws(module, section, rows, 1, seed)])
     if niche.shape[1]:
-        sd = module.niche_variance.sqrt().cpu()
-        near = cKDTree((here / sd).numpy()).query((niche / sd).numpy(), k)[1].reshape(len(niche), k)
-        chosen = near[np.arange(len(niche)), rng.integers(k, size=len(niche))]
+        here = module.solve(section.space, module.sites(section))
+        sd, k = here.variance.mean(0).sqrt(), min(CANDIDATES, len(rows))
+        distance, near = cKDTree((here.mean[rows] / sd).numpy()).query((niche / sd).numpy(), k)
+        distance, near = distance.reshape(len(niche), k), near.reshape(len(niche), k)
+        chosen = near[np.arange(len(niche)), (rng.gumbel(size=near.shape) - 0.5 * distance**2).argmax(1)]
     else:
         chosen = rng.integers(len(rows), size=len(niche))
-    return cells[torch.from_numpy(chosen)]
+    return z[torch.from_numpy(chosen)], rows[chosen]
 
 
-def as_if(section: Section, n_cells: int, depth: np.ndarray | None, seed: int) -> Section:
-    """What ``n_cells`` new cells are drawn as: with total counts ``depth`` (cell,), or else those of cells of
-    ``section`` picked at random, and with the batches of such cells. All genes are measured."""
-    there = np.flatnonzero(section.cells.depth > 0)
-    like = torch.from_numpy(np.random.default_rng([seed, 4]).choice(there, n_cells))
-    size = section.depth[like]
+def cells_like(module: SpatialModule, section: Section, z: Tensor, seed: int) -> np.ndarray:
+    """For each of ``z`` (cell, dim) the row of the cell of ``section`` that is nearest in units of the prior of z_cell;
+    of large sections, among some."""
+    rows = np.flatnonzero(section.cells.depth > 0)
+    rows = np.random.default_rng([seed, 4]).permutation(rows)[:MOST_COMPARED]
+    sites, sd = module.sites(section), module.cell_variance.sqrt().cpu()
+    there = module.cells_given(sites, module.solve(section.space, sites))[0][rows]
+    return rows[cKDTree((there / sd).numpy()).query((z.cpu() / sd).numpy())[1]]
+
+
+def as_if(section: Section, like: np.ndarray, depth: np.ndarray | None) -> Section:
+    """What new cells are drawn as: with total counts ``depth`` (cell,), or else those of the rows ``like`` (cell,) of
+    ``section``, and with the batches of these. All genes are measured."""
+    chosen = torch.from_numpy(like)
+    size = section.depth[chosen]
     if depth is not None:
-        size = torch.from_numpy(np.broadcast_to(np.asarray(depth, np.float32), (n_cells,)).copy())
+        size = torch.from_numpy(np.broadcast_to(np.asarray(depth, np.float32), (len(like),)).copy())
         if not (torch.isfinite(size).all() and (size > 0).all()):
             raise InputError("library_size must be positive and finite")
-    return replace(section, depth=size, batch=section.batch[like], fill=None)
+    return replace(section, depth=size, batch=section.batch[chosen], fill=None)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.registry import BENCHMARKS, headlines, number
-from benchmarks.tables import as_markdown, read_markdown
+from benchmarks.tables import as_markdown, put_section, read_markdown
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -28,6 +28,13 @@ def test_read_markdown__reads_what_as_markdown_writes():
     first, second = read_markdown(f"# Title\n\n{as_markdown(table)}\n\ntext\n\n{as_markdown(table)}\n")
     pd.testing.assert_frame_equal(first, table)
     pd.testing.assert_frame_equal(second, table)
+
+
+def test_put_section__replaces_the_one_of_the_same_heading(tmp_path):
+    page = tmp_path / "page.md"
+    for section in ("## A\n\n1\n", "## B\n\n2\n", "## A\n\n### C\n\n3\n"):
+        put_section(page, "# Title\n", section)
+    assert page.read_text() == "# Title\n\n## A\n\n### C\n\n3\n\n## B\n\n2\n"
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ def run(monkeypatch, *arguments):
 
 def test_train_then_embed__write_whole_results(monkeypatch, capsys, tmp_path, table):
     out = tmp_path / "run"
-    assert run(monkeypatch, "train", table, "--out", out, "--domains", 2, "--max-epochs", 2, "--linear-decoder") == 0
+    train = ["train", table, "--out", out, "--domains", 2, "--max-epochs", 2, "--linear-decoder"]
+    assert run(monkeypatch, *train, "--likelihood", "zinb") == 0
     written = {p.name for p in out.iterdir()}
     assert written == {
         "model", "table.h5ad", "history.csv", "run.json", "training.png", "latent.png", "domains.png", "loadings.csv",
@@ -43,7 +44,9 @@ def test_train_then_embed__write_whole_results(monkeypatch, capsys, tmp_path, ta
     first = anndata.read_h5ad(out / "table.h5ad")
     assert first.obsm["X_spatialvae"].shape[1] == len(first.uns["X_spatialvae_names"])
     assert set(first.obs["spatial_domain"]) == {"0", "1"}
-    assert json.loads((out / "run.json").read_text())["input"]["bytes"] == table.stat().st_size
+    about = json.loads((out / "run.json").read_text())
+    assert about["input"]["bytes"] == table.stat().st_size
+    assert about["parameters"]["likelihood"] == "zinb"
     assert run(monkeypatch, "embed", table, "--model", out, "--out", tmp_path / "again.h5ad") == 0
     again = anndata.read_h5ad(tmp_path / "again.h5ad")
     np.testing.assert_array_equal(again.obsm["X_spatialvae"], first.obsm["X_spatialvae"])

@@ -77,6 +77,19 @@ def test_neighbour_effects__finds_what_a_neighbour_does():
     assert table["p_value"].between(0, 1).all()
 
 
+def test_neighbour_effects__of_one_type_are_not_found_in_the_types_that_it_takes_the_place_of():
+    found = {"b": 0, "a": 0, "c": 0}
+    for seed in range(10):
+        counts, types, graph, places = tissue(seed, 0.3)
+        genes = [f"g{i}" for i in range(12)]
+        table = dependence.neighbour_effects(np.log1p(counts), types, graph, places, list("abc"), genes)
+        called = table[(table["fdr"] < 0.1) & (table["type"] == "a") & (table["gene"] == "g0")]
+        for neighbour in called["neighbour"]:
+            found[neighbour] += 1
+    assert found["b"] == 10
+    assert found["a"] + found["c"] <= 3
+
+
 def test_neighbour_effects__p_values_are_level_without_effects():
     p = []
     for seed in range(4):

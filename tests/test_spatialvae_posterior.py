@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from spatialvae.decoder import Decoder
 from spatialvae.linear import LinearStart
 from spatialvae.module import Shape as Sizes
 from spatialvae.module import SpatialModule
+from spatialvae.sampling import expected_counts
 
 
 def decoder(genes=7, dim=3, batches=2):
@@ -121,3 +124,35 @@ def decoder_of_few_counts():
     module = SpatialModule(Sizes(8, 1, 2, 0, 16, "poisson"), start).eval()
     module.decoder.out.weight.data[:, 2:] = 0.4 * torch.randn(8, 16)
     return module
+
+
+def test_latent_draws__match_integration_where_the_posterior_is_skewed(two_genes):
+    module, section = two_genes
+    kinds, copies = 5, 2000
+    x = np.repeat(np.random.default_rng(1).poisson(0.7, (kinds, 2)), copies, 0)
+    places = np.zeros(len(x), np.int64)
+    cells = replace(section.cells, counts=read_counts(x, np.arange(2), "X"), samples=places, batches=places)
+    section = module.section(cells, None)
+    module.decoder.loadings.data.mul_(3)
+    drawn = torch.cat([z[0] for _, _, z in posterior.latent_draws(module, section, np.arange(len(x)), 1)])
+    grid = torch.linspace(-6, 6, 2001)
+    for i, found in enumerate(drawn.reshape(kinds, copies)):
+        weight = torch.softmax(log_joint(module, section, i * copies, grid), 0)
+        expected = (weight * grid).sum()
+        assert found.mean().item() == pytest.approx(expected.item(), abs=0.08)
+        assert found.var().item() == pytest.approx((weight * (grid - expected) ** 2).sum().item(), rel=0.12)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
+def test_expected_counts__add_up_to_the_total(likelihood):
+    start = LinearStart(
+        1.0, np.zeros(5), np.eye(5), np.eye(5), np.zeros((1, 5)), np.ones(5), 1.0, np.full(5, 0.2), None
+    )
+    module = SpatialModule(Sizes(5, 1, 5, 0, 4, likelihood), start).eval()
+    for parameter in module.decoder.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    places = np.zeros(6, np.int64)
+    x = np.random.default_rng(0).poisson(4, (6, 5)) + 1
+    cells = Cells(read_counts(x, np.arange(5), "X"), tuple("abcde"), np.zeros(5, bool), None, places, places, ("",))
+    mean, zero = expected_counts(module, module.section(cells, None), np.arange(6), torch.randn(6, 5))
+    np.testing.assert_allclose((mean * (1 - zero)).sum(1), x.sum(1), rtol=1e-5)

@@ -3,7 +3,8 @@
     python benchmarks/peers/embed.py TABLE.h5ad FOLDER [--seeds 5] [--methods scVI ...] [--cache DIR]
 
 Counts in X, places in obsm["spatial"]. Writes FOLDER/TABLE-METHOD-SEED.npy, leaving alone what is there already.
-The files NAME.txt beside this one pin what each environment holds. benchmarks/heldout.py calls for the rest.
+The files NAME.txt beside this one pin what each environment holds. benchmarks/heldout.py and distribution.py call for
+the rest.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ COUNTS = {  # of tables with obs["held_out"] and layers["thinned"]
     "scVI_heldout": ("scvi", "scvi_heldout.py"),
     "scVI_thinned": ("scvi", "scvi_thinned.py"),
 }
-METHODS = DOMAINS | COUNTS
+FITTED = {  # of tables with the columns that each of them names
+    "scVI_panel": ("scvi", "scvi_panel.py"),
+    "scVI_de": ("scvi", "scvi_de.py"),
+}
+METHODS = DOMAINS | COUNTS | FITTED
 
 
 def environment(cache: Path, name: str) -> Path:
