@@ -87,7 +87,9 @@ def _mixture(latent: np.ndarray, k: int, seed: int, starts: int) -> GaussianMixt
     mixture = GaussianMixture(
         k, covariance_type="tied", n_init=starts, reg_covar=ridge, random_state=seed, max_iter=300
     )
-    with equal_rows_allowed():
+    with equal_rows_allowed(), warnings.catch_warnings():
+        # labels have settled long before the likelihood where few cells leave it flat
+        warnings.filterwarnings("ignore", message="Best performing initialization did not converge")
         return mixture.fit(latent)
 
 

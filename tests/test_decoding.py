@@ -295,5 +295,5 @@ def test_patches_of_a_book_without_blanks_have_odds_that_hold(method):
 
 
 def test_a_book_of_more_bits_than_can_be_decoded_is_told_what_to_do():
-    with pytest.raises(InputError, match=r"80 bits, at most 64 .* a book and a stack of its bits alone"):
+    with pytest.raises(InputError, match=r"80 bits, but at most 64 .* a codebook and a stack of its own bits"):
         Codebook(("a",), ("",), np.ones((1, 80), np.uint8), tuple(f"bit{k}" for k in range(80)))

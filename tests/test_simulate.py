@@ -322,7 +322,7 @@ def test_simulate_experiment__planes_and_another_codebook(tmp_path):
 def test_simulate_experiment__writes_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("kept")
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="exists and is not an empty folder"):
         simulate_experiment(tmp_path / "full", **SMALL)
     for wrong in ({"fields": (0, 1)}, {"shape": (8, 8)}, {"density": -1.0}, {"planes": 0}, {"drift": -1.0}):
         with pytest.raises(InputError, match="expected at least"):

@@ -421,7 +421,7 @@ def spoil_composition(table):
     [
         (spoil_counts, r"row 3, column 2 is 1\.5"),
         (spoil_negative, "row 3, column 2 is -1"),
-        (spoil_places, "not finite for 1 cells, the first 'c5'"),
+        (spoil_places, "not finite for 1 cells, the first is 'c5'"),
         (spoil_cells, "cell names are not unique: 'twice'"),
         (spoil_genes, "gene names are not unique: 'twice'"),
         (spoil_nothing, "X has no counts: all 40 cells are zero"),
