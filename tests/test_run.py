@@ -36,6 +36,12 @@ def same_results(a, b):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
+def test_run__keeps_its_results_apart_from_the_images(copy):
+    with pytest.raises(InputError, match="is the folder of the experiment; choose another folder"):
+        merfish.run(copy, out=copy)
+    assert not (copy / results.RUN).exists()
+
+
 def test_run_writes_what_it_promises(done):
     calls, found = (read_transcripts(done / name) for name in TABLES[:2])
     assert calls.dtypes.astype(str).to_dict() == COLUMNS

@@ -122,7 +122,7 @@ def process(
     failed = check_files(source, chosen, keep_going)
     if segmentation is not None:
         find_segmentation(Path(segmentation), [fov for fov in chosen if fov not in failed])  # fails before any work
-    refuse_other_results(out)
+    refuse_folder(out, source)
     with (
         folder.owned(out),
         display(out, progress, verbose) as shown,
@@ -181,8 +181,10 @@ def check_files(experiment: Experiment, fovs: Sequence[int], keep_going: bool) -
     }
 
 
-def refuse_other_results(out: Path) -> None:
-    """Raise InputError if ``out`` holds the results of ``merfish decode``."""
+def refuse_folder(out: Path, source: Experiment) -> None:
+    """Raise InputError if ``out`` is the folder of the experiment, or holds the results of ``merfish decode``."""
+    if out.resolve() == source.folder.resolve():
+        raise InputError(f"{out} is the folder of the experiment; choose another folder for the results")
     if (out / results.RUN).is_file() and not (out / results.FIELDS).is_dir():
         raise InputError(f"{out} holds results of merfish decode, not of a run; choose another folder or remove it")
 

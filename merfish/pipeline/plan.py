@@ -13,7 +13,7 @@ from merfish.imaging import images
 from merfish.imaging.experiment import Experiment
 from merfish.imaging.field import chosen_stains
 from merfish.imaging.opening import open_experiment
-from merfish.pipeline import check_files, choose_fovs, fields_text, refuse_other_results
+from merfish.pipeline import check_files, choose_fovs, fields_text, refuse_folder
 from merfish.pipeline.cluster import cores
 from merfish.pipeline.status import decoded_fields
 
@@ -51,7 +51,7 @@ def plan_lines(
     stains = [name for name in chosen_stains(source, config) if name is not None]
     chosen = choose_fovs(source, fovs)
     faulty = check_files(source, chosen, keep_going)
-    refuse_other_results(out)
+    refuse_folder(out, source)
     good = [fov for fov in chosen if fov not in faulty]
     files = {source.files[movie, fov] for movie in source.frames_needed for fov in good}
     shape = images.read_header(next(iter(files))).shape
