@@ -756,6 +756,7 @@ class SpatialVAE:
         if graphs is not None:
             near, latent = graphs.wide.adjacency(), latent[:, : self.module.shape.n_niche]
             latent = (latent + near @ latent) / (1 + graphs.wide.degree)[:, None]
+        target.uns.pop(_keys.DOMAIN_NUMBER, None)  # of domains that are replaced
         if k is None:
             target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latent, seed)
             k = analysis.most_stable(found)
