@@ -279,11 +279,11 @@ def workers(raw: Path, folder: Path, n: int) -> Iterator[str]:
         process = start(raw, out, "--workers", "2")
         while process.poll() is None:
             time.sleep(rng.uniform(0.5, 2.0))
-            found = (
-                [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
-                if process.poll() is None
-                else []
-            )
+            try:
+                children = psutil.Process(process.pid).children()
+                found = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+            except psutil.NoSuchProcess:  # it has just ended
+                continue
             # two kills a run: a field is given up after three deaths
             if found and killed < 2 * (runs + 1):
                 found[int(rng.integers(len(found)))].kill()
