@@ -1,4 +1,4 @@
-"""Parquet tables of many fields, written and read without holding more than a few of their row groups.
+"""Parquet tables of many fields, written and read without holding more than a few of their row groups; GeoParquet.
 
 What pyarrow knows of a row group takes a kilobyte a column, in readers and writers, so fields with few rows share one;
 its own iterators open a reader of every row group that they may come to, 60 kB each.
@@ -6,6 +6,7 @@ its own iterators open a reader of every row group that they may come to, 60 kB 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+GEOMETRY = "geometry"
 ROWS = 1 << 18  # of a part, at most, unless a single row group has more
 
 
@@ -83,3 +85,10 @@ def _reaches(group: pq.RowGroupMetaData, index: Sequence[int], low: np.ndarray, 
         found is None or not found.has_min_max or (found.max >= a and found.min < b)
         for found, a, b in zip(known, low, high, strict=True)
     )
+
+
+def geo_schema(schema: pa.Schema, column: str = GEOMETRY) -> pa.Schema:
+    """Add the metadata by which readers of GeoParquet recognise ``column`` (WKB) as the geometry."""
+    described = {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"], "crs": None, "edges": "planar"}
+    geo = {"version": "1.1.0", "primary_column": column, "columns": {column: described}}
+    return schema.with_metadata({**(schema.metadata or {}), b"geo": json.dumps(geo).encode()})

@@ -21,7 +21,7 @@ from torch import Tensor
 from spatialvae.encoder import combined
 from spatialvae.mixture import Mixture
 from spatialvae.module import Section, SpatialModule
-from spatialvae.posterior import blocks, climbed, expanded
+from spatialvae.posterior import blocks, climbed, expanded, spread
 
 PROPOSAL_WIDTH = 1.2  # sd of importance samples in units of the approximation's, whose tails are too thin
 
@@ -40,7 +40,7 @@ def weighted_draws(
     log_det = root.diagonal(dim1=1, dim2=2).log().sum(-1) - 0.5 * mode.shape[1] * math.log(2 * math.pi)
     for _ in range(samples):
         noise = torch.randn(mode.shape, generator=generator).to(mode.device)
-        z = mode + torch.linalg.solve_triangular(root.mT, noise[..., None], upper=True)[..., 0]
+        z = mode + spread(root, noise)
         yield z, log_likelihood(z) - (log_det - 0.5 * (noise**2).sum(-1))
 
 
@@ -56,10 +56,8 @@ def drawn(
     """z (row, draw, dim) and log p(x | z) / r(z) (row, draw), on the CPU; r around the mode under what is ``expected``
     of ``rows`` (see ``log_evidence``)."""
     generator, found = torch.Generator().manual_seed(seed), []
-    for part in blocks(module, rows):
-        prior = module.cells_around(*module.unknown_niche(len(part))) if expected is None else expected(part)
-        likelihood, mode, precision = proposal(module, section, part, prior.moments())
-        pairs = weighted_draws(likelihood, mode, precision, samples, generator)
+    for _, proposed in _proposals(module, section, rows, expected):
+        pairs = weighted_draws(*proposed, samples, generator)
         found.append([torch.stack(values, 1).cpu() for values in zip(*pairs, strict=True)])
     if not found:
         return torch.empty(0, samples, module.shape.n_cell), torch.empty(0, samples)
@@ -100,6 +98,15 @@ def proposal(
     return log_likelihood, mode, precision
 
 
+def _proposals(
+    module: SpatialModule, section: Section, rows: np.ndarray, expected: Callable[[np.ndarray], Mixture] | None
+) -> Iterator[tuple[Mixture, tuple[LogLikelihood, Tensor, Tensor]]]:
+    """Of blocks of ``rows`` the distribution of z_cell before their counts, and their ``proposal``."""
+    for part in blocks(module, rows):
+        prior = module.cells_around(*module.unknown_niche(len(part))) if expected is None else expected(part)
+        yield prior, proposal(module, section, part, prior.moments())
+
+
 @torch.no_grad()
 def log_evidence(
     module: SpatialModule,
@@ -115,9 +122,7 @@ def log_evidence(
     """
     generator = torch.Generator().manual_seed(seed)
     parts = []
-    for part in blocks(module, rows):
-        prior = module.cells_around(*module.unknown_niche(len(part))) if expected is None else expected(part)
-        likelihood, mode, precision = proposal(module, section, part, prior.moments())
+    for prior, (likelihood, mode, precision) in _proposals(module, section, rows, expected):
         found = log_mean_weight(likelihood, prior, mode, precision, samples, generator)
         parts.append(torch.stack(found).cpu().numpy())
     value, error = np.concatenate(parts, 1)

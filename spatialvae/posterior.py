@@ -132,6 +132,12 @@ def _likelihood(
     return curved - precision_before, (curved @ z[..., None])[..., 0] - pull
 
 
+def spread(root: Tensor, noise: Tensor) -> Tensor:
+    """Independent ``noise`` (..., B, dim) of unit variance as draws of a Gaussian of mean 0, ``root`` (B, dim, dim)
+    being the Cholesky factor of its precision."""
+    return torch.linalg.solve_triangular(root.mT, noise[..., None], upper=True)[..., 0]
+
+
 def widening(
     module: SpatialModule,
     section: Section,
@@ -146,7 +152,7 @@ def widening(
     importance samples. The closest Gaussian is narrower than what it stands for."""
     x, root = module.counts(section, rows), torch.linalg.cholesky(precision) / WIDER
     noise = torch.randn(WEIGHED, 1, mean.shape[1], generator=torch.Generator().manual_seed(1)).to(mean.device)
-    off = torch.linalg.solve_triangular(root.mT, noise.expand(-1, len(mean), -1)[..., None], upper=True)[..., 0]
+    off = spread(root, noise.expand(-1, len(mean), -1))
     likelihood = torch.stack([module.log_likelihood(section, rows, x, mean + step) for step in off])
     prior = ((mean + off - prior_mean) ** 2 / prior_variance).sum(2)
     weight = torch.softmax(likelihood - 0.5 * prior + 0.5 * (noise**2).sum(2), 0)
@@ -385,7 +391,7 @@ def refined(
     noise = torch.cat([half, -half]).expand(-1, len(mean), -1)
 
     def points(root: Tensor, mean: Tensor) -> Tensor:
-        return mean + torch.linalg.solve_triangular(root.mT, noise[..., None], upper=True)[..., 0]
+        return mean + spread(root, noise)
 
     def bound_of(mean: Tensor, precision: Tensor) -> Tensor:
         root = torch.linalg.cholesky(precision)

@@ -20,9 +20,9 @@ from test_command_line import call
 
 import merfish
 from merfish import InputError, results
+from merfish._parquet import geo_schema
 from merfish.cells.counts import assign_cells, read_cells
 from merfish.exchange.geojson import read_geojson
-from merfish.exchange.geoparquet import geo_schema
 from merfish.exchange.labels import label_image, label_outlines, read_label_outlines, write_labels
 from merfish.exchange.outlines import read_outlines
 from merfish.imaging import _header

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import shapely
 
 from merfish._files import whole_file
+from merfish._parquet import geo_schema
 from merfish.codebook import Codebook
 from merfish.errors import InputError
-from merfish.exchange.geoparquet import geo_schema
 
 if TYPE_CHECKING:
     from anndata import AnnData

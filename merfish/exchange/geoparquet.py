@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
+from merfish._parquet import GEOMETRY
 from merfish.errors import InputError
 
-GEOMETRY = "geometry"
 
-
-def geo_schema(schema: pa.Schema, column: str = GEOMETRY) -> pa.Schema:
-    """Add the metadata by which readers of GeoParquet recognise ``column`` (WKB) as the geometry."""
-    described = {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"], "crs": None, "edges": "planar"}
-    geo = {"version": "1.1.0", "primary_column": column, "columns": {column: described}}
-    return schema.with_metadata({**(schema.metadata or {}), b"geo": json.dumps(geo).encode()})
+def column_names(path: str | os.PathLike[str]) -> list[str]:
+    """Columns of a Parquet table; its rows are not read. Raises InputError if it is none."""
+    with _understood(path):
+        return list(pq.read_schema(path).names)
 
 
 def read_geoparquet(path: str | os.PathLike[str]) -> tuple[pa.Table, np.ndarray]:
@@ -28,10 +28,8 @@ def read_geoparquet(path: str | os.PathLike[str]) -> tuple[pa.Table, np.ndarray]
     The column is the one named in the GeoParquet metadata, else ``geometry`` or ``Geometry``. Raises InputError if
     there is none.
     """
-    try:
+    with _understood(path):
         table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as Parquet: {error}") from error
     column = _geometry_column(table.schema)
     if column is None:
         raise InputError(f"{path}: expected a column geometry (WKB), got {', '.join(table.column_names)}")
@@ -40,6 +38,14 @@ def read_geoparquet(path: str | os.PathLike[str]) -> tuple[pa.Table, np.ndarray]
     except (shapely.errors.GEOSException, TypeError) as error:
         raise InputError(f"{path}: column {column}: expected geometries as WKB: {error}") from error
     return table.drop_columns(column), np.asarray(geometry, dtype=object)
+
+
+@contextmanager
+def _understood(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
 def _geometry_column(schema: pa.Schema) -> str | None:

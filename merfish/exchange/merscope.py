@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import shapely
 
 from merfish import results
+from merfish._parquet import geo_schema
 from merfish.exchange._reading import count_adata, find_file, matched, names_of, numbers, read_columns, read_counts
-from merfish.exchange.geoparquet import geo_schema
 from merfish.exchange.run import (
     count_blocks,
     read_var,

@@ -16,7 +16,7 @@ from merfish._text import shown
 from merfish.cells.stacks import stack
 from merfish.errors import InputError
 from merfish.exchange.geojson import NAMES, read_geojson
-from merfish.exchange.geoparquet import read_geoparquet
+from merfish.exchange.geoparquet import column_names, read_geoparquet
 from merfish.exchange.labels import LABEL_SUFFIXES, count_label_planes, read_label_outlines
 
 PLANE = "ZIndex"  # column of MERSCOPE's files of outlines
@@ -40,7 +40,7 @@ def count_planes(path: Path) -> int:
     """
     if is_label_image(path):
         return count_label_planes(path)
-    if path.suffix != ".parquet":
+    if path.suffix != ".parquet" or PLANE not in column_names(path):
         return 1
     names, geometry, plane = _read_parquet(path)
     outlines = pd.Series(shapely.to_wkb(geometry), dtype=object).groupby(np.array(names, dtype=object))

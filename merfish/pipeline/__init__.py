@@ -150,7 +150,9 @@ def process(
             shown.say(f"{out}: this run is complete, and its inputs and parameters have not changed; nothing to do")
             return
         if cells is None or not published_key(out) or own_key(results.read_run(out)) != key:
-            combine(source, settings, out, says, failed, calibrated, key, run_map, shown)
+            stage = folder.new_stage(out)
+            write_results(source, settings, out, says, failed, calibrated, key, stage, run_map, shown)
+            publish_results(out, stage)  # by now nothing else of the run is held
         if cells is not None:
             replace_cells(out, cells, results.read_run(out), run_map, shown)
 
@@ -281,27 +283,6 @@ def fields_text(fovs: Iterable[int]) -> str:
     return f"field{'' if len(runs) == 1 and len(runs[0]) == 1 else 's'} {text}"
 
 
-def combine(
-    experiment: Experiment,
-    config: RunConfig,
-    out: Path,
-    says: Mapping[int, Mapping[str, Any]],
-    failed: Mapping[int, str],
-    calibrated: Calibrated,
-    key: str,
-    run_map: RunMap,
-    shown: Display,
-) -> None:
-    """Make tables, record and report of the run from what the records of all fields say, and publish them together."""
-    stage = folder.new_stage(out)
-    write_results(experiment, config, out, says, failed, calibrated, key, stage, run_map, shown)
-    write_run_report(out, stage)
-    if not (stage / results.SEQUENTIAL).exists():
-        (out / results.SEQUENTIAL).unlink(missing_ok=True)
-    folder.publish(out)
-    folder.remove_work(out)
-
-
 def write_results(
     experiment: Experiment,
     config: RunConfig,
@@ -314,7 +295,7 @@ def write_results(
     run_map: RunMap,
     shown: Display,
 ) -> None:
-    """Write tables and record of the run into ``stage``."""
+    """Write tables and record of the run, from what the records of all fields say, into ``stage``."""
     work = folder.new_work(out)
     shape, outlines = (1, 1), {}
     for fov, said in says.items():
@@ -329,3 +310,12 @@ def write_results(
     record = run_record(fields, says, failed, config, calibrated, found, words, spikes[1], written)
     sizes = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
     folder.write_json(stage / results.RUN, {**record, "key": key, "results": sizes, "seconds": shown.timings()})
+
+
+def publish_results(out: Path, stage: Path) -> None:
+    """Make the report of the tables and the record in ``stage``, and publish them together."""
+    write_run_report(out, stage)
+    if not (stage / results.SEQUENTIAL).exists():
+        (out / results.SEQUENTIAL).unlink(missing_ok=True)
+    folder.publish(out)
+    folder.remove_work(out)

@@ -18,11 +18,10 @@ import shapely
 from scipy.sparse import coo_array, csr_matrix
 
 from merfish import results
-from merfish._parquet import GroupWriter
+from merfish._parquet import GroupWriter, geo_schema
 from merfish.calls.overlap import FIELD_RADIUS
 from merfish.cells.counts import OUTSIDE, cell_obs, word_var
 from merfish.codebook import Codebook
-from merfish.exchange.geoparquet import geo_schema
 from merfish.exchange.run import PLANE_OUTLINES
 from merfish.pipeline.assemble import COUNT_DTYPE, PLACED_DTYPE, read_cell_part
 from merfish.pipeline.fields import read_calls, read_spots
