@@ -15,7 +15,7 @@ def filter_planes(planes, starts, taps_y, taps_x, out):
 
     out[p, y, x] = sum over s, t of taps_y[p, s] taps_x[p, t] planes[p, y + starts[p, 0] + s, x + starts[p, 1] + t];
     beyond its edges a plane is mirrored about its outermost pixels. starts: (plane, 2) int64; taps: (plane, tap)
-    float32. Sums along a row run over all its pixels for one tap after the other, which compilers vectorise.
+    float32, a multiple of 4 taps (see `filled_taps`).
     """
     for strip in prange(len(planes) * strips_of(planes)):
         filter_strip(planes, strip, starts, taps_y, taps_x, out)
@@ -42,32 +42,22 @@ def filter_strip(planes, strip, starts, taps_y, taps_x, out):
     p = strip // strips_of(planes)
     first = (strip % strips_of(planes)) * _ROWS
     last = min(first + _ROWS, height)
-    n_rows = last - first + n_y - 1
     padded = np.empty(width + n_x - 1, np.float32)
-    rows = np.empty((n_rows, width), np.float32)
-    for r in range(n_rows):
+    rows = np.empty((last - first + n_y - 1, width), np.float32)
+    left = min(max(0, -starts[p, 1]), len(padded))
+    right = min(max(left, width - starts[p, 1]), len(padded))
+    for r in range(len(rows)):
         source = planes[p, _mirror(first + r + starts[p, 0], height)]
-        for c in range(width + n_x - 1):
-            column = c + starts[p, 1]
-            if column < 0 or column >= width:
-                column = _mirror(column, width)
-            padded[c] = source[column]
-        row = rows[r]
-        row[:] = 0.0
-        for t in range(n_x):
-            weight = taps_x[p, t]
-            if weight != 0.0:
-                for c in range(width):
-                    row[c] += weight * padded[c + t]
+        for c in range(left):
+            padded[c] = source[_mirror(c + starts[p, 1], width)]
+        for c in range(left, right):
+            padded[c] = source[c + starts[p, 1]]
+        for c in range(right, len(padded)):
+            padded[c] = source[_mirror(c + starts[p, 1], width)]
+        along_row(rows[r], padded, taps_x[p])
     for r in range(first, last):
-        target = out[p, r]
-        target[:] = 0.0
-        for t in range(n_y):
-            weight = taps_y[p, t]
-            if weight != 0.0:
-                row = rows[r - first + t]
-                for c in range(width):
-                    target[c] += weight * row[c]
+        out[p, r] = 0.0
+        across_rows(out[p, r], rows, r - first, taps_y[p])
 
 
 @fused_kernel
@@ -100,6 +90,7 @@ def bandpass_rows(image, first, last, narrow, wide, out):
 
     narrow, wide (tap,) float32, symmetric about the tap at their radius, then zeros up to a multiple of 4 taps. Image
     mirrored at its edges. Each row is filtered along x once; as many rows as the filter has taps are kept, in cache.
+    For a whole image ``out`` may be the image: rows mirrored at its end, which are overwritten by then, are kept ones.
     """
     height, width = image.shape
     reach, inner = radius_of(wide), radius_of(narrow)
@@ -107,14 +98,20 @@ def bandpass_rows(image, first, last, narrow, wide, out):
     near, far = np.zeros((len(wide), width), np.float32), np.zeros((len(wide), width), np.float32)
     minus = -wide
     for r in range(last - first + 2 * reach):
-        source = image[_mirror(first + r - reach, height)]
-        for x in range(width):
-            padded[reach + x] = source[x]
-        for x in range(reach):
-            padded[x] = source[_mirror(x - reach, width)]
-            padded[reach + width + x] = source[_mirror(width + x, width)]
-        along_row(far[r % len(wide)], padded, minus)
-        along_row(near[r % len(wide)], padded[reach - inner :], narrow)
+        index = _mirror(first + r - reach, height)
+        same = index - first + reach  # the turn of that row
+        if 0 <= same < r < same + len(wide):
+            far[r % len(wide)] = far[same % len(wide)]
+            near[r % len(wide)] = near[same % len(wide)]
+        else:
+            source = image[index]
+            for x in range(width):
+                padded[reach + x] = source[x]
+            for x in range(reach):
+                padded[x] = source[_mirror(x - reach, width)]
+                padded[reach + width + x] = source[_mirror(width + x, width)]
+            along_row(far[r % len(wide)], padded, minus)
+            along_row(near[r % len(wide)], padded[reach - inner :], narrow)
         row = r - 2 * reach
         if row >= 0:
             out[row] = 0.0
@@ -135,6 +132,13 @@ def radius_of(taps):
 def bandpass_image(image, narrow, wide, out):
     """A whole image (y, x); see `bandpass_rows`."""
     bandpass_rows(image, 0, len(image), narrow, wide, out)
+
+
+@parallel_kernel
+def bandpass_images(images, narrow, wide, out):
+    """Whole images (image, y, x) into ``out``, which may be the images; see `bandpass_rows`."""
+    for k in prange(len(images)):
+        bandpass_rows(images[k], 0, images.shape[1], narrow, wide, out[k])
 
 
 @parallel_kernel
@@ -163,20 +167,53 @@ def remove_hot_pixels(image, out):
     pixels also occur in pairs. Hot pixels stay at the same position while the sample drifts.
     """
     height, width = image.shape
+    rows = np.empty((3, width), np.float32)
     for y in range(height):
-        for x in range(width):
-            value = np.float32(image[y, x])
-            low = np.float32(np.inf)
-            high = second = np.float32(-np.inf)
-            for v in range(max(0, y - 1), min(height, y + 2)):
-                for u in range(max(0, x - 1), min(width, x + 2)):
-                    if v != y or u != x:
-                        other = np.float32(image[v, u])
-                        low = min(low, other)
-                        second = max(second, min(high, other))
-                        high = max(high, other)
-            second = max(second, low)  # in a line of pixels the last has a single neighbour
-            out[y, x] = second if value - low > 4 * (second - low) else value
+        if y == 0 or y == height - 1 or width < 3:
+            for x in range(width):
+                out[y, x] = _not_hot(image, y, x)
+            continue
+        for r in range(3):
+            for x in range(width):
+                rows[r, x] = image[y - 1 + r, x]
+        out[y, 0], out[y, width - 1] = _not_hot(image, y, 0), _not_hot(image, y, width - 1)
+        _without_hot(rows[0], rows[1], rows[2], out[y])
+
+
+@kernel
+def _without_hot(above, row, below, out):
+    """`remove_hot_pixels` within a row (x,) float32, without branches, so that compilers vectorise it."""
+    for x in range(1, len(row) - 1):
+        ranks = (above[x - 1], above[x - 1], np.float32(-np.inf))
+        ranks = _ranked(ranks, above[x])
+        ranks = _ranked(ranks, above[x + 1])
+        ranks = _ranked(ranks, row[x - 1])
+        ranks = _ranked(ranks, row[x + 1])
+        ranks = _ranked(ranks, below[x - 1])
+        ranks = _ranked(ranks, below[x])
+        low, _, second = _ranked(ranks, below[x + 1])
+        out[x] = second if row[x] - low > 4 * (second - low) else row[x]
+
+
+@kernel
+def _not_hot(image, y, x):
+    """`remove_hot_pixels` of a pixel at the edge."""
+    value = np.float32(image[y, x])
+    low, high, second = np.float32(np.inf), np.float32(-np.inf), np.float32(-np.inf)
+    for v in range(max(0, y - 1), min(len(image), y + 2)):
+        for u in range(max(0, x - 1), min(image.shape[1], x + 2)):
+            if v != y or u != x:
+                low, high, second = _ranked((low, high, second), np.float32(image[v, u]))
+    second = max(second, low)  # in a line of pixels the last has a single neighbour
+    return second if value - low > 4 * (second - low) else value
+
+
+@kernel
+def _ranked(ranks, other):
+    """Lowest, highest and second highest of the values so far and ``other``."""
+    low, high, second = ranks
+    between = high if high < other else other
+    return other if other < low else low, other if other > high else high, between if between > second else second
 
 
 @kernel

@@ -109,7 +109,7 @@ def _align(
         raise InputError(f"field {fov}: rounds {', '.join(map(str, lost))} do not match round 0 at any drift")
     shifts = drift[["dy", "dx"]].to_numpy(float)[round_of_bit]
     aligned, valid = align(bits, shifts, maps)
-    filtered = bandpass(aligned, smoothing=smoothing, background=background)
+    filtered = bandpass(aligned, smoothing=smoothing, background=background, out=aligned)
     return _Aligned(filtered, drift, shifts, valid, saturated, round_of_bit)
 
 
@@ -209,4 +209,4 @@ def aligned_gene(
     smoothing, background = config.filter_sigmas
     planes = calibration.even_light(read_stain(experiment, fov, name)[None], [channel])
     aligned = align(planes, shift[None], calibration.maps_of_bits([channel]))[0][0]
-    return bandpass(aligned, smoothing=smoothing, background=background)
+    return bandpass(aligned, smoothing=smoothing, background=background, out=aligned)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from merfish.imaging._kernels import bandpass_image, bandpass_strip, filter_planes_alone
+from merfish.imaging._kernels import bandpass_image, bandpass_images, bandpass_strip
 
 
-def bandpass(stack: np.ndarray, *, smoothing: float, background: float) -> np.ndarray:
+def bandpass(stack: np.ndarray, *, smoothing: float, background: float, out: np.ndarray | None = None) -> np.ndarray:
     """Difference of Gaussians of each image of a stack (..., y, x), any real dtype.
 
     Returns float32 of the same shape: the image smoothed with ``smoothing`` minus the image smoothed with
-    ``background`` (both sigma in pixel), about 0 where there is no spot. Images are mirrored at their edges.
+    ``background`` (both sigma in pixel), about 0 where there is no spot. Images are mirrored at their edges. The result
+    is written to ``out`` if given, C-contiguous float32, which may be the stack itself.
     """
-    filtered = Bandpassed(stack.reshape(-1, *stack.shape[-2:]), smoothing=smoothing, background=background)
-    return filtered[:, :].reshape(stack.shape)
+    out = np.empty(stack.shape, np.float32) if out is None else out
+    images, filtered = (array.reshape(-1, *stack.shape[-2:]) for array in (stack, out))
+    bandpass_images(images, *(filled_taps(gaussian_taps(sigma)) for sigma in (smoothing, background)), filtered)
+    return out
 
 
 class Bandpassed:
@@ -29,7 +32,7 @@ class Bandpassed:
         self.images = stack.reshape(len(stack), -1, *stack.shape[-2:])
         self.shape = (len(stack), self.images.shape[1] * self.height, stack.shape[-1])
         self.sigma: float | None = None
-        self.taps = _filled(gaussian_taps(smoothing)), _filled(gaussian_taps(background))
+        self.taps = filled_taps(gaussian_taps(smoothing)), filled_taps(gaussian_taps(background))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -49,14 +52,6 @@ class Bandpassed:
         return strip
 
 
-def gaussian(image: np.ndarray, sigma: float) -> np.ndarray:
-    """An image (y, x) smoothed with a Gaussian of ``sigma`` px, cut at 4 sigma, float32; mirrored at its edges."""
-    taps = gaussian_taps(sigma)[None]
-    out = np.empty((1, *image.shape), np.float32)
-    filter_planes_alone(image[None], np.full((1, 2), -(taps.shape[1] // 2)), taps, taps, out)
-    return out[0]
-
-
 def gaussian_taps(sigma: float) -> np.ndarray:
     """Weights of a Gaussian of ``sigma`` px, cut at 4 sigma, (tap,) float32, sum 1."""
     radius = int(np.ceil(4 * sigma))
@@ -64,6 +59,6 @@ def gaussian_taps(sigma: float) -> np.ndarray:
     return (taps / taps.sum()).astype(np.float32)
 
 
-def _filled(taps: np.ndarray) -> np.ndarray:
-    """Pad the taps with zeros to a multiple of 4."""
+def filled_taps(taps: np.ndarray) -> np.ndarray:
+    """Taps (tap,) with zeros at their end up to a multiple of 4, as the kernels need them."""
     return np.pad(taps, (0, -len(taps) % 4))

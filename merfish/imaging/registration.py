@@ -11,7 +11,7 @@ from scipy import ndimage, spatial, special
 from merfish._jit import map_bits
 from merfish.errors import InputError
 from merfish.imaging._kernels import filter_planes, filter_planes_alone, patch_steps, remove_hot_pixels, warp_planes
-from merfish.imaging.preprocess import gaussian
+from merfish.imaging.preprocess import Bandpassed, filled_taps
 
 MAX_DRIFT = 40.0  # pixel, along y and along x
 # Beads are found as blobs of this sigma in the image and in copies binned 2 x 2 and 4 x 4: sharp beads in the first,
@@ -124,16 +124,17 @@ def locate_blobs(image: np.ndarray) -> list[np.ndarray]:
         height, width = image.shape[0] // 2, image.shape[1] // 2
         if min(height, width) < 8:
             break
-        image = image[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean(axis=(1, 3))
+        image = image[: 2 * height, : 2 * width]
+        image = (image[::2, ::2] + image[::2, 1::2] + image[1::2, ::2] + image[1::2, 1::2]) / 4
     return found
 
 
 def _blob_centers(image: np.ndarray) -> np.ndarray:
     """Sub-pixel maxima (blob, 2) of an image filtered for blobs of `_BLOB_SIGMA`, brightest first."""
     # Square roots have nearly constant noise in bright and dark regions.
-    blobs = _blob_filter(np.sqrt(image - image.min()))
+    blobs = Bandpassed(np.sqrt(image - image.min())[None], smoothing=_BLOB_SIGMA, background=2 * _BLOB_SIGMA)[0]
     # Noise of most pixels, since beads are few: 1.4826 MAD = sigma.
-    sample = blobs[:: max(1, len(blobs) // 256)]
+    sample = blobs[tuple(slice(None, None, max(1, n // 256)) for n in blobs.shape)]
     threshold = max(_DETECTION * 1.4826 * np.median(np.abs(sample - np.median(sample))), 1e-3)
     margin = int(np.ceil(2 * _BLOB_SIGMA))
     y, x = np.nonzero(blobs[margin:-margin, margin:-margin] > threshold)
@@ -147,10 +148,6 @@ def _blob_centers(image: np.ndarray) -> np.ndarray:
     y, x, height = y[top], x[top], height[top]
     strongest = np.argsort(-height, kind="stable")[:_MAX_BLOBS]
     return paraboloid_tops(blobs, y[strongest], x[strongest])
-
-
-def _blob_filter(image: np.ndarray) -> np.ndarray:
-    return gaussian(image, _BLOB_SIGMA) - gaussian(image, 2 * _BLOB_SIGMA)
 
 
 def paraboloid_tops(image: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -300,7 +297,7 @@ def align(
             _translate(planes, at[:, 2], results, filter_planes)
         else:
             coefficients = np.empty(planes.shape, np.float32)
-            taps = _repeat(_inverse_spline(_TAPS).astype(np.float32), len(planes))
+            taps = _repeat(filled_taps(_inverse_spline(_TAPS).astype(np.float32)), len(planes))
             filter_planes(planes, np.full((len(planes), 2), -_TAPS), taps, taps, coefficients)
             warp_planes(coefficients, _repeat(at, len(planes)), results)
     return out, seen_by_all(maps, images.shape[-2:])
