@@ -36,8 +36,17 @@ from merfish.imaging.experiment import Experiment
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.organization import Channel, Movie
 from merfish.pipeline.cluster import run_map_on
-from merfish.pipeline.fields import CALL_COLUMNS, CALLS, OUTLINES, SPOTS, write_outlines, write_spots, write_tally
-from merfish.pipeline.folder import new_record, owned, read_record, said
+from merfish.pipeline.fields import (
+    CALL_COLUMNS,
+    CALLS,
+    OUTLINES,
+    SPOTS,
+    TALLY,
+    write_outlines,
+    write_spots,
+    write_tally,
+)
+from merfish.pipeline.folder import new_record, new_stage, owned, read_record, said
 from merfish.pipeline.progress import display
 from merfish.pipeline.survey import Calibrated
 from merfish.report import OVERVIEW
@@ -96,7 +105,7 @@ def write_field(out: Path, fov: int, columns: int, n_molecules: int) -> None:
         write_outlines(list(seen), folder / OUTLINES, measured)
         write_spots([], folder / SPOTS)
         np.lib.format.open_memmap(folder / OVERVIEW, "w+", np.uint8, (SIDE, SIDE))  # black: takes no room on disk
-        write_tally(calls, folder / "tally.npz")
+        write_tally(calls, BOOK, folder / TALLY)
         says |= {"drift": drift(fov), "shape": (SIDE, SIDE), "saturated": [0] * 16, "n_found": len(calls)}
         says |= {"n_outlines": len(seen), "quality": quality(fov), "fit": asdict(count_fit(calls))}
         says["seconds"] = dict(zip(("register", "decode", "segment"), rng.gamma(50, 0.06, 3).tolist(), strict=True))
@@ -155,7 +164,9 @@ def combine(out: Path, n_fields: int, workers: int) -> None:
                 record = read_record(results.field_folder(out, fov))
                 assert record is not None
                 says[fov] = pack(said(record))
-        pipeline.combine(source, RunConfig(), out, Packed(says), {}, calibrated, "key", run_map, shown)
+        stage = new_stage(out)
+        pipeline.write_results(source, RunConfig(), out, Packed(says), {}, calibrated, "key", stage, run_map, shown)
+        pipeline.publish_results(out, stage)
 
 
 def measure(folder: Path, n_fields: int, n_molecules: int, workers: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,6 +134,64 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable JSON file ({error})") from error
+
+
+def read_json_packed(path: Path, name: str) -> Any:
+    """As `read_json`, with the values of member ``name``, an object, packed; one of them is unpacked at a time."""
+
+    def member(key: str, text: str, at: int) -> tuple[Any, int]:
+        if key != name or text[at] != "{":
+            return _JSON.raw_decode(text, at)
+        values, end = _decode_object(text, at, lambda _, text, at: _packed(*_JSON.raw_decode(text, at)))
+        return Packed(values), end
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if not text.startswith("{"):
+            return json.loads(text)
+        value, end = _decode_object(text, 0, member)
+        if end < len(text.rstrip()):
+            raise json.JSONDecodeError("expected the end", text, end)
+        return value
+    except (OSError, ValueError, IndexError, RecursionError) as error:
+        raise InputError(f"{path}: not a readable JSON file ({error})") from error
+
+
+_JSON = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def _packed(value: Any, end: int) -> tuple[bytes, int]:
+    return pack(value), end
+
+
+def _decode_object(
+    text: str, at: int, member: Callable[[str, str, int], tuple[Any, int]]
+) -> tuple[dict[str, Any], int]:
+    """Decode the JSON object at ``text[at]``; ``member(key, text, at)`` returns each value and where it ends.
+
+    Returns the object and where it ends. Raises ValueError or IndexError if the text is not JSON.
+    """
+    values: dict[str, Any] = {}
+    at = _after(text, at, "{")
+    while text[at] != "}":
+        if values:
+            at = _after(text, at, ",")
+        key, at = _JSON.raw_decode(text, at)
+        if not isinstance(key, str):
+            raise json.JSONDecodeError("expected a name", text, at)
+        at = _after(text, at, ":")
+        values[key], at = member(key, text, at)
+        at = _after(text, at, "")
+    return values, at + 1
+
+
+def _after(text: str, at: int, sign: str) -> int:
+    """The position of what follows ``sign``, with spaces around it."""
+    at = _SPACE.match(text, at).end()
+    if not text.startswith(sign, at):
+        raise json.JSONDecodeError(f"expected {sign!r}", text, at)
+    return _SPACE.match(text, at + len(sign)).end()
 
 
 def file_record(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from merfish._files import Packed, pack, read_json
+from merfish._files import Packed, read_json_packed
 from merfish.errors import InputError
 
 TRANSCRIPTS = "transcripts.parquet"
@@ -34,11 +34,11 @@ def read_run(out: Path) -> dict[str, Any]:
     path = out / RUN
     if not path.is_file():
         raise InputError(f"{out}: no {RUN} in it; expected the folder of a finished run")
-    record = read_json(path)
+    record = read_json_packed(path, "fields")
     whole = isinstance(record, dict) and {"figures", "fields", "failed", "bits"} <= record.keys()
-    if not whole or not isinstance(record["fields"], dict):
+    if not whole or not isinstance(record["fields"], Packed):
         raise InputError(f"{path}: not the record of a whole run")
-    return {**record, "fields": Packed({fov: pack(said) for fov, said in record["fields"].items()})}
+    return record
 
 
 def mosaic_origin(record: Mapping[str, Any]) -> np.ndarray:

@@ -17,10 +17,12 @@ import pandas as pd
 import pytest
 import tifffile
 import works
+from hypothesis import given
+from hypothesis import strategies as st
 
 import merfish
 from merfish import InputError, cli, results
-from merfish._files import Packed, pack
+from merfish._files import Packed, pack, read_json_packed
 from merfish.config import RunConfig
 from merfish.pipeline import cluster, fields, folder, single
 from merfish.pipeline.cluster import Failure, run_map_on
@@ -363,6 +365,26 @@ def test_write_json__a_line_an_entry_reads_as_it_was(tmp_path):
     assert '  "1": {"n": 1, "names": ["a", null], "none": {}},' in lines
     by_name = {str(fov): said for fov, said in fields.items()}
     assert json.loads("".join(lines)) == {**record, "fields": by_name, "rate": None}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["fields", "other", 'a"b']), JSON), st.sampled_from([None, 1]), st.data())
+def test_read_json_packed__reads_what_json_reads(tmp_path_factory, value, indent, data):
+    path = tmp_path_factory.getbasetemp() / "packed.json"
+    text = json.dumps(value, indent=indent)
+    path.write_text(text)
+    found = read_json_packed(path, "fields")
+    assert found == value
+    assert isinstance(found.get("fields"), Packed) == isinstance(value.get("fields"), dict)
+    path.write_text(text[: data.draw(st.integers(0, len(text) - 1))])
+    with pytest.raises(InputError, match=r"packed\.json"):
+        read_json_packed(path, "fields")
 
 
 def test_run_json_is_json(done):
