@@ -158,7 +158,6 @@ def read_json_packed(path: Path, name: str) -> Any:
 
 
 _JSON = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def _packed(value: Any, end: int) -> tuple[bytes, int]:
@@ -188,10 +187,10 @@ def _decode_object(
 
 def _after(text: str, at: int, sign: str) -> int:
     """The position of what follows ``sign``, with spaces around it."""
-    at = _SPACE.match(text, at).end()
-    if not text.startswith(sign, at):
+    found = re.compile(rf"\s*{re.escape(sign)}\s*", re.ASCII).match(text, at)
+    if found is None:
         raise json.JSONDecodeError(f"expected {sign!r}", text, at)
-    return _SPACE.match(text, at + len(sign)).end()
+    return found.end()
 
 
 def file_record(path: Path) -> dict[str, Any]:
