@@ -67,8 +67,8 @@ def real_fields() -> tuple[pd.DataFrame, pd.DataFrame]:
             found = rate_calls(pd.concat(parts, ignore_index=True), book)
             rows += [{"method": method, "book": number, **counts} for counts in count_fields(found, len(bits))]
             if number == 0:
-                columns = (found[name].to_numpy() for name in ("barcode_id", "shown", "probability"))
-                tally = tally_words(*columns, np.ones(len(found), bool), book)
+                word, shown, probability = (found[name].to_numpy() for name in ("barcode_id", "shown", "probability"))
+                tally = tally_words(word, shown, probability, np.ones(len(found), bool), book)
                 rates.append(bit_error_rates(tally, book).assign(method=method))
     return pd.DataFrame(rows), pd.concat(rates, ignore_index=True)
 
@@ -141,7 +141,8 @@ def read_sample(path: Path, codebook: Codebook, merge: float, magnification: flo
     molecules["barcode_id"] = molecules["barcode_id"].astype(np.int32)
     corner = molecules[["x", "y"]].min().to_numpy()
     if merge:
-        i, j = same_molecule_pairs(*molecules.to_numpy().T, merge)
+        word, x, y = molecules.to_numpy().T
+        i, j = same_molecule_pairs(word, x, y, merge)
         links = coo_array((np.ones(len(i)), (i, j)), shape=(len(molecules), len(molecules)))
         molecules = molecules.groupby(connected_components(links, directed=False)[1]).mean()
         molecules["barcode_id"] = molecules["barcode_id"].astype(np.int32)

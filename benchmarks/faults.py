@@ -349,7 +349,7 @@ def disk(raw: Path, folder: Path, n: int) -> Iterator[str]:
 def routes(raw: Path, folder: Path) -> Iterator[str]:
     """Results must not depend on the way to them."""
     fresh, _ = uninterrupted(raw, folder)
-    ways = {
+    ways: dict[str, list[tuple[str, ...]]] = {
         "field 0, then all": [("--fov", "0"), ()],
         "fields 1-2, then field 0, then all": [("--fov", "1-2"), ("--fov", "0"), ()],
         "all, then field 0": [(), ("--fov", "0")],

@@ -20,6 +20,7 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -169,7 +170,7 @@ def combine(out: Path, n_fields: int, workers: int) -> None:
         pipeline.publish_results(out, stage)
 
 
-def measure(folder: Path, n_fields: int, n_molecules: int, workers: int) -> dict[str, float]:
+def measure(folder: Path, n_fields: int, n_molecules: int, workers: int) -> dict[str, Any]:
     """Seconds and peak memory (bytes) of `combine`; intermediates are written where they are not there yet."""
     out = folder / f"run_{n_fields}"
     todo = [fov for fov in range(n_fields) if not results.field_folder(out, fov).exists()]

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import ndimage
 from tables import RESULTS, as_markdown
 
-from merfish.imaging.preprocess import gaussian
+from merfish.imaging.preprocess import bandpass
 from merfish.imaging.registration import align, measure_drift
 
 BAD = ("dark", "noise", "out of range", "another field")
@@ -117,7 +117,7 @@ def speed(size: int) -> list[dict[str, str | float]]:
         f"drift of {ROUNDS} bead images": lambda: measure_drift(images),
         f"align {len(bits)} planes, drift": lambda: align(bits, shifts),
         f"align {len(bits)} planes, drift and colour": lambda: align(bits, shifts, bent),
-        "gaussian, sigma 3, 1 plane": lambda: gaussian(images[0], 3.0),
+        "band-pass, sigma 1 and 3, 1 plane": lambda: bandpass(images[0], smoothing=1.0, background=3.0),
     }
     rows: list[dict[str, str | float]] = []
     for name, job in jobs.items():
