@@ -48,7 +48,7 @@ OVERVIEW_WHITE = 1.5  # height, in molecules, that the overview picture shows as
 STAIN_SIDE = 512  # pixels, at most, of the small pictures of stains
 CALLS, OUTLINES, SPOTS, TALLY = "calls.parquet", "outlines.parquet", "sequential.npy", "tally.npz"
 SPIKES, SPIKE_SEED = "spikes.npz", 0
-# What a field knows of its calls; nuclear: whether one lies in a nucleus. The rest of `merfish.transcripts.COLUMNS`
+# Columns of the calls of a field; nuclear: whether one lies in a nucleus. The rest of `merfish.transcripts.COLUMNS`
 # follows from the run.
 CALL_COLUMNS = (
     "barcode_id", "x", "y", "z", "hamming_distance", "probability", "intensity", "area", "distance", "shown",
@@ -283,7 +283,7 @@ def read_outlines(out: Path, fov: int) -> np.ndarray:
 
 
 def write_small_stains(stains: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write small pictures of the stains (y, x) of a field: uint8 (stain, y, x), names, pixels of the field in one."""
+    """Write small pictures of the stains (y, x) of a field: uint8 (stain, y, x), names, and the side of a pixel."""
     if stains:
         step = -(-max(next(iter(stains.values())).shape) // STAIN_SIDE)
         small = [stretch(block_mean(image, step)) for image in stains.values()]

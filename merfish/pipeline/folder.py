@@ -189,7 +189,7 @@ def finish_publication(out: Path) -> None:
 
 
 def write_progress(out: Path, started: float, done: int, total: int, failed: Mapping[int, str]) -> None:
-    """Note how far the fields are, for `merfish status`; no later step reads it."""
+    """Record the progress of the fields for `merfish status`; no later step reads it."""
     path = out / results.FIELDS / PROGRESS
     part = path.with_suffix(".part")
     path.parent.mkdir(exist_ok=True)

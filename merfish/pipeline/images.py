@@ -27,13 +27,13 @@ LEVELS_OF_MOLECULE = 1000  # a molecule's height is stored in so many steps: fin
 
 
 def image_folder(out: Path, fov: int) -> Path:
-    """Where the images of a field stand."""
+    """The folder of the images of a field."""
     return out / results.IMAGES / f"fov_{fov:04d}"
 
 
 @contextmanager
 def new_images(out: Path, fov: int, parts: Mapping[str, str]) -> Iterator[Path]:
-    """Yield a folder for the images of a field; they are there, with what they depend on, only once all are written."""
+    """Yield a folder for the images of a field; it appears, with what they depend on, once all are written."""
     with new_record(image_folder(out, fov), parts) as (folder, says):
         yield folder
         says["sizes"] = _sizes(folder)

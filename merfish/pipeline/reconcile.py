@@ -95,7 +95,7 @@ class Filter:
 
 @dataclass(frozen=True, eq=False)
 class Reconciled:
-    """What the fields agree on; words: tallies of all calls."""
+    """What all fields share; words: tallies of all calls."""
 
     filter: Filter
     words: WordTally

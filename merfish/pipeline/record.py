@@ -1,4 +1,4 @@
-"""``run.json``: what was asked, what was found, and what a terminal says of it."""
+"""``run.json``: parameters, inputs and findings, and a summary of them for a terminal."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def describe_inputs(experiment: Experiment, fovs: Sequence[int]) -> dict[str, An
 
 
 def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
-    """How many molecules were found, how many of them are wrong, and what the codebook leaves open, for a terminal."""
+    """How many molecules were found, how many of them are wrong, and warnings about the codebook, for a terminal."""
     rate = figures["misidentification_rate"]
     kept = f"{counted(figures['n_kept'], 'molecule')} ({counted(figures['n_blank'], 'blank')})"
     line = f"{kept} of {figures['n_found']:,} found"

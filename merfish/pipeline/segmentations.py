@@ -96,7 +96,7 @@ def find_segmentation(path: Path, fovs: Sequence[int]) -> Segmentation:
 
 
 def _field_of(name: str) -> int | None:
-    """The field that a file of a segmentation belongs to, None if its name tells of none.
+    """The field that a file of a segmentation belongs to, None if its name does not tell.
 
     >>> _field_of("cells_fov_007_z3.tif"), _field_of("scan2_image_012_cp_masks.tif"), _field_of("notes3.txt")
     (7, 12, None)

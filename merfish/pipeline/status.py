@@ -1,4 +1,4 @@
-"""How far a run is, read from its folder while it goes on or after it ended."""
+"""Progress of a run, read from its folder while it goes on or after it ended."""
 
 from __future__ import annotations
 
