@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 GEOMETRY = "geometry"
-ROWS = 1 << 18  # of a part, at most, unless a single row group has more
+ROWS = 1 << 18  # of a row group, at least
+PART = 1 << 16  # rows of a part, at most, unless a single row group has more
 
 
 class GroupWriter:
@@ -59,8 +60,8 @@ def parts(source: Any, columns: Sequence[str]) -> Iterator[pa.Table]:
     with pq.ParquetFile(source) as file:
         sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
         first, rows = 0, 0
-        for k, size in enumerate([*sizes, ROWS + 1]):
-            if rows and rows + size > ROWS:
+        for k, size in enumerate([*sizes, PART + 1]):
+            if rows and rows + size > PART:
                 yield file.read_row_groups(list(range(first, k)), columns)
                 first, rows = k, 0
             rows += size
@@ -72,10 +73,13 @@ def between(source: Any, columns: Sequence[str], name: str, low: np.ndarray, hig
     wanted = list(dict.fromkeys([*columns, *places]))
     with pq.ParquetFile(source) as file:
         index = [file.metadata.schema.names.index(place) for place in places]
-        groups = [k for k in range(file.num_row_groups) if _reaches(file.metadata.row_group(k), index, low, high)]
-        table = file.read_row_groups(groups, wanted).to_pandas()
-    inside = ((table[places] >= low) & (table[places] < high)).all(axis=1)
-    return table.loc[inside, list(columns)].reset_index(drop=True)
+        found = [file.schema_arrow.empty_table().select(wanted)]
+        for k in range(file.num_row_groups):
+            if _reaches(file.metadata.row_group(k), index, low, high):
+                group = file.read_row_group(k, wanted)
+                x, y = (group[place].to_numpy() for place in places)
+                found.append(group.filter((x >= low[0]) & (y >= low[1]) & (x < high[0]) & (y < high[1])))
+    return pa.concat_tables(found).select(list(columns)).to_pandas()
 
 
 def _reaches(group: pq.RowGroupMetaData, index: Sequence[int], low: np.ndarray, high: np.ndarray) -> bool:
