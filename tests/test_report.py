@@ -208,7 +208,7 @@ def test_parquet__parts_and_places_as_of_the_whole_table(seed, n, most):
         for start in range(0, n, 40):
             writer.write_table(pa.Table.from_pandas(table[start : start + 40], preserve_index=False))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_parquet, "ROWS", most)
+        patch.setattr(_parquet, "PART", most)
         found = list(_parquet.parts(pa.BufferReader(file.getvalue()), ["row"]))
     assert [row for part in found for row in part["row"].to_pylist()] == list(range(n))
     assert all(len(part) <= max(most, 40) for part in found)
