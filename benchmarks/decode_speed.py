@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -139,8 +138,7 @@ def measure_memory(method: str, preprocess: bool, side: int) -> float:
     if not preprocess:
         stack = bandpass(stack, smoothing=1.0, background=3.0)
         stack /= peak_normalization(stack).scale[:, None, None]
-    forget_peak()  # the simulator's
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = forget_peak()  # the simulator's
     decode(stack, BOOK, method=method, preprocess=preprocess)
     return (peak_bytes() - before + stack.nbytes) / stack.nbytes
 

@@ -16,8 +16,8 @@ MOST_PIXELS = 1000  # along the longer side of a picture of a field; more than a
 GENE, BLANK, MUTED = "#2563eb", "#dc2626", "#94a3b8"
 # Okabe and Ito's colours, which colour-blind readers can distinguish, then further hues
 CATEGORIES = (
-    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9",
-    "#f0e442", "#7f3c8d", "#a5aa99", "#80ba5a", "#3969ac",
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442", "#7f3c8d",
+    "#a5aa99", "#80ba5a", "#e73f74", "#8c613c", "#008695", "#f97b72", "#4b4b8f", "#3969ac",
 )  # fmt: skip
 
 

@@ -442,12 +442,19 @@ def test_model__names_what_is_wrong(spoil, message):
         prepare()
 
 
-@pytest.mark.parametrize("size", ["n_latent", "n_niche", "n_hidden"])
-def test_model__refuses_a_size_of_zero(size):
+@pytest.mark.parametrize(("size", "value"), [("n_latent", 0), ("n_niche", 0), ("n_hidden", 0), ("n_latent", 10.0)])
+def test_model__refuses_a_size(size, value):
     table = tissue(40)
     SpatialVAE.setup_anndata(table)
-    with pytest.raises(InputError, match=f"{size} is 0; expected at least 1"):
-        SpatialVAE(table, **{size: 0})
+    with pytest.raises(InputError, match=f"{size} is {value}; expected a whole number of at least 1"):
+        SpatialVAE(table, **{size: value})
+
+
+def test_setup_anndata__refuses_what_is_no_table():
+    with pytest.raises(InputError, match=r"expected an AnnData with .*, got DataFrame"):
+        SpatialVAE.setup_anndata(tissue(40).to_df())
+    with pytest.raises(InputError, match="no column \\['section'\\] in obs"):
+        SpatialVAE.setup_anndata(tissue(40), sample_key=["section"])
 
 
 @pytest.mark.parametrize("key", ["layer", "spatial_key", "sample_key", "batch_key"])

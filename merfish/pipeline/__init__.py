@@ -161,6 +161,8 @@ def choose_fovs(experiment: Experiment, fovs: Sequence[int] | None) -> list[int]
     """The fields asked for, sorted. Raises InputError for one that has no position."""
     if fovs is None:
         return list(experiment.fovs)
+    if isinstance(fovs, str) or not isinstance(fovs, Iterable):
+        raise InputError(f"fovs: expected numbers of fields such as [0, 3], got {fovs!r}")
     unknown = sorted(set(fovs) - set(experiment.fovs))
     if unknown:
         raise InputError(

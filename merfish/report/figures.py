@@ -46,9 +46,9 @@ def _colours_beside(ax: Axes, drawn: ScalarMappable, label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     # a number of ticks that depended on the height would change the width, and so the height, with every layout
-    ax.figure.colorbar(
-        drawn, cax=ax.inset_axes((1.04, 0, 0.045, 1)), label=label, ticks=MaxNLocator(5, steps=[1, 2, 5, 10])
-    )
+    beside = ax.inset_axes((1.04, 0, 0.045, 1))
+    ax.figure.colorbar(drawn, cax=beside, label=label, ticks=MaxNLocator(5, steps=[1, 2, 5, 10]))
+    beside.ticklabel_format(useOffset=False)
 
 
 def field_map(
@@ -191,13 +191,14 @@ def _domains_beside(ax: Axes, colours: Mapping[str, str]) -> None:
 
 def stains_under_outlines(stains: np.ndarray, names: Sequence[str], rings: Sequence[np.ndarray]) -> Figure:
     """Stains of a field, uint8 (stain, y, x), in blue and green, under outlines (point, 2) x, y in their pixels."""
+    from matplotlib.collections import LineCollection
+
     figure, (ax,) = new_figure(NORMAL, NORMAL * stains.shape[1] / stains.shape[2] + 0.3)
     picture = np.zeros((*stains.shape[1:], 3))
     for stain, colour in zip(stains, ((0.25, 0.45, 1.0), (0.1, 0.75, 0.3)), strict=False):
         picture += stain[..., None] / 255 * np.array(colour)
     ax.imshow(np.clip(picture, 0, 1), interpolation="nearest")
-    for ring in rings:
-        ax.plot(*ring.T, color="#fde047", linewidth=0.8)
+    ax.add_collection(LineCollection(rings, colors="#fde047", linewidths=0.8, rasterized=len(rings) > MANY))
     ax.spines[:].set_visible(False)
     ax.set(xticks=[], yticks=[], xlim=(-0.5, stains.shape[2] - 0.5), ylim=(stains.shape[1] - 0.5, -0.5))
     colours = " and ".join(f"{name} {colour}" for name, colour in zip(names, ("blue", "green"), strict=False))
@@ -221,6 +222,7 @@ def histogram(values: np.ndarray, label: str, counted: str = "cells") -> Figure:
         ax.axvline(middle, color="black", linewidth=1.2)
         ax.set_title(f"median {middle:,.3g}", fontsize=9, loc="left")
     ax.set(xlabel=label, ylabel=counted)
+    ax.locator_params(nbins=5)
     return figure
 
 
