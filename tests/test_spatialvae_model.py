@@ -303,7 +303,7 @@ def test_domains__number_is_chosen_when_not_given():
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_stability__is_greatest_at_the_number_of_clusters(k):
     rng = np.random.default_rng(k)
-    latent = rng.normal(size=(400, 6)) + 6 * np.eye(6)[np.arange(400) % k]
+    latent = rng.normal(size=(240, 6)) + 6 * np.eye(6)[np.arange(240) % k]
     found = analysis.stability(latent)
     assert list(found["k"]) == list(range(2, 21))
     assert analysis.most_stable(found) == k

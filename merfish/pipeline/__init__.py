@@ -149,6 +149,10 @@ def process(
         if published_key(out) == (key if cells is None else segmented_key(key, cells)):
             shown.say(f"{out}: this run is complete, and its inputs and parameters have not changed; nothing to do")
             return
+        if cells is None and published_key(out) and (given := results.read_run(out).get("segmentation")):
+            shown.say(
+                f"{out}: its cells, from {given['path']}, are replaced by cells of the run; --segmentation keeps them"
+            )
         if cells is None or not published_key(out) or own_key(results.read_run(out)) != key:
             stage = folder.new_stage(out)
             write_results(source, settings, out, says, failed, calibrated, key, stage, run_map, shown)

@@ -275,7 +275,7 @@ def drift(shifts: pd.DataFrame) -> Figure:
     failed = ~shifts["ok"].to_numpy(bool)
     ax.plot(
         shifts["round"], length, "o", color=GENE, markersize=4, alpha=0.35, markeredgewidth=0,
-        rasterized=len(shifts) > MANY, label="a field",
+        rasterized=len(shifts) > MANY, label="one field",
     )  # fmt: skip
     middle = pd.Series(length).groupby(shifts["round"].to_numpy()).median()
     ax.plot(middle.index, middle, "_", color="black", markersize=14, markeredgewidth=2, label="median")

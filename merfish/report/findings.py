@@ -63,7 +63,7 @@ def findings(run: Mapping[str, Any], halves: tuple[float, int], bulk: tuple[floa
         *stage(run["stage"]),
         Finding("Molecules kept", f"{figures['n_kept']:,}", "info"),
         Finding("Cells", f"{figures['n_cells']:,}", "info"),
-        Finding("Molecules a cell, median", f"{figures['transcripts_per_cell']:,.0f}", "info"),
+        Finding("Molecules per cell, median", f"{figures['transcripts_per_cell']:,.0f}", "info"),
         Finding("Molecules in cells", f"{figures['share_in_cells']:.0%}", "info"),
     ]
 

@@ -165,7 +165,7 @@ def _light_table(light: dict[str, dict[str, float]]) -> list[Table]:
         (color, f"{found['least']:.0%}", f"{found['dark']:.0f}" if found["dark"] else "not needed", found["hot"])
         for color, found in light.items()
     ]
-    columns = ("colour", "lowest share of the light", "dark level, counts", "hot pixels")
+    columns = ("colour", "lowest relative illumination", "dark level, counts", "hot pixels")
     return [Table(columns, rows)] if rows else []
 
 

@@ -88,4 +88,4 @@ def provenance_section(record: dict[str, Any]) -> Section:
 
 
 def _value(value: Any) -> str:
-    return "not given" if value is None or value == {} else str(value)
+    return "default" if value is None or value == {} else str(value)
