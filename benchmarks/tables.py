@@ -14,11 +14,8 @@ RESULTS = Path(os.environ.get(RESULTS_VARIABLE, Path(__file__).parent / "results
 
 def as_markdown(table: pd.DataFrame | list[dict[str, Any]]) -> str:
     """A table, or its rows, in Markdown: numbers rounded, nothing for NaN."""
-    text = (
-        pd.DataFrame(table)
-        .map(lambda value: f"{value:.3g}" if isinstance(value, float) else str(value))
-        .replace("nan", "")
-    )
+    frame = pd.DataFrame(table)
+    text = frame.map(lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)).replace("nan", "")
     lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
