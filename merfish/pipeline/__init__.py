@@ -64,11 +64,11 @@ def run(
     """Decode a whole raw experiment into ``out`` and return its table of counts.
 
     experiment: folder in MERlin's layout (see `merfish.imaging.opening.open_experiment`); tables: the same files by
-    other paths. config: a `RunConfig` or a YAML file. fovs: some of the fields; results that cover more fields already
-    are kept. workers, scheduler, slurm_jobs: see `merfish.pipeline.cluster.run_map_on`. keep_going: leave out fields
-    whose files are faulty instead of refusing. segmentation: cells from another program, used instead of segmenting
-    (see `merfish.pipeline.assign.assign`). save_images: keep the registered, filtered bits and the stains of each field
-    as OME-Zarr under ``out/images``.
+    other paths. config: a `merfish.RunConfig` or a YAML file. fovs: some of the fields; results that cover more fields
+    already are kept. workers, scheduler, slurm_jobs: see `merfish.pipeline.cluster.run_map_on`. keep_going: leave out
+    fields whose files are faulty instead of refusing. segmentation: cells from another program, used instead of
+    segmenting (see `merfish.pipeline.assign.assign`). save_images: keep the registered, filtered bits and the stains of
+    each field as OME-Zarr under ``out/images``.
 
     Existing results are reused if nothing that they depend on has changed; otherwise they are computed again. A field
     that fails is listed in ``run.json`` and in the report, and the others are still processed. Raises InputError for
