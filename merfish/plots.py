@@ -129,7 +129,8 @@ def scatter_counts(measured: np.ndarray, true: np.ndarray, title: str) -> Figure
     figure, (ax,) = new_figure(6.4, 4.6)
     rng = np.random.default_rng(0)
     jitter = rng.uniform(-0.3, 0.3, (2, true.size))
-    ax.plot(true.ravel() + jitter[0], measured.ravel() + jitter[1], ".", markersize=2, alpha=0.25, color=GENE)
+    x, y = true.ravel() + jitter[0], measured.ravel() + jitter[1]
+    ax.plot(x, y, ".", markersize=2, alpha=0.25, color=GENE, rasterized=True)
     top = float(max(true.max(initial=1), measured.max(initial=1)))
     ax.plot([0, top], [0, top], color=MUTED, linewidth=1)
     ax.set(xlabel="true molecules of a gene in a cell", ylabel="measured", title=title)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-MANY = 500  # fields, cells or points; a figure of more is drawn as pixels, of fewer as vectors
+MANY = 500  # fields or points; a figure of more is drawn as pixels, of fewer as vectors
+MANY_CORNERS = 20_000  # the same for the corners of outlines
 LEAST_OFF = 1e-3  # micrometre; smaller errors have no arrow
 ENLARGED = (1, 2, 5, 10, 20, 50, 100)  # factors by which arrows may be enlarged
 MOST_NAMED, NAME_SIZE = 5, (0.15, 0.04)  # genes in a figure; width and height of a name, shares of the axes
@@ -157,10 +158,14 @@ def _rings(geometry: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     return [shapely.get_coordinates(ring) for ring in shapely.get_exterior_ring(parts)], row
 
 
+def _many(rings: Sequence[np.ndarray]) -> bool:
+    return sum(map(len, rings)) > MANY_CORNERS
+
+
 def _draw_outlines(ax: Axes, rings: list[np.ndarray], **colours: Any) -> PolyCollection:
     from matplotlib.collections import PolyCollection
 
-    collection = PolyCollection(rings, edgecolors="#64748b", linewidths=0.3, rasterized=len(rings) > MANY, **colours)
+    collection = PolyCollection(rings, edgecolors="#64748b", linewidths=0.3, rasterized=_many(rings), **colours)
     ax.add_collection(collection)
     ax.autoscale_view()
     ax.invert_yaxis()
@@ -198,7 +203,7 @@ def stains_under_outlines(stains: np.ndarray, names: Sequence[str], rings: Seque
     for stain, colour in zip(stains, ((0.25, 0.45, 1.0), (0.1, 0.75, 0.3)), strict=False):
         picture += stain[..., None] / 255 * np.array(colour)
     ax.imshow(np.clip(picture, 0, 1), interpolation="nearest")
-    ax.add_collection(LineCollection(rings, colors="#fde047", linewidths=0.8, rasterized=len(rings) > MANY))
+    ax.add_collection(LineCollection(rings, colors="#fde047", linewidths=0.8, rasterized=_many(rings)))
     ax.spines[:].set_visible(False)
     ax.set(xticks=[], yticks=[], xlim=(-0.5, stains.shape[2] - 0.5), ylim=(stains.shape[1] - 0.5, -0.5))
     colours = " and ".join(f"{name} {colour}" for name, colour in zip(names, ("blue", "green"), strict=False))
