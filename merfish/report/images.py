@@ -176,7 +176,7 @@ def _chromatic_table(fits: dict[str, dict[str, Any]]) -> list[Table]:
             "unknown" if fit["shift"] is None else f"{fit['shift']:.2f} px",
             f"{fit['pairs']:,.0f}",
             "unknown" if fit["error"] is None else f"{fit['error']:.3f} px",
-            "yes" if fit["map"] != np.eye(2, 3).tolist() else "no: held-out fields do not improve",
+            "yes" if fit["map"] != np.eye(2, 3).tolist() else "no: not needed",
         )
         for color, fit in fits.items()
     ]
