@@ -229,7 +229,7 @@ def test_sum_cells__as_one_counts_by_hand():
     found = summary.sum_cells(pa.BufferReader(file.getvalue()), genes, low, low + side)
     np.testing.assert_array_equal(found.n_molecules, cells["n_transcripts"])
     np.testing.assert_allclose(found.volume, cells["volume"], rtol=1e-6)
-    assert found.squares.side == pytest.approx(side / np.sqrt(n))
+    assert found.squares.side == pytest.approx(side * np.sqrt(2 / n))
     square = (cells[["center_y", "center_x"]] // found.squares.side).astype(int)
     by_hand = cells.groupby([square["center_y"], square["center_x"]])["n_transcripts"].mean()
     filled = np.argwhere(np.isfinite(found.mean_molecules))

@@ -53,7 +53,7 @@ def domain_section(run: Run) -> Section | None:
     )
     if run.outlines is None:
         caption = "The domain of most cells in each square"
-        squares = Squares.one_for_each(len(places), *run.corners)
+        squares = Squares.for_cells(len(places), *run.corners)
         tissue = figures.domain_squares(most_frequent(squares, places, code, len(names)), squares, colours)
     else:
         caption = "Cells by domain"

@@ -16,6 +16,7 @@ from merfish.errors import InputError
 
 MOST_SQUARES, FEWEST_SQUARES = 400, 40  # along the longer side of the section
 ENTRIES = 1 << 20  # of a matrix of counts, at a time
+FEW_CELLS = 2  # in a square, on average; with one, many squares of a tissue are empty
 ENOUGH = 10  # molecules in a square, on average; below that, counting noise dominates
 FEWEST_GENES = 3  # to correlate
 
@@ -36,9 +37,9 @@ class Squares:
         return cls(low, side, (rows, columns))
 
     @classmethod
-    def one_for_each(cls, n: int, low: np.ndarray, high: np.ndarray) -> Squares:
-        """The finest grid between two corners (x, y) that has at most about one square for each of ``n`` cells."""
-        return cls.over(low, high, float(np.sqrt(np.prod(high - low) / max(n, 1))))
+    def for_cells(cls, n: int, low: np.ndarray, high: np.ndarray) -> Squares:
+        """The finest grid between two corners (x, y) with at least `FEW_CELLS` of ``n`` cells in a square, on average."""
+        return cls.over(low, high, float(np.sqrt(FEW_CELLS * np.prod(high - low) / max(n, 1))))
 
     @property
     def size(self) -> int:
@@ -116,7 +117,7 @@ def sum_cells(path: Path, n_genes: np.ndarray, low: np.ndarray, high: np.ndarray
     n_genes: (cell,), as `genes_of_cells` counts them.
     """
     n = len(n_genes)
-    squares = Squares.one_for_each(n, low, high)
+    squares = Squares.for_cells(n, low, high)
     counts, volume = np.zeros(n, np.int32), np.zeros(n, np.float32)
     number, total = np.zeros(squares.size), np.zeros(squares.size)
     first = 0
