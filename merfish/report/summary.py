@@ -38,7 +38,7 @@ class Squares:
 
     @classmethod
     def for_cells(cls, n: int, low: np.ndarray, high: np.ndarray) -> Squares:
-        """The finest grid between two corners (x, y) with at least `FEW_CELLS` of ``n`` cells in a square, on average."""
+        """The finest grid between two corners (x, y) with `FEW_CELLS` of ``n`` cells in a square, on average."""
         return cls.over(low, high, float(np.sqrt(FEW_CELLS * np.prod(high - low) / max(n, 1))))
 
     @property
