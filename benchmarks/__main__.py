@@ -91,6 +91,7 @@ def draw(figures: pd.DataFrame, costs: pd.DataFrame, path: Path) -> None:
         ax.grid(axis="x", linewidth=0.4)
     shares.set(title="shares", xlim=(0, 1.02))
     ratios.set(title="ratios, measured in one run", xscale="log")
+    ratios.axvline(1, color=plots.MUTED, linewidth=1)
     ratios.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ratios.xaxis.set_major_formatter("{x:g}")
     ratios.xaxis.set_minor_locator(NullLocator())

@@ -8,20 +8,18 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
 import pandas as pd
 from memory import forget_peak, peak_bytes
 from tables import RESULTS, as_markdown
+from timing import best_of
 
 from merfish import decode, mhd4_codebook, plots, simulate_stack
 from merfish.calls.filtering import rate_calls
@@ -34,17 +32,6 @@ from merfish.imaging.preprocess import Bandpassed, bandpass
 
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 SIDES, WORDS = (256, 512, 1024, 1536, 2048), (20, 50, 80, 110, 140)
-
-
-def best_of(work: Callable[[], Any], repeats: int = 5) -> float:
-    """Shortest of some runs, seconds, after one to compile."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 @numba.njit(parallel=True)
@@ -139,8 +126,7 @@ def measure_memory(method: str, preprocess: bool, side: int) -> float:
     if not preprocess:
         stack = bandpass(stack, smoothing=1.0, background=3.0)
         stack /= peak_normalization(stack).scale[:, None, None]
-    forget_peak()  # the simulator's
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = forget_peak()  # the simulator's
     decode(stack, BOOK, method=method, preprocess=preprocess)
     return (peak_bytes() - before + stack.nbytes) / stack.nbytes
 

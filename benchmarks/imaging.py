@@ -12,7 +12,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from registration import draw, expose, scene
 from scipy import fft
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from tables import RESULTS
+from tables import RESULTS, as_markdown
+from timing import best_of
 
 import merfish
 from merfish import results
@@ -278,24 +278,7 @@ def field_time(size: int, calibration: Calibration, source: Experiment) -> list[
     ]
 
 
-def best_of(work: Callable[[], Any], repeats: int = 5) -> float:
-    """Shortest of some runs, seconds."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 # --- report -----------------------------------------------------------------------------------------------------
-
-
-def table(rows: list[dict[str, Any]] | pd.DataFrame) -> str:
-    frame = pd.DataFrame(rows)
-    lines = [list(frame.columns), ["---"] * len(frame.columns)]
-    lines += [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in frame.to_numpy(object)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def main() -> None:
@@ -316,6 +299,7 @@ def main() -> None:
     stage = run_case(folder, "stage", shape, 6, 5.0, Disturbances(stage_error=2.0))
     disturbed = cases["all disturbances"]
     calibration = read_calibration(disturbed.out)
+    moved = {"stage error alone": stage, "all disturbances": disturbed}
     perfect, lost = recall(cases["perfect"]), recall(disturbed)
     text = f"""Made by `python benchmarks/imaging.py`{" --quick" if quick else ""}.
 
@@ -330,28 +314,34 @@ Disturbances: {everything}, drift up to {DRIFT:g} px in y and x. 3 x 3 fields of
 Recall {MARGIN} px inside each field, calls ranked by their probability; `default`: what a run keeps.
 At 0.94 precision the disturbances cost {100 * (perfect["recall at 0.94"] - lost["recall at 0.94"]):.1f} points.
 
-{table([{"experiment": k, **recall(c, (4,) if "saturated" in k else ())} for k, c in cases.items()])}
+{as_markdown([{"experiment": k, **recall(c, (4,) if "saturated" in k else ())} for k, c in cases.items()])}
+
 The last row is of the other eight fields; a bit that is dead costs the words that have it a bit each.
 
 ## Colours
 
-{table(chromatic(disturbed))}
+{as_markdown(chromatic(disturbed))}
+
 ## Overlaps
 
-{table([{"experiment": k, **overlaps(c)} for k, c in (("stage error alone", stage), ("all disturbances", disturbed))])}
+{as_markdown([{"experiment": name, **overlaps(case)} for name, case in moved.items()])}
+
 ## Positions
 
-{table([{"experiment": k, **positions(c)} for k, c in (("stage error alone", stage), ("all disturbances", disturbed))])}
+{as_markdown([{"experiment": name, **positions(case)} for name, case in moved.items()])}
+
 Of nine fields. An overlap is 51 px wide in the mean; what drift hides at the borders, both fields lose of it.
 "As magnified": as large as the reference colour shows the tissue. The beads' colour is another one, and molecules
 cannot tell how much the reference colour magnifies.
 
 ## Few beads, nothing else to see
 
-{table(few_beads(5 if quick else 40))}
+{as_markdown(few_beads(5 if quick else 40))}
+
 ## Time of a field of {size} x {size}, 16 bits and 8 bead images
 
-{table(field_time(size, calibration, disturbed.source))}
+{as_markdown(field_time(size, calibration, disturbed.source))}
+
 Whole benchmark: {time.perf_counter() - started:.0f} s.
 """
     print(text)

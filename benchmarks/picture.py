@@ -21,18 +21,17 @@ def main(demo: Path) -> None:
     calls = read_transcripts(run / results.TRANSCRIPTS)
     fov = int(calls["fov"].value_counts().idxmax())
     image = np.load(results.field_folder(run, fov) / "overview.npy", allow_pickle=False)
-    figure = plots.overview(image, calls[calls["fov"] == fov])
-    left, middle = figure.axes
+    calls = calls[calls["fov"] == fov]
+    square = plots.densest_square(calls, image.shape)
+    figure, (left, middle, right) = plots.new_figure(15, 5, 3)
+    plots.draw_field(left, image, calls, square)
+    plots.draw_detail(middle, image, calls, square)
     left.set_title("one field, brightest bit, molecules called", fontsize=10)
     middle.set_title("enlarged", fontsize=10)
-    figure.set_size_inches(15, 5)
-    right = figure.add_subplot(1, 3, 3)
-    for place, ax in enumerate((left, middle, right)):
-        ax.set_subplotspec(figure.add_gridspec(1, 3)[place])
     cells = read_cells(run / results.CELLS).set_index("cell_id")
     table = anndata.read_h5ad(demo / "tissue_embedded.h5ad")
     kinds = table.obs["spatial_domain"].astype(str).to_numpy()
-    for kind, colour in zip(sorted(set(kinds)), plots.CATEGORIES, strict=False):
+    for kind, colour in plots.colours_of(kinds).items():
         for shape in cells.loc[table.obs["cell_id"].to_numpy()[kinds == kind], "geometry"]:
             for part in shapely.get_parts(shape):
                 right.fill(*np.array(part.exterior.coords).T, color=colour, edgecolor="#334155", linewidth=0.3)

@@ -179,7 +179,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "exchange", "assignment to real outlines; memory and time by number of cells", "exchange.py",
-        ["--data", "{data}"], ["--data", "{data}", "--cells", "1000"],
+        ["--data", "{data}"], ["--data", "{data}", "--cells", "1000", "--pixels", "8192"],
         figures=[],
     ),
     Benchmark(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -11,9 +12,10 @@ RESULTS_VARIABLE = "MERFISH_BENCHMARK_RESULTS"  # a folder for pages that are no
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE, Path(__file__).parent / "results"))
 
 
-def as_markdown(table: pd.DataFrame) -> str:
-    """A table in Markdown, numbers rounded, nothing for NaN."""
-    text = table.map(lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)).replace("nan", "")
+def as_markdown(table: pd.DataFrame | list[dict[str, Any]]) -> str:
+    """A table, or its rows, in Markdown: numbers rounded, nothing for NaN."""
+    frame = pd.DataFrame(table)
+    text = frame.map(lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)).replace("nan", "")
     lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merfish.codebook import Codebook, check_codebook, mhd4_codebook, read_codebook, write_codebook
+    from merfish.config import RunConfig
     from merfish.errors import InputError
     from merfish.pipeline import run
     from merfish.simulate import simulate_experiment, simulate_stack
@@ -28,6 +29,7 @@ _HOME = {
     "mhd4_codebook": "merfish.codebook",
     "read_codebook": "merfish.codebook",
     "write_codebook": "merfish.codebook",
+    "RunConfig": "merfish.config",
     "InputError": "merfish.errors",
     "decode": "merfish.stack",
     "run": "merfish.pipeline",
@@ -38,6 +40,7 @@ _HOME = {
 __all__ = [
     "Codebook",
     "InputError",
+    "RunConfig",
     "check_codebook",
     "decode",
     "mhd4_codebook",

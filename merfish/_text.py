@@ -22,8 +22,11 @@ _LINE_ENDS = "\t\n\r"
 def read_text(path: str | os.PathLike[str], what: str, limit: int = MAX_TABLE) -> str:
     """Read the text of a table; ``what`` names it in messages.
 
-    Raises InputError if it is not a regular file, exceeds ``limit`` bytes, is not UTF-8 or has control characters.
+    Raises InputError if ``path`` is not a path, and if the file is not regular, exceeds ``limit`` bytes, is not UTF-8,
+    or has control characters.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"expected the path of the {what}, got {type(path).__name__}")
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

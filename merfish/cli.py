@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from merfish import cli_exchange
 from merfish._text import counted, listed, printable
@@ -112,7 +113,15 @@ def system_error(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
-@app.command()
+class OutCommand(TyperCommand):
+    """A command whose argument OUT may be given as --out OUT, as in all other commands."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Leave the name of the option out, so that its value becomes the argument."""
+        return super().parse_args(ctx, [arg.removeprefix("--out=") for arg in args if arg != "--out"])
+
+
+@app.command(cls=OutCommand)
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder for the results.", metavar="OUT")] = Path("demo_output"),
 ) -> None:
@@ -348,7 +357,7 @@ def view(
     open_viewer(out, fov)
 
 
-@app.command()
+@app.command(cls=OutCommand)
 def simulate(
     out: Annotated[Path, typer.Argument(help="Folder for the experiment, new or empty.", metavar="OUT")],
     fields: Annotated[str, typer.Option(help="Rows x columns of overlapping fields.")] = "4x4",

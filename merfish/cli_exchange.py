@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +27,13 @@ class Kind(StrEnum):
     csv = "csv"
 
 
+def exchange_function(verb: str, name: str) -> Callable[..., Any]:
+    """The function ``read_NAME`` or ``write_NAME`` of a format in `merfish.exchange`."""
+    module = import_module(f"merfish.exchange.{'plain' if name == 'csv' else name}")
+    function: Callable[..., Any] = getattr(module, f"{verb}_{name}")
+    return function
+
+
 @table_app.command("import")
 def table_import(
     kind: Annotated[Kind, typer.Argument(help="Instrument or format.")],
@@ -36,12 +45,9 @@ def table_import(
     ] = None,
 ) -> None:
     """Read the output folder of an instrument into TABLE.h5ad, the input of spatialvae train."""
-    from importlib import import_module
-
     from merfish._files import whole_file
 
-    module = import_module(f"merfish.exchange.{'plain' if kind is Kind.csv else kind.value}")
-    read = getattr(module, f"read_{kind.value}")
+    read = exchange_function("read", kind)
     scaled = kind in (Kind.slideseq, Kind.cosmx, Kind.csv)
     if microns_per_pixel is not None and not scaled:
         raise InputError(f"--microns-per-pixel: {kind.value} states its own scale; leave the option out")
@@ -95,20 +101,17 @@ def export(
     out: Annotated[Path, typer.Option(help="File or folder to write; must not exist.")],
 ) -> None:
     """Write the results of a run in the format of another tool."""
-    from importlib import import_module
-
     from merfish import results
     from merfish._files import whole_file
 
     results.read_run(run)
     if out.exists():
         raise InputError(f"{out}: exists already; name a new path, or remove it")
-    module = import_module(f"merfish.exchange.{'plain' if format is Format.csv else format.value}")
     more = {}
     if format is Format.spatialdata:
         from merfish.mosaic import section_images
 
         more["images"] = section_images(run)
     with whole_file(out) as part:
-        getattr(module, f"write_{format.value}")(run, part, **more)
+        exchange_function("write", format)(run, part, **more)
     print(f"{run} as {format.value} in {out}")

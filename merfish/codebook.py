@@ -7,7 +7,7 @@ import io
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -272,7 +272,7 @@ def min_distance(codes: np.ndarray) -> int:
 
 
 def mhd4_codebook(
-    genes: Sequence[str], n_bits: int = 16, *, expression: Mapping[str, float] | Sequence[float] | None = None
+    genes: Iterable[str], n_bits: int = 16, *, expression: Mapping[str, float] | Sequence[float] | None = None
 ) -> Codebook:
     """Build a code of weight 4 and minimum distance 4 for a list of genes; the remaining words become blanks.
 
@@ -289,8 +289,11 @@ def mhd4_codebook(
 
     Raises InputError for duplicate genes, more genes than words, or abundances that are missing or negative.
     """
-    if not 4 <= n_bits <= MAX_BITS:
-        raise InputError(f"n_bits must be from 4 to {MAX_BITS}, got {n_bits}")
+    if isinstance(genes, str):
+        raise InputError(f"genes: expected a list of names, got {genes!r}")
+    genes = [str(gene) for gene in genes]
+    if n_bits not in range(4, MAX_BITS + 1):
+        raise InputError(f"n_bits must be a whole number from 4 to {MAX_BITS}, got {n_bits!r}")
     subsets = [bits for bits in combinations(range(n_bits), 4) if bits[0] ^ bits[1] ^ bits[2] ^ bits[3] == 0]
     repeated = [gene for gene, count in Counter(genes).items() if count > 1]
     if repeated:

@@ -19,7 +19,8 @@ from merfish import plots, results
 from merfish.codebook import Codebook
 from merfish.config import RunConfig
 from merfish.embedding import SEED, fit_embedding, need_embedding
-from merfish.report import Section, Table, picture, run_sections, write_report
+from merfish.report import Section, Table, figures, picture, run_sections, write_report
+from merfish.report.domains import principal_components
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -151,7 +152,8 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
     ]
     _print_table(("measure", "value"), rows)
     truth = read_cells(raw / "truth" / "cells.parquet")
-    figures = [
+    domain = truth["domain"].astype(str).to_numpy()
+    shown = [
         picture(
             "counts_against_truth",
             plots.scatter_counts(score["measured"], score["true"], f"r = {score['count_r']:.3f}"),
@@ -160,8 +162,8 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
         ),
         picture(
             "true_domains",
-            plots.cells(truth["geometry"].to_numpy(), truth["domain"].to_list(), "true domains"),
-            "The simulated tissue",
+            figures.domain_map(truth["geometry"].to_numpy(), domain, plots.colours_of(domain)),
+            "The simulated tissue: cells by their true domain",
             truth.drop(columns="geometry"),
         ),
     ]
@@ -171,7 +173,7 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
         f"simulated truth. {table.n_obs} cells were segmented."
     ]
     return [
-        Section("Simulated tissue against its truth", text, [Table(("measure", "value"), rows)], figures),
+        Section("Simulated tissue against its truth", text, [Table(("measure", "value"), rows)], shown),
         *_titled("Simulated tissue", run_sections(folder)),
     ]
 
@@ -310,15 +312,13 @@ def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_n
     x, y = np.asarray(table.obsm["spatial"])[:, :2].T
     true_colours = plots.colours_of(truth[known])
     colours = plots.matching_colours(labels, truth, true_colours)
-    latent = np.asarray(table.obsm["X_spatialvae"], float)
-    latent = latent - latent.mean(axis=0)
-    first, second = (latent @ np.linalg.eigh(latent.T @ latent)[1][:, -2:]).T
-    numbers = pd.DataFrame({"x": x, "y": y, truth_name: truth, "domain": labels, "pc1": second, "pc2": first})
+    first, second = principal_components(np.asarray(table.obsm["X_spatialvae"], float)).T
+    numbers = pd.DataFrame({"x": x, "y": y, truth_name: truth, "domain": labels, "pc1": first, "pc2": second})
     truth_map = plots.labels_by_place(x, y, truth, truth_name, true_colours)
     found_map = plots.labels_by_place(x, y, labels, "domains found", colours)
-    latent_map = plots.labels_by_place(second, first, labels, "principal components of the latent space", colours)
+    latent_map = plots.labels_by_place(first, second, labels, "principal components of the latent space", colours)
     training = embedding_plots.training_curve(model.training_log)
-    figures = [
+    shown = [
         picture(f"{name}_truth", truth_map, f"Cells by their {truth_name}", numbers),
         picture(f"{name}_domains", found_map, f"Cells by domain, in the colour of the best matching {truth_name}"),
         picture(f"{name}_latent", latent_map, "Cells in the latent space, by the domain found"),
@@ -328,7 +328,7 @@ def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_n
         f"SpatialVAE was trained on counts and positions only; {n_domains} domains were then found in its latent "
         f"space and compared with the {truth_name}s, which were not used in training."
     ]
-    return Section(title, text, [Table(("measure", "value"), rows)], figures)
+    return Section(title, text, [Table(("measure", "value"), rows)], shown)
 
 
 # --- printing ---------------------------------------------------------------------------------------------------

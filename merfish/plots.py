@@ -1,4 +1,4 @@
-"""Pictures of a run; each function returns a Matplotlib figure and touches no global state."""
+"""Figures and colours that reports, the demonstration and benchmarks share; no function touches global state."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_PIXELS = 1000  # along the longer side of a picture of a field; more than a screen shows of it
+MOST_PIXELS = 1000  # along the longer side of an image of a field; more than a screen shows
 GENE, BLANK, MUTED = "#2563eb", "#dc2626", "#94a3b8"
 # Okabe and Ito's colours, which colour-blind readers can distinguish, then further hues
 CATEGORIES = (
-    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9",
-    "#f0e442", "#7f3c8d", "#a5aa99", "#80ba5a", "#3969ac",
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442", "#7f3c8d",
+    "#a5aa99", "#80ba5a", "#e73f74", "#8c613c", "#008695", "#f97b72", "#4b4b8f", "#3969ac",
 )  # fmt: skip
 
 
@@ -32,24 +32,12 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, l
     return figure, list(axes)
 
 
-def overview(image: np.ndarray, calls: pd.DataFrame, crop: int = 160) -> Figure:
-    """One field: the brightest bit of each pixel (y, x) and the molecules called, and an enlarged detail.
-
-    calls: transcript table of the field. crop: side in pixels of the detail, placed where calls are densest.
-    """
-    figure, (whole, detail) = new_figure(11, 5.4, 2)
-    square = densest_square(calls, image.shape, crop)
-    draw_field(whole, image, calls, square)
-    draw_detail(detail, image, calls, square)
-    return figure
-
-
 def draw_field(ax: Axes, image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> None:
     """A field (y, x) with its molecules as dots, and a square (top, left, side) in it."""
     from matplotlib.patches import Rectangle
 
     top, left, side = square
-    # matplotlib takes 40 bytes a pixel that it is given
+    # matplotlib needs 40 bytes for each pixel
     step = max(image.shape) // MOST_PIXELS + 1
     height, width = (side - side % step for side in image.shape)
     small = image[:height, :width].reshape(height // step, step, width // step, step).mean(axis=(1, 3))
@@ -68,7 +56,7 @@ def draw_detail(ax: Axes, image: np.ndarray, calls: pd.DataFrame, square: tuple[
     inside = calls["x"].between(left, left + side) & calls["y"].between(top, top + side)
     _molecules(ax, calls[inside], 26, filled=False)
     ax.set(xlim=(left - 0.5, left + side - 0.5), ylim=(top + side - 0.5, top - 0.5))
-    ax.set_title(f"the square of {side} px", fontsize=9, loc="left")
+    ax.set_title(f"{side} x {side} px", fontsize=9, loc="left")
     legend = ax.legend(loc="lower right", fontsize=8, framealpha=0.8, facecolor="#0f172a", edgecolor="none")
     for text in legend.get_texts():
         text.set_color("white")
@@ -93,7 +81,7 @@ def _molecules(ax: Axes, calls: pd.DataFrame, size: float, filled: bool) -> None
 
 
 def densest_square(calls: pd.DataFrame, shape: tuple[int, ...], side: int = 160) -> tuple[int, int, int]:
-    """(top, left, side) of the square of a field, side pixels at most, that has most molecules."""
+    """(top, left, side) of the square of a field with most molecules; it has ``side`` pixels or fewer."""
     crop = min(side, shape[0] // 2, shape[1] // 2)
     if not len(calls):
         return (shape[0] - crop) // 2, (shape[1] - crop) // 2, crop
@@ -126,32 +114,8 @@ def matching_colours(found: np.ndarray, true: np.ndarray, colours: Mapping[str, 
     return matched | {kind: left[k % len(left)] for k, kind in enumerate(alone)}
 
 
-def cells(
-    geometry: np.ndarray, labels: Sequence[str], title: str = "", colours: Mapping[str, str] | None = None
-) -> Figure:
-    """Cell outlines (shapely polygons, micrometre), coloured by a label; colours: of labels."""
-    import shapely
-    from matplotlib.collections import PolyCollection
-    from matplotlib.patches import Patch
-
-    figure, (ax,) = new_figure(6.4, 4.6)
-    colours = colours_of(labels) if colours is None else colours
-    parts, cell = shapely.get_parts(geometry, return_index=True)
-    rings = [shapely.get_coordinates(ring) for ring in shapely.get_exterior_ring(parts)]
-    faces = [colours[str(labels[k])] for k in cell]
-    ax.add_collection(PolyCollection(rings, facecolors=faces, edgecolors="#334155", linewidths=0.4, alpha=0.9))
-    ax.autoscale_view()
-    ax.set_aspect("equal")
-    ax.invert_yaxis()
-    ax.set(xlabel="x [µm]", ylabel="y [µm]", title=title)
-    if 0 < len(colours) <= 20:
-        handles = [Patch(color=colour, label=kind) for kind, colour in colours.items()]
-        ax.legend(handles=handles, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
 def permuted_control(real: float, permuted: Sequence[float], label: str, title: str) -> Figure:
-    """One number for the real codebook against the same number for codebooks with permuted bits."""
+    """A number for the real codebook against the same number for codebooks with permuted bits."""
     figure, (ax,) = new_figure(6.4, 3.2)
     ax.hist(permuted, bins=10, color=MUTED, label=f"{len(permuted)} permuted codebooks")
     ax.axvline(real, color=GENE, linewidth=2.5, label="real codebook")
@@ -165,7 +129,8 @@ def scatter_counts(measured: np.ndarray, true: np.ndarray, title: str) -> Figure
     figure, (ax,) = new_figure(6.4, 4.6)
     rng = np.random.default_rng(0)
     jitter = rng.uniform(-0.3, 0.3, (2, true.size))
-    ax.plot(true.ravel() + jitter[0], measured.ravel() + jitter[1], ".", markersize=2, alpha=0.25, color=GENE)
+    x, y = true.ravel() + jitter[0], measured.ravel() + jitter[1]
+    ax.plot(x, y, ".", markersize=2, alpha=0.25, color=GENE, rasterized=True)
     top = float(max(true.max(initial=1), measured.max(initial=1)))
     ax.plot([0, top], [0, top], color=MUTED, linewidth=1)
     ax.set(xlabel="true molecules of a gene in a cell", ylabel="measured", title=title)

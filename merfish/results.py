@@ -30,7 +30,7 @@ def field_folder(out: Path, fov: int) -> Path:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """The record of a finished run, with what it says of the fields packed. Raises InputError if there is none."""
+    """The record of a finished run, with its part on fields packed. Raises InputError if there is none."""
     path = out / RUN
     if not path.is_file():
         raise InputError(f"{out}: no {RUN} in it; expected the folder of a finished run")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pandas as pd
 
@@ -10,6 +12,7 @@ from merfish.codebook import Codebook
 from merfish.config import DEFAULT_METHOD, MISIDENTIFICATION_RATE
 from merfish.decoding.methods import check_stack, decode_filtered, method_named
 from merfish.decoding.psf import USUAL_SIGMA, psf_sigma
+from merfish.errors import InputError
 from merfish.imaging.normalize import Normalization, peak_normalization
 from merfish.imaging.preprocess import Bandpassed
 
@@ -29,8 +32,10 @@ def decode(
     stack: (bit, y, x) or (bit, z, y, x), any real dtype, raw camera counts unless ``preprocess`` is False: then it
     is filtered and normalised already (no spot = 0, one molecule's spot = 1 high).
     Returns a transcript table (`merfish.transcripts.COLUMNS`), pixels with the centre of the first pixel at 0.
-    Raises InputError if the stack does not match the codebook or holds NaN.
+    Raises InputError if the stack does not match the codebook or holds NaN, and for a rate that is not from 0 to 1.
     """
+    if not 0 <= misidentification_rate <= 1:
+        raise InputError(f"misidentification_rate: expected a share from 0 to 1, got {misidentification_rate}")
     return keep_calls(decode_all(stack, codebook, method=method, preprocess=preprocess), misidentification_rate)
 
 
@@ -53,6 +58,12 @@ def prepare(
     stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
 ) -> tuple[np.ndarray | Bandpassed, Normalization]:
     """The stack as a decoder takes it, filtered when it is indexed, and its normalization; arguments as of `decode`."""
+    if isinstance(stack, str | os.PathLike) or not isinstance(codebook, Codebook):
+        raise InputError(
+            f"expected an array and a Codebook, got {type(stack).__name__} and {type(codebook).__name__}; read files "
+            "with tifffile.imread or numpy.load, and with merfish.read_codebook"
+        )
+    stack = np.asarray(stack)
     check_stack(stack, codebook)
     if not preprocess:
         return stack, Normalization.identity(codebook.n_bits)

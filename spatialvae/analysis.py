@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatialvae.errors import InputError
+from spatialvae.errors import InputError, check_count
 
 if TYPE_CHECKING:
     from sklearn.mixture import GaussianMixture
@@ -69,7 +69,8 @@ def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray,
     label : int64 (cell,), 0 the largest domain
     probability : float64 (cell, k), in the order of labels
     """
-    if not 1 <= k <= len(latent):
+    check_count("the number of domains", k)
+    if k > len(latent):
         raise InputError(f"domains: expected 1 to {len(latent)}, the number of cells, got {k}")
     latent = np.asarray(latent, float)
     mixture = _mixture(latent, k, seed, MIXTURE_STARTS)

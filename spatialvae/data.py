@@ -157,6 +157,13 @@ def minibatches(rows: np.ndarray, size: int, rng: np.random.Generator | None = N
 
 
 def _check_names(adata: AnnData) -> None:
+    from anndata import AnnData
+
+    if not isinstance(adata, AnnData):
+        raise InputError(
+            f"expected an AnnData with counts and obsm['spatial'], got {type(adata).__name__}; anndata.read_h5ad reads "
+            "one from a file"
+        )
     for what, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
         if not names.is_unique:
             twice = names[names.duplicated()][0]

@@ -181,7 +181,7 @@ def pairs(
         if groupby is None or groupby not in obs:
             raise InputError(f"groupby is {groupby!r}; expected one of obs, {list(obs)}, or groups as idx1 and idx2")
         values = obs[groupby].astype(str).to_numpy()
-        names = sorted(set(values)) if group1 is None else [group1] if isinstance(group1, str) else list(group1)
+        names = sorted(set(values)) if group1 is None else [str(group1)] if np.isscalar(group1) else list(group1)
         for name in names:
             two = np.flatnonzero(values != name if group2 is None else values == group2)
             other = "Rest" if group2 is None else group2

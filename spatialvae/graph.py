@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
 from spatialvae import _keys
-from spatialvae.errors import InputError
+from spatialvae.errors import InputError, check_count
 from spatialvae.setup import Setup, checked_coordinates, read_places
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None
     samples : int or str (cell,); by default one sample
     """
     coordinates = checked_coordinates(coordinates)
-    if k < 1:
-        raise InputError(f"number of neighbours is {k}; expected at least 1")
+    check_count("the number of neighbours", k)
     index = np.full((len(coordinates), k), -1, np.int32)
     distance = np.full((len(coordinates), k), np.inf, np.float32)
     for rows in _rows_of_samples(len(coordinates), samples):

@@ -18,7 +18,7 @@ from spatialvae import _keys, analysis, differential, evidence, neighbours, samp
 from spatialvae.celltypes import Types
 from spatialvae.data import build_graphs, check_table, fingerprint, minibatches, read_cells
 from spatialvae.differential import Selection
-from spatialvae.errors import InputError
+from spatialvae.errors import InputError, check_count
 from spatialvae.linear import fit_linear
 from spatialvae.mixture import Mixture
 from spatialvae.module import LIKELIHOODS, ROWS_AT_ONCE, Section, Shape, SpatialModule
@@ -87,9 +87,7 @@ class SpatialVAE:
         if gene_likelihood not in LIKELIHOODS:
             raise InputError(f"gene_likelihood is {gene_likelihood!r}; expected one of {LIKELIHOODS}")
         for name, size in (("n_latent", n_latent), ("n_niche", n_niche), ("n_hidden", n_hidden)):
-            if size < 1:
-                advice = "; for a model without niches set spatial_key=None" if name == "n_niche" else ""
-                raise InputError(f"{name} is {size}; expected at least 1{advice}")
+            check_count(name, size, "; for a model without niches set spatial_key=None" if name == "n_niche" else "")
         self.setup = replace(Setup.read(adata), measurement=measurement)
         self.adata = adata
         cells = read_cells(adata, self.setup)
@@ -209,8 +207,8 @@ class SpatialVAE:
         if train_size is not None:
             held_out = 1 - train_size
         for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; expected at least 1")
+            if value is not None:
+                check_count(name, value)
         if not 0 <= held_out < 1 or not learning_rate > 0:
             wanted = "a share in [0, 1) and a positive rate"
             raise InputError(f"held_out is {held_out} and learning_rate {learning_rate}; expected {wanted}")
@@ -540,6 +538,8 @@ class SpatialVAE:
         return made
 
     def _columns(self, gene_list: Iterable[str] | None) -> np.ndarray:
+        if isinstance(gene_list, str):
+            gene_list = [gene_list]
         genes = list(self.genes) if gene_list is None else list(gene_list)
         unknown = [gene for gene in genes if gene not in self.genes]
         if unknown:
@@ -711,8 +711,7 @@ class SpatialVAE:
 
         Raises InputError if ``given`` is asked of a model without positions.
         """
-        if n_mc_samples < 1:
-            raise InputError(f"n_mc_samples is {n_mc_samples}; expected at least 1")
+        check_count("n_mc_samples", n_mc_samples)
         section = self._read(adata)
         expected = None if given is None else self._expected(self.adata if adata is None else adata, given)
         rows = self._counted(section, adata, indices)

@@ -61,7 +61,7 @@ def read_coordinates(adata: AnnData, key: str | None) -> np.ndarray | None:
 def check_key(adata: AnnData, key: str | None) -> None:
     if key is None:
         return
-    if key not in adata.obs:
+    if not isinstance(key, str) or key not in adata.obs:
         raise InputError(f"no column {key!r} in obs, which has {', '.join(sorted(adata.obs)) or 'none'}")
     if adata.obs[key].isna().any():
         raise InputError(f"obs[{key!r}] is missing for {int(adata.obs[key].isna().sum())} cells")

@@ -29,10 +29,11 @@ def layer(done, tmp_path):
 
     def added(element):
         viewer.add_element(element, "global")
-        end = time.monotonic() + 30  # layers are loaded in a thread
+        end = time.monotonic() + 120
         while viewer.get_layer(element) is None or viewer._sdata_widget.worker_thread.isRunning():
             assert time.monotonic() < end
             QApplication.processEvents()
+            time.sleep(0.02)  # layers are loaded in a thread, which needs the interpreter
         return viewer.get_layer(element)
 
     return added

@@ -150,7 +150,7 @@ def test_few_blanks_are_reported():
 
 def test_bit_error_rates_are_those_put_in():
     imaging = Imaging(lost=0.15, gained=0.03)
-    stack, _ = simulate_stack(BOOK, shape=(512, 512), density=0.004, seed=8, imaging=imaging)
+    stack, _ = simulate_stack(BOOK, shape=(400, 400), density=0.004, seed=8, imaging=imaging)
     rates = bit_error_rates(words_of(decode_all(stack, BOOK)), BOOK)
     assert rates["lost"].mean() == pytest.approx(0.15, abs=0.02)
     assert rates["gained"].mean() == pytest.approx(0.03, abs=0.01)

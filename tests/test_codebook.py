@@ -61,6 +61,7 @@ def test_mhd4_codebook_spreads_abundant_genes_over_the_bits():
         (["A", "B"], [1.0], "1 values for 2 genes"),
         (["A", "B"], {"A": 1.0}, "no value for B"),
         (["A"], [np.nan], "finite"),
+        ("ACTB", None, "expected a list of names, got 'ACTB'"),
     ],
 )
 def test_mhd4_codebook__rejects(genes, expression, message):
@@ -119,9 +120,14 @@ def test_read_codebook__rejects(tmp_path, lines, message):
         read_codebook(write(tmp_path, "\n".join(lines)))
 
 
-def test_read_codebook__rejects_a_missing_file(tmp_path):
-    with pytest.raises(InputError, match="No such file"):
-        read_codebook(tmp_path / "none.csv")
+def test_mhd4_codebook__takes_names_from_any_iterable():
+    assert mhd4_codebook(np.array(["A", "B"])).names[:2] == mhd4_codebook(iter("AB")).names[:2] == ("A", "B")
+
+
+@pytest.mark.parametrize(("path", "message"), [("none.csv", "No such file"), ([], "path of the codebook, got list")])
+def test_read_codebook__rejects_what_is_no_file(path, message):
+    with pytest.raises(InputError, match=message):
+        read_codebook(path)
 
 
 def test_write_codebook_round_trips(tmp_path):

@@ -216,3 +216,13 @@ def test_compilation_is_said_once():
     assert len(said) == 1
     numba.njit(lambda x: x + 2)(1)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("given", [["{}"], ["--out", "{}"], ["--out={}"]])
+def test_demo_and_simulate__take_the_folder_as_argument_or_option(monkeypatch, tmp_path, given):
+    asked = []
+    monkeypatch.setattr("merfish.demo.run_demo", asked.append)
+    monkeypatch.setattr("merfish.simulate.simulate_experiment", lambda out, **_: asked.append(out))
+    folder = [text.format(tmp_path / "a") for text in given]
+    assert call(monkeypatch, "demo", *folder) == call(monkeypatch, "simulate", *folder, "--fields", "2x2") == 0
+    assert asked == [tmp_path / "a"] * 2

@@ -297,3 +297,15 @@ def test_patches_of_a_book_without_blanks_have_odds_that_hold(method):
 def test_a_book_of_more_bits_than_can_be_decoded_is_told_what_to_do():
     with pytest.raises(InputError, match=r"80 bits, but at most 64 .* a codebook and a stack of its own bits"):
         Codebook(("a",), ("",), np.ones((1, 80), np.uint8), tuple(f"bit{k}" for k in range(80)))
+
+
+def test_decode__says_what_it_expects():
+    book = mhd4_codebook(["a"])
+    for stack, codebook, rate, message in (
+        ("stack.tif", book, 0.05, "expected an array and a Codebook, got str and Codebook"),
+        (np.zeros((16, 8, 8)), "codebook.csv", 0.05, "got ndarray and str"),
+        ([[0.0]], book, 0.05, r"the stack has shape \(1, 1\)"),
+        (np.zeros((16, 8, 8)), book, 5, "expected a share from 0 to 1, got 5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            decode(stack, codebook, misidentification_rate=rate)

@@ -155,7 +155,7 @@ def spoil(path, old, new):
         ("csv", lambda f: spoil(f / "coordinates.csv", "\n39,", "\n39,far"), r"column x, row .*got 'far"),
         ("csv", lambda f: spoil(f / "coordinates.csv", "\n39,", "\n38,"), "cell '38' appears twice"),
         ("csv", lambda f: spoil(f / "coordinates.csv", "\n39,", "\n99,"), "1 of the 40 cells of counts.csv"),
-        ("csv", lambda f: (f / "counts.csv").unlink(), "no file matches counts.csv"),
+        ("csv", lambda f: (f / "counts.csv").unlink(), "no file matches counts.csv.*; the folder has coordinates.csv"),
         ("csv", lambda f: (f / "counts.csv").write_text(""), "counts.csv: cannot be read as a table of counts"),
         ("merscope", lambda f: spoil(f / "cell_metadata.csv", "center_x", "x"), "no column center_x; it has EntityID"),
         ("slideseq", lambda f: (f / "BeadLocationsForR.csv").write_text("a,1,2\n"), "no row or column is a bead"),

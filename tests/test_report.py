@@ -20,9 +20,9 @@ from test_command_line import call
 import merfish
 from merfish import InputError, _parquet, plots, results
 from merfish.pipeline import folder
-from merfish.report import Section, Table, domains, figures, findings, picture, summary, write_report
+from merfish.report import Section, Table, domains, figures, findings, picture, summary, write_report, write_run_report
+from merfish.report.molecules import detected_text
 from merfish.report.notices import efficiency_line
-from merfish.report.sections import _detected_text, write_run_report
 from merfish.results import DOMAIN, LATENT, LATENT_NAMES
 from merfish.simulate import simulate_experiment
 
@@ -56,7 +56,7 @@ def test_report__writes_every_picture_as_png_and_its_numbers(done):
     table = pd.read_csv(place / "fields.csv").set_index("field")
     assert table["kept"].to_dict() == kept["fov"].value_counts().to_dict()
     assert pd.read_csv(place / "density.csv")["molecules"].sum() == (~kept["is_blank"]).sum()
-    cells = pd.read_csv(place / "cell_genes.csv")["genes a cell"]
+    cells = pd.read_csv(place / "cell_genes.csv")["genes per cell"]
     inside = kept[(kept["cell_id"] >= 0) & ~kept["is_blank"]]
     assert cells.sum() == inside.groupby("cell_id")["gene"].nunique().sum()
 
@@ -73,7 +73,7 @@ def test_report__compares_with_bulk_and_replicates(done, tmp_path, monkeypatch, 
     assert call(monkeypatch, "report", done, "--bulk", bulk) == 2
     assert "line 2: expected a gene and a number from 0, got 'Gene001,many'" in capsys.readouterr().err
     bulk.write_text("Other,1\n")
-    with pytest.raises(InputError, match="no gene of the run"):
+    with pytest.raises(InputError, match="has no gene of the run"):
         write_run_report(done, bulk=bulk)
 
 
@@ -90,7 +90,7 @@ def test_report__shows_the_domains_of_an_embedded_run(done, tmp_path):
     record = results.read_run(out) | {"embedding": {"asked": {}, "found": 2}}
     folder.write_json(out / results.RUN, record)
     page = write_run_report(out).read_text()
-    assert f"counts and places of the {table.n_obs} cells, and 2 domains" in page
+    assert f"counts and positions of the {table.n_obs} cells, and 2 domains" in page
     cells = pd.read_csv(out / "report" / "domains.csv", dtype={"domain": str})
     assert cells["domain"].tolist() == domain.tolist()
     np.testing.assert_allclose(cells[["x", "y"]], table.obsm["spatial"][:, :2], rtol=1e-5)
@@ -99,7 +99,7 @@ def test_report__shows_the_domains_of_an_embedded_run(done, tmp_path):
     rows = pd.read_csv(out / "report" / "domain_table.csv")
     assert rows["cells"].tolist() == [(domain == "0").sum(), (domain == "1").sum()]
     each = [genes[domain == name].sum(axis=1).mean() for name in "01"]
-    np.testing.assert_allclose(rows["molecules of genes a cell"], each)
+    np.testing.assert_allclose(rows["molecules of genes per cell"], each)
 
 
 def test_top_genes__are_those_whose_share_is_raised():
@@ -153,13 +153,13 @@ def test_efficiency__says_how_it_was_measured(done):
     assert efficiency_line(record)[0].startswith(
         "70% of molecules detected (95% interval 60% to 80%), measured with 100"
     )
-    assert "100 molecules were added to the images" in _detected_text(record["figures"])
+    assert "100 molecules were added to the images" in detected_text(record["figures"])
     record["figures"]["spike_in"] = None
     median = np.median(
         [v for v, blank in zip(record["words"]["detection_efficiency"], is_blank(record), strict=True) if not blank]
     )
     assert efficiency_line(record)[0].startswith(f"{median:.0%} of molecules detected in the median gene, by the error")
-    assert "too high where spots overlap" in _detected_text(record["figures"])
+    assert "too high where spots overlap" in detected_text(record["figures"])
     assert "too high" in findings.efficiency(record["figures"], record["words"], is_blank(record)).value
 
 
@@ -196,7 +196,7 @@ def test_sum_molecules__as_one_counts_by_hand(seed, n):
     np.testing.assert_array_equal(found.counts, by_hand)
     np.testing.assert_array_equal(found.in_cells, [((table["fov"] == f) & (table["cell_id"] >= 0)).sum() for f in fovs])
     assert found.density.sum() == (table["barcode_id"] != 1).sum()
-    assert np.all(found.bin * np.array(found.density.shape[::-1]) >= [10 - 1e-9, 5 - 1e-9])
+    assert np.all(found.squares.side * np.array(found.density.shape[::-1]) >= [10 - 1e-9, 5 - 1e-9])
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 200), st.integers(1, 90))
@@ -229,12 +229,24 @@ def test_sum_cells__as_one_counts_by_hand():
     found = summary.sum_cells(pa.BufferReader(file.getvalue()), genes, low, low + side)
     np.testing.assert_array_equal(found.n_molecules, cells["n_transcripts"])
     np.testing.assert_allclose(found.volume, cells["volume"], rtol=1e-6)
-    assert found.bin == pytest.approx(side / np.sqrt(n))
-    square = (cells[["center_y", "center_x"]] // found.bin).astype(int)
+    assert found.squares.side == pytest.approx(side * np.sqrt(2 / n))
+    square = (cells[["center_y", "center_x"]] // found.squares.side).astype(int)
     by_hand = cells.groupby([square["center_y"], square["center_x"]])["n_transcripts"].mean()
-    filled = np.argwhere(np.isfinite(found.full))
+    filled = np.argwhere(np.isfinite(found.mean_molecules))
     assert filled.tolist() == [list(place) for place in by_hand.index]
-    np.testing.assert_allclose(found.full[tuple(filled.T)], by_hand)
+    np.testing.assert_allclose(found.mean_molecules[tuple(filled.T)], by_hand)
+
+
+def test_most_frequent__is_the_code_of_most_cells_in_a_square():
+    rng = np.random.default_rng(0)
+    squares = summary.Squares(np.array([-3.0, 2.0]), 2.5, (3, 4))
+    places, code = rng.uniform([-3, 2], [7, 9.5], (20, 2)), rng.integers(0, 3, 20)
+    found = summary.most_frequent(squares, places, code, 3)
+    for row, column in np.ndindex(3, 4):
+        low = squares.corner + 2.5 * np.array([column, row])
+        inside = code[((places >= low) & (places < low + 2.5)).all(axis=1)].tolist()
+        assert found[row, column] == (max(sorted(set(inside)), key=inside.count) if inside else -1)
+    assert (found == -1).any()
 
 
 def test_page__shows_the_first_rows_of_a_long_table_and_writes_all(tmp_path):
@@ -265,10 +277,10 @@ def test_stage__draws_no_arrows_where_nothing_was_off():
         axes = figures.stage(said, said + change, links).axes[0]
         return [child for child in axes.get_children() if type(child).__name__ == "Quiver"], axes.get_title(loc="left")
 
-    assert arrows(0.0) == ([], "no field was off by more than 1 nm")
+    assert arrows(0.0) == ([], "all errors are below 1 nm")
     (drawn,), title = arrows(np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 0.0]]))
     assert drawn.N == 1
-    assert title == "arrows 20 times enlarged; the longest stands for 2 µm"
+    assert title == "arrows enlarged 20 times; the longest is 2 µm"
 
 
 def test_matching_colours__gives_found_labels_the_colours_of_their_partners():

@@ -260,7 +260,8 @@ def test_read_config__rejects(tmp_path, text, message):
         read_config(tmp_path / "run.yaml")
 
 
-def test_the_demo_runs_and_the_real_codebook_stands_clear(tmp_path, capsys):
+def test_the_demo_runs_and_the_real_codebook_stands_clear(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("merfish.demo.EPOCHS", 1)
     page = run_demo(tmp_path / "demo", fields=(2, 2), shape=(256, 256))
     text = page.read_text()
     table = re.search(r">above control</th>.*?</table>", text, re.S)[0]

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from spatialvae import InputError, SpatialVAE, cli, comparison, evidence
+from spatialvae import InputError, SpatialVAE, cli, comparison, evidence, neighbours
 from spatialvae.mixture import Mixture
 
 
@@ -79,7 +79,7 @@ def table(n=150, genes=8, seed=0):
 def test_compare__prefers_the_likelihood_and_the_neighbours_that_made_the_table():
     adata = table()
     SpatialVAE.setup_anndata(adata)
-    found = comparison.compare(adata, ["nb", "poisson"], [3], held_out=0.2, samples=50, max_epochs=40)
+    found = comparison.compare(adata, ["nb", "poisson"], [3], held_out=0.2, samples=20, max_epochs=20)
     assert len(found) == 4
     best = found.iloc[0]
     assert (best["gene_likelihood"], best["neighbours"], best["difference"]) == ("nb", True, 0)
@@ -92,6 +92,7 @@ def test_compare__prefers_the_likelihood_and_the_neighbours_that_made_the_table(
 
 
 def test_command__writes_the_comparison(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(neighbours, "MOST_STEPS", 10)
     adata = table(100)
     adata.X = sp.csr_matrix(adata.X)
     adata.write_h5ad(tmp_path / "cells.h5ad")

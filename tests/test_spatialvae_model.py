@@ -303,7 +303,7 @@ def test_domains__number_is_chosen_when_not_given():
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_stability__is_greatest_at_the_number_of_clusters(k):
     rng = np.random.default_rng(k)
-    latent = rng.normal(size=(400, 6)) + 6 * np.eye(6)[np.arange(400) % k]
+    latent = rng.normal(size=(240, 6)) + 6 * np.eye(6)[np.arange(240) % k]
     found = analysis.stability(latent)
     assert list(found["k"]) == list(range(2, 21))
     assert analysis.most_stable(found) == k
@@ -442,12 +442,19 @@ def test_model__names_what_is_wrong(spoil, message):
         prepare()
 
 
-@pytest.mark.parametrize("size", ["n_latent", "n_niche", "n_hidden"])
-def test_model__refuses_a_size_of_zero(size):
+@pytest.mark.parametrize(("size", "value"), [("n_latent", 0), ("n_niche", 0), ("n_hidden", 0), ("n_latent", 10.0)])
+def test_model__refuses_a_size(size, value):
     table = tissue(40)
     SpatialVAE.setup_anndata(table)
-    with pytest.raises(InputError, match=f"{size} is 0; expected at least 1"):
-        SpatialVAE(table, **{size: 0})
+    with pytest.raises(InputError, match=f"{size} is {value}; expected a whole number of at least 1"):
+        SpatialVAE(table, **{size: value})
+
+
+def test_setup_anndata__refuses_what_is_no_table():
+    with pytest.raises(InputError, match=r"expected an AnnData with .*, got DataFrame"):
+        SpatialVAE.setup_anndata(tissue(40).to_df())
+    with pytest.raises(InputError, match="no column \\['section'\\] in obs"):
+        SpatialVAE.setup_anndata(tissue(40), sample_key=["section"])
 
 
 @pytest.mark.parametrize("key", ["layer", "spatial_key", "sample_key", "batch_key"])

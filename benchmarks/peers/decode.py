@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,10 @@ from merfish.decoding.methods import METHODS
 from merfish.imaging.normalize import peak_normalization
 from merfish.imaging.preprocess import bandpass
 from merfish.simulate import Imaging, score_calls
+
+sys.path.append(str(Path(__file__).parents[1]))
+from memory import forget_peak, peak_bytes
+from tables import as_markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "decode_peers.md"
@@ -125,13 +128,11 @@ def run_ours(folder: Path, method: str) -> None:
     """Decode raw.npy into calls.csv, timed, compilation aside."""
     decode(simulate_stack(BOOK, shape=(64, 64), seed=1)[0], BOOK, method=method)
     stack = np.load(folder / "raw.npy", allow_pickle=False)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = forget_peak()
     start = time.perf_counter()
     decode(stack, BOOK, method=method).to_csv(folder / "calls.csv", index=False)
     seconds = time.perf_counter() - start
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    record = {"seconds": seconds, "bytes": int(peak.split()[1]) * 1024 - before + stack.nbytes}
+    record = {"seconds": seconds, "bytes": peak_bytes() - before + stack.nbytes}
     (folder / "record.json").write_text(json.dumps(record))
 
 
@@ -162,9 +163,6 @@ def deliver_worlds(cache: Path, folder: Path) -> None:
 
 def main(cache: Path, quick: bool) -> None:
     """Run everything and write the table."""
-    sys.path.append(str(HERE.parent))
-    from tables import as_markdown
-
     side, seeds = (192, 1) if quick else (768, 3)
     python = environment(cache, "starfish")
     tables = []

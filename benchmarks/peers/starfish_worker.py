@@ -9,7 +9,6 @@ Each step writes record.json: seconds, and bytes by which the largest resident s
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,9 @@ from starfish import Codebook, ImageStack
 from starfish.image import Filter
 from starfish.spots import DecodeSpots, DetectPixels, FindSpots
 from starfish.types import Axes, Features, Levels, TraceBuildingStrategies
+
+sys.path.append(str(Path(__file__).parents[1]))
+from memory import forget_peak, peak_bytes
 
 HIGH_PASS, ITERATIONS, LOW_PASS = 3, 15, 1  # of the notebook, the PSF alone is that of the images
 
@@ -68,29 +70,17 @@ def decoded(stack: np.ndarray, words: np.ndarray, step: str, settings: dict) -> 
     return pd.DataFrame({"barcode_id": word, "x": table[Axes.X.value].values, "y": table[Axes.Y.value].values})
 
 
-def resident() -> int:
-    """Bytes that this process holds in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def largest_resident() -> int:
-    """Most bytes that it has held since clear_refs was written."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-
-
 def main(folder: Path, step: str) -> None:
     """Run one step, timed."""
     settings = json.loads((folder / "settings.json").read_text())
     stack = np.load(folder / ("raw.npy" if step == "filter" else "normalised.npy"), allow_pickle=False)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, start = resident(), time.perf_counter()
+    before, start = forget_peak(), time.perf_counter()
     if step == "filter":
         np.save(folder / "filtered.npy", filtered(stack, settings["psf_sigma"]))
     else:
         words = np.load(folder / "words.npy", allow_pickle=False)
         decoded(stack, words, step, settings).to_csv(folder / "calls.csv", index=False)
-    record = {"seconds": time.perf_counter() - start, "bytes": largest_resident() - before + stack.nbytes}
+    record = {"seconds": time.perf_counter() - start, "bytes": peak_bytes() - before + stack.nbytes}
     (folder / "record.json").write_text(json.dumps(record))
 
 

@@ -32,7 +32,8 @@ def find_file(folder: Path, *patterns: str) -> Path:
             )
         if found:
             return found[0]
-    raise InputError(f"{folder}: no file matches {' or '.join(patterns)}")
+    there = listed(sorted(path.name for path in folder.iterdir()), ", ") or "nothing"
+    raise InputError(f"{folder}: no file matches {' or '.join(patterns)}; the folder has {there}")
 
 
 @contextmanager

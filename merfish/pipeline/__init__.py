@@ -64,11 +64,11 @@ def run(
     """Decode a whole raw experiment into ``out`` and return its table of counts.
 
     experiment: folder in MERlin's layout (see `merfish.imaging.opening.open_experiment`); tables: the same files by
-    other paths. config: a `RunConfig` or a YAML file. fovs: some of the fields; results that cover more fields already
-    are kept. workers, scheduler, slurm_jobs: see `merfish.pipeline.cluster.run_map_on`. keep_going: leave out fields
-    whose files are faulty instead of refusing. segmentation: cells from another program, used instead of segmenting
-    (see `merfish.pipeline.assign.assign`). save_images: keep the registered, filtered bits and the stains of each field
-    as OME-Zarr under ``out/images``.
+    other paths. config: a `merfish.RunConfig` or a YAML file. fovs: some of the fields; results that cover more fields
+    already are kept. workers, scheduler, slurm_jobs: see `merfish.pipeline.cluster.run_map_on`. keep_going: leave out
+    fields whose files are faulty instead of refusing. segmentation: cells from another program, used instead of
+    segmenting (see `merfish.pipeline.assign.assign`). save_images: keep the registered, filtered bits and the stains of
+    each field as OME-Zarr under ``out/images``.
 
     Existing results are reused if nothing that they depend on has changed; otherwise they are computed again. A field
     that fails is listed in ``run.json`` and in the report, and the others are still processed. Raises InputError for
@@ -149,6 +149,10 @@ def process(
         if published_key(out) == (key if cells is None else segmented_key(key, cells)):
             shown.say(f"{out}: this run is complete, and its inputs and parameters have not changed; nothing to do")
             return
+        if cells is None and published_key(out) and (given := results.read_run(out).get("segmentation")):
+            shown.say(
+                f"{out}: its cells, from {given['path']}, are replaced by cells of the run; --segmentation keeps them"
+            )
         if cells is None or not published_key(out) or own_key(results.read_run(out)) != key:
             stage = folder.new_stage(out)
             write_results(source, settings, out, says, failed, calibrated, key, stage, run_map, shown)
@@ -161,6 +165,8 @@ def choose_fovs(experiment: Experiment, fovs: Sequence[int] | None) -> list[int]
     """The fields asked for, sorted. Raises InputError for one that has no position."""
     if fovs is None:
         return list(experiment.fovs)
+    if isinstance(fovs, str) or not isinstance(fovs, Iterable):
+        raise InputError(f"fovs: expected numbers of fields such as [0, 3], got {fovs!r}")
     unknown = sorted(set(fovs) - set(experiment.fovs))
     if unknown:
         raise InputError(

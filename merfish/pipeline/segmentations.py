@@ -89,8 +89,8 @@ def find_segmentation(path: Path, fovs: Sequence[int]) -> Segmentation:
     if missing:
         kinds = ", ".join((*LABEL_SUFFIXES, *POLYGON_SUFFIXES))
         raise InputError(
-            f"{path}: no file for field {listed(missing, ', ')}; expected one a field, such as cells_{missing[0]}.tif "
-            f"({kinds})"
+            f"{path}: no file for field {listed(missing, ', ')}; expected one file per field, with its number in the "
+            f"name, such as cells_{missing[0]}.tif ({kinds}), or the path of a file with the cells of the whole section"
         )
     return Segmentation(path, {fov: files[fov] for fov in fovs})
 

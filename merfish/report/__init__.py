@@ -1,14 +1,15 @@
-"""The page a person looks at after a run.
+"""The report of a run, one page with figures and tables.
 
-`summary` sums up what the tables hold, `findings` holds it against thresholds, `figures` draws, `domains` shows what
-``--embed`` found, `sections` puts it together and `page` writes; `notices` says what is wrong in single lines, also for
-a console.
+`summary` sums up the tables of a run, `findings` compares figures with thresholds, `figures` draws. `agreement`,
+`molecules`, `images`, `cells` and `domains` make the sections of the page, `sections` puts them in order, and `page`
+writes them. `notices` describes problems in single lines, also for a console.
 """
 
 from __future__ import annotations
 
 from merfish.report.page import Picture, Section, Table, picture, write_report
-from merfish.report.sections import OVERVIEW, STAINS, read_overview, read_record, run_sections, write_run_report
+from merfish.report.run import OVERVIEW, STAINS, read_overview, read_record
+from merfish.report.sections import run_sections, write_run_report
 
 __all__ = [
     "OVERVIEW",

@@ -1,4 +1,4 @@
-"""What ``--embed`` found, for the page of a run: domains on the tissue, their genes, the embedding in the plane."""
+"""Section on spatial domains: on the tissue, their genes, and the embedding in two dimensions."""
 
 from __future__ import annotations
 
@@ -8,48 +8,59 @@ import numpy as np
 import pandas as pd
 
 from merfish import results
+from merfish._parquet import read_table
 from merfish.exchange.run import count_blocks, read_var
 from merfish.plots import colours_of
 from merfish.report import figures
 from merfish.report.page import Section, Table, picture
+from merfish.report.run import Run
+from merfish.report.summary import Squares, most_frequent
 from merfish.results import DOMAIN, LATENT, LATENT_NAMES
 
 TOP_GENES = 5
-FEWEST_MOLECULES = 10  # of a gene in all cells; of fewer one sees their noise
-MOST_DRAWN = 20_000  # cells in the plane
+FEWEST_MOLECULES = 10  # of a gene in all cells; with fewer, counting noise decides
+MOST_DRAWN = 20_000  # cells in the plane of the embedding
 
 
-def domain_section(stage: Path, cells: pd.DataFrame, outlines: np.ndarray | None) -> Section:
-    """Section of a run whose table has been embedded (`merfish.embedding.embed_run`).
-
-    stage: folder of the results. cells: center_x, center_y (micrometre), in the order of the table of counts; outlines:
-    theirs (shapely), or None where there are too many to draw.
-    """
-    found, niche = read_embedding(stage / results.CELL_BY_GENE)
+def domain_section(run: Run) -> Section | None:
+    """Domains of a run whose table has been embedded (`merfish.embedding.embed_run`); None for other runs."""
+    if "embedding" not in run.record:
+        return None
+    found, niche = read_embedding(run.stage / results.CELL_BY_GENE)
     colours = colours_of(found)
     names = list(colours)
-    sizes = pd.Series(found).value_counts()
-    total, genes = domain_counts(stage, found, names)
-    top = top_genes(total, genes)
+    code = pd.Categorical(found, names).codes.astype(np.int64)
+    sizes = np.bincount(code, minlength=len(names))
+    total, genes = domain_counts(run.stage, code, len(names))
     rows = [
-        (name, int(sizes[name]), sizes[name] / len(found), float(molecules), ", ".join(raised))
-        for name, molecules, raised in zip(names, total.sum(axis=1) / sizes[names].to_numpy(), top, strict=True)
+        (name, int(size), size / len(found), float(molecules), ", ".join(raised))
+        for name, size, molecules, raised in zip(
+            names, sizes, total.sum(axis=1) / sizes, top_genes(total, genes), strict=True
+        )
     ]
-    columns = ("domain", "cells", "share of cells", "molecules of genes a cell", "genes raised most")
-    formats = {"cells": "{:,}", "share of cells": "{:.1%}", "molecules of genes a cell": "{:.1f}"}
+    columns = ("domain", "cells", "share of cells", "molecules of genes per cell", "genes raised most")
+    formats = {"cells": "{:,}", "share of cells": "{:.1%}", "molecules of genes per cell": "{:.1f}"}
+    text = [
+        f"SpatialVAE was trained on the counts and positions of the {len(found):,} cells, and {len(names)} domains "
+        "were found in its embedding. Genes raised most: those whose share of the molecules in the domain exceeds that "
+        "in all other cells by the largest factors."
+    ]
+    centres = read_table(run.stage / results.CELLS, ["center_x", "center_y"])
+    places = np.column_stack([column.to_numpy() for column in centres.columns])
     plane = principal_components(niche)
-    places = cells[["center_x", "center_y"]].to_numpy()
     numbers = pd.DataFrame(
         {"x": places[:, 0], "y": places[:, 1], "domain": found, "pc1": plane[:, 0], "pc2": plane[:, 1]}
     )
-    drawn = np.random.default_rng(0).permutation(len(found))[:MOST_DRAWN]  # none always lies above another
-    text = [
-        f"SpatialVAE was trained on the counts and places of the {len(found):,} cells, and {len(names)} domains were "
-        "found in its embedding. Genes raised most: those whose share of the molecules in the domain exceeds that in "
-        "all other cells by the largest factors."
-    ]
+    if run.outlines is None:
+        caption = "The domain of most cells in each square"
+        squares = Squares.for_cells(len(places), *run.corners)
+        tissue = figures.domain_squares(most_frequent(squares, places, code, len(names)), squares, colours)
+    else:
+        caption = "Cells by domain"
+        tissue = figures.domain_map(run.outlines, found, colours)
+    drawn = np.random.default_rng(0).permutation(len(found))[:MOST_DRAWN]  # in random order, so that none hides another
     shown = [
-        picture("domains", figures.domain_map(places, outlines, found, colours), "Cells by domain", numbers),
+        picture("domains", tissue, caption, numbers),
         picture(
             "embedding",
             figures.embedding_plane(plane[drawn], found[drawn], colours),
@@ -71,13 +82,15 @@ def read_embedding(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return domain, latent[:, niche] if niche else latent
 
 
-def domain_counts(stage: Path, domain: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Molecules (domain, gene) of the cells of each domain, and the names of the genes; blanks are left out."""
-    code = pd.Categorical(domain, names).codes
+def domain_counts(stage: Path, code: np.ndarray, n_domains: int) -> tuple[np.ndarray, list[str]]:
+    """Molecules (domain, gene) of the cells of each domain, and the names of the genes; blanks are left out.
+
+    code: (cell,), the domain of each cell of the table in the folder ``stage``, from 0.
+    """
     var = read_var(stage)
-    total, row = np.zeros((len(names), len(var))), 0
+    total, row = np.zeros((n_domains, len(var))), 0
     for _, block in count_blocks(stage):
-        chosen = code[row : row + block.shape[0]] == np.arange(len(names))[:, None]
+        chosen = code[row : row + block.shape[0]] == np.arange(n_domains)[:, None]
         total += np.asarray(chosen.astype(float) @ block)
         row += block.shape[0]
     gene = ~var["is_blank"].to_numpy(bool)
@@ -85,7 +98,7 @@ def domain_counts(stage: Path, domain: np.ndarray, names: list[str]) -> tuple[np
 
 
 def top_genes(total: np.ndarray, genes: list[str]) -> list[list[str]]:
-    """Genes of each domain whose share is higher than in the others, highest factor first; total: (domain, gene)."""
+    """Genes of each domain whose share is higher than in all others, largest factor first; total: (domain, gene)."""
     rest = total.sum(axis=0) - total
     share, other = ((counts + 0.5) / (counts.sum(axis=1, keepdims=True) + 0.5) for counts in (total, rest))
     factor = np.where(total.sum(axis=0) >= FEWEST_MOLECULES, share / other, 0.0)
@@ -93,7 +106,7 @@ def top_genes(total: np.ndarray, genes: list[str]) -> list[list[str]]:
 
 
 def principal_components(latent: np.ndarray) -> np.ndarray:
-    """The first two (cell, 2) of an embedding (cell, dimension); zeros where it has fewer dimensions."""
+    """The first two principal components (cell, 2) of an embedding (cell, dimension); zeros if it has only one."""
     centred = latent - latent.mean(axis=0, dtype=float)
     plane = np.zeros((len(latent), 2))
     axes = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :2]

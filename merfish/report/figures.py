@@ -1,29 +1,33 @@
-"""Pictures of a run for its page; each function returns a Matplotlib figure."""
+"""Figures of the page of a run; each function returns a Matplotlib figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from merfish.plots import BLANK, CATEGORIES, GENE, MUTED, draw_detail, draw_field, new_figure
+from merfish.report.summary import Squares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
+    from matplotlib.collections import PolyCollection
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
-MANY = 500  # fields or points, above which a picture is drawn in pixels rather than one shape each
-LEAST_OFF = 1e-3  # micrometre; less is no arrow
-ENLARGED = (1, 2, 5, 10, 20, 50, 100)  # of arrows
-MOST_NAMED, NAME_SIZE = 5, (0.15, 0.04)  # genes in a picture; width and height of a name, shares of the axes
-SMALL, NORMAL, LEAST_HEIGHT = 4.0, 6.4, 2.0  # inches
+MANY = 500  # fields or points; a figure of more is drawn as pixels, of fewer as vectors
+MANY_CORNERS = 20_000  # the same for the corners of outlines
+LEAST_OFF = 1e-3  # micrometre; smaller errors have no arrow
+ENLARGED = (1, 2, 5, 10, 20, 50, 100)  # factors by which arrows may be enlarged
+MOST_NAMED, NAME_SIZE = 5, (0.15, 0.04)  # genes in a figure; width and height of a name, shares of the axes
+SMALL, NORMAL, WIDE, LEAST_HEIGHT = 4.0, 6.4, 11.0, 2.0  # inches: widths of figures, height of a map
 
 
 def map_figure(width: float, extent: np.ndarray) -> tuple[Figure, Axes]:
-    """Axes for places in micrometre; height as the section, extent (x, y), wants it."""
+    """Axes for positions in micrometre, as high as a section of ``extent`` (x, y) needs."""
     aspect = extent[1] / max(extent[0], 1e-9)
     figure, (ax,) = new_figure(width, float(np.clip(0.68 * width * aspect + 0.6, LEAST_HEIGHT, 1.2 * width)))
     ax.set_aspect("equal")
@@ -39,19 +43,19 @@ def map_figure(width: float, extent: np.ndarray) -> tuple[Figure, Axes]:
 
 
 def _colours_beside(ax: Axes, drawn: ScalarMappable, label: str) -> None:
-    """What the colours of a map mean, as high as the map."""
+    """Add a colour bar as high as the map."""
     from matplotlib.ticker import MaxNLocator
 
     # a number of ticks that depended on the height would change the width, and so the height, with every layout
-    ax.figure.colorbar(
-        drawn, cax=ax.inset_axes((1.04, 0, 0.045, 1)), label=label, ticks=MaxNLocator(5, steps=[1, 2, 5, 10])
-    )
+    beside = ax.inset_axes((1.04, 0, 0.045, 1))
+    ax.figure.colorbar(drawn, cax=beside, label=label, ticks=MaxNLocator(5, steps=[1, 2, 5, 10]))
+    beside.ticklabel_format(useOffset=False)
 
 
 def field_map(
     positions: np.ndarray, size: tuple[float, float], values: np.ndarray, failed: np.ndarray, label: str
 ) -> Figure:
-    """A value of each field (field,) where the field lies; positions (field, 2) of corners, size (x, y), micrometre.
+    """A map of the fields by a value (field,); positions (field, 2) of their corners and size (x, y), micrometre.
 
     failed: positions of fields without values, drawn as crosses.
     """
@@ -79,21 +83,29 @@ def field_map(
     return figure
 
 
-def square_map(values: np.ndarray, corner: np.ndarray, bin_: float, label: str, colours: str, width: float) -> Figure:
-    """Values (y, x) of squares of ``bin_`` micrometre from ``corner`` (x, y); NaN where there is nothing to show."""
-    high = corner + bin_ * np.array(values.shape[::-1])
-    figure, ax = map_figure(width, high - corner)
+def square_map(values: np.ndarray, squares: Squares, label: str, colours: str, width: float) -> Figure:
+    """Values (y, x) of squares, NaN where there is nothing to show; colours: a colour map."""
+    figure, ax = map_figure(width, _extent(squares))
     shown = values[np.isfinite(values) & (values > 0)]
     top = float(np.percentile(shown, 99)) if len(shown) else 1.0
-    extent = (corner[0], high[0], high[1], corner[1])
-    image = ax.imshow(values, cmap=colours, vmin=0, vmax=top, extent=extent, interpolation="nearest")
-    _colours_beside(ax, image, label)
+    _colours_beside(ax, _draw_squares(ax, values, squares, cmap=colours, vmin=0, vmax=top), label)
     return figure
 
 
-def density_map(density: np.ndarray, corner: np.ndarray, bin_: float) -> Figure:
-    """Molecules a square micrometre; density: (y, x) of counts in squares of ``bin_`` micrometre."""
-    return square_map(density / bin_**2, corner, bin_, "molecules of genes / µm²", "magma", SMALL)
+def _extent(squares: Squares) -> np.ndarray:
+    """(x, y) of a grid, micrometre."""
+    return squares.side * np.array(squares.shape[::-1])
+
+
+def _draw_squares(ax: Axes, values: np.ndarray, squares: Squares, **options: Any) -> AxesImage:
+    """An image of the squares (y, x) or (y, x, channel) at their places on the stage."""
+    (left, top), (right, bottom) = squares.corner, squares.corner + _extent(squares)
+    return ax.imshow(values, extent=(left, right, bottom, top), interpolation="nearest", **options)
+
+
+def density_map(density: np.ndarray, squares: Squares) -> Figure:
+    """Molecules per square micrometre; density: (y, x) counts in squares."""
+    return square_map(density / squares.side**2, squares, "molecules of genes / µm²", "magma", SMALL)
 
 
 def field_image(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> Figure:
@@ -112,25 +124,30 @@ def field_detail(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int,
 
 def cell_map(geometry: np.ndarray, values: np.ndarray, label: str) -> Figure:
     """Outlines of cells (shapely, micrometre) coloured by a value (cell,)."""
-    from matplotlib.collections import PolyCollection
-
     rings, cell = _rings(geometry)
-    corners = np.concatenate(rings)
-    figure, ax = map_figure(NORMAL, np.ptp(corners, axis=0))
-    collection = PolyCollection(
-        rings, array=values[cell], cmap="viridis", clim=(0, float(np.percentile(values, 99))), edgecolors="#64748b",
-        linewidths=0.3, rasterized=len(rings) > MANY,
-    )  # fmt: skip
-    drawn = ax.add_collection(collection)
-    ax.autoscale_view()
-    ax.invert_yaxis()
+    figure, ax = map_figure(NORMAL, np.ptp(np.concatenate(rings), axis=0))
+    drawn = _draw_outlines(ax, rings, array=values[cell], cmap="viridis", clim=(0, float(np.percentile(values, 99))))
     _colours_beside(ax, drawn, label)
     return figure
 
 
-def _dot(n_cells: int) -> float:
-    """Area of the dot of one of ``n_cells`` cells, square points."""
-    return float(np.clip(40_000 / n_cells, 0.1, 4))
+def domain_map(geometry: np.ndarray, domain: np.ndarray, colours: Mapping[str, str]) -> Figure:
+    """Outlines of cells (shapely, micrometre) in the colour of their domain, text (cell,)."""
+    rings, cell = _rings(geometry)
+    figure, ax = map_figure(NORMAL, np.ptp(np.concatenate(rings), axis=0))
+    _draw_outlines(ax, rings, facecolors=np.array([colours[name] for name in domain])[cell])
+    _domains_beside(ax, colours)
+    return figure
+
+
+def domain_squares(found: np.ndarray, squares: Squares, colours: Mapping[str, str]) -> Figure:
+    """Squares in the colour of a domain, int (y, x) in the order of ``colours``; -1 where there are no cells."""
+    from matplotlib.colors import to_rgba_array
+
+    figure, ax = map_figure(NORMAL, _extent(squares))
+    _draw_squares(ax, to_rgba_array([*colours.values(), "none"])[found], squares)
+    _domains_beside(ax, colours)
+    return figure
 
 
 def _rings(geometry: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -141,28 +158,18 @@ def _rings(geometry: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     return [shapely.get_coordinates(ring) for ring in shapely.get_exterior_ring(parts)], row
 
 
-def domain_map(
-    centres: np.ndarray, geometry: np.ndarray | None, domain: np.ndarray, colours: Mapping[str, str]
-) -> Figure:
-    """As `cell_map`, with cells in the colour of their domain, text (cell,)."""
+def _many(rings: Sequence[np.ndarray]) -> bool:
+    return sum(map(len, rings)) > MANY_CORNERS
+
+
+def _draw_outlines(ax: Axes, rings: list[np.ndarray], **colours: Any) -> PolyCollection:
     from matplotlib.collections import PolyCollection
 
-    figure, ax = map_figure(NORMAL, np.ptp(centres, axis=0) + 1)
-    faces = np.array([colours[name] for name in domain])
-    if geometry is None:
-        x, y = centres.T
-        ax.scatter(x, y, c=faces, s=_dot(len(centres)), linewidths=0, rasterized=True)
-    else:
-        rings, cell = _rings(geometry)
-        ax.add_collection(
-            PolyCollection(
-                rings, facecolors=faces[cell], edgecolors="#64748b", linewidths=0.3, rasterized=len(rings) > MANY
-            )
-        )
-        ax.autoscale_view()
+    collection = PolyCollection(rings, edgecolors="#64748b", linewidths=0.3, rasterized=_many(rings), **colours)
+    ax.add_collection(collection)
+    ax.autoscale_view()
     ax.invert_yaxis()
-    _domains_beside(ax, colours)
-    return figure
+    return collection
 
 
 def embedding_plane(plane: np.ndarray, domain: np.ndarray, colours: Mapping[str, str]) -> Figure:
@@ -170,7 +177,8 @@ def embedding_plane(plane: np.ndarray, domain: np.ndarray, colours: Mapping[str,
     figure, (ax,) = new_figure(NORMAL, 4.6)
     faces = [colours[name] for name in domain]
     x, y = plane.T
-    ax.scatter(x, y, c=faces, s=4 * _dot(len(plane)), linewidths=0, rasterized=len(plane) > MANY)
+    area = float(np.clip(160_000 / max(len(plane), 1), 0.4, 16))  # of a dot, square points
+    ax.scatter(x, y, c=faces, s=area, linewidths=0, rasterized=len(plane) > MANY)
     ax.set(xlabel="principal component 1", ylabel="principal component 2", xticks=[], yticks=[])
     _domains_beside(ax, colours)
     return figure
@@ -188,13 +196,14 @@ def _domains_beside(ax: Axes, colours: Mapping[str, str]) -> None:
 
 def stains_under_outlines(stains: np.ndarray, names: Sequence[str], rings: Sequence[np.ndarray]) -> Figure:
     """Stains of a field, uint8 (stain, y, x), in blue and green, under outlines (point, 2) x, y in their pixels."""
-    figure, (ax,) = new_figure(6.4, 6.4 * stains.shape[1] / stains.shape[2] + 0.3)
+    from matplotlib.collections import LineCollection
+
+    figure, (ax,) = new_figure(NORMAL, NORMAL * stains.shape[1] / stains.shape[2] + 0.3)
     picture = np.zeros((*stains.shape[1:], 3))
     for stain, colour in zip(stains, ((0.25, 0.45, 1.0), (0.1, 0.75, 0.3)), strict=False):
         picture += stain[..., None] / 255 * np.array(colour)
     ax.imshow(np.clip(picture, 0, 1), interpolation="nearest")
-    for ring in rings:
-        ax.plot(*ring.T, color="#fde047", linewidth=0.8)
+    ax.add_collection(LineCollection(rings, colors="#fde047", linewidths=0.8, rasterized=_many(rings)))
     ax.spines[:].set_visible(False)
     ax.set(xticks=[], yticks=[], xlim=(-0.5, stains.shape[2] - 0.5), ylim=(stains.shape[1] - 0.5, -0.5))
     colours = " and ".join(f"{name} {colour}" for name, colour in zip(names, ("blue", "green"), strict=False))
@@ -203,7 +212,7 @@ def stains_under_outlines(stains: np.ndarray, names: Sequence[str], rings: Seque
 
 
 def histogram(values: np.ndarray, label: str, counted: str = "cells") -> Figure:
-    """How often values occur, up to their 99.5th percentile, with the median."""
+    """Histogram of values up to their 99.5th percentile, with the median."""
     figure, (ax,) = new_figure(SMALL, 2.8)
     values = values[np.isfinite(values)]
     if len(values):
@@ -218,11 +227,12 @@ def histogram(values: np.ndarray, label: str, counted: str = "cells") -> Figure:
         ax.axvline(middle, color="black", linewidth=1.2)
         ax.set_title(f"median {middle:,.3g}", fontsize=9, loc="left")
     ax.set(xlabel=label, ylabel=counted)
+    ax.locator_params(nbins=5)
     return figure
 
 
 def correlation(x: np.ndarray, y: np.ndarray, names: Sequence[str], labels: tuple[str, str], r: float) -> Figure:
-    """Values of genes (gene,) against others, both logarithmic; the farthest from the common ratio are named."""
+    """Values of genes (gene,) against others, both logarithmic; genes farthest from the median ratio are named."""
     figure, (ax,) = new_figure(NORMAL, 4.6)
     both = np.flatnonzero((x > 0) & (y > 0))
     ax.loglog(x[both], y[both], ".", color=GENE, markersize=6, alpha=0.7, rasterized=len(both) > MANY)
@@ -240,7 +250,7 @@ def correlation(x: np.ndarray, y: np.ndarray, names: Sequence[str], labels: tupl
 
 
 def _legible(wanted: np.ndarray, places: np.ndarray) -> list[int]:
-    """The first of the wanted points of which no name covers another's; places (point, 2)."""
+    """The first points in the order ``wanted`` whose names do not overlap; places: (point, 2)."""
     apart = np.ptp(places, axis=0) * NAME_SIZE
     named: list[int] = []
     for k in wanted:
@@ -251,7 +261,7 @@ def _legible(wanted: np.ndarray, places: np.ndarray) -> list[int]:
 
 def seconds_of_steps(seconds: Mapping[str, float]) -> Figure:
     """Time of each step."""
-    figure, (ax,) = new_figure(11, 0.26 * len(seconds) + 0.7)
+    figure, (ax,) = new_figure(WIDE, 0.26 * len(seconds) + 0.7)
     places = np.arange(len(seconds))
     ax.barh(places, list(seconds.values()), color=GENE, height=0.7)
     for place, value in zip(places, seconds.values(), strict=True):
@@ -264,13 +274,13 @@ def seconds_of_steps(seconds: Mapping[str, float]) -> Figure:
 
 
 def drift(shifts: pd.DataFrame) -> Figure:
-    """Drift of each round: the median of all fields, and each field; table with fov, round, dy, dx (pixel) and ok."""
-    figure, (ax,) = new_figure(6.4, 3.4)
+    """Drift of each round: each field, and the median; shifts: columns fov, round, dy, dx (pixel) and ok."""
+    figure, (ax,) = new_figure(NORMAL, 3.4)
     length = np.hypot(shifts["dy"].to_numpy(float), shifts["dx"].to_numpy(float))
     failed = ~shifts["ok"].to_numpy(bool)
     ax.plot(
         shifts["round"], length, "o", color=GENE, markersize=4, alpha=0.35, markeredgewidth=0,
-        rasterized=len(shifts) > MANY, label="a field",
+        rasterized=len(shifts) > MANY, label="one field",
     )  # fmt: skip
     middle = pd.Series(length).groupby(shifts["round"].to_numpy()).median()
     ax.plot(middle.index, middle, "_", color="black", markersize=14, markeredgewidth=2, label="median")
@@ -283,14 +293,14 @@ def drift(shifts: pd.DataFrame) -> Figure:
 
 
 def bit_brightness(scale: np.ndarray, background: np.ndarray, names: Sequence[str], colours: Sequence[str]) -> Figure:
-    """Height of a molecule's spot in each bit and the level it stands on (bit,), in camera counts after filtering."""
-    figure, (ax,) = new_figure(6.4, 3.4)
+    """Height of a molecule's spot in each bit, and the background (bit,), in camera counts after filtering."""
+    figure, (ax,) = new_figure(NORMAL, 3.4)
     kinds = list(dict.fromkeys(colours))
     for kind in kinds:
         chosen = [k for k, colour in enumerate(colours) if colour == kind]
         label = f"{kind} nm" if kind.isdigit() else kind or "molecule"
         ax.bar(chosen, np.asarray(scale)[chosen], color=CATEGORIES[kinds.index(kind) % len(CATEGORIES)], label=label)
-    ax.plot(range(len(names)), background, "_", color="black", markersize=9, label="level without spots")
+    ax.plot(range(len(names)), background, "_", color="black", markersize=9, label="background")
     _bits_below(ax, names)
     ax.set(ylabel="height of one molecule [counts]")
     _legend_above(ax)
@@ -299,7 +309,7 @@ def bit_brightness(scale: np.ndarray, background: np.ndarray, names: Sequence[st
 
 def error_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
     """1->0 and 0->1 rates of each bit with their intervals (see `merfish.calls.error_model.bit_error_rates`)."""
-    figure, (ax,) = new_figure(6.4, 3.4)
+    figure, (ax,) = new_figure(NORMAL, 3.4)
     places = np.arange(len(rates["bit"]))
     for kind, label, colour, shift in (("lost", "1→0", GENE, -0.12), ("gained", "0→1", BLANK, 0.12)):
         rate, low, high = (np.array(rates[kind + end], dtype=float) for end in ("", "_low", "_high"))
@@ -318,38 +328,37 @@ def _bits_below(ax: Axes, names: Sequence[str]) -> None:
 
 
 def _legend_above(ax: Axes) -> None:
-    """Where it hides nothing."""
+    """Add a legend above the axes, where it hides nothing."""
     ax.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
 
 
-def stage(said: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figure:
-    """Where the stage said the fields are and how far off it was, (fov, 2) micrometre, and the overlaps that tell.
+def stage(reported: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figure:
+    """Reported and corrected positions of the fields (fov, 2), micrometre, and the overlaps they were corrected by.
 
-    links: columns a, b (rows of positions) and used. Arrows are enlarged to be seen, none is drawn where nothing was
-    off.
+    links: columns a, b (rows of positions) and used. Arrows show the errors of the stage, enlarged.
     """
     from matplotlib.collections import LineCollection
 
-    figure, ax = map_figure(NORMAL, np.ptp(said, axis=0) + 1)
+    figure, ax = map_figure(NORMAL, np.ptp(reported, axis=0) + 1)
     ends, used = links[["a", "b"]].to_numpy(int), links["used"].to_numpy(bool)
     for which, colour, style in ((used, MUTED, "-"), (~used, BLANK, ":")):
-        lines = LineCollection(list(said[ends[which]]), colors=colour, linestyles=style, linewidths=1)
+        lines = LineCollection(list(reported[ends[which]]), colors=colour, linestyles=style, linewidths=1)
         lines.set_rasterized(len(ends) > MANY)
         ax.add_collection(lines)
-    ax.plot(*said.T, "o", color="black", markersize=3, rasterized=len(said) > MANY)
-    change = positions - said
+    ax.plot(*reported.T, "o", color="black", markersize=3, rasterized=len(reported) > MANY)
+    change = positions - reported
     longest = float(np.hypot(*change.T).max(initial=0))
-    title = f"no field was off by more than {LEAST_OFF * 1000:g} nm"
+    title = f"all errors are below {LEAST_OFF * 1000:g} nm"
     if longest > LEAST_OFF:
-        # the longest arrow spans up to half the way to the next field
-        enlarged = max([times for times in ENLARGED if times * longest <= _step(said) / 2], default=1)
+        # the longest arrow reaches at most half-way to the nearest field
+        enlarged = max([times for times in ENLARGED if times * longest <= _step(reported) / 2], default=1)
         off = np.hypot(*change.T) > LEAST_OFF
         ax.quiver(
-            *said[off].T, *change[off].T, color=GENE, angles="xy", scale_units="xy", scale=1 / enlarged, zorder=3,
-            rasterized=len(said) > MANY,
+            *reported[off].T, *change[off].T, color=GENE, angles="xy", scale_units="xy", scale=1 / enlarged, zorder=3,
+            rasterized=len(reported) > MANY,
         )  # fmt: skip
-        ax.plot(*(said + change * enlarged).T, " ")  # makes room for the arrows
-        title = f"arrows {enlarged} times enlarged; the longest stands for {longest:.2g} µm"
+        ax.plot(*(reported + change * enlarged).T, " ")  # extends the axes to the ends of the arrows
+        title = f"arrows enlarged {enlarged} times; the longest is {longest:.2g} µm"
     ax.set_title(title, fontsize=9, loc="left")
     ax.margins(0.1)
     ax.invert_yaxis()
@@ -357,21 +366,24 @@ def stage(said: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figur
 
 
 def _step(places: np.ndarray) -> float:
-    """Distance of the nearest two fields, micrometre."""
+    """Distance between the two nearest fields, micrometre."""
     from scipy.spatial import KDTree
 
     different = np.unique(places, axis=0)
     return float(KDTree(different).query(different, k=2)[0][:, 1].min()) if len(different) > 1 else 1.0
 
 
-def words_called(before: np.ndarray, counts: np.ndarray, names: Sequence[str], is_blank: np.ndarray) -> Figure:
-    """Molecules of each word (word,), most abundant first, blanks in red; pale: found (before), but not kept."""
-    figure, (ax,) = new_figure(11, 3.4)
-    order = np.lexsort((-before, -counts))
+def words_called(found: np.ndarray, kept: np.ndarray, names: Sequence[str], is_blank: np.ndarray) -> Figure:
+    """Molecules of each word (word,), most abundant first, blanks in red; found, and kept.
+
+    Bars of molecules that were found but not kept are pale.
+    """
+    figure, (ax,) = new_figure(WIDE, 3.4)
+    order = np.lexsort((-found, -kept))
     places, blank = np.arange(len(order)), is_blank[order]
     for which, colour, label in ((~blank, GENE, "genes"), (blank, BLANK, "blanks")):
-        ax.bar(places[which], before[order][which], color=colour, width=0.85, alpha=0.25)
-        ax.bar(places[which], counts[order][which], color=colour, width=0.85, label=label)
+        ax.bar(places[which], found[order][which], color=colour, width=0.85, alpha=0.25)
+        ax.bar(places[which], kept[order][which], color=colour, width=0.85, label=label)
     ax.set_yscale("symlog", linthresh=1)
     ax.set(xlabel="words, most abundant first; pale: found, but not kept", ylabel="molecules", xticks=[])
     ax.set_xlim(-1, len(names))

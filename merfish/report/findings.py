@@ -1,4 +1,4 @@
-"""Figures that decide whether a run is good, each with the threshold it is held against and where that comes from."""
+"""Figures that decide whether a run is good, each with its threshold and the source of the threshold."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PUBLISHED_REPLICATES, PUBLISHED_BULK = 0.94, 0.83  # Pearson's r of log10 counts
 # those that show it with one error or none (binomial law)
 EXACT, CORRECTABLE = 0.40, 0.78
 FEW_FIELDS_LOST = 0.05
-FEWEST_GENES = 20  # with fewer a correlation decides nothing
+FEWEST_GENES = 20  # with fewer, the interval of a correlation is too wide to decide
 Z95 = 1.96
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One figure of a run; status "info" where nothing is known that it should be held against."""
+    """One figure of a run, compared with its threshold; status "info" if it has none."""
 
     name: str
     value: str
@@ -37,16 +37,16 @@ class Finding:
 
 
 def overall(findings: list[Finding]) -> Status:
-    """The worst of all."""
+    """The worst status of all findings."""
     found = {finding.status for finding in findings}
     return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
 
 
 def findings(run: Mapping[str, Any], halves: tuple[float, int], bulk: tuple[float, int] | None = None) -> list[Finding]:
-    """All that can be said of a run.
+    """All findings of a run.
 
-    run: its record. halves: Pearson's r of log10 counts between two halves of the fields and the number of genes that
-    it rests on; bulk: the same with bulk RNA-seq.
+    run: its record. halves: Pearson's r of log10 counts between two halves of the fields, and the number of genes;
+    bulk: the same with bulk RNA-seq.
     """
     figures = run["figures"]
     return [
@@ -63,7 +63,7 @@ def findings(run: Mapping[str, Any], halves: tuple[float, int], bulk: tuple[floa
         *stage(run["stage"]),
         Finding("Molecules kept", f"{figures['n_kept']:,}", "info"),
         Finding("Cells", f"{figures['n_cells']:,}", "info"),
-        Finding("Molecules a cell, median", f"{figures['transcripts_per_cell']:,.0f}", "info"),
+        Finding("Molecules per cell, median", f"{figures['transcripts_per_cell']:,.0f}", "info"),
         Finding("Molecules in cells", f"{figures['share_in_cells']:.0%}", "info"),
     ]
 
@@ -78,7 +78,7 @@ def fields_done(n_done: int, n_failed: int) -> Finding:
 
 def codebook_fit(fit: Mapping[str, Any], blanks: bool) -> Finding:
     """Whether the images are those of the codebook."""
-    value = f"{fit['wrong']:.1%} wrong" if blanks and fit["wrong"] is not None else "no blanks to tell"
+    value = f"{fit['wrong']:.1%} wrong" if blanks and fit["wrong"] is not None else "unknown without blanks"
     return Finding(
         "Likely calls before filtering, wrong by the blanks",
         value,
@@ -89,7 +89,7 @@ def codebook_fit(fit: Mapping[str, Any], blanks: bool) -> Finding:
 
 
 def misidentified(figures: Mapping[str, Any], target: float) -> Finding:
-    """Kept molecules that are wrong, against what was asked for."""
+    """Kept molecules that are wrong, against the rate that was asked for."""
     rate, held_out = figures["misidentification_rate"], figures["held_out"]
     if rate is None:
         return Finding("Kept molecules that are wrong", "unknown", "warn", f"at most {target:.0%}", "parameter")
@@ -104,7 +104,7 @@ def misidentified(figures: Mapping[str, Any], target: float) -> Finding:
         "Kept molecules that are wrong",
         value,
         status,
-        f"at most {target:.0%}; fail where the interval lies above",
+        f"at most {target:.0%}; fail if the interval lies above",
         f"parameter misidentification_rate; {CHEN} aim at 5%",
     )
 
@@ -118,7 +118,7 @@ def error_rates(rates: Mapping[str, Any]) -> list[Finding]:
     ):
         values, low = np.array(rates[kind], float), np.array(rates[f"{kind}_low"], float)
         known = np.flatnonzero(np.isfinite(values))
-        threshold = f"no bit's 95% interval above {worst:.1%}; fail where they are in the mean"
+        threshold = f"no bit's 95% interval above {worst:.1%}; fail if their mean is"
         source = f"{CHEN}: mean {mean:.1%}, worst bit {worst:.1%}"
         if not len(known):
             found.append(Finding(name, "unknown", "warn", threshold, source))
@@ -164,7 +164,7 @@ def efficiency(figures: Mapping[str, Any], words: Mapping[str, Any], is_blank: l
 
 
 def median_efficiency(words: Mapping[str, Any], is_blank: list[bool]) -> float:
-    """Detection efficiency of the median gene; NaN where it is known of none."""
+    """Detection efficiency of the median gene; NaN if it is unknown for all."""
     values = np.array(words["detection_efficiency"], float)[~np.array(is_blank, bool)]
     values = values[np.isfinite(values)]
     return float(np.median(values)) if len(values) else float("nan")
@@ -172,7 +172,7 @@ def median_efficiency(words: Mapping[str, Any], is_blank: list[bool]) -> float:
 
 def correlation(name: str, r: float, n_genes: int, published: float) -> Finding:
     """A correlation over genes against a published one, with the 95% interval of Fisher's transformation."""
-    threshold = f"at least {published}; fail where the interval holds 0"
+    threshold = f"at least {published}; fail if the interval contains 0"
     source = f"{CHEN}; interval of this run"
     if not np.isfinite(r) or n_genes < FEWEST_GENES:
         return Finding(name, f"too few genes, {n_genes}", "info", threshold, source)
@@ -182,16 +182,18 @@ def correlation(name: str, r: float, n_genes: int, published: float) -> Finding:
 
 
 def unusual(quality: Mapping[str, Any], bits: Mapping[str, Any], n_fields: int) -> Finding:
-    """Images unlike those of the same bit in other fields, and bits that show nothing."""
+    """Images that differ from those of the same bit in other fields, and bits without signal."""
     n, dead = len(quality.get("fov", [])), sum(scale == 0 for scale in bits["scale"])
     value = f"{n} of {n_fields * len(bits['names']):,}" + (f", {dead} dead bits" if dead else "")
     status: Status = "fail" if dead else "warn" if n else "pass"
     source = "this run: six robust sigmas of all fields"
-    return Finding("Images unlike the others of their bit", value, status, "none; fail with a dead bit", source)
+    return Finding(
+        "Images that differ from the others of their bit", value, status, "none; fail with a dead bit", source
+    )
 
 
 def saturated(fields: Mapping[str, Any], n_planes: int) -> Finding:
-    """Pixels at the end of the camera's range, in the worst bit of the worst field."""
+    """Pixels at the upper end of the camera's range, in the worst bit of the worst field."""
     shares = [max(f["saturated"], default=0) / (np.prod(f["shape"]) * n_planes) for f in fields.values()]
     worst = max(shares, default=0.0)
     status: Status = "pass" if worst <= MOST_SATURATED / 10 else "warn" if worst <= MOST_SATURATED else "fail"
@@ -201,7 +203,7 @@ def saturated(fields: Mapping[str, Any], n_planes: int) -> Finding:
 
 
 def stage(found: Mapping[str, Any]) -> list[Finding]:
-    """Overlaps of fields in which both see the same molecules."""
+    """Overlaps of fields in which both show the same molecules."""
     used, n_links, untied = sum(found["links"]["used"]), len(found["links"]["used"]), found["untied"]
     if not n_links + untied:
         return []
@@ -211,7 +213,7 @@ def stage(found: Mapping[str, Any]) -> list[Finding]:
             "Overlaps of fields that show the same molecules",
             f"{used} of {n_links + untied}",
             status,
-            "all; fail where half do not",
+            "all; fail if half do not",
             "this run",
         )
     ]

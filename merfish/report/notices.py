@@ -1,4 +1,4 @@
-"""What is wrong with a run, in lines for a console and for the page; each takes the run's record or a part of it."""
+"""Problems of a run in single lines, for a console and for the page, from the record of the run or a part of it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import numpy as np
 
 from merfish.report.findings import median_efficiency
 
-MOST_LINES = 5  # of unusual images, on a console
+MOST_LINES = 5  # about unusual images
 
 
 def bit_warnings(run: dict[str, Any]) -> list[str]:
-    """What is wrong with single bits of a run: those that show nothing, those whose pixels saturate."""
-    names, said = run["bits"]["names"], []
+    """Bits without signal, and bits with saturated pixels."""
+    names, lines = run["bits"]["names"], []
     dead = [name for name, scale in zip(names, run["bits"]["scale"], strict=True) if scale == 0]
     if dead and len(dead) < len(names):
-        said.append(f"No molecule shows in {', '.join(dead)}: dead, and left out of decoding.")
+        lines.append(f"No molecule shows in {', '.join(dead)}: dead, and left out of decoding.")
     counts = [np.array(found["saturated"]) for found in run["fields"].values()]
     total = np.sum(counts, axis=0) if counts else np.zeros(len(names), int)
     if total.any():
         worst = max(run["fields"], key=lambda fov: sum(run["fields"][fov]["saturated"]))
         each = ", ".join(f"{name} {count:,}" for name, count in zip(names, total.tolist(), strict=True) if count)
-        said.append(f"Saturated pixels, most of them in field {worst}: {each}.")
-    return said
+        lines.append(f"Saturated pixels, most of them in field {worst}: {each}.")
+    return lines
 
 
 def efficiency_line(run: dict[str, Any]) -> list[str]:
-    """Share of the molecules that are found and kept, and how it was measured; nothing where it is not known."""
+    """Share of the molecules that are found and kept, and how it was measured; empty if it is unknown."""
     spiked = run["figures"].get("spike_in")
     if spiked is not None:
         n = run["figures"]["n_spikes"]
@@ -43,7 +43,7 @@ def efficiency_line(run: dict[str, Any]) -> list[str]:
 
 
 def quality_lines(quality: dict[str, list[Any]]) -> list[str]:
-    """Fields whose images are unlike those of others, a line each, the first of them."""
+    """Fields with unusual images, one line for each of the first few."""
     rows: dict[int, list[str]] = {}
     for fov, bit, reasons in zip(*(quality.get(name, []) for name in ("fov", "bit", "reasons")), strict=True):
         rows.setdefault(fov, []).append(f"{bit} {reasons}")
@@ -53,17 +53,17 @@ def quality_lines(quality: dict[str, list[Any]]) -> list[str]:
 
 
 def stain_lines(fields: dict[str, dict[str, Any]]) -> list[str]:
-    """Stains that could not be aligned with the bits: why, and in which fields."""
+    """Stains that could not be aligned with the bits, with reasons and fields."""
     found: dict[str, list[str]] = {}
-    for fov, said in fields.items():
-        for name, reason in said.get("stains_not_aligned", {}).items():
+    for fov, field in fields.items():
+        for name, reason in field.get("stains_not_aligned", {}).items():
             found.setdefault(f"stain {name} is not aligned with the bits: {reason}", []).append(fov)
     more = {text: ", ..." if len(fovs) > MOST_LINES else "" for text, fovs in found.items()}
     return [f"{text} (fields {', '.join(fovs[:MOST_LINES])}{more[text]})" for text, fovs in found.items()]
 
 
 def untied_text(stage: dict[str, Any]) -> str:
-    """What to say of a run in which half of the fields that should share molecules do not; empty if more do."""
+    """Advice for a run in which half or more of the overlapping fields share no molecule; else empty."""
     used, untied = sum(stage["links"]["used"]), stage["untied"]
     if untied < max(used, 1):
         return ""

@@ -1,4 +1,4 @@
-"""A page of sections with tables and pictures: one file, nothing loaded from elsewhere, and its numbers beside it."""
+"""A page of sections with tables and figures: one self-contained HTML file, and a folder with its numbers."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from merfish.report.findings import Finding
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FOLDER = "report"  # beside the page: pictures as PNG, numbers as CSV
+FOLDER = "report"  # beside the page: figures as PNG, numbers as CSV
 MOST_ROWS = 1000  # of a table on the page; its CSV file has all
 DPI = 150  # of pictures, and of images within them
-# Colours that the page names, so that it can change them in the dark
+# Colours that become variables of the page, which have other values in dark mode
 _NAMED = {"#000000": "currentColor", plots.GENE: "var(--gene)", plots.BLANK: "var(--blank)"}
 
-# A table, or a function that yields its parts: they are written one by one
+# A table, or a function that yields the parts of a large one
 Numbers = pd.DataFrame | Callable[[], Iterator[pd.DataFrame]] | None
 Width = Literal["small", "normal", "wide"]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as SVG for the page and as PNG beside it, with the numbers it shows; name: of its files."""
+    """A figure as SVG for the page and as PNG beside it, with the numbers that it shows; name: of its files."""
 
     name: str
     svg: Markup
@@ -48,8 +48,8 @@ class Picture:
 class Table:
     """Column names and rows of values.
 
-    formats: of columns, for `str.format`; without one a value is printed as it is. name: of its CSV file, empty for
-    none. sortable: by a click on the head of a column.
+    formats: by column, for `str.format`; other values are printed as they are. name: of its CSV file, empty for none.
+    sortable: by a click on the head of a column.
     """
 
     columns: Sequence[str]
@@ -60,7 +60,7 @@ class Table:
 
     @property
     def cells(self) -> list[list[tuple[str, float | None]]]:
-        """The first `MOST_ROWS` rows of (text, number to sort by or None for text)."""
+        """The first `MOST_ROWS` rows, each value as text and as the number to sort by, None for text."""
         return [
             [_cell(v, self.formats.get(c, "")) for c, v in zip(self.columns, row, strict=True)]
             for row in self.rows[:MOST_ROWS]
@@ -69,7 +69,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with verdicts, paragraphs, tables and pictures below it."""
+    """A heading with verdicts, paragraphs, tables and figures below it."""
 
     title: str
     text: Sequence[str] = ()
@@ -79,7 +79,13 @@ class Section:
 
 
 def picture(name: str, figure: Figure, caption: str, numbers: Numbers = None, width: Width = "normal") -> Picture:
-    """Render a figure."""
+    """Render a figure for a page."""
+    svg, png = render(figure, name)
+    return Picture(name, _for_page(svg, name, caption), png, caption, numbers, width)
+
+
+def render(figure: Figure, name: str) -> tuple[str, bytes]:
+    """A figure as SVG and as PNG; ``name`` makes the ids in the SVG reproducible."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -99,11 +105,11 @@ def picture(name: str, figure: Figure, caption: str, numbers: Numbers = None, wi
         axes.patch.set_alpha(0)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})
-    return Picture(name, _for_page(svg.getvalue(), name, caption), png.getvalue(), caption, numbers, width)
+    return svg.getvalue(), png.getvalue()
 
 
 def write_report(path: Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
-    """Write the page and the folder of its pictures and numbers, each whole or not at all."""
+    """Write the page and the folder of its figures and numbers, each atomically."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -138,7 +144,7 @@ def _write_numbers(section: Section, folder: Path) -> None:
 
 
 def _for_page(svg: str, name: str, caption: str) -> Markup:
-    """Matplotlib's SVG to stand within a page: it scales, takes the page's colours, its ids clash with no others."""
+    """Matplotlib's SVG as part of a page: scalable, in the colours of the page, with ids that no other SVG has."""
     svg = svg[svg.index("<svg") :]
     used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg))
     svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
@@ -154,7 +160,7 @@ def _for_page(svg: str, name: str, caption: str) -> Markup:
 
 
 def _cell(value: Any, form: str) -> tuple[str, float | None]:
-    """Text of a value, and the number to sort by; a number that is not known has none and stands as a dash."""
+    """A value as text, and as the number to sort by; an unknown number is a dash without a number."""
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
     if value is None or (number is not None and np.isnan(number)):
         return "–", None

@@ -1,4 +1,4 @@
-"""What a page needs to know of molecules and cells: sums over fields, in one pass with memory that stays flat."""
+"""Sums over the molecules and cells of a run, in one pass over its tables and with constant memory."""
 
 from __future__ import annotations
 
@@ -14,49 +14,84 @@ from merfish._parquet import parts
 from merfish._text import read_text, shown
 from merfish.errors import InputError
 
-DENSITY_BINS, FEWEST_BINS = 400, 40  # along the longer side of the section
+MOST_SQUARES, FEWEST_SQUARES = 400, 40  # along the longer side of the section
 ENTRIES = 1 << 20  # of a matrix of counts, at a time
-ENOUGH = 10  # molecules in a square, on average; with fewer one sees their noise
+FEW_CELLS = 2  # in a square, on average; with one, many squares of a tissue are empty
+ENOUGH = 10  # molecules in a square, on average; below that, counting noise dominates
 FEWEST_GENES = 3  # to correlate
+
+
+@dataclass(frozen=True, eq=False)
+class Squares:
+    """A grid of squares of ``side`` micrometre from ``corner`` (x, y); shape: (rows, columns)."""
+
+    corner: np.ndarray
+    side: float
+    shape: tuple[int, int]
+
+    @classmethod
+    def over(cls, low: np.ndarray, high: np.ndarray, least: float = 0.0) -> Squares:
+        """The finest grid between two corners (x, y) whose squares have sides of at least ``least`` micrometre."""
+        side = max(float(np.max(high - low)) / MOST_SQUARES, least, 1e-6)
+        columns, rows = np.maximum(np.ceil((high - low) / side).astype(int), 1).tolist()
+        return cls(low, side, (rows, columns))
+
+    @classmethod
+    def for_cells(cls, n: int, low: np.ndarray, high: np.ndarray) -> Squares:
+        """The finest grid between two corners (x, y) with `FEW_CELLS` of ``n`` cells in a square, on average."""
+        return cls.over(low, high, float(np.sqrt(FEW_CELLS * np.prod(high - low) / max(n, 1))))
+
+    @property
+    def size(self) -> int:
+        """Number of squares."""
+        return self.shape[0] * self.shape[1]
+
+    def number(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The square, numbered row by row, that contains each position or is nearest to it."""
+        places = ((place - first) / self.side for place, first in zip((y, x), self.corner[::-1], strict=True))
+        row, column = (np.clip(k.astype(int), 0, n - 1) for k, n in zip(places, self.shape, strict=True))
+        return np.asarray(row * self.shape[1] + column)
+
+    def joined(self, step: int) -> Squares:
+        """The grid whose squares are ``step`` times as large."""
+        rows, columns = (-(-n // step) for n in self.shape)
+        return Squares(self.corner, self.side * step, (rows, columns))
 
 
 @dataclass(frozen=True, eq=False)
 class Molecules:
     """Kept molecules of a run.
 
-    fovs: (field,); counts: (field, word) int32; in_cells: (field,) int64; density: (y, x) int64, molecules of genes in
-    squares of ``bin`` micrometre from ``corner`` (x, y).
+    fovs: (field,); counts: (field, word) int32; in_cells: (field,) int64; density: int64, molecules of genes in each
+    square of ``squares``.
     """
 
     fovs: np.ndarray
     counts: np.ndarray
     in_cells: np.ndarray
     density: np.ndarray
-    corner: np.ndarray
-    bin: float
+    squares: Squares
 
 
 def sum_molecules(path: Path, fovs: np.ndarray, is_blank: np.ndarray, low: np.ndarray, high: np.ndarray) -> Molecules:
     """Sum up a table of transcripts, part by part; low, high: corners (x, y) of the section, micrometre."""
-    bin_ = max(float(np.max(high - low)) / DENSITY_BINS, 1e-6)
-    columns, rows = np.maximum(np.ceil((high - low) / bin_).astype(int), 1)
+    squares = Squares.over(low, high)
     counts = np.zeros((len(fovs), len(is_blank)), np.int32)
-    in_cells, density = np.zeros(len(fovs), np.int64), np.zeros(rows * columns, np.int64)
+    in_cells, density = np.zeros(len(fovs), np.int64), np.zeros(squares.size, np.int64)
     wanted = ["fov", "barcode_id", "cell_id", "global_x", "global_y"]
     for part in parts(path, wanted):
         fov, word, cell, x, y = (part[name].to_numpy() for name in wanted)
         row = np.searchsorted(fovs, fov)
         counts += np.bincount(row * len(is_blank) + word, minlength=counts.size).reshape(counts.shape)
         in_cells += np.bincount(row[cell >= 0], minlength=len(fovs))
-        square = _squares(x, y, low, bin_, (rows, columns))
-        density += np.bincount(square[~is_blank[word]], minlength=density.size)
+        density += np.bincount(squares.number(x, y)[~is_blank[word]], minlength=density.size)
     step = int(np.ceil(np.sqrt(ENOUGH * density.size / max(density.sum(), 1))))
-    step = min(step, DENSITY_BINS // FEWEST_BINS)
-    return Molecules(fovs, counts, in_cells, add_squares(density.reshape(rows, columns), step), low, bin_ * step)
+    step = min(step, MOST_SQUARES // FEWEST_SQUARES)
+    return Molecules(fovs, counts, in_cells, add_squares(density.reshape(squares.shape), step), squares.joined(step))
 
 
 def add_squares(counts: np.ndarray, step: int) -> np.ndarray:
-    """Sums over squares of ``step`` rows and columns; those at the ends may be cut."""
+    """Sums over blocks of ``step`` rows and columns; those at the ends may be smaller."""
     rows, columns = (np.arange(0, side, step) for side in counts.shape)
     return np.add.reduceat(np.add.reduceat(counts, rows, axis=0), columns, axis=1)
 
@@ -65,50 +100,53 @@ def add_squares(counts: np.ndarray, step: int) -> np.ndarray:
 class Cells:
     """Cells of a run: numbers of molecules and genes, int32, and volume, float32, cubic micrometre (cell,).
 
-    full: (y, x) molecules of a cell, mean of those with their centre in a square of ``bin`` micrometre from ``corner``
-    (x, y), NaN without any.
+    mean_molecules: mean of ``n_molecules`` over the cells with their centre in each square of ``squares``, NaN
+    without any.
     """
 
     n_molecules: np.ndarray
     n_genes: np.ndarray
     volume: np.ndarray
-    full: np.ndarray
-    corner: np.ndarray
-    bin: float
+    mean_molecules: np.ndarray
+    squares: Squares
 
 
 def sum_cells(path: Path, n_genes: np.ndarray, low: np.ndarray, high: np.ndarray) -> Cells:
     """Sum up a table of cells, part by part; low, high: corners (x, y) of the section, micrometre.
 
-    n_genes: (cell,), as `genes_of_cells` counts them. Squares are so large that one holds a cell on average.
+    n_genes: (cell,), as `genes_of_cells` counts them.
     """
     n = len(n_genes)
-    bin_ = max(float(np.max(high - low)) / DENSITY_BINS, float(np.sqrt(np.prod(high - low) / max(n, 1))), 1e-6)
-    columns, rows = np.maximum(np.ceil((high - low) / bin_).astype(int), 1)
+    squares = Squares.for_cells(n, low, high)
     counts, volume = np.zeros(n, np.int32), np.zeros(n, np.float32)
-    number, total = np.zeros(rows * columns), np.zeros(rows * columns)
+    number, total = np.zeros(squares.size), np.zeros(squares.size)
     first = 0
     for part in parts(path, ["center_x", "center_y", "volume", "n_transcripts"]):
         x, y, volumes, molecules = (column.to_numpy() for column in part.columns)
         here = slice(first, first + len(x))
         counts[here], volume[here] = molecules, volumes
-        square = _squares(x, y, low, bin_, (rows, columns))
+        square = squares.number(x, y)
         number += np.bincount(square, minlength=len(number))
         total += np.bincount(square, molecules, minlength=len(total))
         first += len(x)
     with np.errstate(invalid="ignore"):
-        full = (total / number).reshape(rows, columns)
-    return Cells(counts, n_genes, volume, full, low, bin_)
+        mean = (total / number).reshape(squares.shape)
+    return Cells(counts, n_genes, volume, mean, squares)
 
 
-def _squares(x: np.ndarray, y: np.ndarray, low: np.ndarray, bin_: float, shape: tuple[int, int]) -> np.ndarray:
-    """The square of a grid of shape (rows, columns), numbered row by row, that each place lies in or is nearest to."""
-    column = np.clip(((x - low[0]) / bin_).astype(int), 0, shape[1] - 1)
-    return np.asarray(np.clip(((y - low[1]) / bin_).astype(int), 0, shape[0] - 1) * shape[1] + column)
+def most_frequent(squares: Squares, places: np.ndarray, code: np.ndarray, n_codes: int) -> np.ndarray:
+    """The code that most cells with their centre in each square have, int (y, x); -1 without cells.
+
+    places: centres (cell, 2), x, y in micrometre; code: (cell,) from 0 to ``n_codes`` - 1. Of equally frequent codes,
+    the lowest.
+    """
+    number = squares.number(*places.T) * n_codes + code
+    count = np.bincount(number, minlength=squares.size * n_codes).reshape(*squares.shape, n_codes)
+    return np.where(count.any(axis=-1), count.argmax(axis=-1), -1)
 
 
 def genes_of_cells(path: Path) -> np.ndarray:
-    """Number of genes, int32 (cell,), that each cell of a table of counts shows, blanks left out."""
+    """Number of genes, int32 (cell,), with molecules in each cell of a table of counts; blanks are left out."""
     import h5py
 
     with h5py.File(path, "r") as file:
@@ -125,55 +163,55 @@ def genes_of_cells(path: Path) -> np.ndarray:
 
 
 def field_table(run: Mapping[str, Any], molecules: Molecules) -> pd.DataFrame:
-    """A row a field: what it shows and how good its images are; NaN for what is not known."""
+    """A row for each field: its molecules and the quality of its images; NaN where unknown."""
     is_blank = np.array(run["codebook"]["is_blank"], bool)
-    said = pd.DataFrame([_said_of_field(run["fields"][str(fov)]) for fov in molecules.fovs], columns=_SAID)
+    recorded = pd.DataFrame([_recorded(run["fields"][str(fov)]) for fov in molecules.fovs], columns=_RECORDED)
     flagged = pd.Series(run["quality"].get("fov", []), dtype=int).value_counts()
     kept = molecules.counts.sum(axis=1)
     genes = molecules.counts[:, ~is_blank]
     with np.errstate(invalid="ignore", divide="ignore"):
         columns = {
             "field": molecules.fovs,
-            "found": said["n_found"],
+            "found": recorded["n_found"],
             "kept": kept,
             "blanks": molecules.counts[:, is_blank].sum(axis=1) / kept,
             "in cells": molecules.in_cells / kept,
-            "outlines": said["n_outlines"],
-            "drift": said["drift"],
-            "spot width": said["width"],
-            "saturated": said["saturated"],
+            "outlines": recorded["n_outlines"],
+            "drift": recorded["drift"],
+            "spot width": recorded["width"],
+            "saturated": recorded["saturated"],
             "r": [log_correlation(row, genes.sum(axis=0) - row)[0] for row in genes],
-            "seconds": said["seconds"],
+            "seconds": recorded["seconds"],
             "unusual images": flagged.reindex(molecules.fovs, fill_value=0).to_numpy(),
         }
     return pd.DataFrame(columns)
 
 
-_SAID = ("n_found", "n_outlines", "drift", "width", "saturated", "seconds")
+_RECORDED = ("n_found", "n_outlines", "drift", "width", "saturated", "seconds")
 
 
-def _said_of_field(field: Mapping[str, Any]) -> tuple[int, int, float, float, int, float]:
-    """Of the record of a field what `_SAID` names."""
+def _recorded(field: Mapping[str, Any]) -> tuple[int, int, float, float, int, float]:
+    """The figures `_RECORDED` of a field, from its record."""
     drift, width = largest_drift(field["drift"]), median_width(field["quality"])
     saturated, seconds = sum(field["saturated"]), sum(field["seconds"].values())
     return field["n_found"], field["n_outlines"], drift, width, saturated, seconds
 
 
 def largest_drift(rows: list[dict[str, Any]]) -> float:
-    """Of all rounds, pixel; NaN of none."""
+    """Length of the largest drift of a field's rounds, pixel; NaN if none is known."""
     lengths = [np.hypot(row["dy"], row["dx"]) for row in rows if row["dy"] is not None and row["dx"] is not None]
     return float(max(lengths, default=np.nan))
 
 
 def median_width(quality: Mapping[str, Any]) -> float:
-    """Sigma of the spots, pixel, in the median of the bits; NaN where no bit shows any."""
+    """Sigma of the spots, pixel, median over the bits; NaN if no bit has spots."""
     widths = np.array(quality.get("width", []), float)
     known = widths[np.isfinite(widths)]
     return float(np.median(known)) if len(known) else float("nan")
 
 
 def log_correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
-    """Pearson's r of log10 of the values that are positive in both, and their number; NaN of too few or equal ones."""
+    """Pearson's r of log10 of the values that are positive in both, and their number; NaN if they are few or equal."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     both = (a > 0) & (b > 0)
     x, y = np.log10(a[both]), np.log10(b[both])
