@@ -42,7 +42,6 @@ from spatialvae.linear import LinearStart
 from spatialvae.measurement import Measurement
 from spatialvae.mixture import Mixture
 
-LIKELIHOODS = ("nb", "zinb", "poisson")
 ROWS_AT_ONCE = 2048
 UNSEEN = -80.0  # logit of a gene that was not measured: a share that float32 still holds
 NOTHING = -30.0  # log precision of what a cell without counts says
