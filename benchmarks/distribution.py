@@ -75,7 +75,7 @@ cell: at most {np.abs(off).max():.5f}, root mean square {np.sqrt((off**2).mean()
 """
 
 
-def likelihoods(data: Path, seeds: int = 2) -> str:
+def likelihoods(data: Path, seeds: int = 1) -> str:
     rows, read = [], sections(data)
     for name in HELD_OUT:
         rest, held_out = split(read[name])
@@ -93,7 +93,7 @@ def likelihoods(data: Path, seeds: int = 2) -> str:
     return f"""## Likelihoods of counts
 
 Mean log p(x_i) of the cells held out, nats a cell, by themselves, given their total counts; z of {LATENT} dimensions,
-300 importance samples. Training to its end on one core, without what neighbours say. Medians of {seeds} seeds.
+300 importance samples. Training to its end on one core, without what neighbours say. Medians of seeds, of which there are {seeds}.
 
 {as_markdown(medians)}
 """

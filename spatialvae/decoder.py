@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatialvae._product import Linear
+from spatialvae._product import Linear, product
 
-FEW = -3.0  # logit of an additional zero at the start: 5 %
+FEW = -4.0  # logit of an additional zero, 2 %, at the start and where the prior of parameters is centred
 
 
 class Decoder(nn.Module):
@@ -37,17 +37,16 @@ class Decoder(nn.Module):
         self.hidden = nn.Linear(n_inputs, width) if width else None
         self.norm = nn.LayerNorm(width) if width else None
         self.out = Linear(n_inputs + width, n_genes)  # W beside the MLP's last layer: one matrix product
-        self.zeros_of_hidden = zeros_of_hidden and self.hidden is not None
-        self.zero = Linear(width if self.zeros_of_hidden else n_inputs, n_genes) if zero_inflation else None
+        self.zeros_of_hidden = zeros_of_hidden
+        self.zero = Linear((zeros_of_hidden and width) or n_inputs, n_genes) if zero_inflation else None
         with torch.no_grad():
             self.out.weight.zero_()
             self.out.weight[:, :n_cell] = loadings
             if self.n_batch:
                 self.out.weight[:, n_cell:n_inputs] = batch_logits
             self.out.bias.copy_(log_share)
-            if self.zero is not None:
-                self.zero.weight.zero_()
-                self.zero.bias.fill_(FEW)
+            for parameter in [] if self.zero is None else self.zero.parameters():
+                parameter.zero_()
 
     @property
     def loadings(self) -> Tensor:
@@ -70,7 +69,9 @@ class Decoder(nn.Module):
             logits = self.out(torch.cat([inputs, features], -1))
         if self.zero is None:
             return logits, None
-        return logits, self.zero(features if self.zeros_of_hidden else inputs)
+        if self.zeros_of_hidden:
+            return logits, self.zero(features)
+        return logits, product(inputs, self.zero.weight, self.zero.bias + FEW)
 
     def slopes(self, z_cell: Tensor, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         """Derivatives of what ``forward`` returns by z_cell, (cell, gene, dim) each; inputs (cell, dim), (cell,)."""
@@ -88,6 +89,6 @@ class Decoder(nn.Module):
             slopes = self.loadings + self.out.weight[:, inputs.shape[1] :] @ of_hidden
         if self.zero is None:
             return slopes, None
-        if self.zeros_of_hidden:
+        if self.zeros_of_hidden and self.hidden is not None:
             return slopes, self.zero.weight @ of_hidden
         return slopes, self.zero.weight[:, :dim].expand(n, -1, -1)
