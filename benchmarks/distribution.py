@@ -93,7 +93,8 @@ def likelihoods(data: Path, seeds: int = 1) -> str:
     return f"""## Likelihoods of counts
 
 Mean log p(x_i) of the cells held out, nats a cell, by themselves, given their total counts; z of {LATENT} dimensions,
-300 importance samples. Training to its end on one core, without what neighbours say. Medians of seeds, of which there are {seeds}.
+300 importance samples. Training to its end on one core, without what neighbours say.
+Seeds: {seeds}; medians.
 
 {as_markdown(medians)}
 """

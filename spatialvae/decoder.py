@@ -16,8 +16,8 @@ class Decoder(nn.Module):
 
     W starts as the ``loadings`` (gene, dim) given for z_cell and as ``batch_logits`` (gene, batch) for s, b as the log
     of mean shares, the MLP's last layer as zero. Without ``hidden`` layer there is no MLP (Svensson et al. 2020).
-    With ``zero_inflation`` logits of additional zeros are linear in (z_cell, s), or with ``zeros_of_hidden`` in the
-    MLP's last layer.
+    With ``zero_inflation`` logits of additional zeros are linear in (z_cell, s), which explains STARmap's counts better
+    than one logit a gene, and than a head on the MLP, which ``zeros_of_hidden`` is.
     """
 
     def __init__(

@@ -5,10 +5,13 @@ Of cell i, gene g and latent dimension d::
     z_niche_.d ~ N(0, v_d (1 + r L)^-1)                a smooth field over the cells of a section, for each dimension d
     z_cell_id  ~ N(z_niche_id, S_d), d <= D            what the cell is, given where it sits
     z_cell_id  ~ N(0, S_d), d > D                      what does not depend on where it sits
-    x_ig       ~ NB(l_i rho_ig, theta_g)               rho_i = softmax(decoder(z_cell_i, s_i))
+    x_ig       ~ pi_ig [x = 0] + (1 - pi_ig) NB(l_i rho_ig / (1 - pi_ig), theta_g)
+                                                       rho_i = softmax(decoder(z_cell_i, s_i))
+                                                       logit pi_i linear in (z_cell_i, s_i)
 
-l_i is the total count, s_i the batch. Latents are directions of unit variance in which cells resemble their neighbours,
-the most spatial first, so that a niche is the smooth part of as many. Everything linear is given by ``LinearStart``.
+l_i is the total count, s_i the batch; only one of the likelihoods has additional zeros, in others pi is 0. Latents are
+directions of unit variance in which cells resemble their neighbours, the most spatial first, so that a niche is the
+smooth part of as many. Everything linear is given by ``LinearStart``.
 
 Afterwards a share of the cells is of types that the niche weights, in place of N(z_niche, S) (``celltypes``); what
 follows then is the approximate posterior of the bound.
