@@ -23,7 +23,7 @@ import anndata
 import numpy as np
 import pandas as pd
 from clusters import communities, neighbour_graph
-from heldout_tables import LEAST, REMOVED, dense, sections, split
+from heldout_tables import HELD_OUT, LEAST, REMOVED, dense, sections, split
 from matplotlib.figure import Figure
 from peers.embed import CACHE, deliver
 from scipy.special import xlogy
@@ -33,7 +33,6 @@ from tables import RESULTS, as_markdown
 from spatialvae import SpatialVAE
 
 LABELLED = ("hypothalamus", "osmfish")
-HELD_OUT = ("bz5", "bz14", "mop1", "cortex", "osmfish", "hypothalamus")
 THINNED = ("hypothalamus", "mop1", "osmfish")
 FIGURES = ("types", "cells", "counts", "transfer")
 LATENT = 10  # dimensions of z where scVI has as many
@@ -43,8 +42,9 @@ Row = tuple[str, str, str, int, float]  # figure, section, method, seed, value
 
 
 def trained(table: anndata.AnnData, seed: int, layer: str | None = None, **sizes: int) -> SpatialVAE:
+    """With scVI's likelihood, so that models are compared and not likelihoods."""
     SpatialVAE.setup_anndata(table, layer=layer, spatial_key="spatial" if "spatial" in table.obsm else None)
-    model = SpatialVAE(table, seed=seed, **sizes)
+    model = SpatialVAE(table, seed=seed, gene_likelihood="nb", **sizes)
     model.train(seed=seed, progress=False)
     return model
 

@@ -13,6 +13,7 @@ from merfish import datasets
 
 REMOVED = 0.1  # share of cells held out, of counts thinned away
 LEAST = 5  # counts of a cell
+HELD_OUT = ("bz5", "bz14", "mop1", "cortex", "osmfish", "hypothalamus")  # whose held-out cells are evaluated
 
 
 def prepared(

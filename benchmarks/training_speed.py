@@ -89,7 +89,7 @@ def cells_per_second(adata: anndata.AnnData, key: str | None, batch: int) -> flo
 
 def made(adata: anndata.AnnData, key: str | None) -> SpatialVAE:
     SpatialVAE.setup_anndata(adata, spatial_key=key)
-    return SpatialVAE(adata, n_latent=LATENT, n_hidden=HIDDEN)
+    return SpatialVAE(adata, n_latent=LATENT, n_hidden=HIDDEN, gene_likelihood="nb")  # as scVI's
 
 
 def floor(batch: int) -> float:

@@ -19,6 +19,7 @@ kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="num
 inline: Callable[..., Any] = numba.njit(inline="always", error_model="numpy", fastmath=FAST)
 
 NEAR = 16  # counts up to it are looked up, above by Stirling's series, exact to 1e-9 from there on
+MOST_ADDED = float32(60)  # logit of an additional zero; with higher ones float32 might not hold the mean
 
 
 @inline
@@ -96,11 +97,14 @@ def _rising(theta, value, slope):
 
 
 @kernel
-def negative_binomial(x, logits, depth, log_theta, value, by_logit, by_theta):
+def negative_binomial(x, logits, logit_zero, depth, log_theta, value, by_logit, by_zero, by_theta):
     """NB log-probability of ``x`` (cell, gene) with mean = depth * softmax(logits), summed over genes.
 
     Fills ``value`` (cell,), its derivatives ``by_logit`` (cell, gene) and, by log theta, ``by_theta`` (cell, gene).
     Most counts are zero: terms common to all entries are computed in vectorised loops, then those of non-zero counts.
+
+    With ``logit_zero`` (cell, gene; None is compiled apart) additional zeros have these logits, the mean is divided by
+    the probability that there is none, and ``by_zero`` is filled with the derivatives by them.
     """
     n, genes = x.shape
     theta, inverse, share = np.empty((3, genes), np.float32)
@@ -122,13 +126,29 @@ def negative_binomial(x, logits, depth, log_theta, value, by_logit, by_theta):
         for g in range(genes):
             share[g] *= scale
             ratio = depth[i] * share[g] * inverse[g]
+            if logit_zero is not None:
+                added = _exp(min(logit_zero[i, g], MOST_ADDED))  # odds
+                ratio *= float32(1) + added
             above = float32(1) + ratio
             part = float32(1) / above
             odds = -(_log(above) + (ratio - (above - float32(1))) * part)  # log(theta / (theta + mu))
-            likelihood += theta[g] * odds + x[i, g] * (logits[i, g] + shift - log_theta[g] + odds)
-            by_logit[i, g] = x[i, g] * part - theta[g] * ratio * part
-            by_theta[i, g] = theta[g] * (odds + ratio * part) - x[i, g] * part
-            pulled += by_logit[i, g]
+            none = theta[g] * odds
+            pull = x[i, g] * part - theta[g] * ratio * part
+            turn = none + theta[g] * ratio * part - x[i, g] * part
+            if logit_zero is not None:
+                counted = _exp(none) if x[i, g] == 0 else float32(1)
+                all_ways = counted + (added if x[i, g] == 0 else float32(0))
+                weight = counted / all_ways  # that a zero is not an additional one
+                kept = float32(1) / (float32(1) + added)
+                likelihood += (float32(1) - x[i, g]) * _log(all_ways * kept)  # of x > 0, log mu has -log kept x times
+                none = none if x[i, g] > 0 else float32(0)
+                pull *= weight
+                turn *= weight
+                by_zero[i, g] = added * kept * (pull - float32(1)) + (float32(1) - weight)
+            likelihood += none + x[i, g] * (logits[i, g] + shift - log_theta[g] + odds)
+            by_logit[i, g] = pull
+            by_theta[i, g] = turn
+            pulled += pull
         found = 0
         for g in range(genes):
             where[found] = g

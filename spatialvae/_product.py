@@ -14,12 +14,17 @@ from torch.nn import functional as F
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with its three products, one forward and two backward, by oneDNN if it is available."""
+    """``nn.Linear`` by ``product``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() and x.device.type == "cpu" and x.dtype == torch.float32 and _has_onednn():
-            return _Linear.apply(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``F.linear`` with its three products, one forward and two backward, by oneDNN if it is available."""
+    if x.numel() and x.device.type == "cpu" and x.dtype == torch.float32 and _has_onednn():
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):

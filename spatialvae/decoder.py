@@ -6,19 +6,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spatialvae._product import Linear
+from spatialvae._product import Linear, product
+
+FEW = -4.0  # logit of an additional zero, 2 %, at the start and where the prior of parameters is centred
 
 
 class Decoder(nn.Module):
     """logits of shares = b + W (z_cell, s) + MLP(z_cell, s); s, the batch, is one-hot.
 
     W starts as the ``loadings`` (gene, dim) given for z_cell and as ``batch_logits`` (gene, batch) for s, b as the log
-    of mean shares, the MLP's last layer as zero. With ``zero_inflation`` a second head gives the logit of an
-    additional zero. Without ``hidden`` layer there is no MLP: both heads are linear (Svensson et al. 2020).
+    of mean shares, the MLP's last layer as zero. Without ``hidden`` layer there is no MLP (Svensson et al. 2020).
+    With ``zero_inflation`` logits of additional zeros are linear in (z_cell, s), which explains STARmap's counts better
+    than one logit a gene, and than a head on the MLP, which ``zeros_of_hidden`` is.
     """
 
     def __init__(
-        self, loadings: Tensor, batch_logits: Tensor, log_share: Tensor, hidden: int | None, zero_inflation: bool
+        self,
+        loadings: Tensor,
+        batch_logits: Tensor,
+        log_share: Tensor,
+        hidden: int | None,
+        zero_inflation: bool,
+        zeros_of_hidden: bool,
     ) -> None:
         super().__init__()
         n_genes, n_cell = loadings.shape
@@ -28,13 +37,16 @@ class Decoder(nn.Module):
         self.hidden = nn.Linear(n_inputs, width) if width else None
         self.norm = nn.LayerNorm(width) if width else None
         self.out = Linear(n_inputs + width, n_genes)  # W beside the MLP's last layer: one matrix product
-        self.zero = nn.Linear(width or n_inputs, n_genes) if zero_inflation else None
+        self.zeros_of_hidden = zeros_of_hidden
+        self.zero = Linear((zeros_of_hidden and width) or n_inputs, n_genes) if zero_inflation else None
         with torch.no_grad():
             self.out.weight.zero_()
             self.out.weight[:, :n_cell] = loadings
             if self.n_batch:
                 self.out.weight[:, n_cell:n_inputs] = batch_logits
             self.out.bias.copy_(log_share)
+            for parameter in [] if self.zero is None else self.zero.parameters():
+                parameter.zero_()
 
     @property
     def loadings(self) -> Tensor:
@@ -55,17 +67,28 @@ class Decoder(nn.Module):
         else:
             features = F.relu(self.norm(self.hidden(inputs)))
             logits = self.out(torch.cat([inputs, features], -1))
-        return logits, self.zero(features) if self.zero is not None else None
+        if self.zero is None:
+            return logits, None
+        if self.zeros_of_hidden:
+            return logits, self.zero(features)
+        return logits, product(inputs, self.zero.weight, self.zero.bias + FEW)
 
-    def slopes(self, z_cell: Tensor, batch: Tensor) -> Tensor:
-        """Derivatives of logits by z_cell, (cell, gene, dim); inputs (cell, dim) and (cell,)."""
-        if self.hidden is None or self.norm is None:
-            return self.loadings.expand(len(z_cell), -1, -1)
-        inputs, dim = self.inputs(z_cell, batch), self.n_cell
-        hidden = self.hidden(inputs)
-        sd = (hidden.var(-1, correction=0, keepdim=True) + self.norm.eps).sqrt()
-        normal = (hidden - hidden.mean(-1, keepdim=True)) / sd
-        step = self.hidden.weight[:, :dim]
-        step = step - step.mean(0) - normal[..., None] * (normal @ step / normal.shape[-1])[:, None]
-        kept = (normal * self.norm.weight + self.norm.bias > 0) * self.norm.weight / sd
-        return self.loadings + self.out.weight[:, inputs.shape[1] :] @ (kept[..., None] * step)
+    def slopes(self, z_cell: Tensor, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Derivatives of what ``forward`` returns by z_cell, (cell, gene, dim) each; inputs (cell, dim), (cell,)."""
+        n, dim = z_cell.shape
+        slopes, inputs = self.loadings.expand(n, -1, -1), self.inputs(z_cell, batch)
+        of_hidden = z_cell.new_zeros(n, 0, dim)
+        if self.hidden is not None and self.norm is not None:
+            hidden = self.hidden(inputs)
+            sd = (hidden.var(-1, correction=0, keepdim=True) + self.norm.eps).sqrt()
+            normal = (hidden - hidden.mean(-1, keepdim=True)) / sd
+            step = self.hidden.weight[:, :dim]
+            step = step - step.mean(0) - normal[..., None] * (normal @ step / normal.shape[-1])[:, None]
+            kept = (normal * self.norm.weight + self.norm.bias > 0) * self.norm.weight / sd
+            of_hidden = kept[..., None] * step
+            slopes = self.loadings + self.out.weight[:, inputs.shape[1] :] @ of_hidden
+        if self.zero is None:
+            return slopes, None
+        if self.zeros_of_hidden and self.hidden is not None:
+            return slopes, self.zero.weight @ of_hidden
+        return slopes, self.zero.weight[:, :dim].expand(n, -1, -1)

@@ -40,7 +40,7 @@ def latent_programs(model: SpatialVAE, seed: int = 0) -> pd.DataFrame:
     with torch.no_grad():
         for first in range(0, len(rows), 100):
             part = slice(first, first + 100)
-            slopes = model.module.decoder.slopes(latent[part], batch[part])
+            slopes, _ = model.module.decoder.slopes(latent[part], batch[part])
             share = torch.softmax(model.module.decoder(latent[part], batch[part])[0], -1)
             slopes = slopes - torch.einsum("ig,igd->id", share, slopes)[:, None]
             total += slopes.sum(0).cpu().numpy()

@@ -84,30 +84,41 @@ def negative_binomial(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
     return _NegativeBinomial.apply(x, log_mu, log_theta)
 
 
-class _NegativeBinomialOfLogits(torch.autograd.Function):
-    """The same from logits of shares, with the softmax, in one pass over the minibatch; float32 on the CPU."""
+class _OfLogits(torch.autograd.Function):
+    """NB or ZINB from logits of shares, with the softmax, in one pass over the minibatch; float32 on the CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, logits: Tensor, depth: Tensor, log_theta: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, logits: Tensor, logit_zero: Tensor | None, depth: Tensor, log_theta: Tensor
+    ) -> Tensor:
         from spatialvae import _kernels
 
         value, by_logit, by_theta = logits.new_empty(len(x)), torch.empty_like(logits), torch.empty_like(logits)
-        arrays = (t.detach().numpy() for t in (x, logits, depth, log_theta, value, by_logit, by_theta))
-        _kernels.negative_binomial(*arrays)
-        ctx.save_for_backward(by_logit, by_theta)
+        by_zero = None if logit_zero is None else torch.empty_like(logits)
+        tensors = x, logits, logit_zero, depth, log_theta, value, by_logit, by_zero, by_theta
+        _kernels.negative_binomial(*(None if t is None else t.detach().numpy() for t in tensors))
+        ctx.save_for_backward(by_logit, by_zero, by_theta)
         return value
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None, Tensor]:
-        by_logit, by_theta = ctx.saved_tensors
-        return None, by_logit.mul_(gradient[:, None]), None, gradient @ by_theta
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor | None, None, Tensor]:
+        by_logit, by_zero, by_theta = ctx.saved_tensors
+        each = gradient[:, None]
+        return None, by_logit.mul_(each), None if by_zero is None else by_zero.mul_(each), None, gradient @ by_theta
 
 
-def negative_binomial_of_logits(x: Tensor, logits: Tensor, depth: Tensor, log_theta: Tensor) -> Tensor:
-    """(cell,); the mean of ``x`` (cell, gene) is ``depth`` (cell,) times the softmax of ``logits`` (cell, gene)."""
+def negative_binomial_of_logits(
+    x: Tensor, logits: Tensor, depth: Tensor, log_theta: Tensor, logit_zero: Tensor | None = None
+) -> Tensor:
+    """(cell,); the mean of ``x`` (cell, gene) is ``depth`` (cell,) times the softmax of ``logits`` (cell, gene), also
+    where ``logit_zero`` (cell, gene) are logits of additional zeros."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        return _NegativeBinomialOfLogits.apply(x, logits.contiguous(), depth, log_theta)
-    return negative_binomial(x, torch.log_softmax(logits, -1) + depth.log()[:, None], log_theta)
+        zero = None if logit_zero is None else logit_zero.contiguous()
+        return _OfLogits.apply(x, logits.contiguous(), zero, depth, log_theta)
+    log_mu = torch.log_softmax(logits, -1) + depth.log()[:, None]
+    if logit_zero is None:
+        return negative_binomial(x, log_mu, log_theta)
+    return zero_inflated_negative_binomial(x, log_mu + F.softplus(logit_zero), log_theta, logit_zero)
 
 
 def zero_inflated_negative_binomial(x: Tensor, log_mu: Tensor, log_theta: Tensor, logit_zero: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ import scipy.sparse as sp
 import torch
 
 from spatialvae import _keys, analysis, differential, evidence, neighbours, sampling, saving, verbs
+from spatialvae._defaults import LIKELIHOODS
 from spatialvae.celltypes import Types
 from spatialvae.data import build_graphs, check_table, fingerprint, minibatches, read_cells
 from spatialvae.differential import Selection
 from spatialvae.errors import InputError, check_count
 from spatialvae.linear import fit_linear
 from spatialvae.mixture import Mixture
-from spatialvae.module import LIKELIHOODS, ROWS_AT_ONCE, Section, Shape, SpatialModule
+from spatialvae.module import ROWS_AT_ONCE, Section, Shape, SpatialModule
 from spatialvae.posterior import posterior
 from spatialvae.setup import Setup, check_key, checked_coordinates, read_places
 from spatialvae.training import Plan, train
@@ -44,8 +45,8 @@ class SpatialVAE:
     n_latent : dimensions of z_cell, at most; fewer genes give fewer
     n_niche : dimensions of z_niche, at most; as many are used as vary in space
     n_hidden : width of the hidden layers
-    gene_likelihood : "nb", "zinb" or "poisson"; "zinb" takes 1.7 times as long, and explains some tables much better,
-        such as those of STARmap (benchmarks/results/distribution.md): ``comparison.compare`` says which is best
+    gene_likelihood : "zinb", "nb" or "poisson"; the first explains tables of all technologies that were tried at least
+        as well as the second (benchmarks/results/distribution.md): ``comparison.compare`` says which is best
     seed : of the initial weights
     measurement : model expression as it was before it was measured (``spatialvae.measurement``): ``adata`` gives each
         gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them
@@ -76,7 +77,7 @@ class SpatialVAE:
         n_latent: int = 30,
         n_niche: int = 10,
         n_hidden: int = 128,
-        gene_likelihood: str = "nb",
+        gene_likelihood: str = LIKELIHOODS[0],
         seed: int = 0,
         measurement: bool = False,
         linear_decoder: bool = False,
@@ -101,6 +102,7 @@ class SpatialVAE:
             n_hidden,
             gene_likelihood,
             linear_decoder,
+            zeros_of_hidden=False,
         )
         self.genes, self.batch_names = cells.genes, cells.batch_names
         with torch.random.fork_rng(devices=[]):

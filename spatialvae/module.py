@@ -5,10 +5,13 @@ Of cell i, gene g and latent dimension d::
     z_niche_.d ~ N(0, v_d (1 + r L)^-1)                a smooth field over the cells of a section, for each dimension d
     z_cell_id  ~ N(z_niche_id, S_d), d <= D            what the cell is, given where it sits
     z_cell_id  ~ N(0, S_d), d > D                      what does not depend on where it sits
-    x_ig       ~ NB(l_i rho_ig, theta_g)               rho_i = softmax(decoder(z_cell_i, s_i))
+    x_ig       ~ pi_ig [x = 0] + (1 - pi_ig) NB(l_i rho_ig / (1 - pi_ig), theta_g)
+                                                       rho_i = softmax(decoder(z_cell_i, s_i))
+                                                       logit pi_i linear in (z_cell_i, s_i)
 
-l_i is the total count, s_i the batch. Latents are directions of unit variance in which cells resemble their neighbours,
-the most spatial first, so that a niche is the smooth part of as many. Everything linear is given by ``LinearStart``.
+l_i is the total count, s_i the batch; only one of the likelihoods has additional zeros, in others pi is 0. Latents are
+directions of unit variance in which cells resemble their neighbours, the most spatial first, so that a niche is the
+smooth part of as many. Everything linear is given by ``LinearStart``.
 
 Afterwards a share of the cells is of types that the niche weights, in place of N(z_niche, S) (``celltypes``); what
 follows then is the approximate posterior of the bound.
@@ -42,7 +45,6 @@ from spatialvae.linear import LinearStart
 from spatialvae.measurement import Measurement
 from spatialvae.mixture import Mixture
 
-LIKELIHOODS = ("nb", "zinb", "poisson")
 ROWS_AT_ONCE = 2048
 UNSEEN = -80.0  # logit of a gene that was not measured: a share that float32 still holds
 NOTHING = -30.0  # log precision of what a cell without counts says
@@ -61,6 +63,7 @@ class Shape:
     likelihood: str
     linear_decoder: bool = False
     n_types: int = 0
+    zeros_of_hidden: bool = True  # what files of models mean that do not say it; new models have False
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +144,8 @@ class SpatialModule(nn.Module):
         self.log_theta = nn.Parameter(torch.ones(shape.n_genes))
         self.cell_encoder = CellEncoder(self.encode.T, -self.mean @ self.encode, shift, shape.n_hidden)
         hidden = None if shape.linear_decoder else shape.n_hidden
-        self.decoder = Decoder(self.decode, self.decode @ shift.T, self.share.log(), hidden, shape.likelihood == "zinb")
+        zeros = shape.likelihood == "zinb", shape.zeros_of_hidden
+        self.decoder = Decoder(self.decode, self.decode @ shift.T, self.share.log(), hidden, *zeros)
 
     def section(self, cells: Cells, graphs: Graphs | None) -> Section:
         """Lay everything out that does not depend on parameters that are trained."""
@@ -294,13 +298,13 @@ class SpatialModule(nn.Module):
             logits = section.measurement.seen(logits)
         return logits, logit_zero
 
-    def slopes(self, section: Section, rows: np.ndarray, z_cell: Tensor) -> Tensor:
-        """Derivatives (B, gene, dim) of ``logits`` by ``z_cell`` (B, dim)."""
+    def slopes(self, section: Section, rows: np.ndarray, z_cell: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Derivatives of ``logits`` by ``z_cell`` (B, dim): (B, gene, dim) each."""
         batch = section.batch[torch.from_numpy(rows)].to(z_cell.device)
-        slopes = self.decoder.slopes(z_cell, batch)
+        slopes, of_zero = self.decoder.slopes(z_cell, batch)
         if section.measurement is not None:
             slopes = section.measurement.slopes(self.decoder(z_cell, batch)[0], slopes)
-        return slopes
+        return slopes, of_zero
 
     def measured(self, section: Section, logits: Tensor) -> Tensor:
         """``logits`` with those of genes that were not measured so low that they have no share."""
@@ -326,12 +330,9 @@ class SpatialModule(nn.Module):
         depth = section.depth[torch.from_numpy(rows)].to(x.device)
         logits, logit_zero = self.logits(section, rows, z_cell)
         logits = self.measured(section, logits)
-        if self.shape.likelihood == "nb":
-            return likelihoods.negative_binomial_of_logits(x, logits, depth, self.bounded_log_theta)
-        log_mu = self.log_mean(section, rows, logits, logit_zero)
-        if logit_zero is not None:
-            return likelihoods.zero_inflated_negative_binomial(x, log_mu, self.bounded_log_theta, logit_zero)
-        return likelihoods.poisson(x, log_mu)
+        if self.shape.likelihood == "poisson":
+            return likelihoods.poisson(x, self.log_mean(section, rows, logits, logit_zero))
+        return likelihoods.negative_binomial_of_logits(x, logits, depth, self.bounded_log_theta, logit_zero)
 
     def noise(self, n_cells: int, generator: torch.Generator) -> Tensor:
         """Standard normal numbers for one draw of both latents, (cell, niche and cell dimensions)."""

@@ -8,7 +8,8 @@ With the slopes J = d log mu / d z and the Fisher information w of a count about
 at a point (Laplace's approximation, from the mode) or, from there, averaged over the posterior of the cell itself, that
 of the Gaussian that is closest to it (Opper & Archambeau 2009): a posterior that knows that slopes change is not as
 narrow. Steps are halved for each cell until they raise its bound, whose expectations are over the same few draws each
-time.
+time. Logits of additional zeros add what is known of them: it is not seen which zeros these are, and what is missing is
+subtracted from what all would tell (Louis 1982).
 
 Of which type a cell is (``celltypes``) is expressed by ``Link``: z_cell given z_niche is N(c z_niche + o, E), with the
 moments that the mixture has given the shares of the cell in its parts. Integrating z_cell out then gives the niche of
@@ -334,18 +335,22 @@ def expanded(module: SpatialModule, section: Section, rows: np.ndarray, z: Tenso
     x, depth = module.counts(section, rows), section.depth[torch.from_numpy(rows)].to(z.device)
     logits, logit_zero = module.logits(section, rows, z)
     share = torch.softmax(module.measured(section, logits), -1)
-    slopes = module.slopes(section, rows, z)
+    slopes, of_zero = module.slopes(section, rows, z)
     slopes = slopes - (share[:, None] @ slopes)
     mean, theta = depth[:, None] * share, module.bounded_log_theta.exp()
-    if logit_zero is not None:
-        mean = mean * (1 + logit_zero.exp())
-    shrunk = torch.ones_like(mean) if module.shape.likelihood == "poisson" else theta / (mean + theta)
-    counted = torch.ones_like(mean)
-    if logit_zero is not None:  # odds that a zero is not an additional one
+    counted, added = torch.ones_like(mean), None
+    if logit_zero is not None and of_zero is not None:
+        added = torch.sigmoid(logit_zero)
+        mean, slopes = mean * (1 + logit_zero.exp()), slopes + added[..., None] * of_zero
         none = theta * torch.log(theta / (theta + mean))
-        counted = torch.where(x > 0, counted, torch.sigmoid(none - logit_zero))
+        counted = torch.where(x > 0, counted, torch.sigmoid(none - logit_zero))  # that a zero is not an additional one
+    shrunk = torch.ones_like(mean) if module.shape.likelihood == "poisson" else theta / (mean + theta)
     gradient = ((x - mean) * shrunk * counted)[:, None] @ slopes
     information = slopes.transpose(1, 2) @ (slopes * (mean * shrunk * counted)[..., None])
+    if added is not None and of_zero is not None:
+        gradient = gradient + (1 - counted - added)[:, None] @ of_zero
+        known = (added * (1 - added) - counted * (1 - counted)).clamp(min=0)
+        information = information + of_zero.transpose(1, 2) @ (of_zero * known[..., None])
     information = information * (depth > LEAST_DEPTH)[:, None, None]
     return information, gradient[:, 0] * (depth > LEAST_DEPTH)[:, None] + (information @ z[..., None])[..., 0]
 

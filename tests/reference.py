@@ -193,14 +193,15 @@ def niche_divergence(mean, variance, laplacian, r, prior_variance):
     return total
 
 
-def cell_bound(x, shares, theta, mean, variance, prior_mean, prior_variance):
+def cell_bound(x, shares, zeros, theta, mean, variance, prior_mean, prior_variance):
     """(log likelihood, KL of z_cell) of one cell at a given draw, gene by gene and dimension by dimension."""
     from scipy.stats import nbinom
 
     depth = x.sum()
     log_likelihood = 0.0
-    for count, share, t in zip(x, shares, theta, strict=True):
-        log_likelihood += nbinom.logpmf(count, t, t / (t + depth * share))
+    for count, share, zero, t in zip(x, shares, zeros, theta, strict=True):
+        counted = nbinom.pmf(count, t, t / (t + depth * share / (1 - zero)))
+        log_likelihood += np.log(zero * (count == 0) + (1 - zero) * counted)
     divergence = 0.0
     for m, v, pm, pv in zip(mean, variance, prior_mean, prior_variance, strict=True):
         divergence += 0.5 * (v / pv + (m - pm) ** 2 / pv - 1 + np.log(pv / v))

@@ -49,14 +49,16 @@ def test_poisson__matches_scipy(counts):
     np.testing.assert_allclose(likelihoods.poisson(x, log_mu).numpy(), expected, rtol=1e-8)
 
 
-def test_negative_binomial_of_logits__matches_the_slow_way(counts):
+@pytest.mark.parametrize("inflated", [False, True])
+def test_negative_binomial_of_logits__matches_the_slow_way(counts, inflated):
     x, logits, log_theta = counts
+    zeros = [4 * torch.randn(logits.shape, dtype=torch.float64)] if inflated else []
     x[0, 1:], x[3, 0] = torch.tensor([1, 4, 5, 17]), 16
     depth = x.sum(-1) + 1
     found = []
     for dtype in (torch.float32, torch.float64):  # only the first has a kernel
-        inputs = [t.detach().to(dtype).requires_grad_() for t in (logits, log_theta)]
-        value = likelihoods.negative_binomial_of_logits(x.to(dtype), inputs[0], depth.to(dtype), inputs[1])
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (logits, log_theta, *zeros)]
+        value = likelihoods.negative_binomial_of_logits(x.to(dtype), inputs[0], depth.to(dtype), *inputs[1:])
         weight = torch.arange(1, len(x) + 1, dtype=dtype)
         found.append([value.detach(), *torch.autograd.grad((weight * value).sum(), inputs)])
     for fast, slow in zip(*found, strict=True):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -13,6 +15,7 @@ import reference
 from merfish import datasets
 from spatialvae import InputError, SpatialVAE, analysis, likelihoods, linear, plots, training
 from spatialvae.celltypes import Types
+from spatialvae.module import SpatialModule
 
 
 def tissue(n=240, genes=12, seed=0):
@@ -60,11 +63,13 @@ def test_terms__match_a_naive_bound_cell_by_cell(trained):
         variance = 1 / (precision + 1 / own)
         mean = variance * (precision * sites.target.numpy() + prior_mean / own)
         z_cell = torch.from_numpy(mean).float() + noise[:, d:] * torch.from_numpy(variance).float().sqrt()
-        shares = module.decoder(z_cell, section.batch)[0].softmax(-1).numpy()
+        logits, logit_zero = module.decoder(z_cell, section.batch)
+        shares, zeros = logits.softmax(-1).numpy(), logit_zero.sigmoid().numpy()
     for i in (0, 7, 100):
         likelihood, divergence = reference.cell_bound(
             section.cells.counts.dense(np.array([i]))[0],
             shares[i],
+            zeros[i],
             module.log_theta.detach().exp().numpy(),
             mean[i],
             variance[i],
@@ -208,6 +213,23 @@ def test_save_and_load__round_trip(trained, tmp_path):
     np.testing.assert_array_equal(again.get_latent_representation(), model.get_latent_representation())
     assert again.get_elbo() == model.get_elbo()
     pd.testing.assert_frame_equal(again.training_log, model.training_log)
+
+
+def test_load__of_files_from_before_zeros_were_linear_in_latents(tmp_path):
+    table = tissue(60)
+    SpatialVAE.setup_anndata(table)
+    model = SpatialVAE(table, gene_likelihood="zinb")
+    model.module = SpatialModule(replace(model.module.shape, zeros_of_hidden=True)).eval()
+    with torch.no_grad():
+        model.module.decoder.zero.weight.normal_(generator=torch.Generator().manual_seed(0))
+    model.save(tmp_path / "model")
+    about = json.loads((tmp_path / "model" / "model.json").read_text())
+    del about["shape"]["zeros_of_hidden"]
+    (tmp_path / "model" / "model.json").write_text(json.dumps(about))
+    again = SpatialVAE.load(tmp_path / "model", table)
+    assert again.module.decoder.zero.in_features == model.module.shape.n_hidden
+    model._read(None, fresh=True)
+    assert again.get_elbo() == model.get_elbo()
 
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])

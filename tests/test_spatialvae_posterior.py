@@ -17,26 +17,54 @@ from spatialvae.module import SpatialModule
 from spatialvae.sampling import expected_counts
 
 
-def decoder(genes=7, dim=3, batches=2):
+def decoder(zeros_of_hidden, hidden=5, genes=7, dim=3, batches=2):
     generator = torch.Generator().manual_seed(0)
     made = Decoder(
-        torch.randn(genes, dim, generator=generator), torch.zeros(genes, batches), torch.zeros(genes), 5, False
+        torch.randn(genes, dim, generator=generator),
+        torch.zeros(genes, batches),
+        torch.zeros(genes),
+        hidden,
+        True,
+        zeros_of_hidden,
     )
     for parameter in made.parameters():
         parameter.data.normal_(generator=generator)
     return made
 
 
-def test_slopes__are_the_derivatives_of_logits():
-    made = decoder()
+@pytest.mark.parametrize(("zeros_of_hidden", "hidden"), [(False, 5), (True, 5), (False, None), (True, None)])
+def test_slopes__are_the_derivatives_of_logits(zeros_of_hidden, hidden):
+    made = decoder(zeros_of_hidden, hidden)
     z, batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 1, 0])
-    expected = torch.stack(
-        [
-            torch.autograd.functional.jacobian(lambda v, b=b: made(v[None], b[None])[0][0], row)
-            for row, b in zip(z, batch, strict=True)
-        ]
+    for i, found in enumerate(made.slopes(z, batch)):
+        expected = torch.stack(
+            [
+                torch.autograd.functional.jacobian(lambda v, i=i, b=b: made(v[None], b[None])[i][0], row)
+                for row, b in zip(z, batch, strict=True)
+            ]
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_expanded__has_the_gradient_of_the_likelihood():
+    """Of ZINB; a gene that was not measured tells nothing."""
+    start = LinearStart(
+        1.0, np.zeros(5), np.eye(5), np.eye(5), np.zeros((1, 5)), np.ones(5), 1.0, np.full(5, 0.2), None
     )
-    torch.testing.assert_close(made.slopes(z, batch), expected, rtol=1e-4, atol=1e-5)
+    module = SpatialModule(Sizes(5, 1, 5, 0, 4, "zinb", zeros_of_hidden=False), start).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.decoder.parameters():
+        parameter.data.normal_(generator=generator)
+    places, rows = np.zeros(6, np.int64), np.arange(6)
+    x = np.random.default_rng(0).poisson(2, (6, 5)) * [1, 1, 1, 1, 0]
+    missing = np.arange(5) == 4
+    cells = Cells(read_counts(x, np.arange(5), "X"), tuple("abcde"), missing, None, places, places, ("",))
+    section, z = module.section(cells, None), torch.randn(6, 5, generator=generator).requires_grad_()
+    expected = torch.autograd.grad(module.log_likelihood(section, rows, torch.tensor(x).float(), z).sum(), z)[0]
+    with torch.no_grad():
+        information, linear = posterior.expanded(module, section, rows, z)
+    torch.testing.assert_close((linear - (information @ z[..., None])[..., 0]), expected, rtol=1e-3, atol=1e-3)
+    assert (torch.linalg.eigvalsh(information) > -1e-4).all()
 
 
 @pytest.fixture(params=[False, True], ids=["gaussian", "types"])

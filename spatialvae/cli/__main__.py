@@ -1,0 +1,3 @@
+from spatialvae.cli import main
+
+main()

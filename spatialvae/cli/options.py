@@ -1,0 +1,13 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Table = Annotated[Path, typer.Argument(help="AnnData file with counts", metavar="TABLE.h5ad")]
+Labels = Annotated[str, typer.Option(help="obs with the type, or domain, of each cell", metavar="KEY")]
+Places = Annotated[str, typer.Option(help="obsm with coordinates", metavar="KEY")]
+Sections = Annotated[str | None, typer.Option(help="obs naming the section of each cell", metavar="KEY")]
