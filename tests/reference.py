@@ -61,6 +61,19 @@ def tails(peak, peaks, height, near, far, share):
     return found
 
 
+def clusters(x, y, bit, reach, cell, height):
+    """Connected peaks (x, y rows, bit), as sets: near in one plane, or of one bit and above each other."""
+    groups = [{i} for i in range(len(x))]
+    for i, j in np.ndindex(len(x), len(x)):
+        away = abs(y[i] // height - y[j] // height)
+        apart = np.hypot(x[i] - x[j], y[i] % height - y[j] % height)
+        if (away == 0 and apart < reach) or (1 <= away <= 2 and bit[i] == bit[j] and apart < cell):
+            joined = groups[i] | groups[j]
+            for k in joined:
+                groups[k] = joined
+    return {frozenset(group) for group in groups}
+
+
 def components(word):
     """8-connected components of equal word in one plane (y, x): a list of sets of (y, x), in scan order."""
     height, width = word.shape
@@ -226,21 +239,21 @@ def word_scores(seen, ratio, log_prior, words):
     ]
 
 
-def refit_spot(image, x, y, height, profile, slope, bins, core, stiffness):
+def refit_spot(image, x, y, height, shape):
     """Least squares of height, height * step in x and y of one spot, by NumPy's solver; returns x, y, height."""
-    places = np.arange(len(profile)) / bins
+    places = np.arange(len(shape.profile)) / shape.bins
     rows, values = [], []
     for row in range(image.shape[0]):
         for column in range(image.shape[1]):
             dx, dy = column - x, row - y
-            d = np.hypot(dx, dy)
-            if d > core:
+            square = dx**2 + dy**2
+            if square > shape.core**2:
                 continue
-            p, fall = np.interp(d, places, profile), -np.interp(d, places, slope)
-            rows.append([p, fall * dx / d, fall * dy / d])
+            p, fall = np.interp(square, places, shape.profile), np.interp(square, places, shape.fall)
+            rows.append([p, fall * dx, fall * dy])
             values.append(image[row, column] + height * p)
     for k in (1, 2):
-        rows.append([np.sqrt(stiffness) * (j == k) for j in range(3)])
+        rows.append([np.sqrt(shape.stiffness) * (j == k) for j in range(3)])
         values.append(0.0)
     top, along_x, along_y = np.linalg.lstsq(np.array(rows), np.array(values), rcond=None)[0]
     return x + along_x / top, y + along_y / top, top
@@ -280,14 +293,14 @@ def pairs_of_fields(a, b, radius):
     return sorted(pairs)
 
 
-def share_light(image, x, y, top, profile, bins, core):
+def share_light(image, x, y, top, shape):
     """One sweep of heights at fixed places: each spot takes its least-squares share of what the others leave."""
-    places, (rows, columns) = np.arange(len(profile)) / bins, np.indices(image.shape)
+    places, (rows, columns) = np.arange(len(shape.profile)) / shape.bins, np.indices(image.shape)
     left, top = image.astype(float), list(top)
     for i in range(len(x)):
-        distance = np.hypot(rows - y[i], columns - x[i])
-        spot = np.interp(distance, places, profile)
-        near = np.where(distance <= core, spot, 0)
+        square = (rows - y[i]) ** 2 + (columns - x[i]) ** 2
+        spot = np.interp(square, places, shape.profile)
+        near = np.where(square <= shape.core**2, spot, 0)
         new = max(top[i] + (left * near).sum() / (near**2).sum(), 0)
         left += (top[i] - new) * spot
         top[i] = new

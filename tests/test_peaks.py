@@ -5,8 +5,8 @@ import pytest
 
 import reference
 from merfish.decoding import _peak_kernels as kernels
-from merfish.decoding.peaks import BIN, CORE, REACH, STIFFNESS, Fit, fit_peaks, measure_profile, shape_of, share_peaks
-from merfish.imaging.normalize import locate_peaks
+from merfish.decoding.peaks import BIN, REACH, Fit, fit_peaks, measure_profile, shape_of, share_peaks
+from merfish.imaging.normalize import NoiseMap, locate_peaks
 
 SIGMA = 1.35
 BINS = 1 / (BIN * SIGMA)
@@ -39,7 +39,7 @@ def crowd():
 def test_pairs_that_show_one_peak_are_told_apart(crowd):
     image, x, y, top = crowd
     assert len(locate_peaks(image, 300, 0.15)[0]) < 0.95 * len(x)
-    found_x, found_y, found_top, _ = fit_peaks(image.copy(), 300, SIGMA)
+    found_x, found_y, found_top, *_ = fit_peaks(image.copy(), 300, SIGMA)
     assert len(x) <= len(found_x) <= 1.1 * len(x)
     distance = np.hypot(found_x[:, None] - x, found_y[:, None] - y)
     nearest = distance.argmin(axis=0)
@@ -66,7 +66,7 @@ def test_refit_spot_equals_least_squares():
     image = render([10.35], [9.6], [1.3], (20, 20)).astype(np.float32)
     kernels.add_spot(image, 0, 19, x, y, -top, SHAPE)
     got = kernels.refit_spot(image, 0, 19, x, y, top, SHAPE)
-    expected = reference.refit_spot(image, x, y, top, PROFILE, SHAPE.slope, BINS, CORE * SIGMA, STIFFNESS)
+    expected = reference.refit_spot(image, x, y, top, SHAPE)
     assert got == pytest.approx(expected, abs=1e-5)
     assert got == pytest.approx((10.35, 9.6, 1.3), abs=0.03)
 
@@ -80,14 +80,14 @@ def test_planes_do_not_touch():
 
 def test_fit_peaks__few_peaks_or_none():
     assert not len(fit_peaks(np.zeros((40, 40), np.float32), 40, SIGMA).x)
-    (x,), (y,), _, _ = fit_peaks(render([20.3], [19.8], [1.0], (40, 40)).astype(np.float32), 40, SIGMA)
+    (x,), (y,), *_ = fit_peaks(render([20.3], [19.8], [1.0], (40, 40)).astype(np.float32), 40, SIGMA)
     assert (x, y) == pytest.approx((20.3, 19.8), abs=0.05)
 
 
 def test_the_light_of_one_peak_is_shared_by_the_molecules_that_make_it():
     x, y = np.array([20.0, 20.9, 40.0, 41.0]), np.array([20.0, 20.2, 40.0, 40.0])
     image = render(x, y, [1.0, 0.8, 1.0, 0.0], (60, 60)).astype(np.float32)
-    merged = Fit(np.array([20.4, 40.0]), np.array([20.1, 40.0]), np.array([1.7, 1.0]), PROFILE)
+    merged = Fit(np.array([20.4, 40.0]), np.array([20.1, 40.0]), np.array([1.7, 1.0]), PROFILE, NoiseMap.of(image, 60))
     for a, b, top in zip(*merged[:3], strict=True):
         kernels.add_spot(image, 0, 59, a, b, -top, SHAPE)
     got = share_peaks(image, 60, merged, np.ones(2, bool), x, y, SIGMA)
@@ -99,7 +99,7 @@ def test_share_light_equals_the_reference():
     rng = np.random.default_rng(0)
     x, y, top = rng.uniform(5, 25, 6), rng.uniform(5, 25, 6), rng.uniform(0, 1, 6)
     image = rng.normal(0, 0.2, (30, 30)).astype(np.float32)
-    left, heights = reference.share_light(image, x, y, top, PROFILE, BINS, CORE * SIGMA)
+    left, heights = reference.share_light(image, x, y, top, SHAPE)
     kernels.share_light(image, 30, kernels.Spots(x, y, top), np.arange(6), SHAPE, 1, 0.0)
     assert top == pytest.approx(heights, abs=1e-5)
     assert image == pytest.approx(left, abs=1e-5)

@@ -8,8 +8,8 @@ import pytest
 import reference
 from merfish import decode, mhd4_codebook, simulate_stack
 from merfish.decoding import _spot_kernels as kernels
-from merfish.decoding import spots
 from merfish.decoding._plane_kernels import light_by_plane
+from merfish.decoding.candidates import make_scene
 from merfish.decoding.overlap import same_molecule_pairs, splinters
 from merfish.decoding.peaks import Fit
 from merfish.decoding.planes import depth
@@ -28,8 +28,8 @@ def some_scene(rng):
     plane = rng.integers(0, N_PLANES, n) * HEIGHT
     bit = np.sort(rng.integers(0, N_BITS, n))
     px, py, top = rng.uniform(0, WIDTH - 1, n), plane + rng.uniform(0, HEIGHT - 1, n), rng.uniform(0, 2, n)
-    fits = [Fit(px[bit == b], py[bit == b], top[bit == b], None) for b in range(N_BITS)]
-    scene = spots.make_scene(fits, left, HEIGHT, 1.0, np.zeros((N_BITS, 2)))._replace(step=0.1)
+    fits = [Fit(px[bit == b], py[bit == b], top[bit == b], None, None) for b in range(N_BITS)]
+    scene = make_scene(fits, left, HEIGHT, 1.0, np.zeros((N_BITS, 2)))._replace(step=0.1)
     return scene, list(zip(px, py, top, bit, strict=True))
 
 

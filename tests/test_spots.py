@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,10 +14,11 @@ from merfish.calls.filtering import keep_calls
 from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding._alignment_kernels import weigh_pairs
 from merfish.decoding.alignment import bit_shifts
+from merfish.decoding.candidates import CELL, RADIUS, make_scene
 from merfish.decoding.evidence import shrunk_shares, start_classes, start_histograms, word_abundance
 from merfish.decoding.overlap import halos
+from merfish.decoding.peaks import Fit
 from merfish.decoding.psf import psf_sigma
-from merfish.decoding.spots import CELL, RADIUS
 from merfish.imaging._kernels import median_of
 from merfish.imaging.normalize import NoiseMap, locate_peaks, weighted_median
 from merfish.imaging.preprocess import Bandpassed
@@ -150,6 +152,30 @@ def test_a_molecule_is_called_once(field):
     for _, group in calls.groupby("barcode_id"):
         distance = np.hypot(*(np.subtract.outer(group[axis].to_numpy(), group[axis].to_numpy()) for axis in ("x", "y")))
         assert (distance[np.triu_indices(len(group), 1)] > 0.9 * RADIUS * 1.35).all()
+
+
+def test_calls_do_not_depend_on_the_number_of_threads(field):
+    stack, threads = field[0][:, :256, :256], numba.get_num_threads()
+    try:
+        several = decode_all(stack, BOOK)
+        numba.set_num_threads(1)
+        assert several.equals(decode_all(stack, BOOK))
+    finally:
+        numba.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("n_planes", [1, 4])
+def test_clusters_are_the_connected_peaks(n_planes):
+    rng = np.random.default_rng(n_planes)
+    n, height, sigma = 150 * n_planes, 50, 1.35
+    x, y, bit = rng.uniform(0, 40, n), rng.uniform(0, height * n_planes - 1, n), rng.integers(0, 3, n)
+    y = np.minimum(y, np.floor(y / height) * height + height - 1)
+    fits = [Fit(x[bit == k], y[bit == k], np.ones((bit == k).sum()), None, None) for k in range(3)]
+    scene = make_scene(fits, np.zeros((3, height * n_planes, 41), np.int8), height, sigma, np.zeros((3, 2)))
+    expected = reference.clusters(scene.px, scene.py, scene.pb, RADIUS * sigma, CELL * sigma, height)
+    assert {frozenset(np.flatnonzero(scene.cluster == k).tolist()) for k in np.unique(scene.cluster)} == expected
+    assert sorted(scene.seeds.tolist()) == list(range(n))
+    assert (np.diff(scene.cluster[scene.seeds]) >= 0).all()
 
 
 def test_halos_are_weak_near_a_strong_molecule_of_their_word():

@@ -12,12 +12,13 @@ from merfish._jit import kernel
 class Shape(NamedTuple):
     """What a spot looks like, and how its place is fitted.
 
-    profile (bin,): radial, 1 high, ``bins`` a pixel; slope (bin,): its change a pixel. core: pixel, radius of the fit.
-    stiffness: holds a spot whose place is poorly determined. most_step: pixel, of a place in one step.
+    profile (bin,): height of a spot 1 high by its squared distance from the centre, in ``bins`` a square pixel; fall
+    (bin,): by how much it falls a pixel, over the distance. core: pixel, radius of the fit. stiffness: holds a spot
+    whose place is poorly determined. most_step: pixel, of a place in one step.
     """
 
     profile: np.ndarray
-    slope: np.ndarray
+    fall: np.ndarray
     bins: float
     core: float
     stiffness: float
@@ -34,7 +35,7 @@ class Spots(NamedTuple):
 
 @kernel
 def at(profile, place):
-    """Linearly interpolated value of a radial profile (bin,); 0 beyond its end."""
+    """Linearly interpolated value of a table (bin,); 0 beyond its end."""
     i = int(place)
     if i + 1 >= len(profile):
         return 0.0
@@ -42,14 +43,20 @@ def at(profile, place):
 
 
 @kernel
+def reach_of(shape):
+    """Radius beyond which a spot has no light, pixel."""
+    return np.sqrt((len(shape.profile) - 1) / shape.bins)
+
+
+@kernel
 def add_spot(image, first_row, last_row, x, y, height, shape):
     """Add a spot to the rows of its plane in an image (row, x) float32."""
     profile, bins = shape.profile, shape.bins
-    reach = (len(profile) - 1) / bins
+    reach = reach_of(shape)
     for row in range(max(first_row, int(np.ceil(y - reach))), min(last_row, int(y + reach)) + 1):
         for column in range(max(0, int(np.ceil(x - reach))), min(image.shape[1] - 1, int(x + reach)) + 1):
-            d = np.sqrt((row - y) ** 2 + (column - x) ** 2)
-            image[row, column] += np.float32(height * at(profile, d * bins))
+            square = (row - y) ** 2 + (column - x) ** 2
+            image[row, column] += np.float32(height * at(profile, square * bins))
 
 
 @kernel
@@ -58,17 +65,17 @@ def refit_spot(image, first_row, last_row, x, y, height, shape):
 
     image (row, x): the light that no spot explains. The place is updated by a linear approximation.
     """
-    profile, slope, bins, core = shape.profile, shape.slope, shape.bins, shape.core
+    profile, bins, core = shape.profile, shape.bins, shape.core
     pp = px = py = xx = xy = yy = vp = vx = vy = 0.0
     for row in range(max(first_row, int(np.ceil(y - core))), min(last_row, int(y + core)) + 1):
         for column in range(max(0, int(np.ceil(x - core))), min(image.shape[1] - 1, int(x + core)) + 1):
             dx, dy = column - x, row - y
-            d = np.sqrt(dx * dx + dy * dy)
-            if d > core:
+            square = dx * dx + dy * dy
+            if square > core * core:
                 continue
-            p = at(profile, d * bins)
+            p = at(profile, square * bins)
             value = image[row, column] + height * p
-            fall = -at(slope, d * bins) / max(d, 1e-6)
+            fall = at(shape.fall, square * bins)
             gx, gy = fall * dx, fall * dy
             pp += p * p
             px += p * gx
@@ -134,8 +141,8 @@ def draw_spot(image, plane_height, x, y, radius, shape, box, out):
     total = 0.0
     for row in range(box[0], box[1]):
         for column in range(box[2], box[3]):
-            d = np.sqrt((row - y) ** 2 + (column - x) ** 2)
-            p = at(profile, d * bins) if d <= radius else 0.0
+            square = (row - y) ** 2 + (column - x) ** 2
+            p = at(profile, square * bins) if square <= radius * radius else 0.0
             out[row - box[0], column - box[2]] = p
             total += p * p
     return total
@@ -150,7 +157,7 @@ def share_light(image, plane_height, spots, chosen, shape, sweeps, settled):
     """
     x, y, top = spots
     core = shape.core
-    reach = (len(shape.profile) - 1) / shape.bins
+    reach = reach_of(shape)
     # each spot, and its core, 1 high, pixel by pixel: the same in every sweep
     whole = np.empty((len(chosen), int(2 * reach) + 2, int(2 * reach) + 2))
     middle = np.empty((len(chosen), int(2 * core) + 2, int(2 * core) + 2))

@@ -13,16 +13,24 @@ from merfish._jit import kernel, parallel_kernel, prange
 @kernel
 def fill_grid(x, y, cell, n_across, start, order):
     """Sort points into square cells: start (cells + 1,) int64 and order (point,) int64 list the points cell by cell."""
+    place = np.empty(len(x), np.int64)
+    for i in range(len(x)):
+        place[i] = int(y[i] / cell) * n_across + int(x[i] / cell)
+    group(place, start, order)
+
+
+@kernel
+def group(label, start, order):
+    """List items by label (item,) int64: those of label k are order[start[k]:start[k + 1]], in increasing order."""
     start[:] = 0
-    for i in range(len(x)):
-        start[int(y[i] / cell) * n_across + int(x[i] / cell) + 1] += 1
-    for c in range(1, len(start)):
-        start[c] += start[c - 1]
+    for i in range(len(label)):
+        start[label[i] + 1] += 1
+    for k in range(1, len(start)):
+        start[k] += start[k - 1]
     place = start[:-1].copy()
-    for i in range(len(x)):
-        c = int(y[i] / cell) * n_across + int(x[i] / cell)
-        order[place[c]] = i
-        place[c] += 1
+    for i in range(len(label)):
+        order[place[label[i]]] = i
+        place[label[i]] += 1
 
 
 @kernel
@@ -66,7 +74,9 @@ class Scene(NamedTuple):
     grid (see `fill_grid`).
     radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, what
     no peak explains, in units of ``step``. shift_y, shift_x (bit,): how far a bit's image lies from the peaks' places.
-    height: rows of a plane.
+    height: rows of a plane. cluster (peak,) int64: peaks of different clusters are never linked, see `find_clusters`.
+    seeds (peak,) int64: the peaks, cluster by cluster; part (part + 1,) int64: where parts of whole clusters begin in
+    them, which are worked on in parallel.
     """
 
     px: np.ndarray
@@ -84,6 +94,57 @@ class Scene(NamedTuple):
     shift_y: np.ndarray
     shift_x: np.ndarray
     height: int
+    cluster: np.ndarray
+    seeds: np.ndarray
+    part: np.ndarray
+
+
+@kernel
+def root_of(parent, i):
+    """The root of an item in a forest, whose paths are halved."""
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
+
+
+@kernel
+def find_clusters(scene, reach):
+    """Connected clusters of peaks, into the scene's ``cluster``, from 0 in the order of the grid; returns their number.
+
+    Peaks closer than ``reach`` (pixel) in one plane are connected, and so are those that one spot may leave in several
+    planes, see `take_tails`.
+    """
+    px, py, pb, height, cell, n_across = (scene.px, scene.py, scene.pb, scene.height, scene.cell, scene.n_across)
+    n_rows, n_cells = scene.light.shape[1], len(scene.start) - 1
+    parent = np.arange(len(px))
+    for i in range(len(px)):
+        plane = int(py[i]) // height
+        for away in range(TAIL_PLANES + 1):
+            x, y = px[i], py[i] + away * height
+            if y >= n_rows:
+                break
+            near = reach if away == 0 else cell
+            left, right = (max(int((x - near) / cell), 0), min(int((x + near) / cell), n_across - 1))
+            # in its own plane, a peak above is connected by that one
+            for r in range(int(y / cell) if away == 0 else max(int((y - near) / cell), 0), int((y + near) / cell) + 1):
+                if r * n_across >= n_cells:
+                    break
+                for k in range(scene.start[r * n_across + left], scene.start[r * n_across + right + 1]):
+                    j = scene.order[k]
+                    if (px[j] - x) ** 2 + (py[j] - y) ** 2 >= near * near or int(py[j]) // height != plane + away:
+                        continue
+                    if away == 0 or pb[j] == pb[i]:
+                        parent[root_of(parent, j)] = root_of(parent, i)
+    count = 0
+    number = np.full(len(px), -1)
+    for i in scene.order:
+        root = root_of(parent, i)
+        if number[root] < 0:
+            number[root] = count
+            count += 1
+        scene.cluster[i] = number[root]
+    return count
 
 
 @kernel
@@ -141,12 +202,12 @@ def observe(seed, scene, taken, members, seen):
     """Find the nearest free peak of each bit around a peak, and classify what each bit shows.
 
     scene: a `Scene`; taken (peak,) bool. out: members (bit,) int32, peak or -1; seen (bit,) uint8: bin of what is
-    observed, see `bin_of`. Peaks farther away than twice the radius are ignored. Returns centre x, y and brightness,
+    observed, see `bin_of`. Peaks of other clusters are ignored. Returns centre x, y and brightness,
     the mean height of the members, without the weakest and the brightest if there are four or more.
     """
     px, py, pa, pb, pz = scene.px, scene.py, scene.pa, scene.pb, scene.pz
     start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
-    radius, height = scene.radius, scene.height
+    radius, height, cluster = scene.radius, scene.height, scene.cluster
     n_bits = len(members)
     n_cells = len(start) - 1
     cx, cy, cz = px[seed], py[seed], pz[seed]
@@ -159,20 +220,20 @@ def observe(seed, scene, taken, members, seen):
         best[:] = radius * radius
         used[:] = radius * radius
         row, column = int(cy / cell), int(cx / cell)
-        for r in range(row - 1, row + 2):
-            for c in range(column - 1, column + 2):
-                if r < 0 or c < 0 or c >= n_across or r * n_across + c >= n_cells:
+        left, right = max(column - 1, 0), min(column + 1, n_across - 1)
+        for r in range(max(row - 1, 0), row + 2):
+            if r * n_across >= n_cells:
+                break
+            for k in range(start[r * n_across + left], start[r * n_across + right + 1]):
+                i = order[k]
+                d = (px[i] - cx) ** 2 + (py[i] - cy) ** 2
+                if d >= radius * radius or cluster[i] != cluster[seed] or py[i] < first_row or py[i] >= end_row:
                     continue
-                for k in range(start[r * n_across + c], start[r * n_across + c + 1]):
-                    i = order[k]
-                    d = (px[i] - cx) ** 2 + (py[i] - cy) ** 2
-                    if d >= radius * radius or py[i] < first_row or py[i] >= end_row:
-                        continue
-                    if taken[i]:
-                        used[pb[i]] = min(used[pb[i]], d)
-                    elif d < best[pb[i]]:
-                        best[pb[i]] = d
-                        members[pb[i]] = i
+                if taken[i]:
+                    used[pb[i]] = min(used[pb[i]], d)
+                elif d < best[pb[i]]:
+                    best[pb[i]] = d
+                    members[pb[i]] = i
         sx = sy = sz = mass = 0.0
         for bit in range(n_bits):
             i = members[bit]
@@ -216,7 +277,7 @@ def observe(seed, scene, taken, members, seen):
 
 LOOKS = 3  # steps towards the centre of a candidate
 PULL = 0.1  # of the radius squared: twice the variance of the weight of a peak by its distance from the centre
-CHUNK = 1024  # seeds that one thread scores in a row
+NEGLIGIBLE = -36.0  # log odds below the rounding error of 1
 
 # Bins of depth, of distance and of height of a peak, and of brightness of a place without one.
 N_DEPTH, N_NEAR, N_HEIGHT, N_EMPTY, N_USED = 3, 6, 8, 10, 3
@@ -273,14 +334,16 @@ def best_class(seen, bright, classes, score):
 
 
 class Calls(NamedTuple):
-    """One round of calls.
+    """One round of calls; each has the number of the peak that it started from.
 
-    table (call, 5): x, y, brightness, score, log odds against all other classes. evidence (call, 2) uint64: word, its
-    bits that are wrong. owner (peak,) int64: call that has it, or -1. share (class,): posterior of each class, summed
-    over candidates. shows (2, bit, bin): how often each bit showed what, where there is something, weighted by the
-    posterior that the bit is off, and on. light (2, step): how often nothing, and something, was how bright.
+    called (peak,) bool: whether there is one. table (peak, 5): x, y, brightness, score, log odds against all other
+    classes. evidence (peak, 2) uint64: word, its bits that are wrong. owner (peak,) int64: call that has the peak, or
+    -1. For each part of the scene: share (part, class): posterior of each class, summed over candidates; shows
+    (part, 2, bit, bin): how often each bit showed what, where there is something, weighted by the posterior that the
+    bit is off, and on; light (part, 2, step): how often nothing, and something, was how bright.
     """
 
+    called: np.ndarray
     table: np.ndarray
     evidence: np.ndarray
     owner: np.ndarray
@@ -290,72 +353,47 @@ class Calls(NamedTuple):
 
 
 @kernel
-def called_before(cx, cy, word, scene, calls):
-    """Whether a call of the same word lies within the radius: then these peaks are left over from it."""
+def called_before(cx, cy, word, seed, scene, calls):
+    """Whether a call of the same word and cluster lies within the radius: then these peaks are left over from it."""
     owner, table, evidence = calls.owner, calls.table, calls.evidence
     start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
     n_cells = len(start) - 1
     row, column = int(cy / cell), int(cx / cell)
-    for r in range(row - 1, row + 2):
-        for c in range(column - 1, column + 2):
-            if r < 0 or c < 0 or c >= n_across or r * n_across + c >= n_cells:
+    left, right = max(column - 1, 0), min(column + 1, n_across - 1)
+    for r in range(max(row - 1, 0), row + 2):
+        if r * n_across >= n_cells:
+            break
+        for k in range(start[r * n_across + left], start[r * n_across + right + 1]):
+            i = order[k]
+            if scene.cluster[i] != scene.cluster[seed] or owner[i] < 0 or evidence[owner[i], 0] != word:
                 continue
-            for k in range(start[r * n_across + c], start[r * n_across + c + 1]):
-                call = owner[order[k]]
-                if call < 0 or evidence[call, 0] != word:
-                    continue
-                if (table[call, 0] - cx) ** 2 + (table[call, 1] - cy) ** 2 < scene.radius * scene.radius:
-                    return True
+            if (table[owner[i], 0] - cx) ** 2 + (table[owner[i], 1] - cy) ** 2 < scene.radius * scene.radius:
+                return True
     return False
 
 
 @kernel
-def observe_some(scene, first, last, free, views):
-    """Observe the peaks from ``first`` to below ``last`` in the order of the grid; see `observe_all`."""
-    for k in range(first, last):
-        seed = scene.order[k]
+def observe_part(scene, part, free, views):
+    """Observe the peaks of one part of a scene; see `observe_all`."""
+    for seed in scene.seeds[scene.part[part] : scene.part[part + 1]]:
         x, y, bright = observe(seed, scene, free, views.members[seed], views.seen[seed])
-        views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2] = x, y, bright
+        views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2] = (x, y, bright)
 
 
 @parallel_kernel
 def observe_all(scene, free, views):
-    """Observe every peak, into ``views``; free (peak,) bool, all False: no peak is taken.
-
-    Peaks are visited in the order of the grid, so that their neighbours are still in the cache.
-    """
-    n_peaks = len(scene.px)
-    for chunk in prange((n_peaks + CHUNK - 1) // CHUNK):
-        observe_some(scene, chunk * CHUNK, min((chunk + 1) * CHUNK, n_peaks), free, views)
-
-
-@kernel
-def score_some(views, begin, end, classes, first):
-    """Scores of the seeds ``begin`` to below ``end``; see `score_seeds`."""
-    score = np.empty(len(classes.weight))
-    for seed in range(begin, end):
-        best = best_class(views.seen[seed], views.centre[seed, 2], classes, score)
-        first[seed] = -np.inf if best == len(score) - 2 else score[best]
-
-
-@parallel_kernel
-def score_seeds(views, classes, first):
-    """Score of the best class around each peak while all peaks are free, into ``first`` (peak,) float64.
-
-    Minus infinity where that is nothing.
-    """
-    n_peaks = len(views.seen)
-    for chunk in prange((n_peaks + CHUNK - 1) // CHUNK):
-        score_some(views, chunk * CHUNK, min((chunk + 1) * CHUNK, n_peaks), classes, first)
+    """Observe every peak, into ``views``; free (peak,) bool, all False: no peak is taken."""
+    for part in prange(len(scene.part) - 1):
+        observe_part(scene, part, free, views)
 
 
 @kernel
 def changed(seed, scene, taken):
     """Whether a peak that `observe` may look at is taken."""
-    px, py, cell, n_across, start, order = scene.px, scene.py, scene.cell, scene.n_across, scene.start, scene.order
+    px, py, cell, n_across, start, order = (scene.px, scene.py, scene.cell, scene.n_across, scene.start, scene.order)
     n_cells = len(start) - 1
     x, y, reach = px[seed], py[seed], 2 * scene.radius
-    left, right = max(int((x - reach) / cell), 0), min(int((x + reach) / cell), n_across - 1)
+    left, right = (max(int((x - reach) / cell), 0), min(int((x + reach) / cell), n_across - 1))
     for r in range(max(int((y - reach) / cell), 0), int((y + reach) / cell) + 1):
         if r * n_across >= n_cells:
             break
@@ -395,32 +433,22 @@ def take_tails(peak, scene, taken):
 
 
 @kernel
-def call_molecules(scene, views, classes, first, explained, out):
-    """Call molecules, the most certain first, each from peaks that no other call has taken.
-
-    scene, views, classes: see `Scene`, `Views` and `Classes`; first (peak,) from `score_seeds`. Peaks around
-    which nothing is likelier than any word are not called. A call takes the peaks of its word's bits, and others within
-    ``explained`` px, which are its errors. An object that is bright in every bit takes its peaks, but is not a call.
-    out: `Calls`, of which share, shows and light are added to. Returns the number of calls.
-    """
-    table, evidence, owner, share, shows, light = out
+def call_part(scene, part, views, classes, explained, taken, out):
+    """Call the molecules of one part of a scene, the most certain first; see `call_all`."""
     px, py, pa = scene.px, scene.py, scene.pa
-    n_peaks = len(px)
-    n_bits = scene.light.shape[0]
-    n_classes = len(classes.weight)
+    share, shows, light = out.share[part], out.shows[part], out.light[part]
+    n_bits, n_classes = len(scene.light), len(classes.weight)
     nothing = n_classes - 2
-    taken = np.zeros(n_peaks, np.bool_)
-    owner[:] = -1
     members = np.empty(n_bits, np.int32)
     seen = np.empty(n_bits, np.uint8)
     score = np.empty(n_classes)
     is_on = np.empty(n_bits)
     heap = [(0.0, -1)]
-    for seed in range(n_peaks):
-        if first[seed] > -np.inf:
-            heap.append((-first[seed], seed))
+    for seed in scene.seeds[scene.part[part] : scene.part[part + 1]]:
+        best = best_class(views.seen[seed], views.centre[seed, 2], classes, score)
+        if best != nothing:
+            heap.append((-score[best], seed))
     heapq.heapify(heap)
-    calls = 0
     while len(heap) > 0:
         negative, seed = heapq.heappop(heap)
         if seed < 0 or taken[seed]:
@@ -429,28 +457,29 @@ def call_molecules(scene, views, classes, first, explained, out):
             cx, cy, bright = observe(seed, scene, taken, members, seen)
         else:
             members[:], seen[:] = views.members[seed], views.seen[seed]
-            cx, cy, bright = views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2]
+            cx, cy, bright = (views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2])
         best = best_class(seen, bright, classes, score)
         if score[best] < -negative - 1e-9:
             heapq.heappush(heap, (-score[best], seed))
             continue
-        if called_before(cx, cy, best, scene, out):
+        if called_before(cx, cy, best, seed, scene, out):
             taken[seed] = True
             continue
         others = 0.0
         for w in range(n_classes):
-            if w != best:
-                score[w] = np.exp(score[w] - score[best])
-                others += score[w]
-        odds = score[best]
-        score[best] = 1.0
+            if w != best and score[w] - score[best] > NEGLIGIBLE:
+                others += np.exp(score[w] - score[best])
         is_on[:] = 0.0
+        something = 1.0
         for w in range(n_classes):
-            posterior = score[w] / (1.0 + others)
+            if score[w] - score[best] <= NEGLIGIBLE:
+                continue
+            posterior = np.exp(score[w] - score[best]) / (1.0 + others)
             share[w] += posterior
+            if w == nothing:
+                something -= posterior
             for k in range(classes.weight[w]):
                 is_on[classes.bits[w, k]] += posterior
-        something = 1.0 - score[nothing] / (1.0 + others)
         light[0, step_of(bright)] += 1.0 - something
         light[1, step_of(bright)] += something
         for bit in range(n_bits):
@@ -458,7 +487,7 @@ def call_molecules(scene, views, classes, first, explained, out):
             shows[1, bit, seen[bit]] += is_on[bit]
         if best == nothing:
             continue
-        word = best if best < nothing else -1
+        is_word = best < nothing
         errors = np.uint64(0)
         sx = sy = mass = 0.0
         for bit in range(n_bits):
@@ -469,8 +498,8 @@ def call_molecules(scene, views, classes, first, explained, out):
                 if on or near:
                     taken[i] = True
                     take_tails(i, scene, taken)
-                    if word >= 0:
-                        owner[i] = calls
+                    if is_word:
+                        out.owner[i] = seed
                 if on:
                     sx += pa[i] * px[i]
                     sy += pa[i] * py[i]
@@ -480,14 +509,24 @@ def call_molecules(scene, views, classes, first, explained, out):
             elif on and (seen[bit] - N_PEAK) % N_EMPTY < HIDDEN:
                 errors |= np.uint64(1) << np.uint64(bit)
         taken[seed] = True
-        if word < 0:
+        if not is_word:
             continue
         if mass > 0:
             cx, cy = sx / mass, sy / mass
-        table[calls, 0], table[calls, 1], table[calls, 2] = cx, cy, bright
-        table[calls, 3], table[calls, 4] = odds, -np.log(max(others, 1e-30))
-        evidence[calls, 0], evidence[calls, 1] = best, errors
-        calls += 1
-        if calls == len(table):
-            break
-    return calls
+        out.called[seed] = True
+        out.table[seed, 0], out.table[seed, 1], out.table[seed, 2] = cx, cy, bright
+        out.table[seed, 3], out.table[seed, 4] = (score[best], -np.log(max(others, 1e-30)))
+        out.evidence[seed, 0], out.evidence[seed, 1] = best, errors
+
+
+@parallel_kernel
+def call_all(scene, views, classes, explained, taken, out):
+    """Call molecules, in each cluster the most certain first, each from peaks that no other call has taken.
+
+    scene, views, classes: see `Scene`, `Views` and `Classes`. Peaks around which nothing is likelier than any word are
+    not called. A call takes the peaks of its word's bits, and others within ``explained`` px, which are its errors. An
+    object that is bright in every bit takes its peaks, but is not a call. taken (peak,) bool, all False at first;
+    out: `Calls`, nothing called and all sums 0 at first. The calls do not depend on how many threads there are.
+    """
+    for part in prange(len(scene.part) - 1):
+        call_part(scene, part, views, classes, explained, taken, out)

@@ -21,7 +21,7 @@ ITERATIONS = 4  # at each width
 FREE = 6  # iterations with the width fitted
 NARROWEST = 0.03
 USUAL_SHIFT = 1.0  # prior sigma of the shifts: a bit without pairs is not shifted
-MOST_PAIRS = 60_000  # pairs; enough to measure a shift to 0.005 px
+MOST_PAIRS = 30_000  # pairs; enough to measure a shift to 0.01 px
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,12 +22,13 @@ PASSES = 6  # passes of fitting all peaks, at most; before each but the first, h
 FEW_MORE = 0.01  # relative to the number of peaks; fewer new ones are not worth another pass
 SHARE_SWEEPS = 12  # sweeps over peaks with known positions; two 0.6 sigma apart then reach 0.9 of their heights
 SWEEPS = 2  # sweeps over the peaks in each pass
-SETTLED = 0.002  # of a molecule, or pixel; a height or position that would change less is left as it is
+SETTLED = 0.004  # of a molecule, or pixel; a height or position that would change less is left as it is
 STIFFNESS = 0.02  # regularises the position of a peak cut off by the border; a whole peak has about 2
 # lengths in sigmas of the PSF
 CORE = 1.1  # radius of the fit of a peak
 MOST_STEP = 0.22  # largest move of a peak in one sweep
 BIN = 0.185  # of the profile
+SQUARE_BIN = 0.1  # of the profile by squared distance, squared; smooth on this scale, and read without a square root
 REACH = 3.33  # of the profile
 TOUCHING = 1.5  # peaks this close to a molecule share its light
 PROFILE_PEAKS = 500  # peaks of a bit, at most, that the profile is measured on
@@ -36,12 +37,16 @@ FEWEST_PEAKS = 30  # with fewer, a bit is not crowded and its profile cannot be 
 
 
 class Fit(NamedTuple):
-    """Peaks of one bit: x, y (rows), height (peak,) float64, and their radial profile (bin,), None if unknown."""
+    """Peaks of one bit: x, y (rows), height (peak,) float64, and their radial profile (bin,), None if unknown.
+
+    noise: of the image without the light of the peaks, if they were fitted.
+    """
 
     x: np.ndarray
     y: np.ndarray
     height: np.ndarray
     profile: np.ndarray | None
+    noise: NoiseMap
 
 
 def fit_peaks(image: np.ndarray, height: int, sigma: float) -> Fit:
@@ -53,19 +58,19 @@ def fit_peaks(image: np.ndarray, height: int, sigma: float) -> Fit:
     x, y, top = _peaks_above(image, height, noise, PEAK_HEIGHT)
     profile = measure_profile(image, height, x, y, top, sigma)
     if profile is None:
-        return Fit(x, y, top, None)
+        return Fit(x, y, top, None, noise)
     fresh = 0
     for step in range(PASSES):
         if step:
             fresh = len(x)
-            noise = NoiseMap.of(image, height)  # noise without the contribution of the peaks
+            noise = NoiseMap.of(image, height)  # without the light of the peaks
             more = _peaks_above(image, height, noise, HIDDEN_HEIGHT)
             x, y, top = (np.append(old, new) for old, new in zip((x, y, top), more, strict=True))
-        fit_together(image, height, Fit(x, y, top, profile), fresh, sigma)
+        fit_together(image, height, Fit(x, y, top, profile, noise), fresh, sigma)
         if step > 1 and len(x) - fresh < FEW_MORE * len(x):
             break
     stay = top > STAY * threshold(noise, x, y, PEAK_HEIGHT)
-    return Fit(x[stay], y[stay], top[stay], profile)
+    return Fit(x[stay], y[stay], top[stay], profile, noise)
 
 
 def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: float) -> None:
@@ -77,10 +82,13 @@ def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: fl
 
 def shape_of(profile: np.ndarray, sigma: float) -> kernels.Shape:
     """A spot of a radial profile (bin,), bins of `BIN`; sigma: of the PSF, pixel."""
-    bins = 1 / (BIN * sigma)
-    slope = np.gradient(profile) * bins
-    slope[0] = 0.0  # the top of the profile is smooth
-    return kernels.Shape(profile, slope, bins, CORE * sigma, STIFFNESS, MOST_STEP * sigma)
+    radius = np.arange(len(profile)) * BIN * sigma
+    fall = np.empty(len(profile))
+    fall[1:] = -np.gradient(profile, radius)[1:] / radius[1:]
+    fall[0] = fall[1]  # the top of the profile is smooth
+    place = np.sqrt(np.arange(0, (radius[-1] / sigma) ** 2 + SQUARE_BIN, SQUARE_BIN)) * sigma
+    profile, fall = (np.interp(place, radius, values, right=0.0) for values in (profile, fall))
+    return kernels.Shape(profile, fall, 1 / (SQUARE_BIN * sigma**2), CORE * sigma, STIFFNESS, MOST_STEP * sigma)
 
 
 def share_peaks(
@@ -102,13 +110,13 @@ def share_peaks(
     touched = apart < near
     together = np.flatnonzero(touched)
     kernels.share_light(left, height, kernels.Spots(px, py, top), together, shape, SHARE_SWEEPS, SETTLED)
-    stay = top > STAY * threshold(NoiseMap.of(left, height), px, py, PEAK_HEIGHT)
+    stay = top > STAY * threshold(fit.noise, px, py, PEAK_HEIGHT)
     kernels.add_spots(left, height, kernels.Spots(px[~stay], py[~stay], top[~stay]), shape)
     px, py, top, touched = px[stay], py[stay], top[stay], touched[stay]
-    part = Fit(px[touched], py[touched], top[touched], fit.profile)
+    part = fit._replace(x=px[touched], y=py[touched], height=top[touched])
     fit_together(left, height, part, len(part.x), sigma)
     px[touched], py[touched], top[touched] = part.x, part.y, part.height
-    return Fit(px, py, top, fit.profile)
+    return fit._replace(x=px, y=py, height=top)
 
 
 def threshold(noise: NoiseMap, x: np.ndarray, y: np.ndarray, least: float) -> np.ndarray:

@@ -392,6 +392,9 @@ def find_peaks(image, height, threshold, x, y, value):
             centre = image[row, column]
             if not centre > threshold:
                 continue
+            # most pixels of a spot are not its top, and two neighbours tell
+            if image[row, column - 1] >= centre or image[row, column + 1] > centre:
+                continue
             top = True
             gx = gy = hxx = hyy = hxy = mean = 0.0
             for dy in range(-1, 2):

@@ -15,7 +15,7 @@ from merfish.imaging.preprocess import Bandpassed
 NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
 SAMPLE = 2**17  # pixels of an image; enough to estimate its noise to 0.3 %
 TILE = 32.0  # pixel; many spots wide, and smaller than cells, whose autofluorescence adds noise
-PART = 2**20  # pixels of a bit, of which a stack's background and scale are measured
+PART = 2**18  # pixels of a bit, of which a large stack's background and scale are measured
 BAND = 64  # rows; two tiles of noise
 CLEAR_SPOTS = 100  # of each bit in the part; its scale is then known to 3 %
 FEW_SPOTS = 0.1  # relative to the field with most spots; fields with fewer are ignored for a bit

@@ -12,8 +12,9 @@ from merfish.calls.error_model import bit_error_rates, tally_words
 from merfish.calls.filtering import keep_at_rate, rate_calls
 from merfish.codebook import Codebook
 from merfish.decoding._peak_kernels import Spots, add_spots
+from merfish.decoding.candidates import Peaks, joined
 from merfish.decoding.peaks import BIN, REACH, Fit, shape_of
-from merfish.decoding.spots import Peaks, gather_peaks, joined, measure_shifts
+from merfish.decoding.spots import gather_peaks, measure_shifts
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed, bandpass
 from merfish.simulate.scoring import match_calls

@@ -1,0 +1,53 @@
+"""Crowded molecules: peaks that several molecules share are fitted at the positions given by their other bits."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from merfish._jit import map_bits
+from merfish.decoding import _spot_kernels as kernels
+from merfish.decoding.candidates import LIGHT_STEP, Called
+from merfish.decoding.peaks import Fit, share_peaks
+
+CROWDED = 2.5  # sigmas of the PSF; molecules this close are fitted together: their spots overlap
+
+
+def crowded_pairs(called: Called, height: int, sigma: float) -> np.ndarray:
+    """Pairs (pair, 2) int64 of molecules in one plane so close that their spots overlap."""
+    x, y = called.table[:, 0], called.table[:, 1]
+    apart = y // height * (2 * CROWDED * sigma)
+    pairs = cKDTree(np.column_stack([x, y, apart])).query_pairs(CROWDED * sigma, output_type="ndarray")
+    return np.asarray(pairs, np.int64)
+
+
+def refit(
+    fits: list[Fit], called: Called, pairs: np.ndarray, shift: np.ndarray, left: np.ndarray, height: int, sigma: float
+) -> list[Fit]:
+    """Peaks of every bit, with those of crowded molecules fitted at the molecules' positions.
+
+    Two molecules closer than the width of a spot have one common peak in bits that they share. Their positions are
+    known from the bits that they do not share. pairs: see `crowded_pairs`. shift: (bit, 2) of the bits, pixel. left
+    (bit, row, x) int8, the residual in steps of `LIGHT_STEP`, is updated.
+    """
+    ends = np.cumsum([0, *(len(fit.x) for fit in fits)])
+    x, y = called.table[:, 0], called.table[:, 1]
+    first = (y / height).astype(np.int64) * height
+
+    def one_bit(bit: int) -> Fit:
+        fit, owner = fits[bit], called.owner[ends[bit] : ends[bit + 1]]
+        has = np.zeros(len(x), bool)
+        has[owner[owner >= 0]] = True
+        chosen = np.zeros(len(x), bool)
+        chosen[pairs[has[pairs].any(axis=1)]] = True  # the bit is on in one of the two, or in both
+        near = np.flatnonzero(chosen)
+        if fit.profile is None or not len(near):
+            return fit
+        mx = np.clip(x[near] + shift[bit, 1], 0, left.shape[2] - 1)
+        my = np.clip(y[near] + shift[bit, 0], first[near], first[near] + height - 1)
+        image = left[bit] * np.float32(LIGHT_STEP)
+        fit = share_peaks(image, height, fit, chosen[owner] & (owner >= 0), mx, my, sigma)
+        kernels.in_steps(image, LIGHT_STEP, left[bit])
+        return fit
+
+    return map_bits(one_bit, range(len(fits)))
