@@ -40,11 +40,10 @@ def joined(fits: list[Fit]) -> Peaks:
 class Called(NamedTuple):
     """Molecules called in one round, the most certain first, and sums over all candidates.
 
-    seed (call,) int64: the peak that each started from. table (call, 5), evidence (call, 2), owner (peak,) int64, share
-    (class,), shows (2, bit, bin), light (2, step): see `_spot_kernels.Calls`; here the calls are numbered from 0.
+    table (call, 5), evidence (call, 2), owner (peak,) int64, share (class,), shows (2, bit, bin), light (2, step): see
+    `_spot_kernels.Calls`; here the calls are numbered from 0.
     """
 
-    seed: np.ndarray
     table: np.ndarray
     evidence: np.ndarray
     owner: np.ndarray
@@ -116,7 +115,6 @@ def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, s
     number = np.full(n + 1, -1)  # the last for peaks without an owner
     number[chosen] = np.arange(len(chosen))
     return Called(
-        chosen,
         out.table[chosen],
         out.evidence[chosen],
         number[out.owner],

@@ -32,10 +32,10 @@ def psf_sigma(
     """
     if isinstance(stack, Bandpassed) and stack.sigma is not None:
         return stack.sigma
-    middle = _middle(stack, height)
+    part = middle(stack, height)
     if isinstance(stack, Bandpassed):
         filters = stack.smoothing, stack.background
-    radii = np.array(map_bits(half_radius, middle))
+    radii = np.array(map_bits(half_radius, part))
     radii = radii[np.isfinite(radii)]
     sigma = float(np.median(np.interp(radii, *_half_radii(*filters)))) if len(radii) else USUAL_SIGMA
     if isinstance(stack, Bandpassed):
@@ -50,8 +50,8 @@ def _half_radii(smoothing: float, background: float) -> tuple[np.ndarray, np.nda
     return np.array([expected_half_radius(sigma, smoothing, background) for sigma in sigmas]), sigmas
 
 
-def _middle(stack: np.ndarray | Bandpassed, height: int) -> np.ndarray | Bandpassed:
-    """The centre of the middle plane of each bit."""
+def middle(stack: np.ndarray | Bandpassed, height: int) -> np.ndarray | Bandpassed:
+    """The centre of the middle plane of each bit, at most `SIDE` pixels along each axis."""
     first = stack.shape[1] // height // 2 * height
     down, across = (slice((n - min(n, SIDE)) // 2, (n + min(n, SIDE)) // 2) for n in (height, stack.shape[2]))
     if isinstance(stack, np.ndarray):

@@ -160,7 +160,11 @@ def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
     if rate is None:
         return [line, *warnings]
     few = few_blanks(figures["n_found_blank"], figures["blanks_in_book"])
-    return [f"{line}, {rate:.1%} expected to be wrong", *([few] if few else []), *warnings]
+    broken = [
+        f"warning: more molecules may be wrong than expected: {reason}; --method spots allows for it"
+        for reason in figures.get("broken_assumptions", [])
+    ]
+    return [f"{line}, {rate:.1%} expected to be wrong", *([few] if few else []), *broken, *warnings]
 
 
 def sequential_lines(fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
