@@ -192,7 +192,7 @@ def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed:
     drawn = [(n[0].cpu(), z[0]) for _, n, z in latent_draws(module, section, rows, 1, seed)]
     there, z = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     if niche.shape[1]:
-        sd, k = (0.5 * module.log_residual[: niche.shape[1]]).exp().cpu(), min(CANDIDATES, len(rows))
+        sd, k = (0.5 * module.log_residual[: niche.shape[1]]).exp().detach().cpu(), min(CANDIDATES, len(rows))
         distance, near = cKDTree((there / sd).numpy()).query((niche / sd).numpy(), k)
         distance, near = distance.reshape(len(niche), k), near.reshape(len(niche), k)
         chosen = near[np.arange(len(niche)), (rng.gumbel(size=near.shape) - 0.5 * distance**2).argmax(1)]
