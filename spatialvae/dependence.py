@@ -372,6 +372,8 @@ def _given_the_largest(n: np.ndarray, e: np.ndarray, blocks: np.ndarray) -> tupl
     largest = np.abs(t).argmax(0)
     for kind in np.unique(largest):
         genes, others = np.flatnonzero(largest == kind), np.delete(np.arange(len(t)), kind)
+        if not len(others):  # one type alone is met
+            break
         both = np.hstack([n[:, others], e[:, genes]])
         left = both - np.outer(n[:, kind], n[:, kind] @ both / (n[:, kind] @ n[:, kind]))
         rest_n, rest_e = np.split(left, [len(others)], axis=1)

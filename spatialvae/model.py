@@ -45,8 +45,9 @@ class SpatialVAE:
     n_latent : dimensions of z_cell, at most; fewer genes give fewer
     n_niche : dimensions of z_niche, at most; as many are used as vary in space
     n_hidden : width of the hidden layers
-    gene_likelihood : "zinb", "nb" or "poisson"; the first explains tables of all technologies that were tried at least
-        as well as the second (benchmarks/results/distribution.md): ``comparison.compare`` says which is best
+    gene_likelihood : "zinb", "nb" or "poisson"; the first explains counts of STARmap and of single cells in suspension
+        better than the second, by 6 to 12 nats a cell, and those of MERFISH and osmFISH about as well
+        (benchmarks/results/distribution.md): ``comparison.compare`` says which is best
     seed : of the initial weights
     measurement : model expression as it was before it was measured (``spatialvae.measurement``): ``adata`` gives each
         gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them

@@ -184,15 +184,16 @@ def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed:
     the rows of these cells.
 
     This is the aggregate posterior (Tomczak & Welling 2018, who use it as a prior) given the niche: a cell of the
-    section is picked with the probability density that its posterior of z_niche has there. Cells in which the Gaussian
-    of the model sees one cloud keep to their types.
+    section is picked with the density of N(z_niche of the same draw, S) there. (Posterior means of z_niche would not
+    do: they are closer together the less is known, so that cells with few counts were picked too rarely.) Cells in
+    which the Gaussian of the model sees one cloud keep to their types.
     """
     rng, rows = np.random.default_rng([seed, 2]), np.flatnonzero(section.cells.depth > 0)
-    z = torch.cat([of_cell[0] for _, _, of_cell in latent_draws(module, section, rows, 1, seed)])
+    drawn = [(n[0].cpu(), z[0]) for _, n, z in latent_draws(module, section, rows, 1, seed)]
+    there, z = (torch.cat(parts) for parts in zip(*drawn, strict=True))
     if niche.shape[1]:
-        here = module.solve(section.space, module.sites(section))
-        sd, k = here.variance.mean(0).sqrt(), min(CANDIDATES, len(rows))
-        distance, near = cKDTree((here.mean[rows] / sd).numpy()).query((niche / sd).numpy(), k)
+        sd, k = (0.5 * module.log_residual[: niche.shape[1]]).exp().detach().cpu(), min(CANDIDATES, len(rows))
+        distance, near = cKDTree((there / sd).numpy()).query((niche / sd).numpy(), k)
         distance, near = distance.reshape(len(niche), k), near.reshape(len(niche), k)
         chosen = near[np.arange(len(niche)), (rng.gumbel(size=near.shape) - 0.5 * distance**2).argmax(1)]
     else:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from spatialvae import InputError, dependence
 from spatialvae.graph import knn_graph
@@ -144,6 +145,19 @@ def test_variance_shares__of_genes_made_of_one_cause_each():
 def test_partial_correlations__says_what_is_wrong(counts, message):
     with pytest.raises(InputError, match=message):
         dependence.partial_correlations(counts, np.arange(20) % 5)
+
+
+def test_neighbour_effects__of_the_one_type_that_is_met():
+    """Pairs of a and b, far from others: a cell's only neighbour is of the other type, or there is none."""
+    rng = np.random.default_rng(0)
+    n = 600
+    places = np.repeat(rng.uniform(0, 1000, (n // 2, 2)), 2, 0)
+    first = np.arange(0, n, 2)[rng.random(n // 2) < 0.5]
+    rows, columns = np.r_[first, first + 1], np.r_[first + 1, first]
+    graph = sp.csr_array((np.ones(len(rows)), (rows, columns)), shape=(n, n))
+    expression = rng.gamma(2, 1, (n, 3))
+    table = dependence.neighbour_effects(expression, np.arange(n) % 2, graph, places, ["a", "b"], ["x", "y", "z"])
+    assert set(zip(table["type"], table["neighbour"], strict=True)) == {("a", "b"), ("b", "a")}
 
 
 def test_neighbour_effects__says_when_types_hardly_meet():
