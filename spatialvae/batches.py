@@ -25,6 +25,7 @@ CELLS_OF_TYPE = 20  # on average, at least
 PRIOR_CELLS = 5.0  # of one Gaussian's variance, that each type's variance and each shift are shrunk by
 ROUNDS = 5  # that clusters of shifted cells start from: parts of a type that a shift unites become one
 MOST_STEPS = 100  # of a round
+ROUNDING = 1e-12  # of the largest variance of a score: smaller ones are rounding errors
 LEAST_GAIN = 1e-3  # of the likelihood in a step, in nats a cell
 
 
@@ -47,7 +48,7 @@ def batch_shifts(scores: np.ndarray, batches: np.ndarray, n_batch: int, seed: in
 def _fitted(y: np.ndarray, batches: np.ndarray, shift: np.ndarray, seed: int) -> np.ndarray:
     """Shifts (batch, score) of ``y`` (cell, score), from clusters after ``shift``."""
     member = np.eye(len(shift))[batches]
-    variance = (y - shift[batches]).var(0) + np.finfo(float).tiny
+    variance = np.maximum((y - shift[batches]).var(0), ROUNDING * y.var(0).max())
     share, before = _clusters(y - shift[batches], seed), -math.inf
     for _ in range(MOST_STEPS):
         size = share.sum(0)[:, None]
