@@ -197,6 +197,10 @@ BENCHMARKS = (
         ["--seeds", "1", "--simulated", "1"],
     ),
     Benchmark(
+        "batches", "cell types carried to another batch, with and without batch_key", "batches.py", ["{data}"],
+        figures=[Figure("right types in another batch, unequal", "SpatialVAE", {"table": "simulated, unequal"})],
+    ),
+    Benchmark(
         "heldout", "likelihood of held-out cells and counts, cell types; needs '.[vae,analysis]'", "heldout.py",
         ["{data}"],
         figures=[Figure("log p(x) [nats a cell], osmFISH", "osmfish", {"method": "SpatialVAE"}, kind="number")],

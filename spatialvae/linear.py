@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-from scipy.spatial import cKDTree
 
+from spatialvae.batches import batch_shifts
 from spatialvae.counts import Counts
 from spatialvae.data import Cells, Graphs
 from spatialvae.errors import InputError
@@ -18,8 +18,6 @@ DENSE_GENES = 3000  # up to this number of genes the full covariance is computed
 LEAST_VARIANCE = 1e-6  # variance of a component relative to the first; smaller ones are rounding errors
 POWER_STEPS = 4  # of the randomised decomposition (Halko, Martinsson & Tropp 2011)
 OVERSAMPLED = 10
-PAIRED_CELLS = 6000  # of all batches together, that pairs are sought among
-ROUNDS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,46 +98,6 @@ def _leading(cells: Cells, scale: float, mean: np.ndarray, k: int, seed: int) ->
         inner += seen.T @ seen
     values, turn = np.linalg.eigh(inner / n - np.outer(mean @ basis, mean @ basis))
     return values[::-1][:k], basis @ turn[:, ::-1][:, :k]
-
-
-def batch_shifts(scores: np.ndarray, batches: np.ndarray, n_batch: int, seed: int = 0) -> np.ndarray:
-    """Positions of batches (batch, score), independent of their composition, from ``scores`` (cell, score).
-
-    Mutual nearest neighbours in two batches are assumed to be of the same type (Haghverdi, Lun, Morgan & Marioni
-    2018); shifts are the least-squares fit to the differences of such pairs, and are refined after subtracting them,
-    as in iterative closest points (Besl & McKay 1992). Their mean over all cells is zero.
-    """
-    shift = np.zeros((n_batch, scores.shape[1]))
-    if n_batch == 1:
-        return shift
-    rng = np.random.default_rng(seed)
-    rows = [np.flatnonzero(batches == b) for b in range(n_batch)]
-    rows = [rng.permutation(of)[: max(PAIRED_CELLS // n_batch, 50)] for of in rows]
-    for _ in range(ROUNDS):
-        laplacian, sums = np.zeros((n_batch, n_batch)), np.zeros_like(shift)
-        for a in range(n_batch):
-            for b in range(a):
-                here, there = scores[rows[a]] - shift[a], scores[rows[b]] - shift[b]
-                one, other = _mutual(here, there)
-                step = (here[one] - there[other]).sum(0)
-                sums[a] += step
-                sums[b] -= step
-                laplacian[[a, b], [a, b]] += len(one)
-                laplacian[[a, b], [b, a]] -= len(one)
-        step = np.linalg.pinv(laplacian) @ sums
-        shift += step
-        if (np.abs(step) < 1e-3 * scores.std(0)).all():
-            break
-    return shift - (np.bincount(batches, minlength=n_batch) / len(batches)) @ shift
-
-
-def _mutual(here: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of two sets of points that are mutual nearest neighbours."""
-    if not len(here) or not len(there):
-        return np.empty(0, int), np.empty(0, int)
-    forth, back = (cKDTree(b).query(a, workers=-1)[1] for a, b in ((here, there), (there, here)))
-    one = np.flatnonzero(back[forth] == np.arange(len(here)))
-    return one, forth[one]
 
 
 def fit_linear(cells: Cells, graphs: Graphs | None, n_components: int, max_niche: int, seed: int = 0) -> LinearStart:

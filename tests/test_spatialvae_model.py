@@ -13,7 +13,7 @@ import torch
 
 import reference
 from merfish import datasets
-from spatialvae import InputError, SpatialVAE, analysis, likelihoods, linear, plots, training
+from spatialvae import InputError, SpatialVAE, analysis, batches, likelihoods, plots, training
 from spatialvae.celltypes import Types
 from spatialvae.module import SpatialModule
 
@@ -406,8 +406,17 @@ def test_batch_shifts__are_not_composition():
     kind = rng.random(800) < np.where(batch == 0, 0.1, 0.9)
     effect = np.array([[0.4, -0.8, 0, 0], [-0.4, 0.8, 0, 0]])
     scores = 3 * np.where(kind[:, None], [1, 1, 0, 0], [-1, -1, 0, 0]) + effect[batch] + 0.3 * rng.normal(size=(800, 4))
-    found = linear.batch_shifts(scores - scores.mean(0), batch, 2)
+    found = batches.batch_shifts(scores - scores.mean(0), batch, 2)
     np.testing.assert_allclose(found, effect, atol=0.1)
+
+
+def test_batch_shifts__are_none_where_batches_differ_in_composition_alone():
+    """Types 0 and 1 in one batch, 1 and 2 in the other."""
+    rng = np.random.default_rng(1)
+    batch = np.repeat([0, 1], 500)
+    kind = rng.integers(0, 2, 1000) + batch
+    scores = 4 * np.eye(3)[kind] + 0.5 * rng.normal(size=(1000, 3))
+    assert np.abs(batches.batch_shifts(scores, batch, 2)).max() < 0.15
 
 
 def spoil_counts(table):

@@ -3,8 +3,8 @@
     python benchmarks/peers/embed.py TABLE.h5ad FOLDER [--seeds 5] [--methods scVI ...] [--cache DIR]
 
 Counts in X, places in obsm["spatial"]. Writes FOLDER/TABLE-METHOD-SEED.npy, leaving alone what is there already.
-The files NAME.txt beside this one pin what each environment holds. benchmarks/heldout.py and distribution.py call for
-the rest.
+The files NAME.txt beside this one pin what each environment holds. benchmarks/heldout.py, distribution.py and
+batches.py call for the rest.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ COUNTS = {  # of tables with obs["held_out"] and layers["thinned"]
 FITTED = {  # of tables with the columns that each of them names
     "scVI_panel": ("scvi", "scvi_panel.py"),
     "scVI_de": ("scvi", "scvi_de.py"),
+    "scVI_batches": ("scvi", "scvi_batches.py"),
 }
 METHODS = DOMAINS | COUNTS | FITTED
 
