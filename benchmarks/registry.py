@@ -198,7 +198,6 @@ BENCHMARKS = (
     ),
     Benchmark(
         "batches", "cell types carried to another batch, with and without batch_key", "batches.py", ["{data}"],
-        figures=[Figure("right types in another batch, unequal", "SpatialVAE", {"table": "simulated, unequal"})],
     ),
     Benchmark(
         "heldout", "likelihood of held-out cells and counts, cell types; needs '.[vae,analysis]'", "heldout.py",

@@ -56,8 +56,9 @@ def _fitted(y: np.ndarray, batches: np.ndarray, shift: np.ndarray, seed: int) ->
         mean = share.T @ moved / np.maximum(size, 1e-9)
         scatter = share.T @ moved**2 - size * mean**2
         precision = (size + PRIOR_CELLS) / (np.maximum(scatter, 0) + PRIOR_CELLS * variance)
-        weight = member.T @ (share @ precision) + PRIOR_CELLS / variance
-        shift = member.T @ ((share @ precision) * y - share @ (precision * mean)) / weight
+        of_cells = share @ precision
+        weight = member.T @ of_cells + PRIOR_CELLS / variance
+        shift = member.T @ (of_cells * y - share @ (precision * mean)) / weight
         count = member.T @ share + 1.0
         joint = np.log(count / count.sum(1, keepdims=True))[batches] + _log_density(y - shift[batches], mean, precision)
         total = logsumexp(joint, 1)
