@@ -17,7 +17,7 @@ class Decoder(nn.Module):
     W starts as the ``loadings`` (gene, dim) given for z_cell and as ``batch_logits`` (gene, batch) for s, b as the log
     of mean shares, the MLP's last layer as zero. Without ``hidden`` layer there is no MLP (Svensson et al. 2020).
     With ``zero_inflation`` logits of additional zeros are linear in (z_cell, s), which explains STARmap's counts better
-    than one logit a gene, and than a head on the MLP, which ``zeros_of_hidden`` is.
+    than one logit a gene, and than a head on the MLP.
     """
 
     def __init__(
@@ -27,7 +27,6 @@ class Decoder(nn.Module):
         log_share: Tensor,
         hidden: int | None,
         zero_inflation: bool,
-        zeros_of_hidden: bool,
     ) -> None:
         super().__init__()
         n_genes, n_cell = loadings.shape
@@ -37,8 +36,7 @@ class Decoder(nn.Module):
         self.hidden = nn.Linear(n_inputs, width) if width else None
         self.norm = nn.LayerNorm(width) if width else None
         self.out = Linear(n_inputs + width, n_genes)  # W beside the MLP's last layer: one matrix product
-        self.zeros_of_hidden = zeros_of_hidden
-        self.zero = Linear((zeros_of_hidden and width) or n_inputs, n_genes) if zero_inflation else None
+        self.zero = Linear(n_inputs, n_genes) if zero_inflation else None
         with torch.no_grad():
             self.out.weight.zero_()
             self.out.weight[:, :n_cell] = loadings
@@ -61,7 +59,7 @@ class Decoder(nn.Module):
 
     def forward(self, z_cell: Tensor, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         """z_cell (..., dim), batch int64 (...,) -> logits (..., gene), those of zeros or None."""
-        inputs = features = self.inputs(z_cell, batch)
+        inputs = self.inputs(z_cell, batch)
         if self.hidden is None or self.norm is None:
             logits = self.out(inputs)
         else:
@@ -69,15 +67,12 @@ class Decoder(nn.Module):
             logits = self.out(torch.cat([inputs, features], -1))
         if self.zero is None:
             return logits, None
-        if self.zeros_of_hidden:
-            return logits, self.zero(features)
         return logits, product(inputs, self.zero.weight, self.zero.bias + FEW)
 
     def slopes(self, z_cell: Tensor, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         """Derivatives of what ``forward`` returns by z_cell, (cell, gene, dim) each; inputs (cell, dim), (cell,)."""
         n, dim = z_cell.shape
         slopes, inputs = self.loadings.expand(n, -1, -1), self.inputs(z_cell, batch)
-        of_hidden = z_cell.new_zeros(n, 0, dim)
         if self.hidden is not None and self.norm is not None:
             hidden = self.hidden(inputs)
             sd = (hidden.var(-1, correction=0, keepdim=True) + self.norm.eps).sqrt()
@@ -85,10 +80,7 @@ class Decoder(nn.Module):
             step = self.hidden.weight[:, :dim]
             step = step - step.mean(0) - normal[..., None] * (normal @ step / normal.shape[-1])[:, None]
             kept = (normal * self.norm.weight + self.norm.bias > 0) * self.norm.weight / sd
-            of_hidden = kept[..., None] * step
-            slopes = self.loadings + self.out.weight[:, inputs.shape[1] :] @ of_hidden
+            slopes = self.loadings + self.out.weight[:, inputs.shape[1] :] @ (kept[..., None] * step)
         if self.zero is None:
             return slopes, None
-        if self.zeros_of_hidden and self.hidden is not None:
-            return slopes, self.zero.weight @ of_hidden
         return slopes, self.zero.weight[:, :dim].expand(n, -1, -1)

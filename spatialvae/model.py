@@ -103,7 +103,6 @@ class SpatialVAE:
             n_hidden,
             gene_likelihood,
             linear_decoder,
-            zeros_of_hidden=False,
         )
         self.genes, self.batch_names = cells.genes, cells.batch_names
         with torch.random.fork_rng(devices=[]):

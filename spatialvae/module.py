@@ -63,7 +63,6 @@ class Shape:
     likelihood: str
     linear_decoder: bool = False
     n_types: int = 0
-    zeros_of_hidden: bool = True  # what files of models mean that do not say it; new models have False
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +143,8 @@ class SpatialModule(nn.Module):
         self.log_theta = nn.Parameter(torch.ones(shape.n_genes))
         self.cell_encoder = CellEncoder(self.encode.T, -self.mean @ self.encode, shift, shape.n_hidden)
         hidden = None if shape.linear_decoder else shape.n_hidden
-        zeros = shape.likelihood == "zinb", shape.zeros_of_hidden
-        self.decoder = Decoder(self.decode, self.decode @ shift.T, self.share.log(), hidden, *zeros)
+        zeros = shape.likelihood == "zinb"
+        self.decoder = Decoder(self.decode, self.decode @ shift.T, self.share.log(), hidden, zeros)
 
     def section(self, cells: Cells, graphs: Graphs | None) -> Section:
         """Lay everything out that does not depend on parameters that are trained."""

@@ -15,7 +15,7 @@ from spatialvae.errors import InputError
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 6
+FORMAT = 7
 FILES = ("model.json", "model.safetensors")
 TABLE = "adata.h5ad"
 
@@ -57,7 +57,9 @@ def read(folder: Path) -> tuple[About, Tensors]:
     except (ValueError, OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be read: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise InputError(f"{folder}/model.json is not of format {FORMAT}")
+        raise InputError(
+            f"{folder}/model.json is not of format {FORMAT}, which this version reads; train the model again"
+        )
     if about.get("sha256") != _digest(folder / "model.safetensors"):
         raise InputError(f"{folder}: model.safetensors is not the file that model.json tells of; save the model again")
     return about, tensors

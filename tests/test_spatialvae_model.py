@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -15,7 +13,6 @@ import reference
 from merfish import datasets
 from spatialvae import InputError, SpatialVAE, analysis, batches, likelihoods, plots, training
 from spatialvae.celltypes import Types
-from spatialvae.module import SpatialModule
 
 
 def tissue(n=240, genes=12, seed=0):
@@ -213,23 +210,6 @@ def test_save_and_load__round_trip(trained, tmp_path):
     np.testing.assert_array_equal(again.get_latent_representation(), model.get_latent_representation())
     assert again.get_elbo() == model.get_elbo()
     pd.testing.assert_frame_equal(again.training_log, model.training_log)
-
-
-def test_load__of_files_from_before_zeros_were_linear_in_latents(tmp_path):
-    table = tissue(60)
-    SpatialVAE.setup_anndata(table)
-    model = SpatialVAE(table, gene_likelihood="zinb")
-    model.module = SpatialModule(replace(model.module.shape, zeros_of_hidden=True)).eval()
-    with torch.no_grad():
-        model.module.decoder.zero.weight.normal_(generator=torch.Generator().manual_seed(0))
-    model.save(tmp_path / "model")
-    about = json.loads((tmp_path / "model" / "model.json").read_text())
-    del about["shape"]["zeros_of_hidden"]
-    (tmp_path / "model" / "model.json").write_text(json.dumps(about))
-    again = SpatialVAE.load(tmp_path / "model", table)
-    assert again.module.decoder.zero.in_features == model.module.shape.n_hidden
-    model._read(None, fresh=True)
-    assert again.get_elbo() == model.get_elbo()
 
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])

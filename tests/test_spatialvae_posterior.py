@@ -17,7 +17,7 @@ from spatialvae.module import SpatialModule
 from spatialvae.sampling import expected_counts
 
 
-def decoder(zeros_of_hidden, hidden=5, genes=7, dim=3, batches=2):
+def decoder(hidden=5, genes=7, dim=3, batches=2):
     generator = torch.Generator().manual_seed(0)
     made = Decoder(
         torch.randn(genes, dim, generator=generator),
@@ -25,16 +25,15 @@ def decoder(zeros_of_hidden, hidden=5, genes=7, dim=3, batches=2):
         torch.zeros(genes),
         hidden,
         True,
-        zeros_of_hidden,
     )
     for parameter in made.parameters():
         parameter.data.normal_(generator=generator)
     return made
 
 
-@pytest.mark.parametrize(("zeros_of_hidden", "hidden"), [(False, 5), (True, 5), (False, None), (True, None)])
-def test_slopes__are_the_derivatives_of_logits(zeros_of_hidden, hidden):
-    made = decoder(zeros_of_hidden, hidden)
+@pytest.mark.parametrize("hidden", [5, None])
+def test_slopes__are_the_derivatives_of_logits(hidden):
+    made = decoder(hidden)
     z, batch = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 1, 0])
     for i, found in enumerate(made.slopes(z, batch)):
         expected = torch.stack(
@@ -51,7 +50,7 @@ def test_expanded__has_the_gradient_of_the_likelihood():
     start = LinearStart(
         1.0, np.zeros(5), np.eye(5), np.eye(5), np.zeros((1, 5)), np.ones(5), 1.0, np.full(5, 0.2), None
     )
-    module = SpatialModule(Sizes(5, 1, 5, 0, 4, "zinb", zeros_of_hidden=False), start).eval()
+    module = SpatialModule(Sizes(5, 1, 5, 0, 4, "zinb"), start).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in module.decoder.parameters():
         parameter.data.normal_(generator=generator)
