@@ -21,6 +21,12 @@ def crowded_pairs(called: Called, height: int, sigma: float) -> np.ndarray:
     return np.asarray(pairs, np.int64)
 
 
+def crowded_share(called: Called, pairs: np.ndarray) -> float:
+    """Share of calls that are more likely right than wrong and make a pair with another such call."""
+    likely = called.table[:, 4] > 0
+    return len(np.unique(pairs[likely[pairs].all(axis=1)])) / max(len(likely), 1)
+
+
 def refit(
     fits: list[Fit], called: Called, pairs: np.ndarray, shift: np.ndarray, left: np.ndarray, height: int, sigma: float
 ) -> list[Fit]:
