@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from anndata.io import sparse_dataset
 
 from spatialvae import InputError, SpatialVAE, cli, counts
+from spatialvae.cli.files import read_table
 
 FORMATS = {"dense": np.asarray, "csr": sp.csr_matrix, "csc": sp.csc_matrix}
 
@@ -145,7 +146,7 @@ def test_damaged_table__is_refused_before_anything_follows_its_indices(fault, tm
             file["X/data"] = kept
         else:
             file["X/indices" if fault == "indices" else "X/indptr"][7] = 10**6
-    for adata in (cli._read(path), anndata.read_h5ad(path)):
+    for adata in (read_table(path), anndata.read_h5ad(path)):
         SpatialVAE.setup_anndata(adata)
         with pytest.raises(InputError, match="X is damaged"):
             SpatialVAE(adata)
