@@ -96,7 +96,10 @@ def test_backed_table__names_a_wrong_count_far_down(kind, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is not told here")
 def test_backed_table__leaves_no_temporary_file(tmp_path, monkeypatch):
-    table().write_h5ad(tmp_path / "cells.h5ad")
+    in_memory = table()
+    in_memory.write_h5ad(tmp_path / "cells.h5ad")
+    SpatialVAE.setup_anndata(in_memory)
+    SpatialVAE(in_memory)  # torch-geometric writes code of its own, once
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
