@@ -50,9 +50,8 @@ def tiny(folder: Path, n: int) -> list[str]:
     side = int(np.ceil(np.sqrt(n)))
     (raw / "positions.csv").write_text("".join(f"{2.4 * (k % side)},{2.4 * (k // side)}\n" for k in range(n)))
     stack, _ = simulate_stack(book, shape=(384, 384), density=0.01, seed=0)
-    rng = np.random.default_rng(0)
-    for k in range(n):
-        top, left = rng.integers(0, 360, 2)
+    corners = np.random.default_rng(0).choice(360**2, n, replace=False)  # a field given twice is refused
+    for k, (top, left) in enumerate(zip(*divmod(corners, 360), strict=True)):
         np.save(raw / f"stack_{k}.npy", stack[:, top : top + 24, left : left + 24])
     rows = ["| fields | processes | ms a field | peak memory of the parent, MB |", "|---|---|---|---|"]
     for fovs, workers in ((range(n // 10), None), (range(n), None), (range(n), 2)):

@@ -19,7 +19,7 @@ from merfish.pipeline.status import decoded_fields
 
 # Core seconds a field of 2048 x 2048 px, 16 bits, one plane, two stains; benchmarks/README.md, "What a run costs".
 _AREA, _BITS = 2048 * 2048, 16
-_REGISTER, _DECODE, _SEGMENT, _AFTER, _CALIBRATE = 2 * 2.6, 2 * 2.6, 2 * 1.5, 2 * (0.15 + 0.3), 2 * 2.4
+_REGISTER, _DECODE, _SEGMENT, _AFTER, _CALIBRATE = 2 * 1.5, 2 * 2.3, 2 * 1.3, 2 * 0.15 + 0.5, 2 * 1.6
 # Bytes: of a process before its first field, of a field's pixel and bit in memory, and of a field's pixel on disk with
 # the 0.01 molecules a pixel of the benchmark; from "tiny" and "memory" of benchmarks/results/pipeline_speed.md.
 _PROCESS, _PIXEL_BIT, _PIXEL_ON_DISK = 400e6, 19.5, 3.0
