@@ -21,12 +21,7 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self,
-        loadings: Tensor,
-        batch_logits: Tensor,
-        log_share: Tensor,
-        hidden: int | None,
-        zero_inflation: bool,
+        self, loadings: Tensor, batch_logits: Tensor, log_share: Tensor, hidden: int | None, zero_inflation: bool
     ) -> None:
         super().__init__()
         n_genes, n_cell = loadings.shape

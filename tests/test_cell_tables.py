@@ -325,7 +325,7 @@ def test_embed_run__of_cells_some_of_which_are_empty(done, tmp_path, monkeypatch
     pytest.importorskip("torch")
     pytest.importorskip("torch_geometric")
     from merfish.embedding import MODEL, embed_run
-    from merfish.pipeline import published_key
+    from merfish.pipeline import published
     from spatialvae import SpatialVAE
 
     train = SpatialVAE.train
@@ -340,7 +340,7 @@ def test_embed_run__of_cells_some_of_which_are_empty(done, tmp_path, monkeypatch
     assert table.obs["spatial_domain"].nunique() <= 3
     assert (table.X != before.X).nnz == 0
     assert list(before.obs.columns) == list(table.obs.columns.drop("spatial_domain"))
-    assert published_key(out)  # the results count as whole
+    assert published(out)["key"]  # the results count as whole
     with pytest.warns(UserWarning, match="1 cell without counts"):
         model = SpatialVAE.load(out / MODEL, table)
     np.testing.assert_allclose(model.get_latent_representation(), table.obsm["X_spatialvae"], atol=1e-4)

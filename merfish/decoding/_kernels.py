@@ -191,11 +191,12 @@ def nearest_words(observed, codes, word, distance, ambiguous):
 
 
 @kernel
-def _root(parent, label):
-    while parent[label] != label:
-        parent[label] = parent[parent[label]]
-        label = parent[label]
-    return label
+def root_of(parent, i):
+    """The root of an item in a forest, whose paths are halved."""
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
 
 
 @kernel
@@ -220,7 +221,7 @@ def label_components(word, height, label):
             for dy, dx in ((0, -1), (-1, -1), (-1, 0), (-1, 1)):
                 if (dy < 0 and first) or x + dx < 0 or x + dx >= width or word[row + dy, x + dx] != w:
                     continue
-                other = _root(parent, label[row + dy, x + dx])
+                other = root_of(parent, label[row + dy, x + dx])
                 if mine == 0:
                     mine = other
                 elif other < mine:
@@ -244,7 +245,7 @@ def label_components(word, height, label):
             count += 1
             final[i] = count
         else:
-            final[i] = final[_root(parent, i)]
+            final[i] = final[root_of(parent, i)]
     for row in range(n_rows):
         for x in range(width):
             if label[row, x]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from merfish._jit import kernel, parallel_kernel, prange
+from merfish.decoding._kernels import root_of
 
 
 @kernel
@@ -97,15 +98,6 @@ class Scene(NamedTuple):
     cluster: np.ndarray
     seeds: np.ndarray
     part: np.ndarray
-
-
-@kernel
-def root_of(parent, i):
-    """The root of an item in a forest, whose paths are halved."""
-    while parent[i] != i:
-        parent[i] = parent[parent[i]]
-        i = parent[i]
-    return i
 
 
 @kernel

@@ -13,29 +13,28 @@ from merfish.decoding.peaks import Fit, share_peaks
 CROWDED = 2.5  # sigmas of the PSF; molecules this close are fitted together: their spots overlap
 
 
-def crowded_pairs(called: Called, height: int, sigma: float) -> np.ndarray:
-    """Pairs (pair, 2) int64 of molecules in one plane so close that their spots overlap."""
-    x, y = called.table[:, 0], called.table[:, 1]
+def crowded_pairs(table: np.ndarray, height: int, sigma: float) -> np.ndarray:
+    """Pairs (pair, 2) int64 of calls, ``table`` (call, 5), in one plane so close that their spots overlap."""
+    x, y = table[:, 0], table[:, 1]
     apart = y // height * (2 * CROWDED * sigma)
     pairs = cKDTree(np.column_stack([x, y, apart])).query_pairs(CROWDED * sigma, output_type="ndarray")
     return np.asarray(pairs, np.int64)
 
 
-def crowded_share(called: Called, pairs: np.ndarray) -> float:
+def crowded_share(called: Called, height: int, sigma: float) -> float:
     """Share of calls that are more likely right than wrong and make a pair with another such call."""
-    likely = called.table[:, 4] > 0
-    return len(np.unique(pairs[likely[pairs].all(axis=1)])) / max(len(likely), 1)
+    likely = called.table[called.table[:, 4] > 0]
+    return len(np.unique(crowded_pairs(likely, height, sigma))) / max(len(called.table), 1)
 
 
-def refit(
-    fits: list[Fit], called: Called, pairs: np.ndarray, shift: np.ndarray, left: np.ndarray, height: int, sigma: float
-) -> list[Fit]:
+def refit(fits: list[Fit], called: Called, shift: np.ndarray, left: np.ndarray, height: int, sigma: float) -> list[Fit]:
     """Peaks of every bit, with those of crowded molecules fitted at the molecules' positions.
 
     Two molecules closer than the width of a spot have one common peak in bits that they share. Their positions are
-    known from the bits that they do not share. pairs: see `crowded_pairs`. shift: (bit, 2) of the bits, pixel. left
-    (bit, row, x) int8, the residual in steps of `LIGHT_STEP`, is updated.
+    known from the bits that they do not share. shift: (bit, 2) of the bits, pixel. left (bit, row, x) int8, the
+    residual in steps of `LIGHT_STEP`, is updated.
     """
+    pairs = crowded_pairs(called.table, height, sigma)
     ends = np.cumsum([0, *(len(fit.x) for fit in fits)])
     x, y = called.table[:, 0], called.table[:, 1]
     first = (y / height).astype(np.int64) * height

@@ -17,7 +17,7 @@ from merfish.decoding.psf import psf_sigma
 from merfish.decoding.spots import decode_spots
 from merfish.errors import InputError
 from merfish.imaging.normalize import Normalization
-from merfish.imaging.preprocess import Bandpassed
+from merfish.imaging.preprocess import Bandpassed, in_rows
 from merfish.transcripts import transcript_table
 
 Rows = np.ndarray | Bandpassed  # (bit, plane * y, x)
@@ -102,10 +102,8 @@ def decode_filtered(
     stack: np.ndarray | Bandpassed, codebook: Codebook, normalization: Normalization, *, method: str = DEFAULT_METHOD
 ) -> pd.DataFrame:
     """Find all molecules in a filtered stack (bit, y, x) or (bit, z, y, x), neither rated nor filtered."""
-    find = method_named(method).find
-    if isinstance(stack, Bandpassed):
-        return find(stack, codebook, normalization, stack.height)
-    return find(stack.reshape(len(stack), -1, stack.shape[-1]), codebook, normalization, stack.shape[-2])
+    rows, height = in_rows(stack)
+    return method_named(method).find(rows, codebook, normalization, height)
 
 
 def check_stack(stack: np.ndarray, codebook: Codebook) -> None:

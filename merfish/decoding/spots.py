@@ -21,7 +21,7 @@ from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding._plane_kernels import light_by_plane
 from merfish.decoding.alignment import BitShifts, bit_shifts
 from merfish.decoding.candidates import LIGHT_STEP, Called, call, joined, look, make_scene
-from merfish.decoding.crowds import crowded_pairs, crowded_share, refit
+from merfish.decoding.crowds import crowded_share, refit
 from merfish.decoding.evidence import learn_classes, start_classes
 from merfish.decoding.peaks import Fit, fit_peaks
 from merfish.decoding.planes import depth
@@ -79,13 +79,11 @@ def decode_spots(
     scene = make_scene(fits, left, height, sigma, shifts.shift)
     if len(scene.px) > len(some.px):
         called = call(scene, look(scene), classes, sigma)
-    pairs = crowded_pairs(called, height, sigma)
-    for _ in range(CROWDED_REFITS if crowded_share(called, pairs) > CROWDED_SHARE else REFITS):
+    for _ in range(CROWDED_REFITS if crowded_share(called, height, sigma) > CROWDED_SHARE else REFITS):
         classes = learn_classes(codebook, live, called.share, called.shows, called.light)
-        fits = refit(fits, called, pairs, shifts.shift, left, height, sigma)
+        fits = refit(fits, called, shifts.shift, left, height, sigma)
         scene = make_scene(fits, left, height, sigma, shifts.shift)
         called = call(scene, look(scene), classes, sigma)
-        pairs = crowded_pairs(called, height, sigma)
     return _molecules(called, scene, codebook)
 
 

@@ -135,13 +135,6 @@ def bandpass_image(image, narrow, wide, out):
 
 
 @parallel_kernel
-def bandpass_images(images, narrow, wide, out):
-    """Whole images (image, y, x) into ``out``, which may be the images; see `bandpass_rows`."""
-    for k in prange(len(images)):
-        bandpass_rows(images[k], 0, images.shape[1], narrow, wide, out[k])
-
-
-@parallel_kernel
 def bandpass_strip(images, first, last, narrow, wide, out):
     """Rows ``first`` to below ``last`` of each image (bit, y, x) into ``out`` (bit, row, x); see `bandpass_rows`."""
     for bit in prange(len(images)):

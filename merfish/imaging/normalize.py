@@ -10,7 +10,7 @@ from scipy.ndimage import map_coordinates
 
 from merfish._jit import map_bits
 from merfish.imaging._kernels import find_peaks, tile_noise
-from merfish.imaging.preprocess import Bandpassed
+from merfish.imaging.preprocess import Bandpassed, in_rows
 
 NOISE_TO_SIGMA = 1.4826  # a Gaussian's sigma over its median absolute deviation
 SAMPLE = 2**17  # pixels of an image; enough to estimate its noise to 0.3 %
@@ -71,7 +71,7 @@ class FieldSpots:
 
 def find_spots(filtered: np.ndarray | Bandpassed) -> FieldSpots:
     """Local maxima of each bit, 6 sigma of its noise above its median; filtered (bit, ..., y, x), band-passed."""
-    height = filtered.height if isinstance(filtered, Bandpassed) else filtered.shape[-2]
+    _, height = in_rows(filtered)
     background, x, y, top = zip(*map_bits(lambda image: _clear_spots(image, height), filtered), strict=True)
     rows = np.concatenate(y)
     # a fitted top is at most a pixel from its maximum, which is never in a plane's first or last row
@@ -113,9 +113,8 @@ def peak_normalization(filtered: np.ndarray | Bandpassed) -> Normalization:
 
 def _bands(filtered: np.ndarray | Bandpassed) -> np.ndarray | Bandpassed:
     """Some bands of rows of a stack, about `PART` pixels of each bit, as (bit, band, y, x); a small stack as it is."""
-    n_bits, width = len(filtered), filtered.shape[-1]
-    height = filtered.height if isinstance(filtered, Bandpassed) else filtered.shape[-2]
-    rows = filtered if isinstance(filtered, Bandpassed) else filtered.reshape(n_bits, -1, width)
+    width = filtered.shape[-1]
+    rows, height = in_rows(filtered)
     first = np.arange(0, rows.shape[1], BAND)
     first = first[first % height + BAND <= height]  # whole, in one plane
     every = len(first) * BAND * width // PART

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merfish.imaging._kernels import bandpass_image, bandpass_images, bandpass_strip
+from merfish.imaging._kernels import bandpass_image, bandpass_strip
 
 
 def bandpass(stack: np.ndarray, *, smoothing: float, background: float, out: np.ndarray | None = None) -> np.ndarray:
@@ -16,7 +16,8 @@ def bandpass(stack: np.ndarray, *, smoothing: float, background: float, out: np.
     """
     out = np.empty(stack.shape, np.float32) if out is None else out
     images, filtered = (array.reshape(-1, *stack.shape[-2:]) for array in (stack, out))
-    bandpass_images(images, *(filled_taps(gaussian_taps(sigma)) for sigma in (smoothing, background)), filtered)
+    taps = (filled_taps(gaussian_taps(sigma)) for sigma in (smoothing, background))
+    bandpass_strip(images, 0, images.shape[1], *taps, filtered)
     return out
 
 
@@ -50,6 +51,13 @@ class Bandpassed:
             a, b = max(first, top), min(last, top + self.height)
             bandpass_strip(self.images[:, plane], a - top, b - top, *self.taps, strip[:, a - first : b - first])
         return strip
+
+
+def in_rows(filtered: np.ndarray | Bandpassed) -> tuple[np.ndarray | Bandpassed, int]:
+    """A filtered stack (bit, [z,] y, x) as decoders take it, (bit, plane * y, x), and the height of a plane."""
+    if isinstance(filtered, Bandpassed):
+        return filtered, filtered.height
+    return filtered.reshape(len(filtered), -1, filtered.shape[-1]), filtered.shape[-2]
 
 
 def gaussian_taps(sigma: float) -> np.ndarray:

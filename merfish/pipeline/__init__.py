@@ -146,14 +146,17 @@ def process(
             refuse_misfit(judge_codebook(source.codebook, says, calibrated))
         key = manifest.of_results({fov: parts[fov] for fov in says}, failed)
         cells = None if segmentation is None else find_segmentation(Path(segmentation), list(says))
-        if published_key(out) == (key if cells is None else segmented_key(key, cells)):
+        before = published(out)
+        if before.get("key") == (key if cells is None else segmented_key(key, cells)):
             shown.say(f"{out}: this run is complete, and its inputs and parameters have not changed; nothing to do")
             return
-        if cells is None and published_key(out) and (given := results.read_run(out).get("segmentation")):
+        if cells is None and (given := before.get("segmentation")):
             shown.say(
                 f"{out}: its cells, from {given['path']}, are replaced by cells of the run; --segmentation keeps them"
             )
-        if cells is None or not published_key(out) or own_key(results.read_run(out)) != key:
+        is_current = own_key(before) == key
+        del before  # of many fields, it is large
+        if cells is None or not is_current:
             stage = folder.new_stage(out)
             write_results(source, settings, out, says, failed, calibrated, key, stage, run_map, shown)
             publish_results(out, stage)  # by now nothing else of the run is held
@@ -197,15 +200,15 @@ def refuse_folder(out: Path, source: Experiment) -> None:
         raise InputError(f"{out} holds results of merfish decode, not of a run; choose another folder or remove it")
 
 
-def published_key(out: Path) -> str:
-    """The key of the results in a folder; empty if there are none or they are incomplete."""
+def published(out: Path) -> dict[str, Any]:
+    """The record of the results in a folder; empty if there are none or they are incomplete."""
     try:
         record = results.read_run(out)
     except InputError:
-        return ""
+        return {}
     sizes = record.get("results", {})
     whole = sizes and all((out / name).is_file() and (out / name).stat().st_size == n for name, n in sizes.items())
-    return str(record.get("key", "")) if whole else ""
+    return record if whole else {}
 
 
 def covered(out: Path, chosen: Sequence[int], manifest: Manifest, calibrated: Calibrated) -> list[int]:

@@ -38,7 +38,7 @@ from merfish.imaging.field import (
     stain_shifts,
 )
 from merfish.imaging.normalize import Normalization
-from merfish.imaging.preprocess import Bandpassed
+from merfish.imaging.preprocess import Bandpassed, in_rows
 from merfish.pipeline.folder import new_record
 from merfish.pipeline.images import new_images, write_images
 from merfish.report import OVERVIEW, STAINS
@@ -245,15 +245,13 @@ def spikes_of(
 
     filters: sigmas of the band-pass of the field, pixel.
     """
-    rows = bits if isinstance(bits, Bandpassed) else bits.reshape(len(bits), -1, bits.shape[-1])
-    height = bits.height if isinstance(bits, Bandpassed) else bits.shape[-2]
     return spike_in(
         bits,
         book,
         normalization,
         calls,
         lambda stack: decode_filtered(stack, book, normalization, method=method),
-        sigma=psf_sigma(rows, height, filters),
+        sigma=psf_sigma(*in_rows(bits), filters),
         seed=SPIKE_SEED,
     )
 

@@ -21,7 +21,7 @@ from merfish.decoding.assumptions import broken_assumptions
 from merfish.decoding.methods import decode_filtered
 from merfish.errors import InputError
 from merfish.imaging.images import read_stack
-from merfish.imaging.preprocess import Bandpassed
+from merfish.imaging.preprocess import in_rows
 from merfish.pipeline import folder
 from merfish.pipeline.fields import spikes_of
 from merfish.pipeline.manifest import versions
@@ -55,8 +55,7 @@ def decode_file(
     spike_kept = keeps_spikes(spikes, odds, float(probability[keep].min(initial=1.0)))
     figures = {**call_figures(words, book, share), **spike_figures(spike_kept)}
     if method != "spots":
-        height = filtered.height if isinstance(filtered, Bandpassed) else filtered.shape[-2]
-        rows = filtered if isinstance(filtered, Bandpassed) else filtered.reshape(len(filtered), -1, filtered.shape[-1])
+        rows, height = in_rows(filtered)
         figures["broken_assumptions"] = broken_assumptions(rows, book, normalization, height)
     statistics = word_statistics(words, book, share, spikes["spike"].to_numpy(), spike_kept)
     record = {
