@@ -135,7 +135,7 @@ def test_variance_shares__of_genes_made_of_one_cause_each():
     for cause in ("type", "niche", "neighbours"):
         assert shares.loc[cause, cause] == pytest.approx(0.5, abs=0.05)
     assert shares.loc["none", "rest"] > 0.97
-    np.testing.assert_allclose(shares.sum(1), 1)
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
 
 
 @pytest.mark.parametrize(
