@@ -1,4 +1,4 @@
-"""The loop that fits the shifts of the bits: plain arrays in, ``out`` arrays filled."""
+"""Kernel of the shift estimation; takes plain arrays and fills the ``out`` arrays."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from merfish._jit import kernel
 
 @kernel
 def weigh_pairs(step, a, b, shift, share, width, chance, links, pull):
-    """Weigh pairs of peaks by how likely they belong to one molecule, and sum over the pairs of each two bits.
+    """Weight pairs of peaks by the probability that both belong to one molecule, and sum the weights by pair of bits.
 
-    step (pair, 2): from the peak of bit ``a`` (pair,) to that of ``b``; shift (bit, 2) y, x. Of the pairs ``share`` lie
-    about the difference of the shifts, with sigma ``width``, the others anywhere, with density ``chance``.
-    out: links (bit, bit), sum of the weights by a and b; pull (bit, 2), sum of the weighted steps to the bit, less
-    those from it. Returns the sum of the weights, and the weighted sum of squares of the steps that the
-    shifts do not explain.
+    step (pair, 2): y, x from the peak of bit ``a`` (pair,) to that of bit ``b`` (pair,). shift (bit, 2): y, x. A
+    fraction ``share`` of the pairs is normally distributed about the difference of the shifts, with standard deviation
+    ``width`` along each axis; the others are uniform, with density ``chance``.
+    out: links (bit, bit), sum of the weights by a and b; pull (bit, 2), weighted sum of the steps to the bit minus
+    those from it. Returns the sum of the weights, and the weighted sum of the squared residuals of the steps.
     """
     links[:] = 0.0
     pull[:] = 0.0

@@ -1,8 +1,8 @@
-"""Residual shift of each bit of a field, measured on the peaks.
+"""Residual shift of each bit of a field, estimated from the peaks.
 
-A molecule has a peak in each of its bits: among all pairs of near peaks of different bits, the differences within one
-molecule scatter about the difference of the two bits' shifts, and all others are uniform. A mixture of the two is
-fitted, starting from a width that captures any shift.
+A molecule has a peak in each of its on-bits. Among all pairs of nearby peaks of different bits, the displacements
+within one molecule scatter about the difference of the two bits' shifts, and all others are uniform. A mixture of the
+two is fitted, starting from a width that covers any shift.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from scipy.spatial import cKDTree
 from merfish.decoding._alignment_kernels import weigh_pairs
 
 # lengths in sigmas of the PSF
-REACH = 4.0  # peaks of one molecule are closer than this in any two bits
-WIDTHS = (1.2, 0.8, 0.5, 0.3)  # scatter of the pairs about the shift, from one that captures any shift to the final one
+REACH = 4.0  # two peaks of one molecule are closer than this
+WIDTHS = (1.2, 0.8, 0.5, 0.3)  # scatter of the pairs about the shift, from one that covers any shift to the final one
 ITERATIONS = 4  # at each width
 FREE = 6  # iterations with the width fitted
 NARROWEST = 0.03
-USUAL_SHIFT = 1.0  # prior sigma of the shifts: a bit without pairs is not shifted
+USUAL_SHIFT = 1.0  # prior sigma of the shifts; a bit without pairs is not shifted
 MOST_PAIRS = 30_000  # pairs; enough to measure a shift to 0.01 px
 
 
 @dataclass(frozen=True, eq=False)
 class BitShifts:
-    """shift: (bit, 2) y, x in pixel, of a bit's image relative to the mean of all.
+    """Shifts of the bits of a field.
 
-    pairs: (bit,) float, pairs of peaks of one molecule that it is measured on. width: pixel, sigma of such a pair along
-    an axis.
+    shift: (bit, 2) float64, y, x in pixel, of a bit's image relative to the mean of all bits. pairs: (bit,) float64,
+    number of pairs of peaks of one molecule that include the bit. width: pixel, standard deviation of the displacement
+    of such a pair along an axis; NaN without pairs.
     """
 
     shift: np.ndarray
@@ -40,7 +41,7 @@ class BitShifts:
 def bit_shifts(
     x: np.ndarray, y: np.ndarray, plane: np.ndarray, bit: np.ndarray, n_bits: int, sigma: float
 ) -> BitShifts:
-    """Shifts of the bits of a field; x, y (pixel), plane, bit (peak,); sigma: of the PSF, pixel."""
+    """Estimate the shifts of the bits of a field; x, y (pixel), plane, bit: (peak,); sigma: of the PSF, pixel."""
     i, j = _near_pairs(x, y, plane, bit, REACH * sigma)
     if not len(i):
         return BitShifts(np.zeros((n_bits, 2)), np.zeros(n_bits), np.nan)
@@ -65,7 +66,7 @@ def _near_pairs(
     x: np.ndarray, y: np.ndarray, plane: np.ndarray, bit: np.ndarray, reach: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of peaks i, j (pair,) of different bits, i of the lower bit, closer than ``reach`` in one plane."""
-    # in a crowded field a part is enough: the number of pairs is limited to about that of peaks
+    # in a crowded field a part of the peaks is enough: the expected number of pairs is limited to `MOST_PAIRS`
     order = np.lexsort((x, y, plane))
     area = max(float(np.ptp(x)) * float(np.ptp(y)) * len(np.unique(plane)), 1.0) if len(x) else 1.0
     expected = 0.5 * len(x) ** 2 / area * np.pi * reach**2
@@ -80,7 +81,7 @@ def _near_pairs(
 
 
 def _solve(links: np.ndarray, pull: np.ndarray, stiffness: float) -> np.ndarray:
-    """Shifts (bit, 2) whose differences are the steps, by weighted least squares; their mean is 0.
+    """Shifts (bit, 2) whose differences best fit the steps, by regularised weighted least squares; their mean is 0.
 
     links (bit, bit), pull (bit, 2): see `weigh_pairs`.
     """
