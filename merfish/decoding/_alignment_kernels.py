@@ -1,4 +1,4 @@
-"""The loop that fits the shifts of the bits: plain arrays in, ``out`` arrays filled."""
+"""Kernel of the shift estimation; takes plain arrays and fills the ``out`` arrays."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Residual shift of each bit of a field, measured on the peaks.
+"""Residual shift of each bit of a field, estimated from the peaks.
 
-A molecule has a peak in each of its bits: among all pairs of near peaks of different bits, the differences within one
-molecule scatter about the difference of the two bits' shifts, and all others are uniform. A mixture of the two is
-fitted, starting from a width that captures any shift. The shift of a bit is linear in the position: colours differ in
-magnification, and samples swell, so that bits that agree at the centre of a field may be apart at its border.
+A molecule has a peak in each of its on-bits. Among all pairs of nearby peaks of different bits, the displacements
+within one molecule scatter about the difference of the two bits' shifts, and all others are uniform. A mixture of the
+two is fitted, starting from a width that covers any shift. The shift of a bit is linear in the position, because
+colours differ in magnification and samples swell.
 """
 
 from __future__ import annotations
@@ -17,32 +17,30 @@ from scipy.spatial import cKDTree
 from merfish.decoding._alignment_kernels import weigh_pairs
 
 # lengths in sigmas of the PSF
-REACH = 4.0  # peaks of one molecule are closer than this in any two bits
-WIDTHS = (1.2, 0.8, 0.5, 0.3)  # scatter of the pairs about the shift, from one that captures any shift to the final one
+REACH = 4.0  # two peaks of one molecule are closer than this
+WIDTHS = (1.2, 0.8, 0.5, 0.3)  # scatter of the pairs about the shift, from one that covers any shift to the final one
 ITERATIONS = 4  # at each width
 FREE = 6  # iterations with the width fitted
 CONSTANT = 2 * ITERATIONS  # iterations before shifts may vary over the field: until the constant parts are found
 NARROWEST = 0.03
-USUAL_SHIFT = 1.0  # prior sigma of the shifts: a bit without pairs is not shifted
+USUAL_SHIFT = 1.0  # prior sigma of the shifts; a bit without pairs is not shifted
 MOST_PAIRS = 30_000  # pairs; enough to measure a shift to 0.01 px
 BANDS = 6  # of rows over the field, at least, from which the pairs are taken if a part is enough
-# variance of a coefficient over that of independent pairs: the six pairs of a molecule with four bits hold the
-# information of three
+# pairs per independent displacement: the six pairs of a molecule with four bits hold the information of three
 PAIRS_PER_STEP = 2.0
-# The mean square of the linear terms exceeds that expected from noise by more than this many standard errors, or
-# there are none.
+# standard errors by which the mean square of the linear terms exceeds that expected of noise; otherwise they are zero
 CLEAR = 3.0
 TERMS = 3  # 1, y, x
 
 
 @dataclass(frozen=True, eq=False)
 class BitShifts:
-    """warp: (bit, 2, 3), shifts along y and x of a bit's image relative to the mean of all, pixel: coefficients of
-    1, y, x. shift: (bit, 2) y, x in pixel, at the centre of the field; spread: pixel, root mean square over bits,
-    axes and the corners of the field.
+    """Shifts of the bits of a field.
 
-    pairs: (bit,) float, pairs of peaks of one molecule that it is measured on. width: pixel, sigma of such a pair along
-    an axis.
+    warp: (bit, 2, 3) float64, coefficients of 1, y and x (pixel) of the shifts along y and x (pixel) of a bit's image
+    relative to the mean of all bits. shift: (bit, 2) float64, y, x in pixel, at the centre of the field. spread: pixel,
+    root mean square of the shifts along an axis, over bits and the corners of the field. pairs: (bit,) float64, number of pairs of peaks of one molecule that include the bit. width: pixel, standard deviation of the displacement
+    of such a pair along an axis; NaN without pairs.
     """
 
     warp: np.ndarray
@@ -55,7 +53,7 @@ class BitShifts:
 def bit_shifts(
     x: np.ndarray, y: np.ndarray, plane: np.ndarray, bit: np.ndarray, n_bits: int, sigma: float
 ) -> BitShifts:
-    """Shifts of the bits of a field; x, y (pixel), plane, bit (peak,); sigma: of the PSF, pixel."""
+    """Estimate the shifts of the bits of a field; x, y (pixel), plane, bit: (peak,); sigma: of the PSF, pixel."""
     i, j = _near_pairs(x, y, plane, bit, REACH * sigma)
     if not len(i):
         return BitShifts(np.zeros((n_bits, 2, TERMS)), np.zeros((n_bits, 2)), 0.0, np.zeros(n_bits), np.nan)

@@ -16,11 +16,11 @@ from merfish.decoding.peaks import Fit
 from merfish.decoding.planes import depth
 
 # lengths in sigmas of the PSF
-RADIUS = 0.9  # peaks of one molecule are closer than this to its centre, registration error included
-EXPLAINED = 0.45  # a peak of another bit this close is the molecule's own 0->1 error
-CELL = 1.5  # of the grid, at least RADIUS
-PART = 1024  # peaks of the clusters that a thread works on at once, about; results do not depend on it
-LIGHT_STEP = 1 / 32  # molecules; of the light around peaks, a quarter of the bins it is sorted into
+RADIUS = 0.9  # peaks of one molecule are closer than this to its centre, including registration error
+EXPLAINED = 0.45  # a peak of an off-bit closer than this is a 0->1 error of the molecule
+CELL = 1.5  # side of a grid cell, at least RADIUS
+PART = 1024  # approximate number of peaks that a thread processes at once; results do not depend on it
+LIGHT_STEP = 1 / 32  # of a molecule's height; quantisation of the residual, a quarter of the bins of its brightness
 
 
 class Peaks(NamedTuple):
@@ -33,7 +33,7 @@ class Peaks(NamedTuple):
 
 
 def joined(fits: list[Fit]) -> Peaks:
-    """The peaks of all bits, bit by bit."""
+    """Concatenate the peaks of all bits, bit by bit."""
     x, y, height = (np.concatenate([getattr(fit, name) for fit in fits]) for name in ("x", "y", "height"))
     return Peaks(x, y, height, np.repeat(np.arange(len(fits)), [len(fit.x) for fit in fits]))
 
@@ -42,7 +42,7 @@ class Called(NamedTuple):
     """Molecules called in one round, the most certain first, and sums over all candidates.
 
     table (call, 5), evidence (call, 2), owner (peak,) int64, share (class,), shows (2, bit, bin), light (2, step): see
-    `_spot_kernels.Calls`; here the calls are numbered from 0.
+    `_spot_kernels.Calls`. Here ``owner`` is the row of the call in ``table``.
     """
 
     table: np.ndarray
@@ -86,7 +86,7 @@ def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, war
 
 
 def look(scene: kernels.Scene) -> kernels.Views:
-    """Collect the neighbourhood of each peak of a scene."""
+    """Observe the bits around each peak of a scene."""
     n, n_bits = len(scene.px), len(scene.light)
     views = kernels.Views(np.empty((n, n_bits), np.int32), np.empty((n, n_bits), np.uint8), np.empty((n, 3)))
     free = np.zeros(n, bool)
@@ -98,7 +98,7 @@ def look(scene: kernels.Scene) -> kernels.Views:
 
 
 def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, sigma: float) -> Called:
-    """One round of calls."""
+    """Run one round of calls; sigma: of the PSF, pixel."""
     n, n_bits, n_parts = len(scene.px), len(scene.light), len(scene.part) - 1
     out = kernels.Calls(
         called=np.zeros(n, bool),
@@ -116,7 +116,7 @@ def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, s
         kernels.call_all(scene, views, classes, EXPLAINED * sigma, taken, out)
     chosen = np.flatnonzero(out.called)
     chosen = chosen[np.argsort(-out.table[chosen, 3], kind="stable")]
-    number = np.full(n + 1, -1)  # the last for peaks without an owner
+    number = np.full(n + 1, -1)  # the last element is for peaks without an owner
     number[chosen] = np.arange(len(chosen))
     return Called(
         out.table[chosen],

@@ -1,4 +1,4 @@
-"""Crowded molecules: peaks that several molecules share are fitted at the positions given by their other bits."""
+"""Crowded molecules: peaks that several molecules share are fitted at the positions given by the other bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from merfish.decoding.alignment import shifts_at
 from merfish.decoding.candidates import LIGHT_STEP, Called
 from merfish.decoding.peaks import Fit, share_peaks
 
-CROWDED = 2.5  # sigmas of the PSF; molecules this close are fitted together: their spots overlap
+CROWDED = 2.5  # sigmas of the PSF; molecules closer than this overlap and are fitted together
 
 
 def crowded_pairs(table: np.ndarray, height: int, sigma: float) -> np.ndarray:
@@ -23,7 +23,7 @@ def crowded_pairs(table: np.ndarray, height: int, sigma: float) -> np.ndarray:
 
 
 def crowded_share(called: Called, height: int, sigma: float) -> float:
-    """Share of calls that are more likely right than wrong and make a pair with another such call."""
+    """Fraction of calls that are more likely right than wrong and overlap with another such call."""
     likely = called.table[called.table[:, 4] > 0]
     return len(np.unique(crowded_pairs(likely, height, sigma))) / max(len(called.table), 1)
 
