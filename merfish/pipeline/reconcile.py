@@ -71,7 +71,7 @@ class Fields:
         return self.work / f"{name}_{fov:04d}.{kind}"
 
     def write_rows(self, name: str, fov: int, rows: np.ndarray) -> None:
-        """Store an array (row,) for a later step, without a header: reading it takes longer than a small field's rows."""
+        """Store an array (row,) for a later step, without a header, which would take longer to read than a few rows."""
         rows.tofile(self.file(name, fov))
 
     def read_rows(self, name: str, fov: int, dtype: np.dtype[Any]) -> np.ndarray:
