@@ -741,15 +741,22 @@ class SpatialVAE:
     def domains(
         self, k: int | None = None, adata: AnnData | None = None, seed: int = 0, smooth: bool = False
     ) -> np.ndarray:
-        """Find ``k`` spatial domains by a Gaussian mixture on the dimensions of z_cell that vary in space, averaged
-        over a cell and its 15 neighbours (on z_cell without coordinates).
+        """Find ``k`` spatial domains, by a Gaussian mixture of the dimensions of z_cell that vary in space, averaged
+        over each cell and its 15 nearest neighbours; without coordinates, of z_cell itself.
 
-        Without ``k`` the number is taken, 20 at most, whose domains come back most reliably from halves of the cells
-        (``analysis.most_stable``); ``uns["spatial_domain_number"]`` has their agreement for each number, and
-        ``plots.number_of_domains`` draws it. With ``smooth`` a Potts model of the labels on the graph decides with the
-        mixture (``potts.smooth_labels``); a cell's average and those of its nearest neighbours are taken for one
-        observation.
-        Writes ``obs["spatial_domain"]`` and ``obsm["spatial_domain_probability"]``; returns int64 labels (cell,).
+        Parameters
+        ----------
+        k : number of domains; if None, the most reproducible number between random halves of the cells, at most 20
+            (``analysis.most_stable``). The agreement for each number is then written to
+            ``uns["spatial_domain_number"]``; ``plots.number_of_domains`` draws it
+        smooth : combine the mixture with a Potts model of the labels on the graph (``potts.smooth_labels``). The log
+            probabilities of the mixture are divided by the number of cells in a neighbourhood, since averages over
+            overlapping neighbourhoods are not independent
+
+        Returns
+        -------
+        int64 (cell,), the labels, 0 the largest domain of the mixture. They are also written to
+        ``obs["spatial_domain"]``, and the probabilities to ``obsm["spatial_domain_probability"]``, float64 (cell, k).
         """
         target = self.adata if adata is None else adata
         section = self._read(adata)
@@ -757,7 +764,7 @@ class SpatialVAE:
         if graphs is not None:
             near, latent = graphs.wide.adjacency(), latent[:, : self.module.shape.n_niche]
             latent = (latent + near @ latent) / (1 + graphs.wide.degree)[:, None]
-        target.uns.pop(_keys.DOMAIN_NUMBER, None)  # of domains that are replaced
+        target.uns.pop(_keys.DOMAIN_NUMBER, None)  # it belongs to the domains that are replaced
         if k is None:
             target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latent, seed)
             k = analysis.most_stable(found)
