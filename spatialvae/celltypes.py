@@ -75,8 +75,7 @@ class Types:
         return self._beside(around_niche((niche, torch.zeros_like(niche)), own), self.log_frequency(niche))
 
     def _beside(self, alone: Mixture, log_frequency: Tensor) -> Mixture:
-        """The mixture of ``alone``, the component centred on the niche, and the types with ``log_frequency`` (B, type).
-        """
+        """The mixture of ``alone``, the component centred on the niche, and types with ``log_frequency`` (B, type)."""
         if not len(self.bias):
             return alone
         n, log_of_types = len(alone.mean), self.share.log() + log_frequency
@@ -107,8 +106,7 @@ class Observed:
     niches: tuple[Gaussian, ...]
 
     def parts(self, types: Types, own: Tensor) -> list[Tensor]:
-        """Log of weight times density of each component at each draw, (cell, draw, 1 + type), for each of ``niches``.
-        """
+        """Log of weight times density of each component at each draw, (cell, draw, 1 + type), for each niche."""
         n, draws, dim = self.z.shape
         flat = self.z.reshape(1, -1, dim)
         here = Mixture(torch.zeros_like(types.bias)[None], types.mean[None], types.variance[None])
