@@ -75,7 +75,7 @@ def test_expression__from_draws_covers_the_truth_and_keeps_its_shapes(trained):
         model.get_normalized_expression(n_samples=2, return_mean=False)
     with pytest.raises(InputError, match="n_samples is 0"):
         model.posterior_predictive_sample(n_samples=0)
-    with pytest.raises(InputError, match="indices name no cell"):
+    with pytest.raises(InputError, match="indices select no cell"):
         model.get_normalized_expression(indices=np.zeros(300, bool))
     with pytest.raises(InputError, match="rows from 0 to 299"):
         model.get_normalized_expression(indices=[300])
