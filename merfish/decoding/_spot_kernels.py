@@ -63,10 +63,6 @@ def sample(image, y, x, first_row, last_row):
 
 
 SAME_SPOT = 0.83  # relative to the radius; peaks of one spot in adjacent planes are closer than this
-TAIL_PLANES = 2  # planes; largest distance at which an out-of-focus spot leaves peaks
-# relative to a spot's height, per plane of distance; lower peaks around the spot are its out-of-focus light. Otherwise
-# this light would be called as another molecule in the adjacent planes, or hide molecules there.
-TAIL = 0.7
 
 
 class Scene(NamedTuple):
@@ -78,7 +74,8 @@ class Scene(NamedTuple):
     no peak explains, in units of ``step``. warp (bit, 2, 3): how far a bit's image lies from the peaks' places, see
     `shift_at`. height: rows of a plane. cluster (peak,) int64: peaks of different clusters are never linked, see
     `find_clusters`. seeds (peak,) int64: the peaks, cluster by cluster; part (part + 1,) int64: where parts of whole
-    clusters begin in them, which are worked on in parallel.
+    clusters begin in them, which are worked on in parallel. tail, tail_planes, depth_step: see
+    `merfish.decoding.planes.Focus`.
     """
 
     px: np.ndarray
@@ -98,6 +95,9 @@ class Scene(NamedTuple):
     cluster: np.ndarray
     seeds: np.ndarray
     part: np.ndarray
+    tail: float
+    tail_planes: int
+    depth_step: float
 
 
 @kernel
@@ -112,7 +112,7 @@ def find_clusters(scene, reach):
     parent = np.arange(len(px))
     for i in range(len(px)):
         plane = int(py[i]) // height
-        for away in range(TAIL_PLANES + 1):
+        for away in range(scene.tail_planes + 1):
             x, y = px[i], py[i] + away * height
             if y >= n_rows:
                 break
@@ -255,7 +255,7 @@ def observe(seed, scene, taken, members, seen):
         i = members[bit]
         if i >= 0:
             d = np.sqrt((px[i] - cx) ** 2 + (py[i] - cy) ** 2)
-            seen[bit] = bin_of(d / radius, pa[i] / bright, abs(pz[i] - cz))
+            seen[bit] = bin_of(d / radius, pa[i] / bright, abs(pz[i] - cz) / scene.depth_step)
         else:
             down, across = shift_at(scene.warp, bit, cy - first_row, cx)
             v = scene.step * sample(scene.light[bit], cy + down, cx + across, first_row, end_row - 1)
@@ -274,7 +274,6 @@ NEGLIGIBLE = -36.0  # log odds below the rounding error of 1
 N_DEPTH, N_NEAR, N_HEIGHT, N_EMPTY, N_USED = 3, 6, 8, 10, 3
 N_PEAK = N_DEPTH * N_NEAR * N_HEIGHT
 N_BINS = N_PEAK + N_EMPTY * (1 + N_USED)
-DEPTH_STEP = 0.25  # planes
 LOWEST_LOG_HEIGHT, LOG_HEIGHT_STEP = -1.6, 0.4
 LOWEST_EMPTY, EMPTY_STEP = -0.1, 0.12
 # a position at least half as bright as the molecule counts as on, although its peak is hidden by a neighbour
@@ -289,7 +288,7 @@ def bin_of(near, height, depth):
     """
     if near >= 0:
         a = int(np.floor((np.log(max(height, 1e-6)) - LOWEST_LOG_HEIGHT) / LOG_HEIGHT_STEP))
-        place = min(int(depth / DEPTH_STEP), N_DEPTH - 1) * N_NEAR + min(int(near * N_NEAR), N_NEAR - 1)
+        place = min(int(depth), N_DEPTH - 1) * N_NEAR + min(int(near * N_NEAR), N_NEAR - 1)
         return place * N_HEIGHT + min(max(a, 0), N_HEIGHT - 1)
     return N_PEAK + min(max(int((height - LOWEST_EMPTY) / EMPTY_STEP), 0), N_EMPTY - 1)
 
@@ -399,13 +398,13 @@ def changed(seed, scene, taken):
 def take_tails(peak, scene, taken):
     """Take the weaker peaks that the same spot leaves, out of focus, in the planes below and above.
 
-    These are all weaker peaks at its position and, within the side of a cell, those weaker by a factor of `TAIL` for
+    These are all weaker peaks at its position and, within the side of a cell, those weaker by a factor of ``tail`` for
     each plane of distance.
     """
     x, y, bit, height = scene.px[peak], scene.py[peak], scene.pb[peak], scene.height
     n_rows, cell, n_across = scene.light.shape[1], scene.cell, scene.n_across
     column = int(x / cell)
-    for away in range(-TAIL_PLANES, TAIL_PLANES + 1):
+    for away in range(-scene.tail_planes, scene.tail_planes + 1):
         row = y + away * height
         if away == 0 or row < 0 or row >= n_rows:
             continue
@@ -419,7 +418,7 @@ def take_tails(peak, scene, taken):
                     if scene.pb[i] != bit or int(scene.py[i]) // height != plane:
                         continue
                     apart = (scene.px[i] - x) ** 2 + (scene.py[i] - row) ** 2
-                    share = 1.0 if apart < (SAME_SPOT * scene.radius) ** 2 else TAIL ** abs(away)
+                    share = 1.0 if apart < (SAME_SPOT * scene.radius) ** 2 else scene.tail ** abs(away)
                     if apart < cell * cell and scene.pa[i] < share * scene.pa[peak]:
                         taken[i] = True
 

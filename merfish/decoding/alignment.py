@@ -39,8 +39,9 @@ class BitShifts:
 
     warp: (bit, 2, 3) float64, coefficients of 1, y and x (pixel) of the shifts along y and x (pixel) of a bit's image
     relative to the mean of all bits. shift: (bit, 2) float64, y, x in pixel, at the centre of the field. spread: pixel,
-    root mean square of the shifts along an axis, over bits and the corners of the field. pairs: (bit,) float64, number of pairs of peaks of one molecule that include the bit. width: pixel, standard deviation of the displacement
-    of such a pair along an axis; NaN without pairs.
+    root mean square of the shifts along an axis, over bits and the corners of the field. pairs: (bit,) float64, number
+    of pairs of peaks of one molecule that include the bit. width: pixel, standard deviation of the displacement of such
+    a pair along an axis; NaN without pairs.
     """
 
     warp: np.ndarray

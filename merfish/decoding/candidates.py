@@ -13,7 +13,7 @@ from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding._plane_kernels import light_by_plane
 from merfish.decoding.alignment import shifts_at
 from merfish.decoding.peaks import Fit
-from merfish.decoding.planes import depth
+from merfish.decoding.planes import USUAL_FOCUS, depth, focus_of
 
 # lengths in sigmas of the PSF
 RADIUS = 0.9  # peaks of one molecule are closer than this to its centre, including registration error
@@ -72,17 +72,17 @@ def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, war
     cluster, seeds, part = np.empty((3, len(x)), np.int64)
     scene = kernels.Scene(
         x, y, top, bit, plane.astype(np.float32), start, order, cell, n_across, RADIUS * sigma, left, LIGHT_STEP,
-        warp, height, cluster, seeds, part,
+        warp, height, cluster, seeds, part, *USUAL_FOCUS,
     )  # fmt: skip
+    if n_rows > height:
+        light = np.empty((len(x), 3))
+        light_by_plane(x, y, np.uint64(1) << bit.astype(np.uint64), scene, light)
+        tail, tail_planes, depth_step = focus_of(light)
+        scene = scene._replace(pz=depth(light, plane), tail=tail, tail_planes=tail_planes, depth_step=depth_step)
     begins = np.empty(kernels.find_clusters(scene, RADIUS * sigma) + 1, np.int64)
     kernels.group(cluster, begins, seeds)
     firsts = np.searchsorted(begins, np.append(np.arange(0, len(x), PART), len(x)))
-    scene = scene._replace(part=begins[np.unique(firsts)])
-    if n_rows == height:
-        return scene
-    light = np.empty((len(x), 3))
-    light_by_plane(x, y, np.uint64(1) << bit.astype(np.uint64), scene, light)
-    return scene._replace(pz=depth(light, plane))
+    return scene._replace(part=begins[np.unique(firsts)])
 
 
 def look(scene: kernels.Scene) -> kernels.Views:

@@ -70,7 +70,7 @@ def add_haze(expected: np.ndarray, background: float, share: float) -> None:
         frame += share * light
 
 
-def heat_pixels(counts: np.ndarray, pixels: np.ndarray) -> None:
-    """Raise ``pixels`` (pixel, 2) y, x of every frame of ``counts`` (frame, y, x) uint16 by 2,000."""
+def heat_pixels(counts: np.ndarray, pixels: np.ndarray, by: np.ndarray | int = 2_000) -> None:
+    """Raise ``pixels`` (pixel, 2) y, x of every frame of ``counts`` (frame, y, x) uint16 ``by`` counts, (pixel,)."""
     rows, columns = pixels.T
-    counts[:, rows, columns] = np.minimum(counts[:, rows, columns], 63_535) + 2_000
+    counts[:, rows, columns] = np.minimum(counts[:, rows, columns] + np.asarray(by, np.int64), 65_535)

@@ -12,6 +12,7 @@ from merfish.simulate.glow import draw_glow
 from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, expose, pack_bits, photons, show_bits
 
 ABUNDANCE_SIGMA = 1.0
+HOT_COUNTS = (1e3, 3e4)  # camera counts, by which hot pixels are too bright
 _BORDER = 8  # pixels beyond the field in which molecules still contribute light to it
 
 
@@ -36,8 +37,8 @@ def simulate_stack(
     the codebook. ``imaging``: errors, optics, camera. ``bit_shift``: sigma of the shift of each bit along each axis,
     pixels, that remains after registration. ``bit_stretch``: sigma of a shift that is added to it, linear in the
     position, at the border of the field along each axis, pixels. ``glow``: autofluorescence of cells, photons per
-    pixel; molecules are then only in cells. ``hot_pixels``: number of pixels of each bit that are 2,000 counts too
-    bright.
+    pixel; molecules are then only in cells. ``hot_pixels``: number of pixels of each bit that are 1,000 to
+    30,000 counts too bright, log-uniformly.
 
     shape: (y, x). density: molecules per pixel (of each plane). n_planes: z planes; molecules then lie between
     z = -0.5 and n_planes - 0.5.
@@ -85,7 +86,8 @@ def simulate_stack(
     stack = expose(expected, imaging, camera)
     if hot_pixels:
         for frames in stack:
-            heat_pixels(frames, other.integers(0, shape, (hot_pixels, 2)))
+            counts = np.exp(np.log(HOT_COUNTS[0]) + np.log(HOT_COUNTS[1] / HOT_COUNTS[0]) * other.random(hot_pixels))
+            heat_pixels(frames, other.integers(0, shape, (hot_pixels, 2)), counts.astype(int))
     truth = pd.DataFrame(
         {
             "barcode_id": word.astype(np.int32),
