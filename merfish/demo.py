@@ -94,9 +94,9 @@ def real_fields(out: Path) -> list[Section]:
     text = [
         "Two fields of view from a real experiment, 128 x 128 px, 8 rounds, 16 bits, 70 genes and 70 blanks. Blanks "
         "are words not assigned to any RNA, so every call of a blank is an error; here, half of all words are blanks.",
-        "Control: the same images decoded with codebooks whose bits were permuted. Their gene words are not assigned "
-        "to any RNA either, so genes and blanks should be called equally often; only the real codebook should favour its "
-        f"genes. Excess: {EXCESS}; by chance, it has mean 0 and standard deviation 1 for any number of calls.",
+        "Control: the same images decoded with codebooks whose bits were permuted. Their gene words are not "
+        "assigned to any RNA either, so genes and blanks should be called equally often; only the real codebook "
+        f"should favour its genes. Excess: {EXCESS}; by chance its mean is 0 and its standard deviation 1.",
     ]
     first = Section("Real fields: genes against blanks", text, [Table(columns, rows)], pictures)
     return [first, *_titled("Real fields", run_sections(folder))]
