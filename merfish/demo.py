@@ -1,6 +1,6 @@
-"""The demonstration: real fields, a simulated tissue scored against its truth, embeddings, one page.
+"""The demonstration: real fields, a simulated tissue compared with its truth, embeddings, and one report.
 
-The only module that calls both packages, through their public functions, imported when it runs.
+The only module that uses both packages, through their public functions, which are imported at run time.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 N_PERMUTED = 20  # codebooks with permuted bits
-EXCESS = "(genes - blanks) / sqrt(genes + blanks)"  # of calls; a ratio of so few calls says less
+EXCESS = "(genes - blanks) / sqrt(genes + blanks)"  # of calls; the ratio of so few calls is too uncertain
 TISSUE_DOMAINS = 3
 OSMFISH_REGIONS = 11
-EPOCHS = 25  # of training at most, so that the demonstration takes a minute
-MATCH_MICRONS = 0.25  # a call is right if a true molecule of its gene lies within this distance
+EPOCHS = 25  # maximum; limits the duration of the demonstration
+MATCH_MICRONS = 0.25  # a call is correct if a true molecule of its gene lies within this distance
 CELL_OVERLAP = 0.5  # intersection over union above which a true cell counts as found
 
 
 def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, int] = (512, 512)) -> Path:
-    """Run everything, write the results to ``out`` and return the page. fields, shape: of the simulated tissue."""
+    """Run everything, write the results to ``out`` and return the path of the report.
+
+    fields, shape: numbers of fields and pixels (y, x) of the simulated tissue.
+    """
     started = time.perf_counter()
     need_embedding("the demo")
     out.mkdir(parents=True, exist_ok=True)
@@ -90,17 +93,17 @@ def real_fields(out: Path) -> list[Section]:
     _print_table(columns, rows)
     text = [
         "Two fields of view from a real experiment, 128 x 128 px, 8 rounds, 16 bits, 70 genes and 70 blanks. Blanks "
-        "are words that no RNA carries, so every call of a blank is an error; here, half of all words are blanks.",
-        "Control: the same images decoded with codebooks whose bits were permuted. No RNA carries their gene words "
-        "either, so genes and blanks should be called equally often; only the real codebook should favour its genes. "
-        f"Excess: {EXCESS}; by chance it has mean 0 and standard deviation 1, whatever the number of calls.",
+        "are words not assigned to any RNA, so every call of a blank is an error; here, half of all words are blanks.",
+        "Control: the same images decoded with codebooks whose bits were permuted. Their gene words are not "
+        "assigned to any RNA either, so genes and blanks should be called equally often; only the real codebook "
+        f"should favour its genes. Excess: {EXCESS}; by chance its mean is 0 and its standard deviation 1.",
     ]
     first = Section("Real fields: genes against blanks", text, [Table(columns, rows)], pictures)
     return [first, *_titled("Real fields", run_sections(folder))]
 
 
 def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]:
-    """Calls of genes and of blanks in each field: first row the real codebook, then permuted ones."""
+    """Count calls of genes and blanks in each field: first row the real codebook, then permuted ones."""
     from merfish.imaging.field import register_field
     from merfish.imaging.opening import open_experiment
     from merfish.pipeline.survey import read_calibration
@@ -118,7 +121,7 @@ def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]
 
 
 def count_calls(bits: np.ndarray, codebook: Codebook, normalization: Any) -> dict[str, float]:
-    """Calls of genes and of blanks that are probably right, and the excess of genes (`EXCESS`)."""
+    """Count calls of genes and blanks that are probably correct, and compute the excess of genes (`EXCESS`)."""
     from merfish.calls.filtering import rate_calls
     from merfish.decoding.methods import decode_filtered
 
@@ -145,7 +148,7 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
     score = score_run(folder, raw)
     rows = [
         ("molecules found (recall)", f"{score['recall']:.3f}"),
-        ("molecules right (precision)", f"{score['precision']:.3f}"),
+        ("molecules correct (precision)", f"{score['precision']:.3f}"),
         ("median position error", f"{score['median_error']:.3f} µm"),
         ("cells found", f"{score['cells_found']:.3f} of {score['n_cells']}"),
         ("counts of each cell and gene, Pearson r", f"{score['count_r']:.3f}"),
@@ -169,7 +172,7 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
     ]
     text = [
         f"{fields[0]} x {fields[1]} overlapping fields of {shape[0]} x {shape[1]} px with drift, beads, stains and the "
-        "bit errors of real experiments (1->0 10 %, 0->1 4 %), run as any raw experiment, then compared with the "
+        "bit errors of real experiments (1->0 10 %, 0->1 4 %), run like any raw experiment, then compared with the "
         f"simulated truth. {table.n_obs} cells were segmented."
     ]
     return [
@@ -179,7 +182,7 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
 
 
 def score_run(folder: Path, raw: Path) -> dict[str, Any]:
-    """Molecules, cells and counts of a run against the truth of a simulated experiment."""
+    """Compare molecules, cells and counts of a run with the truth of a simulated experiment."""
     import anndata
 
     from merfish.cells.counts import read_cells
@@ -219,7 +222,7 @@ def score_run(folder: Path, raw: Path) -> dict[str, Any]:
 
 
 def in_fields(molecules: pd.DataFrame, raw: Path, margin: int = 10) -> np.ndarray:
-    """Whether molecules lie in any field, at least ``margin`` px inside the outer border; (molecule,) bool."""
+    """Return whether molecules lie in any field, at least ``margin`` px inside the outer border; bool (molecule,)."""
     from merfish.imaging.opening import open_experiment
 
     source = open_experiment(raw)
@@ -235,9 +238,9 @@ def _in_microns(molecules: pd.DataFrame) -> pd.DataFrame:
 
 
 def match_cells(found: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Row of the found cell that overlaps each true one best, by intersection over union above 0.5, else -1.
+    """Return the row of the found cell with an intersection over union above 0.5 with each true cell, else -1.
 
-    found, true: shapely polygons. A cell can overlap only one other by more than one half.
+    found, true: shapely polygons. At most one cell can have such an overlap.
     """
     match = np.full(len(true), -1)
     if not len(found):
@@ -287,7 +290,7 @@ def embed_cortex(out: Path) -> list[Section]:
 def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_name: str, name: str) -> Section:
     """Train a model on a table of counts, find domains, compare them with ``truth`` ("" = unknown), and plot them.
 
-    name: of the pictures' files.
+    name: prefix of the names of the pictures' files.
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 

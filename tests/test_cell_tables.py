@@ -283,7 +283,7 @@ def test_find_cells__with_our_own_segmenter_by_name_agrees():
 
 def test_find_cells__refuses_images_that_hold_nan():
     image = np.ones((2, 30, 30))
-    with pytest.raises(InputError, match="cytoplasm: the image holds NaN"):
+    with pytest.raises(InputError, match="cytoplasm: the image contains NaN"):
         find_cells(image, np.where(np.indices(image.shape)[1] == 3, np.nan, image), np.arange(2), MPP)
 
 
