@@ -10,7 +10,7 @@ from spatialvae import InputError, SpatialVAE, likelihoods, posterior, sampling
 
 
 def tissue(n=300, genes=10, seed=0):
-    """A smooth gradient of two programs over the plane, in cells of uneven depth; counts are negative binomial."""
+    """Cells of varying depth whose expression varies smoothly in the plane, with negative binomial counts."""
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, 100, (n, 2))
     program = np.sin(xy[:, 0] / 15) + 0.4 * rng.normal(size=n)
@@ -75,7 +75,7 @@ def test_expression__from_draws_covers_the_truth_and_keeps_its_shapes(trained):
         model.get_normalized_expression(n_samples=2, return_mean=False)
     with pytest.raises(InputError, match="n_samples is 0"):
         model.posterior_predictive_sample(n_samples=0)
-    with pytest.raises(InputError, match="indices name no cell"):
+    with pytest.raises(InputError, match="indices select no cell"):
         model.get_normalized_expression(indices=np.zeros(300, bool))
     with pytest.raises(InputError, match="rows from 0 to 299"):
         model.get_normalized_expression(indices=[300])
@@ -143,7 +143,7 @@ def test_sample_tissue__is_smooth_and_follows_cells_held_fixed(trained):
 
 
 def test_sample_tissue__has_the_types_of_the_table():
-    """Two types far apart, side by side all over the tissue."""
+    """Two distinct types, intermixed over the whole tissue."""
     rng, rate = np.random.default_rng(0), np.where(np.arange(10) % 2, 30.0, 2.0)
     kind = rng.random(300) < 0.5
     table = tissue()

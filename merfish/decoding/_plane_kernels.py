@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from merfish._jit import parallel_kernel, prange
+from merfish.decoding._alignment_kernels import shift_at
 from merfish.decoding._spot_kernels import nearest_peak, sample
 
 
@@ -33,7 +34,8 @@ def light_by_plane(x, y, bits, scene, out):
                     if i >= 0:
                         total += scene.pa[i]
                     else:
-                        v, u = row + scene.shift_y[bit], x[m] + scene.shift_x[bit]
+                        down, across = shift_at(scene.warp, bit, row - first, x[m])
+                        v, u = row + down, x[m] + across
                         total += scene.step * sample(scene.light[bit], v, u, first, first + height - 1)
             if n:
                 out[m, k] = total / n

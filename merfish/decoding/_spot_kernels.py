@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from merfish._jit import kernel, parallel_kernel, prange
+from merfish.decoding._alignment_kernels import shift_at
 from merfish.decoding._kernels import root_of
 
 
@@ -73,11 +74,11 @@ class Scene(NamedTuple):
 
     px, py (rows), pa, pb, pz (peak,): position, height, bit, and depth in planes. start, order, cell, n_across: their
     grid (see `fill_grid`).
-    radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, the
-    residual in units of ``step``. shift_y, shift_x (bit,): pixel, position in a bit's image minus that of the peak.
-    height: rows of a plane. cluster (peak,) int64: peaks of different clusters are never linked, see `find_clusters`.
-    seeds (peak,) int64: the peaks, cluster by cluster; part (part + 1,) int64: the start of each part in ``seeds``.
-    Parts consist of whole clusters and are processed in parallel.
+    radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, what
+    no peak explains, in units of ``step``. warp (bit, 2, 3): how far a bit's image lies from the peaks' places, see
+    `shift_at`. height: rows of a plane. cluster (peak,) int64: peaks of different clusters are never linked, see
+    `find_clusters`. seeds (peak,) int64: the peaks, cluster by cluster; part (part + 1,) int64: where parts of whole
+    clusters begin in them, which are worked on in parallel.
     """
 
     px: np.ndarray
@@ -92,8 +93,7 @@ class Scene(NamedTuple):
     radius: float
     light: np.ndarray
     step: float
-    shift_y: np.ndarray
-    shift_x: np.ndarray
+    warp: np.ndarray
     height: int
     cluster: np.ndarray
     seeds: np.ndarray
@@ -257,8 +257,8 @@ def observe(seed, scene, taken, members, seen):
             d = np.sqrt((px[i] - cx) ** 2 + (py[i] - cy) ** 2)
             seen[bit] = bin_of(d / radius, pa[i] / bright, abs(pz[i] - cz))
         else:
-            y, x = cy + scene.shift_y[bit], cx + scene.shift_x[bit]
-            v = scene.step * sample(scene.light[bit], y, x, first_row, end_row - 1)
+            down, across = shift_at(scene.warp, bit, cy - first_row, cx)
+            v = scene.step * sample(scene.light[bit], cy + down, cx + across, first_row, end_row - 1)
             shown = bin_of(-1.0, v / bright, 0.0)
             if used[bit] < radius * radius:
                 shown += N_EMPTY * (1 + int(np.sqrt(used[bit]) / radius * N_USED))

@@ -29,7 +29,7 @@ def broken_assumptions(
     sigma = psf_sigma(stack, height)
     part = middle(stack, height)
     fits = gather_peaks(part, normalization, part.shape[1], sigma, np.empty(part.shape, np.int8))
-    shift = float(np.sqrt(np.mean(measure_shifts(fits, part.shape[1], sigma).shift ** 2)))
+    shift = measure_shifts(fits, part.shape[1], sigma).spread
     reasons = []
     if shift > MOST_SHIFT * sigma:
         reasons.append(f"the bits are shifted relative to each other: root mean square {shift:.1f} px along an axis")

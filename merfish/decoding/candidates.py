@@ -11,6 +11,7 @@ import numpy as np
 
 from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding._plane_kernels import light_by_plane
+from merfish.decoding.alignment import shifts_at
 from merfish.decoding.peaks import Fit
 from merfish.decoding.planes import depth
 
@@ -52,23 +53,26 @@ class Called(NamedTuple):
     light: np.ndarray
 
 
-def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, shift: np.ndarray) -> kernels.Scene:
-    """Build a scene from peaks, corrected for the shifts (bit, 2) of their bits (pixel); left: see `gather_peaks`."""
+def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, warp: np.ndarray) -> kernels.Scene:
+    """Sort peaks into a grid, corrected for the shifts of their bits.
+
+    left: see `gather_peaks`. warp: see `BitShifts`.
+    """
     _, n_rows, width = left.shape
     x, y, top, bit = joined(fits)
     first = (y / height).astype(np.int64) * height
-    x = np.clip(x - shift[bit, 1], 0, width - 1)
-    y = np.clip(y - shift[bit, 0], first, first + height - 1)
+    down, across = shifts_at(warp, bit, y - first, x)
+    x = np.clip(x - across, 0, width - 1)
+    y = np.clip(y - down, first, first + height - 1)
     cell = CELL * sigma
     n_across, n_down = int(width / cell) + 1, int(n_rows / cell) + 1
     start, order = np.empty(n_across * n_down + 1, np.int64), np.empty(len(x), np.int64)
     kernels.fill_grid(x, y, cell, n_across, start, order)
-    shift_y, shift_x = np.ascontiguousarray(shift.T)
     plane = (first // height).astype(np.int32)
     cluster, seeds, part = np.empty((3, len(x)), np.int64)
     scene = kernels.Scene(
         x, y, top, bit, plane.astype(np.float32), start, order, cell, n_across, RADIUS * sigma, left, LIGHT_STEP,
-        shift_y, shift_x, height, cluster, seeds, part,
+        warp, height, cluster, seeds, part,
     )  # fmt: skip
     begins = np.empty(kernels.find_clusters(scene, RADIUS * sigma) + 1, np.int64)
     kernels.group(cluster, begins, seeds)

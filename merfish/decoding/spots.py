@@ -76,18 +76,18 @@ def decode_spots(
     shifts = measure_shifts(fits, height, sigma)
     live = normalization.gain > 0  # a dead bit is no evidence for or against any word
     classes = start_classes(codebook, live)
-    some = make_scene(_some(fits, sigma), left, height, sigma, shifts.shift)
+    some = make_scene(_some(fits, sigma), left, height, sigma, shifts.warp)
     views = look(some)
     for _ in range(ROUNDS):
         called = call(some, views, classes, sigma)
         classes = learn_classes(codebook, live, called.share, called.shows, called.light)
-    scene = make_scene(fits, left, height, sigma, shifts.shift)
+    scene = make_scene(fits, left, height, sigma, shifts.warp)
     if len(scene.px) > len(some.px):
         called = call(scene, look(scene), classes, sigma)
     for _ in range(CROWDED_REFITS if crowded_share(called, height, sigma) > CROWDED_SHARE else REFITS):
         classes = learn_classes(codebook, live, called.share, called.shows, called.light)
-        fits = refit(fits, called, shifts.shift, left, height, sigma)
-        scene = make_scene(fits, left, height, sigma, shifts.shift)
+        fits = refit(fits, called, shifts.warp, left, height, sigma)
+        scene = make_scene(fits, left, height, sigma, shifts.warp)
         called = call(scene, look(scene), classes, sigma)
     return _molecules(called, scene, codebook)
 

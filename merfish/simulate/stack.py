@@ -7,6 +7,7 @@ import pandas as pd
 
 from merfish.codebook import Codebook
 from merfish.errors import InputError
+from merfish.simulate.disturbances import heat_pixels
 from merfish.simulate.glow import draw_glow
 from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, expose, pack_bits, photons, show_bits
 
@@ -23,6 +24,8 @@ def simulate_stack(
     n_planes: int = 1,
     imaging: Imaging | None = None,
     bit_shift: float = 0.0,
+    bit_stretch: float = 0.0,
+    hot_pixels: int = 0,
     glow: float = 0.0,
     abundance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, pd.DataFrame]:
@@ -31,7 +34,9 @@ def simulate_stack(
     Molecules are uniformly distributed over the field and a border of 8 pixels, at sub-pixel positions. Their genes are
     drawn from the words that are not blank, with lognormal abundances (sigma 1) or ``abundance`` (gene,), in codebook
     order. imaging: errors, optics, camera. bit_shift: sigma of the residual shift of each bit along each axis, pixels.
-    glow: autofluorescence of cells, photons per pixel; molecules are then only in cells.
+    bit_stretch: sigma, at the border of the field along each axis, of an additional shift that is linear in the
+    position, pixels. glow: autofluorescence of cells, photons per pixel; molecules are then only in cells. hot_pixels:
+    number of pixels of each bit that are 2,000 counts too bright.
 
     shape: (y, x). density: molecules per pixel and plane. n_planes: number of z planes; with several, molecules lie
     between z = -0.5 and n_planes - 0.5.
@@ -66,6 +71,9 @@ def simulate_stack(
     brightness, bit_brightness = draw_brightness(imaging, shown, rng)
     other = np.random.default_rng(disturbed)
     shift = bit_shift * other.standard_normal((2, codebook.n_bits, 1))
+    if bit_stretch:
+        off_centre = np.stack([2 * y / (height - 1) - 1, 2 * x / (width - 1) - 1])
+        shift = shift + bit_stretch * other.standard_normal((2, codebook.n_bits, 2)) @ off_centre
     inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
     cells = draw_glow(codebook.n_bits, shape, glow, other) if glow else None
     if cells is not None:
@@ -76,6 +84,9 @@ def simulate_stack(
     if cells is not None:
         expected += cells.light[:, None]
     stack = expose(expected, imaging, camera)
+    if hot_pixels:
+        for frames in stack:
+            heat_pixels(frames, other.integers(0, shape, (hot_pixels, 2)))
     truth = pd.DataFrame(
         {
             "barcode_id": word.astype(np.int32),
