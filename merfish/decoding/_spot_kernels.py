@@ -70,11 +70,11 @@ class Scene(NamedTuple):
 
     px, py (rows), pa, pb, pz (peak,): position, height, bit, and depth in planes. start, order, cell, n_across: their
     grid (see `fill_grid`).
-    radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, what
-    no peak explains, in units of ``step``. warp (bit, 2, 3): how far a bit's image lies from the peaks' places, see
-    `shift_at`. height: rows of a plane. cluster (peak,) int64: peaks of different clusters are never linked, see
-    `find_clusters`. seeds (peak,) int64: the peaks, cluster by cluster; part (part + 1,) int64: where parts of whole
-    clusters begin in them, which are worked on in parallel. tail, tail_planes, depth_step: see
+    radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, the
+    residual in units of ``step``. warp (bit, 2, 3): shift of each bit's image relative to the peaks, see `shift_at`.
+    height: rows of a plane. cluster (peak,) int64: peaks of different clusters are never linked, see `find_clusters`.
+    seeds (peak,) int64: the peaks, cluster by cluster; part (part + 1,) int64: the start of each part in ``seeds``.
+    Parts consist of whole clusters and are processed in parallel. tail, tail_planes, depth_step: see
     `merfish.decoding.planes.Focus`.
     """
 
