@@ -162,5 +162,5 @@ def test_neighbour_effects__of_the_one_type_that_is_met():
 
 def test_neighbour_effects__says_when_types_hardly_meet():
     counts, types, graph, places = tissue(0, 0, n=100)
-    with pytest.raises(InputError, match="no two types meet"):
+    with pytest.raises(InputError, match="no two types are neighbours"):
         dependence.neighbour_effects(counts.astype(float), types, graph, places, list("abc"), list("abcdefghijkl"))

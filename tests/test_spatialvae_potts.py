@@ -136,7 +136,7 @@ def test_smooth_labels__mends_isolated_errors_and_keeps_borders():
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [([0, 2, 2, 0], "occur"), ([0, 0, 0, 0], "two or more"), ([0, 1], "graph of 4 cells")]
+    ("labels", "message"), [([0, 2, 2, 0], "occur"), ([0, 0, 0, 0], "at least two"), ([0, 1], "graph of 4 cells")]
 )
 def test_fit_potts__says_what_is_wrong_with_labels(labels, message):
     with pytest.raises(InputError, match=message):
