@@ -56,7 +56,7 @@ def test_report_and_plot__of_a_trained_folder(monkeypatch, capsys, tmp_path, tab
     page = (out / "report.html").read_text()
     for heading in ("Training", "Latent space", "Domains", "Niches", "Gene programs", "Neighbouring types"):
         assert f"<h2>{heading}</h2>" in page
-    assert "://" not in page  # nothing is loaded from elsewhere
+    assert "://" not in page  # the page loads nothing from the network
     figure = tmp_path / "latent.png"
     assert run(monkeypatch, "plot", "latent", out / "table.h5ad", "--labels", "type", "--out", figure) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -87,7 +87,7 @@ def test_compare__prefers_the_likelihood_and_the_neighbours_that_made_the_table(
     assert poisson["difference"] < -3 * poisson["difference_error"]
     figure = comparison.evidence_plot(found)
     assert figure.axes[0].get_yticklabels()[0].get_text() == "nb, 3 dimensions"
-    with pytest.raises(InputError, match="3 of 150 cells; expected 10"):
+    with pytest.raises(InputError, match="3 of 150 cells; expected at least 10"):
         comparison.compare(adata, ["nb"], [3], held_out=0.02)
 
 

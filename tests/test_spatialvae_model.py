@@ -371,7 +371,7 @@ def test_save__leaves_other_files_and_asks_before_it_replaces(trained, tmp_path)
     _, model = trained
     (tmp_path / "notes.txt").write_text("mine")
     model.save(tmp_path)
-    with pytest.raises(InputError, match=r"has a model\.json already; pass overwrite=True"):
+    with pytest.raises(InputError, match=r"already contains model\.json; pass overwrite=True"):
         model.save(tmp_path)
     model.save(tmp_path, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"

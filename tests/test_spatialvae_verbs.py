@@ -95,7 +95,7 @@ def test_load__finds_the_table_that_was_saved(trained, tmp_path):
     trained.save(tmp_path / "without")
     with pytest.raises(InputError, match=r"has no adata\.h5ad: pass the table"):
         SpatialVAE.load(tmp_path / "without")
-    with pytest.raises(InputError, match=r"has a adata\.h5ad already|has a model\.json already"):
+    with pytest.raises(InputError, match=r"already contains (adata\.h5ad|model\.json)"):
         trained.save(tmp_path / "with", save_anndata=True)
 
 
