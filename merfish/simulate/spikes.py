@@ -12,6 +12,7 @@ from merfish.calls.error_model import bit_error_rates, tally_words
 from merfish.calls.filtering import keep_at_rate, rate_calls
 from merfish.codebook import Codebook
 from merfish.decoding._peak_kernels import Spots, add_spots
+from merfish.decoding.alignment import shifts_at
 from merfish.decoding.candidates import Peaks, joined
 from merfish.decoding.peaks import BIN, REACH, Fit, shape_of
 from merfish.decoding.spots import gather_peaks, measure_shifts
@@ -98,7 +99,7 @@ def add_spikes(
     number = min(max(round(SHARE * len(kept)), FEWEST), len(kept))
     rows = filtered.reshape(n_bits, -1, width)
     fits = gather_peaks(rows, normalization, plane_height, sigma, np.empty(rows.shape, np.int8))
-    shift = measure_shifts(fits, plane_height, sigma).shift
+    warp = measure_shifts(fits, plane_height, sigma).warp
     peaks = joined(fits)
     # peaks of molecules, whether these are called or not; dimmer ones are noise or far out of focus
     own = belong(peaks, plane_height, kept, sigma)
@@ -117,8 +118,9 @@ def add_spikes(
     light = np.exp(middle + np.sqrt(share) * (rng.choice(log, number) - middle))
     light = light[:, None] * np.exp(rng.normal(0, BIT_SPREAD, (number, n_bits))) * shown * normalization.scale
     out = np.array(rows, np.float32)
-    for bit, (profile, (down, across)) in enumerate(zip(profiles(fits), shift, strict=True)):
+    for bit, profile in enumerate(profiles(fits)):
         on = np.flatnonzero(light[:, bit])
+        down, across = shifts_at(warp, bit, y[on], x[on])
         row = plane[on] * plane_height + np.clip(y[on] + down, 0, plane_height - 1)
         spots = Spots(x[on] + across, row, light[on, bit])
         add_spots(out[bit], plane_height, spots, shape_of(profile, sigma))

@@ -7,6 +7,7 @@ import pandas as pd
 
 from merfish.codebook import Codebook
 from merfish.errors import InputError
+from merfish.simulate.disturbances import heat_pixels
 from merfish.simulate.glow import draw_glow
 from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, expose, pack_bits, photons, show_bits
 
@@ -23,6 +24,8 @@ def simulate_stack(
     n_planes: int = 1,
     imaging: Imaging | None = None,
     bit_shift: float = 0.0,
+    bit_stretch: float = 0.0,
+    hot_pixels: int = 0,
     glow: float = 0.0,
     abundance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, pd.DataFrame]:
@@ -31,8 +34,10 @@ def simulate_stack(
     Molecules lie uniformly over the field and a little beyond it, at sub-pixel positions; their genes are drawn
     with lognormal abundance (sigma 1) from the words that are not blank, or with ``abundance`` (gene,), in the order of
     the codebook. ``imaging``: errors, optics, camera. ``bit_shift``: sigma of the shift of each bit along each axis,
-    pixels, that remains after registration. ``glow``: autofluorescence of cells, photons per pixel; molecules are
-    then only in cells.
+    pixels, that remains after registration. ``bit_stretch``: sigma of a shift that is added to it, linear in the
+    position, at the border of the field along each axis, pixels. ``glow``: autofluorescence of cells, photons per
+    pixel; molecules are then only in cells. ``hot_pixels``: number of pixels of each bit that are 2,000 counts too
+    bright.
 
     shape: (y, x). density: molecules per pixel (of each plane). n_planes: z planes; molecules then lie between
     z = -0.5 and n_planes - 0.5.
@@ -65,6 +70,9 @@ def simulate_stack(
     brightness, bit_brightness = draw_brightness(imaging, shown, rng)
     other = np.random.default_rng(disturbed)
     shift = bit_shift * other.standard_normal((2, codebook.n_bits, 1))
+    if bit_stretch:
+        off_centre = np.stack([2 * y / (height - 1) - 1, 2 * x / (width - 1) - 1])
+        shift = shift + bit_stretch * other.standard_normal((2, codebook.n_bits, 2)) @ off_centre
     inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
     cells = draw_glow(codebook.n_bits, shape, glow, other) if glow else None
     if cells is not None:
@@ -75,6 +83,9 @@ def simulate_stack(
     if cells is not None:
         expected += cells.light[:, None]
     stack = expose(expected, imaging, camera)
+    if hot_pixels:
+        for frames in stack:
+            heat_pixels(frames, other.integers(0, shape, (hot_pixels, 2)))
     truth = pd.DataFrame(
         {
             "barcode_id": word.astype(np.int32),
