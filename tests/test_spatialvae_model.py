@@ -380,7 +380,7 @@ def test_save__leaves_other_files_and_asks_before_it_replaces(trained, tmp_path)
 
 
 def test_batch_shifts__are_not_composition():
-    """Two types with ratios of 9:1 in one batch and 1:9 in the other: their means differ mostly in composition.""""""
+    """Two types with ratios of 9:1 in one batch and 1:9 in the other: their means differ mostly in composition."""
     rng = np.random.default_rng(0)
     batch = np.repeat([0, 1], 400)
     kind = rng.random(800) < np.where(batch == 0, 0.1, 0.9)
