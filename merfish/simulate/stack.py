@@ -7,10 +7,12 @@ import pandas as pd
 
 from merfish.codebook import Codebook
 from merfish.errors import InputError
+from merfish.simulate.disturbances import leak_light, leak_shares
 from merfish.simulate.glow import draw_glow
 from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, expose, pack_bits, photons, show_bits
 
 ABUNDANCE_SIGMA = 1.0
+COLORS = 2  # of each round, for bleed-through and carry-over
 _BORDER = 8  # pixels beyond the field in which molecules still contribute light to it
 
 
@@ -24,6 +26,8 @@ def simulate_stack(
     imaging: Imaging | None = None,
     bit_shift: float = 0.0,
     glow: float = 0.0,
+    bleed_through: float = 0.0,
+    carry_over: float = 0.0,
     abundance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Render a raw, registered stack of molecules at random positions, and return its truth.
@@ -32,7 +36,9 @@ def simulate_stack(
     with lognormal abundance (sigma 1) from the words that are not blank, or with ``abundance`` (gene,), in the order of
     the codebook. ``imaging``: errors, optics, camera. ``bit_shift``: sigma of the shift of each bit along each axis,
     pixels, that remains after registration. ``glow``: autofluorescence of cells, photons per pixel; molecules are
-    then only in cells.
+    then only in cells. ``bleed_through``: share of a spot's light that also appears in the other bit of its round;
+    ``carry_over``: in the bit two further on, which is of the same colour in the next round. The first two bits are
+    one round, and so on.
 
     shape: (y, x). density: molecules per pixel (of each plane). n_planes: z planes; molecules then lie between
     z = -0.5 and n_planes - 0.5.
@@ -71,6 +77,10 @@ def simulate_stack(
         rows, columns = (np.clip(np.rint(at).astype(int), 0, n - 1) for at, n in zip((y, x), shape, strict=True))
         inside &= cells.cells[rows, columns]
         bit_brightness = np.where(inside[:, None], bit_brightness, 0.0)
+    bit = np.arange(codebook.n_bits)
+    shares = leak_shares(bit // COLORS, bit % COLORS, bleed_through, carry_over)
+    if shares.any():
+        bit_brightness = leak_light(bit_brightness, peak * sigma**2, shares)
     expected = photons(y + shift[0], x + shift[1], z, bit_brightness, sigma, peak, (n_planes, height, width), imaging)
     if cells is not None:
         expected += cells.light[:, None]
