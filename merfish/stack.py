@@ -13,7 +13,8 @@ from merfish.config import DEFAULT_METHOD, MISIDENTIFICATION_RATE
 from merfish.decoding.methods import check_stack, decode_filtered, method_named
 from merfish.decoding.psf import USUAL_SIGMA, psf_sigma
 from merfish.errors import InputError
-from merfish.imaging.normalize import Normalization, peak_normalization
+from merfish.imaging.leaks import find_leaks, peak_light
+from merfish.imaging.normalize import Normalization, peak_normalization, shared_normalization, some_spots
 from merfish.imaging.preprocess import Bandpassed
 
 MATCHED = 1.15  # the widths of the filter are kept if they match the PSF within this factor
@@ -74,4 +75,11 @@ def prepare(
     scale = psf_sigma(filtered, filtered.height) / USUAL_SIGMA
     if not 1 / MATCHED < scale < MATCHED:
         filtered = Bandpassed(stack, smoothing=scale * chosen.smoothing, background=scale * chosen.background)
-    return filtered, peak_normalization(filtered)
+    part, spots = some_spots(filtered)
+    normalization = shared_normalization([spots], len(stack))
+    leaks = find_leaks([peak_light(part, spots)], normalization.scale)
+    if not leaks:
+        return filtered, normalization
+    own = Bandpassed(stack, smoothing=filtered.smoothing, background=filtered.background, leaks=leaks)
+    own.sigma = filtered.sigma
+    return own, peak_normalization(own)

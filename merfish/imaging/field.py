@@ -18,11 +18,13 @@ from merfish.imaging.experiment import Experiment
 from merfish.imaging.frames import read_bits, read_fiducials, read_reference, read_stain, read_stain_beads
 from merfish.imaging.illumination import Glow, KnownLight, Light, given_flat, measure_glow
 from merfish.imaging.images import read_frames
+from merfish.imaging.leaks import peak_light
 from merfish.imaging.normalize import Normalization, find_spots
 from merfish.imaging.organization import NO_ROUND
 from merfish.imaging.preprocess import bandpass
 from merfish.imaging.quality import camera_ceiling, measure_quality
 from merfish.imaging.registration import align, measure_drift, measure_field_drift
+from merfish.imaging.unmixing import subtract_leaks
 
 # largest fraction of saturated pixels, median over bits; about the fraction that spots cover
 MOST_SATURATED = 0.01
@@ -55,6 +57,8 @@ def register_field(
     """
     bits = read_bits(experiment, fov)
     aligned = _align(experiment, fov, bits, config, calibration)
+    if calibration is not None and calibration.leaks:
+        subtract_leaks(aligned.filtered, calibration.leaks)
     quality = _quality(experiment, fov, bits, aligned.filtered, aligned.round_of_bit)
     shifts, saturated = aligned.shifts, aligned.saturated
     return RegisteredField(aligned.filtered, aligned.drift, shifts, aligned.valid, saturated, quality)
@@ -75,7 +79,8 @@ def survey_field(experiment: Experiment, fov: int, config: RunConfig) -> Survey:
     hot = {color: Light(np.zeros((1, 1)), 0.0, glow.hot) for color, glow in glows.items()}
     only_hot = Calibration(Normalization.identity(len(bits)), {}, hot)
     aligned = _align(experiment, fov, bits, config, only_hot)
-    return Survey(find_spots(aligned.filtered), aligned.shifts, glows)
+    spots = find_spots(aligned.filtered)
+    return Survey(spots, peak_light(aligned.filtered, spots), aligned.shifts, glows)
 
 
 class _Aligned(NamedTuple):

@@ -113,10 +113,17 @@ def peak_normalization(filtered: np.ndarray | Bandpassed) -> Normalization:
     filtered: (bit, ..., y, x), band-passed. Of a large stack, evenly spaced bands of rows are used if they contain
     enough spots in every bit. A bit without clear maxima is dead: its scale is 0.
     """
-    spots = find_spots(_bands(filtered))
-    if np.bincount(spots.bit, minlength=len(filtered)).min() < CLEAR_SPOTS:
-        spots = find_spots(filtered)
+    _, spots = some_spots(filtered)
     return shared_normalization([spots], len(filtered))
+
+
+def some_spots(filtered: np.ndarray | Bandpassed) -> tuple[np.ndarray | Bandpassed, FieldSpots]:
+    """Some bands of rows of a stack, or all of it, that show enough spots in every bit, and these spots."""
+    part = _bands(filtered)
+    spots = find_spots(part)
+    if part is not filtered and np.bincount(spots.bit, minlength=len(filtered)).min() < CLEAR_SPOTS:
+        part, spots = filtered, find_spots(filtered)
+    return part, spots
 
 
 def _bands(filtered: np.ndarray | Bandpassed) -> np.ndarray | Bandpassed:

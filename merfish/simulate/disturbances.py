@@ -22,6 +22,8 @@ class Disturbances:
     dead_bit: number of a bit without signal, from 0.
     saturated_fov: field illuminated 300 times too strongly, beyond the range of the camera.
     hot_pixels: number of camera pixels that are 2,000 counts too bright in every frame.
+    bleed_through: share of a spot's light that also appears in the other bits of its round.
+    carry_over: share of it that also appears in the bit of the same colour of the next round.
     """
 
     stage_error: float = 0.0
@@ -34,6 +36,8 @@ class Disturbances:
     dead_bit: int | None = None
     saturated_fov: int | None = None
     hot_pixels: int = 0
+    bleed_through: float = 0.0
+    carry_over: float = 0.0
 
 
 def draw_chromatic(n_colors: int, shape: tuple[int, int], largest: float, rng: np.random.Generator) -> np.ndarray:
@@ -59,6 +63,24 @@ def illumination(shape: tuple[int, int], vignetting: float) -> np.ndarray:
     """Relative illumination (y, x) float32 of each pixel: 1 in the centre, 1 - vignetting in the corners."""
     y, x = (np.linspace(-1.0, 1.0, n) for n in shape)
     return (1.0 - vignetting * (y[:, None] ** 2 + x[None, :] ** 2) / 2.0).astype(np.float32)
+
+
+def leak_shares(
+    round_of_bit: np.ndarray, color_of_bit: np.ndarray, bleed_through: float, carry_over: float
+) -> np.ndarray:
+    """Share of the light of each bit that also appears in each other bit, (from, to); see `Disturbances`."""
+    later = round_of_bit - round_of_bit[:, None]
+    same = color_of_bit == color_of_bit[:, None]
+    return bleed_through * ((later == 0) & ~same) + carry_over * ((later == 1) & same)
+
+
+def leak_light(brightness: np.ndarray, flux: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Brightness of molecules in their bits (molecule, bit) with the light of other bits.
+
+    flux: (bit,), photons of a spot of brightness 1; a bit that shows none stays dark. shares: from `leak_shares`.
+    """
+    light = (brightness * flux) @ shares
+    return brightness + np.divide(light, flux, out=np.zeros_like(light), where=flux > 0)
 
 
 def add_haze(expected: np.ndarray, background: float, share: float) -> None:

@@ -10,7 +10,7 @@ import shapely
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from merfish.simulate._kernels import add_spot
-from merfish.simulate.disturbances import Disturbances, add_haze, heat_pixels, illumination
+from merfish.simulate.disturbances import Disturbances, add_haze, heat_pixels, illumination, leak_light, leak_shares
 from merfish.simulate.optics import Imaging, expose, photons
 from merfish.simulate.tissue import NUCLEUS_HEIGHT, Tissue
 
@@ -109,8 +109,12 @@ def _bits(plan: Plan, scene: Scene, fov: int) -> np.ndarray:
     if wrong.dead_bit is not None:
         peak = np.where(np.arange(len(peak)) == wrong.dead_bit, 0.0, peak)
     z = table["z"].to_numpy()[rows] / imaging.plane_step
+    brightness = scene.bit_brightness[rows]
+    shares = leak_shares(plan.round_of_bit, plan.color_of_bit, wrong.bleed_through, wrong.carry_over)
+    if shares.any():
+        brightness = leak_light(brightness, peak * plan.sigma**2, shares)
     light = photons(
-        place[:, 0], place[:, 1], z, scene.bit_brightness[rows], plan.sigma, peak,
+        place[:, 0], place[:, 1], z, brightness, plan.sigma, peak,
         (plan.n_planes, *plan.shape), imaging,
     )  # fmt: skip
     if wrong.haze:

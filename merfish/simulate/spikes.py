@@ -18,6 +18,7 @@ from merfish.decoding.peaks import BIN, REACH, Fit, shape_of
 from merfish.decoding.spots import gather_peaks, measure_shifts
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed, bandpass
+from merfish.imaging.unmixing import subtract_leaks
 from merfish.simulate.scoring import match_calls
 
 BIT_SPREAD = 0.15  # sigma of the logarithm of a molecule's heights in its bits, as in `merfish.simulate.optics`
@@ -73,6 +74,7 @@ def _middle(filtered: np.ndarray | Bandpassed) -> tuple[np.ndarray, int, int]:
     part = whole[:, :, top : top + side, left : left + side]
     if isinstance(filtered, Bandpassed):
         part = bandpass(part, smoothing=filtered.smoothing, background=filtered.background)
+        subtract_leaks(part, filtered.leaks)
     return part, top, left
 
 

@@ -7,11 +7,12 @@ import pandas as pd
 
 from merfish.codebook import Codebook
 from merfish.errors import InputError
-from merfish.simulate.disturbances import heat_pixels
+from merfish.simulate.disturbances import heat_pixels, leak_light, leak_shares
 from merfish.simulate.glow import draw_glow
 from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, expose, pack_bits, photons, show_bits
 
 ABUNDANCE_SIGMA = 1.0  # of the logarithm of the abundances of genes
+COLORS = 2  # of each round, for bleed-through and carry-over
 HOT_COUNTS = (1e3, 3e4)  # camera counts that are added to hot pixels
 _BORDER = 8  # pixels; width of the region around the field whose molecules contribute light to it
 
@@ -28,6 +29,8 @@ def simulate_stack(
     bit_stretch: float = 0.0,
     hot_pixels: int = 0,
     glow: float = 0.0,
+    bleed_through: float = 0.0,
+    carry_over: float = 0.0,
     abundance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Render a raw, registered stack of molecules at random positions, and return its truth.
@@ -37,7 +40,9 @@ def simulate_stack(
     order. imaging: errors, optics, camera. bit_shift: sigma of the residual shift of each bit along each axis, pixels.
     bit_stretch: sigma, at the border of the field along each axis, of an additional shift that is linear in the
     position, pixels. glow: autofluorescence of cells, photons per pixel; molecules are then only in cells. hot_pixels:
-    number of pixels of each bit that are 1,000 to 30,000 counts too bright.
+    number of pixels of each bit that are 1,000 to 30,000 counts too bright. bleed_through: share of a spot's light that
+    also appears in the other bit of its round; carry_over: in the bit two further on, of the same colour in the next
+    round. The first two bits are one round, and so on.
 
     shape: (y, x). density: molecules per pixel and plane. n_planes: number of z planes; with several, molecules lie
     between z = -0.5 and n_planes - 0.5.
@@ -81,6 +86,10 @@ def simulate_stack(
         rows, columns = (np.clip(np.rint(at).astype(int), 0, n - 1) for at, n in zip((y, x), shape, strict=True))
         inside &= cells.cells[rows, columns]
         bit_brightness = np.where(inside[:, None], bit_brightness, 0.0)
+    bit = np.arange(codebook.n_bits)
+    shares = leak_shares(bit // COLORS, bit % COLORS, bleed_through, carry_over)
+    if shares.any():
+        bit_brightness = leak_light(bit_brightness, peak * sigma**2, shares)
     expected = photons(y + shift[0], x + shift[1], z, bit_brightness, sigma, peak, (n_planes, height, width), imaging)
     if cells is not None:
         expected += cells.light[:, None]
