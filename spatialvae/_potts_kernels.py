@@ -1,4 +1,4 @@
-"""Numba kernels for ``potts``.
+"""Numba kernels for ``potts`` and ``arrangement``.
 
 States are int32 (cell,), fields (cell, K) and couplings (K, K) float64. Graphs are in compressed row form (``indptr``,
 ``indices``), with every edge in both directions. ``rng`` is a NumPy generator.
@@ -141,3 +141,28 @@ def marginals(state, fields, couplings, indptr, indices, sweeps, rng):
             state[i] = _draw(score, rng)
             mean[i] += score / score.sum()
     return mean / sweeps
+
+
+@kernel
+def exchange(order, features, coupled, indptr, indices, proposals, rng):
+    """Exchange the cells of two random places of ``order`` int64 (place,), in place, by the Metropolis rule, with the
+    sum of ``features[a] . coupled[b]`` over neighbouring cells a and b as the log density."""
+    n, dim = len(order), features.shape[1]
+    for _ in range(proposals):
+        i, j = int(n * rng.random()), int(n * rng.random())
+        a, b = order[i], order[j]
+        if a == b:
+            continue
+        gain = 0.0
+        for e in range(indptr[i], indptr[i + 1]):
+            if indices[e] != j:  # the product of the pair itself stays the same
+                near = coupled[order[indices[e]]]
+                for d in range(dim):
+                    gain += (features[b, d] - features[a, d]) * near[d]
+        for e in range(indptr[j], indptr[j + 1]):
+            if indices[e] != i:
+                near = coupled[order[indices[e]]]
+                for d in range(dim):
+                    gain += (features[a, d] - features[b, d]) * near[d]
+        if gain >= 0 or rng.random() < np.exp(gain):
+            order[i], order[j] = b, a

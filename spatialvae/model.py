@@ -536,6 +536,7 @@ class SpatialVAE:
 
     def sample_prior(self, n_cells: int, cells: str = "model", seed: int = 0) -> AnnData:
         """Draw ``n_cells`` independent cells from the model, without positions; arguments as of ``sample_tissue``.
+        With ``cells="table"`` z_niche is drawn from the prior, z_cell from cells of the table with a similar niche.
 
         Returns an AnnData with counts in X and the latents in ``obsm["X_spatialvae"]``.
         """
@@ -551,7 +552,22 @@ class SpatialVAE:
         cells: str = "model",
         seed: int = 0,
     ) -> AnnData:
-        """Draw new cells at ``coordinates``: z_niche from the field, z_cell given z_niche, counts given z_cell.
+        """Draw new cells at ``coordinates``.
+
+        With ``cells="model"`` only parameters are used, or the counts of cells that are ``given``::
+
+            z_niche ~ N(0, v (1 + r L)^-1)  [given counts],   z_cell ~ p(z_cell | z_niche),   x ~ p(x | z_cell, l)
+
+        With ``cells="table"`` the latents are a draw of the posterior of the cells of the model's table, (z_niche_c,
+        z_cell_c) of cell c, in a new arrangement::
+
+            p(a) = exp( sum_d c_d sum_{i ~ j} u_{a_i d} u_{a_j d} ) / Z,   x_i ~ p(x | z_cell_{a_i}, l_{a_i})
+
+        a_i is the cell at place i, i ~ j are edges of the graph of places, and u_c are z_cell_c and log l_c. c is such
+        that neighbours are on average as similar in each u_d as in the table (``arrangement``). Types of cells, total
+        counts and their frequencies are therefore those of the table; which cells are neighbours, and where domains
+        lie, is new. As many places as the table has cells take each cell once. With ``given``, niches are drawn from
+        the field, and each new cell has the z_cell of a cell of the table in a similar niche.
 
         Parameters
         ----------
@@ -559,10 +575,9 @@ class SpatialVAE:
         samples : str (cell,), the section of each cell; one section if None. Neighbours are within a section
         given : a table of fixed cells: the field is drawn given their counts. Its ``sample_key`` names sections as in
             ``samples``
-        library_size : total counts, a number or (cell,); by default those of the most similar cells of the model's
-            table in z_cell. Batches are always those of these cells
-        cells : "model" draws z_cell from p(z_cell | z_niche); "table" takes it from a cell of the model's table with a
-            similar niche, which preserves the cell types of the table
+        library_size : l, total counts, a number or (cell,); by default those of the cells of the model's table that the
+            latents are from, or that are the most similar in z_cell. Batches are always those of these cells
+        cells : "model" or "table"
 
         Returns
         -------
@@ -579,9 +594,13 @@ class SpatialVAE:
         names = np.full(len(where), "") if samples is None else np.asarray(samples).astype(str)
         if len(names) != len(where):
             raise InputError(f"samples has {len(names)} values for {len(where)} coordinates; expected one for each")
-        known = None if given is None else (self._read(given), self._places(given))
-        niche = sampling.niches_at(self.module, (where, names), 1, seed, known)[0]
-        made = self._sampled(niche, library_size, cells, seed)
+        if given is None and cells == "table":
+            found = sampling.table_rearranged(self.module, self._read(None), (where, names), seed)
+            made = self._made(*found, library_size, seed)
+        else:
+            known = None if given is None else (self._read(given), self._places(given))
+            niche = sampling.niches_at(self.module, (where, names), 1, seed, known)[0]
+            made = self._sampled(niche, library_size, cells, seed)
         made.obsm[self.setup.spatial_key] = where
         if self.setup.sample_key is not None:
             made.obs[self.setup.sample_key] = names
@@ -589,8 +608,6 @@ class SpatialVAE:
 
     def _sampled(self, niche: torch.Tensor, library_size: np.ndarray | None, cells: str, seed: int) -> AnnData:
         """Cells in ``niche`` (cell, D) and their counts."""
-        from anndata import AnnData
-
         if cells not in CELLS:
             raise InputError(f"cells is {cells!r}; expected one of {CELLS}")
         section = self._read(None)
@@ -598,8 +615,17 @@ class SpatialVAE:
             z = sampling.cells_of_model(self.module, niche, seed)
             like = sampling.cells_like(self.module, section, z, seed)
         else:
-            z, like = sampling.cells_of_table(self.module, section, niche, seed)
-        section = sampling.as_if(section, like, library_size)
+            like, z = sampling.cells_of_table(self.module, section, niche, seed)
+        return self._made(like, niche, z, library_size, seed)
+
+    def _made(
+        self, like: np.ndarray, niche: torch.Tensor, z: torch.Tensor, library_size: np.ndarray | None, seed: int
+    ) -> AnnData:
+        """A table of cells with latents ``niche`` (cell, D) and ``z`` (cell, dim), otherwise like the rows ``like``
+        (cell,) of the model's table."""
+        from anndata import AnnData
+
+        section = sampling.as_if(self._read(None), like, library_size)
         rows, rng = np.arange(len(niche)), np.random.default_rng([seed, 3])
         parts = minibatches(rows, ROWS_AT_ONCE)
         counts = [sp.csr_matrix(sampling.draw_counts(self.module, section, part, z[part], rng)) for part in parts]

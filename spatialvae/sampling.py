@@ -3,7 +3,8 @@ new tissue::
 
     measured cells  z_niche, z_cell ~ p( . | all counts)    (``posterior.latent_draws``)
     new positions   z_niche ~ N(0, v (1 + r L)^-1), optionally given the counts of fixed cells;
-                    z_cell ~ p( . | z_niche) (``celltypes``), or that of a cell of the table with a similar niche
+                    z_cell ~ p( . | z_niche) (``celltypes``), or that of a cell of the table with a similar niche; or
+                    both latents of the table's cells in a new arrangement (``arrangement``)
     both            x ~ p(x | z_cell, total count)          (``module``)
 """
 
@@ -18,6 +19,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from spatialvae import likelihoods
+from spatialvae.arrangement import arranged
 from spatialvae.data import graphs_of, minibatches
 from spatialvae.errors import InputError
 from spatialvae.mixture import Mixture
@@ -191,19 +193,25 @@ def predictive_of(
         yield part, np.stack([draw_counts(module, section, part, z, rng) for z in z_cell])
 
 
-def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed: int) -> tuple[Tensor, np.ndarray]:
-    """z_cell (cell, dim) for cells in ``niche`` (cell, D), taken from a posterior draw of cells of ``section``; and the
-    rows of these cells.
+def latents_of_table(module: SpatialModule, section: Section, seed: int) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Rows of the cells of ``section`` that have counts, and one draw of their posterior: z_niche (row, D) and z_cell
+    (row, dim). Draws of all cells are one of the aggregate posterior (Tomczak & Welling 2018, who use it as a prior):
+    unlike a Gaussian, it preserves the cell types of the section."""
+    rows = np.flatnonzero(section.cells.depth > 0)
+    drawn = [(niche[0].cpu(), z[0]) for _, niche, z in latent_draws(module, section, rows, 1, seed)]
+    niche, z = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    return rows, niche, z
 
-    This samples the aggregate posterior (Tomczak & Welling 2018, who use it as a prior) given the niche: cell j of the
-    section is picked with a probability proportional to the density at ``niche`` of N(z_niche_j, S), with z_niche_j of
-    the same draw. (Posterior means of z_niche are not used: they are shrunk more the fewer the counts, so that cells
-    with few counts would be picked too rarely.) Unlike a Gaussian p(z_cell | z_niche), this preserves the cell types of
-    the section.
+
+def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed: int) -> tuple[np.ndarray, Tensor]:
+    """Rows (cell,) of cells of ``section`` for new cells in ``niche`` (cell, D), and their z_cell (cell, dim).
+
+    Cell j of the section is picked with a probability proportional to the density at ``niche`` of N(z_niche_j, S), with
+    z_niche_j of the same draw of the posterior. (Posterior means of z_niche are not used: they are shrunk more the
+    fewer the counts, so that cells with few counts would be picked too rarely.)
     """
-    rng, rows = np.random.default_rng([seed, 2]), np.flatnonzero(section.cells.depth > 0)
-    drawn = [(n[0].cpu(), z[0]) for _, n, z in latent_draws(module, section, rows, 1, seed)]
-    there, z = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    rng = np.random.default_rng([seed, 2])
+    rows, there, z = latents_of_table(module, section, seed)
     if niche.shape[1]:
         sd, k = (0.5 * module.log_residual[: niche.shape[1]]).exp().detach().cpu(), min(CANDIDATES, len(rows))
         distance, near = cKDTree((there / sd).numpy()).query((niche / sd).numpy(), k)
@@ -211,7 +219,22 @@ def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed:
         chosen = near[np.arange(len(niche)), (rng.gumbel(size=near.shape) - 0.5 * distance**2).argmax(1)]
     else:
         chosen = rng.integers(len(rows), size=len(niche))
-    return z[torch.from_numpy(chosen)], rows[chosen]
+    return rows[chosen], z[torch.from_numpy(chosen)]
+
+
+def table_rearranged(
+    module: SpatialModule, section: Section, places: Places, seed: int
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Rows of the cells of ``section`` that are put at ``places``, with their z_niche (place, D) and z_cell (place,
+    dim): a new arrangement of the section's cells, in which neighbours are as similar in z_cell and in the logarithm of
+    the total count as in the section (``arrangement``)."""
+    assert section.graphs is not None
+    rows, niche, z = latents_of_table(module, section, seed)
+    near = section.graphs.near.adjacency()[rows][:, rows]
+    features = np.column_stack([z.cpu().numpy(), np.log(section.cells.depth[rows])]).astype(float)
+    order = arranged(features, near, graphs_of(*places).near.adjacency(), np.random.default_rng([seed, 2]))
+    index = torch.from_numpy(order)
+    return rows[order], niche[index], z[index.to(z.device)]
 
 
 def cells_like(module: SpatialModule, section: Section, z: Tensor, seed: int) -> np.ndarray:

@@ -142,6 +142,19 @@ def test_sample_tissue__is_smooth_and_follows_cells_held_fixed(trained):
     np.testing.assert_allclose(alone[:, d:].var(0), expected, rtol=0.1)
 
 
+def test_sample_tissue__rearranges_the_cells_of_the_table(trained):
+    table, model = trained
+    made = model.sample_tissue(table.obsm["spatial"], cells="table")
+    depth = np.asarray(table.X.sum(1)).ravel()
+    near = sampling.cKDTree(table.obsm["spatial"]).query(table.obsm["spatial"], 2)[1][:, 1]
+    z = made.obsm["X_spatialvae"][:, model.module.shape.n_niche]
+    assert len(np.unique(z)) == table.n_obs
+    known = model.get_latent_representation(which="cell")[:, 0]
+    assert np.corrcoef(z, z[near])[0, 1] == pytest.approx(np.corrcoef(known, known[near])[0, 1], abs=0.15)
+    assert abs(np.corrcoef(z, known)[0, 1]) < 0.5  # it lies elsewhere
+    assert made.X.sum() == pytest.approx(depth.sum(), rel=0.03)
+
+
 def test_sample_tissue__has_the_types_of_the_table():
     """Two distinct types, intermixed over the whole tissue."""
     rng, rate = np.random.default_rng(0), np.where(np.arange(10) % 2, 30.0, 2.0)
