@@ -50,7 +50,7 @@ def test_run__of_registered_stacks(folder, tmp_path):
     assert len(paired) > 0.75 * len(truth)
     assert len(paired) > 0.9 * len(calls)  # each counted once
     assert set(calls["fov"]) == {0, 1}
-    assert "registered already" in (tmp_path / "out" / results.REPORT).read_text()
+    assert "already registered" in (tmp_path / "out" / results.REPORT).read_text()
 
 
 def test_open_experiment__planes_and_stains(folder):

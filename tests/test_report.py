@@ -71,7 +71,7 @@ def test_report__compares_with_bulk_and_replicates(done, tmp_path, monkeypatch, 
     assert "r = 1.000 of log10" in page
     bulk.write_text("gene,value\nGene001,many\n")
     assert call(monkeypatch, "report", done, "--bulk", bulk) == 2
-    assert "line 2: expected a gene and a number from 0, got 'Gene001,many'" in capsys.readouterr().err
+    assert "line 2: expected a gene and a non-negative number, got 'Gene001,many'" in capsys.readouterr().err
     bulk.write_text("Other,1\n")
     with pytest.raises(InputError, match="has no gene of the run"):
         write_run_report(done, bulk=bulk)
@@ -158,7 +158,7 @@ def test_efficiency__says_how_it_was_measured(done):
     median = np.median(
         [v for v, blank in zip(record["words"]["detection_efficiency"], is_blank(record), strict=True) if not blank]
     )
-    assert efficiency_line(record)[0].startswith(f"{median:.0%} of molecules detected in the median gene, by the error")
+    assert efficiency_line(record)[0].startswith(f"{median:.0%} of molecules detected in the median gene, from the")
     assert "too high where spots overlap" in detected_text(record["figures"])
     assert "too high" in findings.efficiency(record["figures"], record["words"], is_blank(record)).value
 

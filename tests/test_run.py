@@ -79,7 +79,7 @@ def test_dry_run__refuses_faulty_files_as_the_run_does(copy, tmp_path):
     refused = call("run", copy, "--out", tmp_path / "out", "--dry-run").exception
     assert isinstance(refused, InputError)
     assert "field 1: " in str(refused)
-    assert "left out    field 1" in call("run", copy, "--out", tmp_path / "out", "--dry-run", "--keep-going").output
+    assert "skipped     field 1" in call("run", copy, "--out", tmp_path / "out", "--dry-run", "--keep-going").output
 
 
 def test_run_cost__grows_as_the_work_does(raw):
@@ -102,7 +102,7 @@ def test_run_from_the_command_line__says_what_it_does_with_earlier_work(raw, tmp
     out = tmp_path / "out"
     assert call("run", raw, "--out", out, "--fov", "0", "--quiet").output == ""
     text = call("run", raw, "--out", out, "--verbose").output
-    assert "1 of 4 fields are done already; decoding the other 3" in text
+    assert "1 of 4 fields are already done; decoding the other 3" in text
     assert "field 3: " in text
     assert "nothing to do" in call("run", raw, "--out", out).output
 

@@ -16,7 +16,7 @@ from spatialvae.neighbours import CONVOLUTIONS, ENCODERS, Convolution, Surroundi
 
 
 class Sum(torch.nn.Module):
-    """Two layers of a user's own, in which places send messages, too, if there are edges from them."""
+    """A user's own encoder of two layers, in which positions would also send messages, if they had outgoing edges."""
 
     def __init__(self, dim):
         super().__init__()
@@ -29,7 +29,7 @@ class Sum(torch.nn.Module):
 
 
 def interneurons(n=900, seed=0):
-    """Right of x = 50 half of the cells are of a second type and half of a third: no mean says that."""
+    """For x >= 50, half of the cells are of a second type and half of a third: the mean is that of neither."""
     rng = np.random.default_rng(seed)
     places = rng.uniform(0, 100, (n, 2))
     kind = np.where(places[:, 0] < 50, 0, 1 + (rng.random(n) < 0.5))
@@ -181,7 +181,7 @@ def test_own_encoder__is_given_again_with_the_saved_parameters(tmp_path):
 def test_wrong_encoder__is_refused():
     with pytest.raises(InputError, match=f"niche_encoder is 'gat'; expected one of .*{ENCODERS[-1]}"):
         fitted("gat", 0)
-    with pytest.raises(InputError, match=r"made .* of 2 nodes"):
+    with pytest.raises(InputError, match=r"returned shape \(\) for 2 nodes"):
         fitted(Flat(), 0)
 
 
