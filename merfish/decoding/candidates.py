@@ -41,7 +41,7 @@ class Called(NamedTuple):
     """Molecules called in one round, the most certain first, and sums over all candidates.
 
     table (call, 5), evidence (call, 2), owner (peak,) int64, share (class,), shows (2, bit, bin), light (2, step): see
-    `_spot_kernels.Calls`; here the calls are numbered from 0.
+    `_spot_kernels.Calls`; here the calls are numbered from 0, and the peaks are in the order of the fits.
     """
 
     table: np.ndarray
@@ -53,7 +53,7 @@ class Called(NamedTuple):
 
 
 def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, shift: np.ndarray) -> kernels.Scene:
-    """Peaks corrected for the shifts (bit, 2) of their bits, sorted into a grid; left: see `gather_peaks`."""
+    """Peaks corrected for the shifts (bit, 2) of their bits, in the order of a grid; left: see `gather_peaks`."""
     _, n_rows, width = left.shape
     x, y, top, bit = joined(fits)
     first = (y / height).astype(np.int64) * height
@@ -63,6 +63,7 @@ def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, shi
     n_across, n_down = int(width / cell) + 1, int(n_rows / cell) + 1
     start, order = np.empty(n_across * n_down + 1, np.int64), np.empty(len(x), np.int64)
     kernels.fill_grid(x, y, cell, n_across, start, order)
+    x, y, top, bit, first = x[order], y[order], top[order], bit[order], first[order]  # neighbours close in memory
     shift_y, shift_x = np.ascontiguousarray(shift.T)
     plane = (first // height).astype(np.int32)
     cluster, seeds, part = np.empty((3, len(x)), np.int64)
@@ -111,13 +112,15 @@ def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, s
     else:
         kernels.call_all(scene, views, classes, EXPLAINED * sigma, taken, out)
     chosen = np.flatnonzero(out.called)
-    chosen = chosen[np.argsort(-out.table[chosen, 3], kind="stable")]
+    chosen = chosen[np.lexsort((scene.order[chosen], -out.table[chosen, 3]))]
     number = np.full(n + 1, -1)  # the last for peaks without an owner
     number[chosen] = np.arange(len(chosen))
+    owner = np.empty(n, np.int64)
+    owner[scene.order] = number[out.owner]
     return Called(
         out.table[chosen],
         out.evidence[chosen],
-        number[out.owner],
+        owner,
         out.share.sum(axis=0),
         out.shows.sum(axis=0),
         out.light.sum(axis=0),
