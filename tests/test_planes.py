@@ -30,7 +30,7 @@ def some_scene(rng):
     px, py, top = rng.uniform(0, WIDTH - 1, n), plane + rng.uniform(0, HEIGHT - 1, n), rng.uniform(0, 2, n)
     fits = [Fit(px[bit == b], py[bit == b], top[bit == b], None, None) for b in range(N_BITS)]
     scene = make_scene(fits, left, HEIGHT, 1.0, np.zeros((N_BITS, 2, 3)))._replace(step=0.1)
-    return scene, list(zip(px, py, top, bit, strict=True))
+    return scene, list(zip(scene.px, scene.py, scene.pa, scene.pb, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -34,6 +34,8 @@ def merge_planes(
     All arrays (molecule,); x, y pixel. Returns keep, indices of the brightest member of each molecule in increasing
     order, and z (kept,) float32, the plane index averaged by brightness.
     """
+    if not plane.any():
+        return np.arange(len(word)), plane.astype(np.float32)
     i, j = same_molecule_pairs(word, x, y, PLANE_RADIUS)
     neighbours = np.abs(plane[i] - plane[j]) == 1
     group = _groups(len(word), i[neighbours], j[neighbours])

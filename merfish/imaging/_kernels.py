@@ -6,6 +6,7 @@ import numpy as np
 
 from merfish._jit import fused_kernel, kernel, parallel_kernel, prange
 
+_BLOCK = 64  # pixels of a row that are searched for peaks only if one is above the threshold
 _ROWS = 32  # rows of a strip; filtered along x, it stays in the cache of a core while it is filtered along y
 
 
@@ -382,37 +383,45 @@ def find_peaks(image, height, threshold, x, y, value):
         inside = row % height
         if inside == 0 or inside == height - 1:
             continue
-        for column in range(1, width - 1):
-            centre = image[row, column]
-            if not centre > threshold:
+        line = image[row]
+        for first in range(1, width - 1, _BLOCK):
+            last = min(first + _BLOCK, width - 1)
+            above = 0
+            for column in range(first, last):  # vectorised; most blocks have no pixel above
+                above += np.int32(line[column] > threshold)
+            if above == 0:
                 continue
-            # most pixels of a spot are excluded by these two neighbours
-            if image[row, column - 1] >= centre or image[row, column + 1] > centre:
-                continue
-            top = True
-            gx = gy = hxx = hyy = hxy = mean = 0.0
-            for dy in range(-1, 2):
-                for dx in range(-1, 2):
-                    v = image[row + dy, column + dx]
-                    if v > centre or (v == centre and (dy < 0 or (dy == 0 and dx < 0))):
-                        top = False
-                    mean += v / 9.0
-                    gx += dx * v / 6.0
-                    gy += dy * v / 6.0
-                    hxx += (3 * dx * dx - 2) * v / 3.0
-                    hyy += (3 * dy * dy - 2) * v / 3.0
-                    hxy += dx * dy * v / 4.0
-            if not top:
-                continue
-            found += 1
-            if found > len(x):
-                continue
-            ox = oy = 0.0
-            det = hxx * hyy - hxy * hxy
-            if det > 0 and hxx < 0:
-                ox = min(max((hxy * gy - hyy * gx) / det, -1.0), 1.0)
-                oy = min(max((hxy * gx - hxx * gy) / det, -1.0), 1.0)
-            x[found - 1] = column + ox
-            y[found - 1] = row + oy
-            value[found - 1] = max(centre, mean + (gx * ox + gy * oy) / 2 - (hxx + hyy) / 3)
+            for column in range(first, last):
+                centre = image[row, column]
+                if not centre > threshold:
+                    continue
+                # most pixels of a spot are not its top, and two neighbours tell
+                if image[row, column - 1] >= centre or image[row, column + 1] > centre:
+                    continue
+                top = True
+                gx = gy = hxx = hyy = hxy = mean = 0.0
+                for dy in range(-1, 2):
+                    for dx in range(-1, 2):
+                        v = image[row + dy, column + dx]
+                        if v > centre or (v == centre and (dy < 0 or (dy == 0 and dx < 0))):
+                            top = False
+                        mean += v / 9.0
+                        gx += dx * v / 6.0
+                        gy += dy * v / 6.0
+                        hxx += (3 * dx * dx - 2) * v / 3.0
+                        hyy += (3 * dy * dy - 2) * v / 3.0
+                        hxy += dx * dy * v / 4.0
+                if not top:
+                    continue
+                found += 1
+                if found > len(x):
+                    continue
+                ox = oy = 0.0
+                det = hxx * hyy - hxy * hxy
+                if det > 0 and hxx < 0:
+                    ox = min(max((hxy * gy - hyy * gx) / det, -1.0), 1.0)
+                    oy = min(max((hxy * gx - hxx * gy) / det, -1.0), 1.0)
+                x[found - 1] = column + ox
+                y[found - 1] = row + oy
+                value[found - 1] = max(centre, mean + (gx * ox + gy * oy) / 2 - (hxx + hyy) / 3)
     return found
