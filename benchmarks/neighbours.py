@@ -73,6 +73,12 @@ def of_section(name: str, table: anndata.AnnData, seed: int, samples: int, model
     yield name, LINEAR, seed, linear_gain(rest, held), np.nan, np.nan, np.nan
 
 
+def first_of_equals(table: anndata.AnnData) -> np.ndarray:
+    """Rows (cell,) without cells that repeat both place and counts of an earlier one: a neighbour that is the cell
+    itself tells everything. Of osmFISH's 4,839 cells 475 are repeated."""
+    return np.sort(np.unique(np.c_[table.obsm["spatial"], dense(table.X)], axis=0, return_index=True)[1])
+
+
 def within(drawn: np.ndarray, x: np.ndarray, seed: int) -> float:
     """Return the share of counts with a rank among draws (randomised PIT) in the central ``LEVEL``."""
     below = (drawn < x[..., None]).sum(-1)
@@ -112,7 +118,7 @@ def page(rows: pd.DataFrame, seeds: int, samples: int, command: str) -> str:
 Made by `{command}`.
 
 Seeds: {seeds}; where there are several, their mean. {REMOVED:.0%} of the cells with at least {LEAST} counts are held
-out; {samples} importance samples.
+out; {samples} importance samples. Cells that repeat place and counts of another, 475 of osmFISH, are left out.
 
 - "field": the model itself, a Gaussian field and types of cells that it weights; "gatv2", "sage", "gin": messages of
   15 neighbours, too. All share encoder, decoder, field and types of one training.
@@ -156,6 +162,7 @@ def main() -> None:
         counts = dense(read.layers.get("counts_recovered", read.X))
         seen = counts.sum(0) > 0
         table = prepared(counts[:, seen], read.var_names[seen], read.obsm["spatial"], None)
+        table = table[first_of_equals(table)].copy()
         for row in of_section(path.stem, table, seed, options.samples, options.models):
             rows.append(row)
             print(*row, flush=True)

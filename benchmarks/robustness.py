@@ -98,6 +98,8 @@ WORLDS = (
     World("cells glow", density=0.02, options={"glow": 300.0}),
     World("bits shifted, sigma 0.4 px", options={"bit_shift": 0.4}),
     World("bits shifted, sigma 0.8 px", options={"bit_shift": 0.8}),
+    World("bits stretched, sigma 0.8 px at the border", options={"bit_stretch": 0.8}),
+    World("60 hot pixels in every bit", options={"hot_pixels": 60}),
     World("error rates differ between bits", draw=rates_by_bit),
     World("errors 20 % / 6 %", imaging=Imaging(lost=0.2, gained=0.06)),
     World("PSF sigma 1.8 px", imaging=Imaging(psf_sigma=(1.8, 1.8))),
@@ -107,6 +109,13 @@ WORLDS = (
     World("one-hot book, distance 1", book=book_of(ONE_HOT, 120, 12, 0)),
     World("no blanks in the book", book=without_blanks(BOOK)),
     World("7 planes", imaging=replace(Imaging(), focal_range=0.9), options={"n_planes": 7}, shape=(256, 256)),
+    World(
+        "5 planes, 0.3 µm apart",
+        imaging=replace(Imaging(), plane_step=0.3),
+        density=0.003,
+        options={"n_planes": 5},
+        shape=(256, 256),
+    ),
     World("0.03 a pixel, one gene 40 %", density=0.03, draw=abundant_gene, shape=(384, 384)),
 )
 

@@ -1,6 +1,7 @@
-"""The demonstration: real fields, a simulated tissue compared with its truth, embeddings, and one report.
+"""Demonstration: real fields, a simulated tissue scored against its truth, embeddings, and one report.
 
-The only module that uses both packages, through their public functions, which are imported at run time.
+This module and `merfish.embedding` are the only ones that use `spatialvae`, through its public functions, which are
+imported when they are needed.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 N_PERMUTED = 20  # codebooks with permuted bits
-EXCESS = "(genes - blanks) / sqrt(genes + blanks)"  # of calls; the ratio of so few calls is too uncertain
+EXCESS = "(genes - blanks) / sqrt(genes + blanks)"  # of calls; a ratio of so few calls is less informative
 TISSUE_DOMAINS = 3
 OSMFISH_REGIONS = 11
-EPOCHS = 25  # maximum; limits the duration of the demonstration
-MATCH_MICRONS = 0.25  # a call is correct if a true molecule of its gene lies within this distance
+EPOCHS = 25  # maximum number of training epochs, so that the demonstration takes about a minute
+MATCH_MICRONS = 0.25  # a call is right if a true molecule of its gene lies within this distance
 CELL_OVERLAP = 0.5  # intersection over union above which a true cell counts as found
 
 
 def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, int] = (512, 512)) -> Path:
-    """Run everything, write the results to ``out`` and return the path of the report.
+    """Run all steps, write the results to ``out`` and return the path of the report.
 
-    fields, shape: numbers of fields and pixels (y, x) of the simulated tissue.
+    fields: (rows, columns) of the simulated tissue; shape: (y, x) of its fields, pixel. Raises InputError if a package
+    that the embedding needs is missing.
     """
     started = time.perf_counter()
     need_embedding("the demo")
@@ -49,7 +51,7 @@ def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, i
         *_stage("4/4 embedding of a real cortex", lambda: embed_cortex(out)),
     ]
     lead = (
-        f"Made by “merfish demo” in {time.perf_counter() - started:.0f} s: real data that ships with the package, "
+        f"Made by “merfish demo” in {time.perf_counter() - started:.0f} s: real data that are included in the package, "
         "and a simulated tissue whose truth is known."
     )
     page = write_report(out / results.REPORT, "MERFISH from raw images to neighbourhoods", lead, sections)
@@ -93,17 +95,19 @@ def real_fields(out: Path) -> list[Section]:
     _print_table(columns, rows)
     text = [
         "Two fields of view from a real experiment, 128 x 128 px, 8 rounds, 16 bits, 70 genes and 70 blanks. Blanks "
-        "are words not assigned to any RNA, so every call of a blank is an error; here, half of all words are blanks.",
-        "Control: the same images decoded with codebooks whose bits were permuted. Their gene words are not "
-        "assigned to any RNA either, so genes and blanks should be called equally often; only the real codebook "
-        f"should favour its genes. Excess: {EXCESS}; by chance its mean is 0 and its standard deviation 1.",
+        "are words that are not assigned to any RNA, so every call of a blank is an error; here, half of all words are "
+        "blanks.",
+        "Control: the same images decoded with codebooks whose bits were permuted. Their gene words are not assigned "
+        "to any RNA either, so genes and blanks should be called equally often; only with the real codebook should "
+        f"there be more genes. Excess: {EXCESS}; by chance it has mean 0 and standard deviation 1, for any number of "
+        "calls.",
     ]
     first = Section("Real fields: genes against blanks", text, [Table(columns, rows)], pictures)
     return [first, *_titled("Real fields", run_sections(folder))]
 
 
 def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]:
-    """Count calls of genes and blanks in each field: first row the real codebook, then permuted ones."""
+    """Calls of genes and blanks in each field, see `count_calls`; the first row is of the real codebook."""
     from merfish.imaging.field import register_field
     from merfish.imaging.opening import open_experiment
     from merfish.pipeline.survey import read_calibration
@@ -121,7 +125,7 @@ def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]
 
 
 def count_calls(bits: np.ndarray, codebook: Codebook, normalization: Any) -> dict[str, float]:
-    """Count calls of genes and blanks that are probably correct, and compute the excess of genes (`EXCESS`)."""
+    """Numbers of calls of genes and of blanks that are more likely right than wrong, and their `EXCESS`."""
     from merfish.calls.filtering import rate_calls
     from merfish.decoding.methods import decode_filtered
 
@@ -172,7 +176,7 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
     ]
     text = [
         f"{fields[0]} x {fields[1]} overlapping fields of {shape[0]} x {shape[1]} px with drift, beads, stains and the "
-        "bit errors of real experiments (1->0 10 %, 0->1 4 %), run like any raw experiment, then compared with the "
+        "bit errors of real experiments (1->0 10 %, 0->1 4 %), processed like any raw experiment and compared with the "
         f"simulated truth. {table.n_obs} cells were segmented."
     ]
     return [
@@ -182,7 +186,7 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
 
 
 def score_run(folder: Path, raw: Path) -> dict[str, Any]:
-    """Compare molecules, cells and counts of a run with the truth of a simulated experiment."""
+    """Score molecules, cells and counts of a run against the truth of a simulated experiment."""
     import anndata
 
     from merfish.cells.counts import read_cells
@@ -192,7 +196,7 @@ def score_run(folder: Path, raw: Path) -> dict[str, Any]:
     calls = read_transcripts(folder / results.TRANSCRIPTS)
     truth = pd.read_parquet(raw / "truth" / "molecules.parquet")
     paired, real = match_calls(_in_microns(calls), _in_microns(truth), radius=MATCH_MICRONS)
-    # partners may lie beyond the margin, so that neither side is penalised at the border
+    # partners may lie in the margin, so that neither calls nor molecules are penalised at the border
     inner_calls, inner_truth = in_fields(calls, raw), in_fields(truth, raw)
     error = np.hypot(*(calls[k].to_numpy()[paired] - truth[k].to_numpy()[real] for k in ("global_x", "global_y")))
     score: dict[str, Any] = {
@@ -238,9 +242,9 @@ def _in_microns(molecules: pd.DataFrame) -> pd.DataFrame:
 
 
 def match_cells(found: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Return the row of the found cell with an intersection over union above 0.5 with each true cell, else -1.
+    """Row (true cell,) of the found cell whose intersection over union with each true one exceeds 0.5, or -1.
 
-    found, true: shapely polygons. At most one cell can have such an overlap.
+    found, true: (cell,) shapely polygons. At most one found cell overlaps a true one by more than 0.5.
     """
     match = np.full(len(true), -1)
     if not len(found):
@@ -290,7 +294,7 @@ def embed_cortex(out: Path) -> list[Section]:
 def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_name: str, name: str) -> Section:
     """Train a model on a table of counts, find domains, compare them with ``truth`` ("" = unknown), and plot them.
 
-    name: prefix of the names of the pictures' files.
+    name: start of the names of the figure files.
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 

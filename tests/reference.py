@@ -318,18 +318,19 @@ def tile_noise(planes, tile, every):
     return medians, deviations
 
 
-def weigh_pairs(step, a, b, shift, share, width, chance):
+def weigh_pairs(step, place, a, b, warp, share, width, chance):
     """Return what the kernel of the same name fills and returns, pair by pair."""
     from scipy.stats import norm
 
-    links, pull, total, scatter = np.zeros((len(shift), len(shift))), np.zeros((len(shift), 2)), 0.0, 0.0
+    n, terms = len(warp), place.shape[1]
+    links, pull, total, scatter = np.zeros((n, n, terms, terms)), np.zeros((n, 2, terms)), 0.0, 0.0
     for k, (i, j) in enumerate(zip(a, b, strict=True)):
-        off = step[k] - (shift[j] - shift[i])
+        off = step[k] - (warp[j] - warp[i]) @ place[k]
         near = share * norm.pdf(off, 0, width).prod()
         weight = near / (near + (1 - share) * chance)
-        links[i, j] += weight
-        pull[i] -= weight * step[k]
-        pull[j] += weight * step[k]
+        links[i, j] += weight * np.outer(place[k], place[k])
+        pull[i] -= weight * np.outer(step[k], place[k])
+        pull[j] += weight * np.outer(step[k], place[k])
         total += weight
         scatter += weight * (off**2).sum()
     return links, pull, total, scatter
