@@ -160,7 +160,11 @@ def spoil(path, old, new):
         ("merscope", lambda f: spoil(f / "cell_metadata.csv", "center_x", "x"), "no column center_x; it has EntityID"),
         ("slideseq", lambda f: (f / "BeadLocationsForR.csv").write_text("a,1,2\n"), "no row or column is a bead"),
         ("xenium", lambda f: (f / "cell_feature_matrix.h5").write_bytes(b"HDF"), "not a feature-barcode matrix"),
-        ("visium", lambda f: (f / "spatial/scalefactors_json.json").write_text("{}"), "expected microns_per_pixel or"),
+        (
+            "visium",
+            lambda f: (f / "spatial/scalefactors_json.json").write_text("{}"),
+            "expected a positive microns_per_pixel or",
+        ),
     ],
 )
 def test_faulty_folders_are_named(tmp_path, truth, kind, fault, message):
