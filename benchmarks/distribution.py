@@ -1,19 +1,19 @@
-"""What the fitted distribution is worth: evidence, likelihoods of counts, intervals, imputation, sampled tissue,
-differential expression and expression as it was before it was measured.
+"""Quality of the fitted distribution: evidence, likelihoods of counts, intervals, imputation, sampled tissue,
+differential expression, and expression before measurement errors.
 
-    python benchmarks/distribution.py DATA                  # all; DATA holds spatial_tables/ and single_cell/
+        python benchmarks/distribution.py DATA                  # all; DATA contains spatial_tables/ and single_cell/
     python benchmarks/distribution.py DATA --only evidence measurement
-    python benchmarks/distribution.py DATA --peers FOLDER   # scVI beside it, in an environment of its own
+        python benchmarks/distribution.py DATA --peers FOLDER   # also scVI, in a separate environment
 
-FOLDER keeps tables and what scVI made of them. Simulated tables are those of tests/. Writes the sections asked for of
-benchmarks/results/distribution.md, and leaves its others.
+FOLDER stores tables and scVI's results. Simulated tables are those of tests/. Writes the requested sections of
+benchmarks/results/distribution.md, and keeps the others.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread mostly waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices gain nothing from a second thread
 
 import argparse
 import sys
@@ -105,7 +105,7 @@ def held_within(rank: np.ndarray) -> float:
 
 
 def ranks(drawn: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Share of draws (cell, gene, sample) below each count, ties broken at random: uniform if the draws are right."""
+    """Return the share of draws (cell, gene, sample) below each count, ties broken at random; uniform if calibrated."""
     noise = np.random.default_rng(0).random(counts.shape)
     return (drawn < counts[..., None]).mean(-1) + noise * (drawn == counts[..., None]).mean(-1)
 
@@ -116,7 +116,7 @@ def whole_numbers(drawn: np.ndarray, counts: np.ndarray) -> float:
 
 
 def with_panels(table: anndata.AnnData, seeds: int) -> anndata.AnnData:
-    """``table`` with the genes that each seed leaves in its panel, in var["panel_SEED"]."""
+    """Return ``table`` with the genes in the panel of each seed, in var["panel_SEED"]."""
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(table.n_vars)
         table.var[f"panel_{seed}"] = ~np.isin(np.arange(table.n_vars), order[: round(MISSING * table.n_vars)])
@@ -124,22 +124,24 @@ def with_panels(table: anndata.AnnData, seeds: int) -> anndata.AnnData:
 
 
 def components(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of counts ``x`` and ``y`` (cell, gene), 20 principal components of the logs of ``x``."""
+    """Return 20 principal components of the logs of ``x`` for counts ``x`` and ``y`` (cell, gene)."""
     logs = [np.log1p(a / a.sum(1, keepdims=True).clip(1) * 100) for a in (x, y)]
     fitted = PCA(min(20, x.shape[1] - 1), random_state=0).fit(logs[0])
     return fitted.transform(logs[0]), fitted.transform(logs[1])
 
 
 def smoothed(x: np.ndarray, y: np.ndarray, panel: np.ndarray, latent: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Expected counts in ``y`` of genes outside the ``panel``: their mean share in the cells of ``x`` (cell, gene)
-    whose ``latent`` (of ``x`` and of ``y``) is nearest."""
+    """Predict counts in ``y`` of genes outside the ``panel``.
+
+    Uses their mean share in the cells of ``x`` (cell, gene) with the nearest ``latent`` (of ``x`` and of ``y``).
+    """
     near = NearestNeighbors(n_neighbors=SMOOTHED).fit(latent[0]).kneighbors(latent[1], return_distance=False)
     share = x[:, ~panel] / x[:, panel].sum(1, keepdims=True).clip(1)
     return share[near].mean(1) * y[:, panel].sum(1, keepdims=True)
 
 
 def gene_by_gene(found: np.ndarray, truth: np.ndarray) -> float:
-    """Median over genes of the rank correlation over cells."""
+    """Return the median over genes of the rank correlation over cells."""
     with np.errstate(all="ignore"):
         return float(
             np.nanmedian([spearmanr(found[:, i], truth[:, i])[0] for i in range(truth.shape[1]) if truth[:, i].any()])
@@ -147,7 +149,7 @@ def gene_by_gene(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def imputed(table: anndata.AnnData, name: str, seed: int, peers: Path | None) -> dict[str, object]:
-    """The genes outside the panel of ``seed`` in the cells held out, by each method."""
+    """Predict the genes outside the panel of ``seed`` in the held-out cells, by each method."""
     held, panel = table.obs["held_out"].to_numpy(bool), table.var[f"panel_{seed}"].to_numpy(bool)
     rest, held_out = split(table)
     model = trained(rest, seed, niche_encoder="field")
@@ -252,7 +254,7 @@ def of_tissue(model: SpatialVAE, rest: anndata.AnnData) -> list[dict[str, object
 
 
 def of_marginals(rest: anndata.AnnData) -> list[dict[str, object]]:
-    """Each gene by itself: its counts in another order, and draws of the negative binomial that fits them best."""
+    """Permute the counts of each gene, and draw from the negative binomial that fits them best."""
     real, rng = dense(rest.X), np.random.default_rng(0)
     mean, variance = real.mean(0), real.var(0)
     theta = mean**2 / np.maximum(variance - mean, 1e-6 * mean)
@@ -274,8 +276,10 @@ def beside_real(counts: np.ndarray, rest: anndata.AnnData) -> dict[str, object]:
 
 
 def compared_groups(seed: int) -> tuple[anndata.AnnData, list[tuple[int | None, np.ndarray]]]:
-    """A simulated table with the cells of comparison I in obs["one_I"] and obs["two_I"]; of each comparison the cells a
-    group, None for all of a type, and which genes differ."""
+    """Simulate a table with the cells of comparison I in obs["one_I"] and obs["two_I"].
+
+    Also returns for each comparison the number of cells in a group, None for all of a type, and which genes differ.
+    """
     table, truth = simulated(seed, n=600, genes=200)
     kinds, rng, compared = table.obs["kind"].to_numpy(), np.random.default_rng(0), []
     for i, (size, pair) in enumerate(product((None, 40), ((0, 1), (1, 2)))):

@@ -46,10 +46,12 @@ CONVOLUTIONS = ("gatv2", "sage", "gin")
 ENCODERS = ("field", *CONVOLUTIONS)
 HIDDEN = 64  # size of the context
 HEADS = 4
+KERNELS = 8  # Gaussians of a distance; 16 differed by less than 0.02 nats on three sections
+FARTHEST = 2.0  # centre of the last, in mean distances between neighbours; 99 % of the distances are below 2.4
 FOLDS = 10  # each is predicted from the others
 MOST_CELLS = 20_000  # largest number of training cells: several times the number of parameters
 DRAWS = 16  # per cell; 8 and 32 differed by less than 0.1 nats on one section
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1e-3  # 3e-3 lost 0.1 nats on tables of 1,000 cells and gained nothing on those of 2,000 to 4,000
 CHECK, PATIENCE, MOST_STEPS = 50, 500, 5000  # steps
 
 
@@ -85,8 +87,16 @@ class Surroundings:
         return x, torch.stack([n + node, place]), self.distance[place, slot][:, None]
 
 
+def kernels(distance: Tensor) -> Tensor:
+    """Gaussian radial basis functions (edge, ``KERNELS``) of ``distance`` (edge, 1), centred from 0 to ``FARTHEST`` at
+    intervals of one standard deviation: a layer that is linear in them can be any smooth function of distance."""
+    centres = torch.linspace(0, FARTHEST, KERNELS, device=distance.device)
+    return torch.exp(-0.5 * ((distance - centres) * ((KERNELS - 1) / FARTHEST)) ** 2)
+
+
 class Convolution(nn.Module):
-    """One layer of message passing: a nonlinear map of each node's z_cell, then a layer of torch_geometric."""
+    """One layer of message passing: a nonlinear map of each node's z_cell, then a layer of torch_geometric, with the
+    ``kernels`` of the distance as edge features."""
 
     def __init__(self, kind: str, dim: int) -> None:
         super().__init__()
@@ -94,18 +104,18 @@ class Convolution(nn.Module):
         self.kind = kind
         self.lift = nn.Sequential(nn.Linear(dim, HIDDEN), nn.ReLU())
         if kind == "gatv2":
-            self.join = layers.GATv2Conv(HIDDEN, HIDDEN // HEADS, HEADS, edge_dim=1, add_self_loops=False)
+            self.join = layers.GATv2Conv(HIDDEN, HIDDEN // HEADS, HEADS, edge_dim=KERNELS, add_self_loops=False)
         elif kind == "sage":
             self.join = layers.SAGEConv(HIDDEN, HIDDEN, root_weight=False)
         else:
             each = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN))
-            self.join = layers.GINEConv(each, edge_dim=1)
+            self.join = layers.GINEConv(each, edge_dim=KERNELS)
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
         x = self.lift(x)
         if self.kind == "sage":  # SAGEConv takes no edge attributes
             return F.relu(self.join(x, edge_index))
-        return F.relu(self.join(x, edge_index, edge_attr))
+        return F.relu(self.join(x, edge_index, kernels(edge_attr)))
 
 
 class NeighbourPrior(nn.Module):

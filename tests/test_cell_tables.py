@@ -283,7 +283,7 @@ def test_find_cells__with_our_own_segmenter_by_name_agrees():
 
 def test_find_cells__refuses_images_that_hold_nan():
     image = np.ones((2, 30, 30))
-    with pytest.raises(InputError, match="cytoplasm: the image holds NaN"):
+    with pytest.raises(InputError, match="cytoplasm: the image contains NaN"):
         find_cells(image, np.where(np.indices(image.shape)[1] == 3, np.nan, image), np.arange(2), MPP)
 
 
@@ -345,7 +345,7 @@ def test_embed_run__of_cells_some_of_which_are_empty(done, tmp_path, monkeypatch
         model = SpatialVAE.load(out / MODEL, table)
     np.testing.assert_allclose(model.get_latent_representation(), table.obsm["X_spatialvae"], atol=1e-4)
     written = (out / results.CELL_BY_GENE).stat().st_mtime_ns
-    assert "embedded already" in embed_run(out, 3)[0]
+    assert "already embedded" in embed_run(out, 3)[0]
     assert (out / results.CELL_BY_GENE).stat().st_mtime_ns == written
 
 

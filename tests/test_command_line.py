@@ -109,7 +109,10 @@ def test_decode_a_file(monkeypatch, tmp_path, book, suffix):
     ("arguments", "message"),
     [
         (["decode", "{tmp}/none.npy", "--codebook", "{book}", "--out", "{tmp}/out"], "none.npy"),
-        (["decode", "{tmp}/short.npy", "--codebook", "{book}", "--out", "{tmp}/out"], "15 bits, the codebook has 16"),
+        (
+            ["decode", "{tmp}/short.npy", "--codebook", "{book}", "--out", "{tmp}/out"],
+            "15 bits, but the codebook has 16",
+        ),
         (["run", "{tmp}/nowhere", "--out", "{tmp}/out"], "nowhere"),
         (["run", "{tmp}", "--out", "{tmp}/out", "--fov", "1;2"], "expected numbers and ranges"),
         (["run", "{tmp}", "--out", "{tmp}/out", "--workers", "2", "--scheduler", "tcp://x"], "exclude each other"),

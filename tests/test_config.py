@@ -33,7 +33,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("smoothing: 1e9", "smoothing: .*less than or equal to 10"),
         ("background: 1e9", "background: .*less than or equal to 100"),
         ("smoothing: 2\nbackground: 2", "background: 2 px must be at least 1.1 times smoothing, 2 px"),
-        ("smoothing: 3", "background: 2 px must be .* smoothing 0.7 and background 2 where they are not given"),
+        ("smoothing: 3", "background: 2 px must be .* the defaults of spots are smoothing 0.7 and background 2"),
         ("background: .5", "background: 0.5 px must be"),
         ("method: spots\nmethod: pixels", "'method' appears twice"),
         (BOMB, r"aliases \(\*a\) are not allowed"),

@@ -88,7 +88,7 @@ def test_export__writes_whole_or_not_at_all(monkeypatch, tmp_path, done, capsys)
     assert not list(tmp_path.iterdir())
     (tmp_path / "there").mkdir()
     assert call(monkeypatch, "export", done, "--format", "csv", "--out", tmp_path / "there") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert call(monkeypatch, "export", tmp_path / "there", "--format", "csv", "--out", tmp_path / "new") == 2
     assert "expected the folder of a finished run" in capsys.readouterr().err
 

@@ -104,7 +104,7 @@ def test_predictive_intervals__hold_the_counts_of_held_out_cells(trained):
     drawn = model.posterior_predictive_sample(fresh, n_samples=200, given=known).astype(float)
     noise = np.random.default_rng(0).random(drawn.shape[:2])
     x = fresh.X.toarray()[..., None]
-    rank = (drawn < x).mean(-1) + noise * (drawn == x).mean(-1)  # uniform, if the draws are right
+    rank = (drawn < x).mean(-1) + noise * (drawn == x).mean(-1)  # uniform if the draws are correct
     assert 0.86 < ((rank > 0.05) & (rank < 0.95)).mean() < 0.94
 
 
@@ -118,7 +118,7 @@ def test_impute__finds_missing_genes_within_their_interval(trained):
         assert np.corrcoef(found.X[:, i], truth[:, i])[0, 1] > 0.6
     assert found.X.sum() == pytest.approx(truth.sum(), rel=0.1)
     inside = (found.layers["low"] <= truth) & (truth <= found.layers["high"])
-    assert 0.87 < inside.mean() < 0.98  # bounds are whole numbers: they hold more than 90 %
+    assert 0.87 < inside.mean() < 0.98  # bounds are whole numbers: intervals contain more than 90 %
     with pytest.raises(InputError, match="has all genes"):
         model.impute(table)
 

@@ -20,7 +20,7 @@ from merfish.decoding.overlap import halos
 from merfish.decoding.peaks import Fit
 from merfish.decoding.psf import psf_sigma
 from merfish.imaging._kernels import median_of
-from merfish.imaging.normalize import NoiseMap, locate_peaks, weighted_median
+from merfish.imaging.normalize import NoiseMap, locate_peaks, typical_height, weighted_median
 from merfish.imaging.preprocess import Bandpassed
 from merfish.simulate import Imaging, match_calls, score_calls
 from merfish.stack import decode_all
@@ -226,6 +226,15 @@ def test_weighted_median_is_not_moved_by_many_small_values():
     heights = np.concatenate([np.full(50, 10.0), np.full(200, 0.5)])
     assert weighted_median(heights) == 10.0
     assert np.median(heights) == 0.5
+
+
+def test_typical_height_is_not_set_by_a_few_bright_pixels():
+    heights = np.concatenate([np.random.default_rng(0).lognormal(0, 0.3, 600), np.full(50, 40.0)])
+    assert weighted_median(heights) == 40.0
+    assert typical_height(heights) == pytest.approx(weighted_median(heights[:600]), rel=0.2)
+    assert typical_height(heights[:600]) == weighted_median(heights[:600])
+    dim = np.concatenate([heights[:150], np.full(400, 0.05)])  # rings of molecules out of focus
+    assert typical_height(dim) == weighted_median(dim)
 
 
 def test_radius_fits_the_grid():

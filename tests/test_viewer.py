@@ -57,7 +57,7 @@ def test_layers_of_a_field__without_saved_images_show_the_overview(done, tmp_pat
     out = shutil.copytree(done, tmp_path / "out")
     shutil.rmtree(out / results.IMAGES)
     assert set(by_name(viewer.layers_of_field(out, 0))) >= {"overview", "cells", "molecules"}
-    with pytest.raises(merfish.InputError, match="no results of field 7; there are fields from 0 to 1"):
+    with pytest.raises(merfish.InputError, match="no results of field 7; the run has fields from 0 to 1"):
         viewer.layers_of_field(out, 7)
 
 

@@ -1,4 +1,4 @@
-"""Kernel of the shift estimation; takes plain arrays and fills the ``out`` arrays."""
+"""Kernels of the shift estimation; they take plain arrays and fill the ``out`` arrays."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from merfish._jit import kernel
 
 @kernel
 def weigh_pairs(step, place, a, b, warp, share, width, chance, links, pull):
-    """Weigh pairs of peaks by how likely they belong to one molecule, and sum over the pairs of each two bits.
+    """Weight pairs of peaks by the probability that both belong to one molecule, and sum the weights by pair of bits.
 
-    step (pair, 2): y, x from the peak of bit ``a`` (pair,) to that of ``b``. place (pair, term): the terms 1, v, u that
-    the shift of a bit is linear in. warp (bit, 2, term): coefficients of the shifts along y and x. Of the pairs
-    ``share`` lie about the difference of the shifts, with sigma ``width``, the others anywhere, with density
-    ``chance``.
-    out: links (bit, bit, term, term), sums of the weights times products of the terms, by a and b; pull (bit, 2, term),
-    sums of the weighted steps to the bit, less those from it, times the terms. Returns the sum of the weights, and the
-    weighted sum of squares of the steps that the shifts do not explain.
+    step (pair, 2): y, x from the peak of bit ``a`` (pair,) to that of bit ``b`` (pair,). place (pair, term): the terms
+    1, v, u in which the shift of a bit is linear. warp (bit, 2, term): coefficients of the shifts along y and x. A
+    fraction ``share`` of the pairs is normally distributed about the difference of the shifts, with standard deviation
+    ``width`` along each axis; the others are uniform, with density ``chance``.
+    out: links (bit, bit, term, term), weighted sums of products of two terms, by a and b; pull (bit, 2, term), weighted
+    sums of the steps to the bit, minus those from it, times the terms. Returns the sum of the weights, and the weighted
+    sum of the squared residuals of the steps.
     """
     links[:] = 0.0
     pull[:] = 0.0

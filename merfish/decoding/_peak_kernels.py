@@ -7,19 +7,22 @@ from typing import NamedTuple
 import numpy as np
 
 from merfish._jit import kernel
+from merfish.decoding._spot_kernels import fill_grid
 
 
 class Shape(NamedTuple):
     """Radial profile of a spot, and parameters of the fit of its position.
 
     profile (bin,): a spot of height 1 by squared distance from its centre, ``bins`` bins per square pixel. fall (bin,):
-    negative slope of the profile divided by the distance, per square pixel. core: pixel, radius of the fit. stiffness:
-    regularises a poorly determined position. most_step: pixel, largest change of a position in one step.
+    negative slope of the profile divided by the distance, per square pixel. reach: pixel, radius of the profile; both
+    tables are 0 from there to the corners of a square around it. core: pixel, radius of the fit. stiffness: regularises
+    a poorly determined position. most_step: pixel, largest change of a position in one step.
     """
 
     profile: np.ndarray
     fall: np.ndarray
     bins: float
+    reach: float
     core: float
     stiffness: float
     most_step: float
@@ -35,24 +38,16 @@ class Spots(NamedTuple):
 
 @kernel
 def at(profile, place):
-    """Interpolate a table (bin,) linearly at index ``place``; 0 beyond its end."""
-    i = int(place)
-    if i + 1 >= len(profile):
-        return 0.0
-    return profile[i] + (place - i) * (profile[i + 1] - profile[i])
-
-
-@kernel
-def reach_of(shape):
-    """Radius of a spot's profile, pixel; the spot is 0 beyond it."""
-    return np.sqrt((len(shape.profile) - 1) / shape.bins)
+    """Interpolate a table (bin,) linearly at an index ``place`` within it."""
+    i = np.uint32(place)  # unsigned: not counted from the end
+    return profile[i] + (place - i) * (profile[i + np.uint32(1)] - profile[i])
 
 
 @kernel
 def add_spot(image, first_row, last_row, x, y, height, shape):
     """Add a spot to an image (row, x) float32, within the rows of its plane."""
     profile, bins = shape.profile, shape.bins
-    reach = reach_of(shape)
+    reach = shape.reach
     for row in range(max(first_row, int(np.ceil(y - reach))), min(last_row, int(y + reach)) + 1):
         for column in range(max(0, int(np.ceil(x - reach))), min(image.shape[1] - 1, int(x + reach)) + 1):
             square = (row - y) ** 2 + (column - x) ** 2
@@ -157,7 +152,7 @@ def share_light(image, plane_height, spots, chosen, shape, sweeps, settled):
     """
     x, y, top = spots
     core = shape.core
-    reach = reach_of(shape)
+    reach = shape.reach
     # each spot and its core, drawn at height 1: the same in every sweep
     whole = np.empty((len(chosen), int(2 * reach) + 2, int(2 * reach) + 2))
     middle = np.empty((len(chosen), int(2 * core) + 2, int(2 * core) + 2))
@@ -195,3 +190,26 @@ def add_spots(image, plane_height, spots, shape):
     for i in range(len(x)):
         first = int(y[i]) // plane_height * plane_height
         add_spot(image, first, first + plane_height - 1, x[i], y[i], top[i], shape)
+
+
+@kernel
+def find_near(x, y, px, py, radius, near):
+    """Which places (px, py) (place,) have one of the points (x, y) (point,) closer than ``radius``; all at least 0.
+
+    out: near (place,) bool.
+    """
+    width, height = 0.0, 0.0
+    for i in range(len(x)):
+        width, height = max(width, x[i]), max(height, y[i])
+    cell = max(radius, np.sqrt(width * height / max(len(x), 1)))  # about a point in each
+    n_across, n_down = int(width / cell) + 1, int(height / cell) + 1
+    start, order = np.empty(n_across * n_down + 1, np.int64), np.empty(len(x), np.int64)
+    fill_grid(x, y, cell, n_across, start, order)
+    for k in range(len(px)):
+        near[k] = False
+        first, last = max(int((px[k] - radius) / cell), 0), min(int((px[k] + radius) / cell), n_across - 1)
+        if first > last:
+            continue
+        for row in range(max(int((py[k] - radius) / cell), 0), min(int((py[k] + radius) / cell), n_down - 1) + 1):
+            for i in order[start[row * n_across + first] : start[row * n_across + last + 1]]:
+                near[k] |= (x[i] - px[k]) ** 2 + (y[i] - py[k]) ** 2 < radius * radius

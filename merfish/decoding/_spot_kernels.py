@@ -63,22 +63,19 @@ def sample(image, y, x, first_row, last_row):
 
 
 SAME_SPOT = 0.83  # relative to the radius; peaks of one spot in adjacent planes are closer than this
-TAIL_PLANES = 2  # planes; largest distance at which an out-of-focus spot leaves peaks
-# relative to a spot's height, per plane of distance; lower peaks around the spot are its out-of-focus light. Otherwise
-# this light would be called as another molecule in the adjacent planes, or hide molecules there.
-TAIL = 0.7
 
 
 class Scene(NamedTuple):
     """Peaks of all bits and the residual images; see `merfish.decoding.spots`.
 
-    px, py (rows), pa, pb, pz (peak,): position, height, bit, and depth in planes. start, order, cell, n_across: their
-    grid (see `fill_grid`).
-    radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, what
-    no peak explains, in units of ``step``. warp (bit, 2, 3): how far a bit's image lies from the peaks' places, see
-    `shift_at`. height: rows of a plane. cluster (peak,) int64: peaks of different clusters are never linked, see
-    `find_clusters`. seeds (peak,) int64: the peaks, cluster by cluster; part (part + 1,) int64: where parts of whole
-    clusters begin in them, which are worked on in parallel.
+    px, py (rows), pa, pb, pz (peak,): position, height, bit, and depth in planes, cell by cell of a grid: start,
+    cell and n_across, see `fill_grid`. order (peak,) int64: their numbers in the fits, bit by bit.
+    radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, the
+    residual in units of ``step``. warp (bit, 2, 3): shift of each bit's image relative to the peaks, see `shift_at`.
+    height: rows of a plane. cluster (peak,) int64: peaks of different clusters are never linked, see `find_clusters`.
+    seeds (peak,) int64: the peaks, cluster by cluster; part (part + 1,) int64: the start of each part in ``seeds``.
+    Parts consist of whole clusters and are processed in parallel. tail, tail_planes, depth_step: see
+    `merfish.decoding.planes.Focus`.
     """
 
     px: np.ndarray
@@ -98,6 +95,9 @@ class Scene(NamedTuple):
     cluster: np.ndarray
     seeds: np.ndarray
     part: np.ndarray
+    tail: float
+    tail_planes: int
+    depth_step: float
 
 
 @kernel
@@ -112,7 +112,7 @@ def find_clusters(scene, reach):
     parent = np.arange(len(px))
     for i in range(len(px)):
         plane = int(py[i]) // height
-        for away in range(TAIL_PLANES + 1):
+        for away in range(scene.tail_planes + 1):
             x, y = px[i], py[i] + away * height
             if y >= n_rows:
                 break
@@ -122,15 +122,14 @@ def find_clusters(scene, reach):
             for r in range(int(y / cell) if away == 0 else max(int((y - near) / cell), 0), int((y + near) / cell) + 1):
                 if r * n_across >= n_cells:
                     break
-                for k in range(scene.start[r * n_across + left], scene.start[r * n_across + right + 1]):
-                    j = scene.order[k]
+                for j in range(scene.start[r * n_across + left], scene.start[r * n_across + right + 1]):
                     if (px[j] - x) ** 2 + (py[j] - y) ** 2 >= near * near or int(py[j]) // height != plane + away:
                         continue
                     if away == 0 or pb[j] == pb[i]:
                         parent[root_of(parent, j)] = root_of(parent, i)
     count = 0
     number = np.full(len(px), -1)
-    for i in scene.order:
+    for i in range(len(px)):
         root = root_of(parent, i)
         if number[root] < 0:
             number[root] = count
@@ -151,8 +150,7 @@ def nearest_peak(scene, x, y, bit):
         for c in range(column - 1, column + 2):
             if r < 0 or c < 0 or c >= n_across or r * n_across + c >= n_cells:
                 continue
-            for k in range(start[r * n_across + c], start[r * n_across + c + 1]):
-                i = scene.order[k]
+            for i in range(start[r * n_across + c], start[r * n_across + c + 1]):
                 if scene.pb[i] != bit or int(scene.py[i]) // scene.height != plane:
                     continue
                 d = (scene.px[i] - x) ** 2 + (scene.py[i] - y) ** 2
@@ -197,7 +195,7 @@ def observe(seed, scene, taken, members, seen):
     brightness: the mean height of the members, excluding the lowest and the highest if there are four or more.
     """
     px, py, pa, pb, pz = scene.px, scene.py, scene.pa, scene.pb, scene.pz
-    start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
+    start, cell, n_across = scene.start, scene.cell, scene.n_across
     radius, height, cluster = scene.radius, scene.height, scene.cluster
     n_bits = len(members)
     n_cells = len(start) - 1
@@ -215,8 +213,7 @@ def observe(seed, scene, taken, members, seen):
         for r in range(max(row - 1, 0), row + 2):
             if r * n_across >= n_cells:
                 break
-            for k in range(start[r * n_across + left], start[r * n_across + right + 1]):
-                i = order[k]
+            for i in range(start[r * n_across + left], start[r * n_across + right + 1]):
                 d = (px[i] - cx) ** 2 + (py[i] - cy) ** 2
                 if d >= radius * radius or cluster[i] != cluster[seed] or py[i] < first_row or py[i] >= end_row:
                     continue
@@ -255,7 +252,7 @@ def observe(seed, scene, taken, members, seen):
         i = members[bit]
         if i >= 0:
             d = np.sqrt((px[i] - cx) ** 2 + (py[i] - cy) ** 2)
-            seen[bit] = bin_of(d / radius, pa[i] / bright, abs(pz[i] - cz))
+            seen[bit] = bin_of(d / radius, pa[i] / bright, abs(pz[i] - cz) / scene.depth_step)
         else:
             down, across = shift_at(scene.warp, bit, cy - first_row, cx)
             v = scene.step * sample(scene.light[bit], cy + down, cx + across, first_row, end_row - 1)
@@ -274,7 +271,6 @@ NEGLIGIBLE = -36.0  # log odds below the rounding error of 1
 N_DEPTH, N_NEAR, N_HEIGHT, N_EMPTY, N_USED = 3, 6, 8, 10, 3
 N_PEAK = N_DEPTH * N_NEAR * N_HEIGHT
 N_BINS = N_PEAK + N_EMPTY * (1 + N_USED)
-DEPTH_STEP = 0.25  # planes
 LOWEST_LOG_HEIGHT, LOG_HEIGHT_STEP = -1.6, 0.4
 LOWEST_EMPTY, EMPTY_STEP = -0.1, 0.12
 # a position at least half as bright as the molecule counts as on, although its peak is hidden by a neighbour
@@ -289,7 +285,7 @@ def bin_of(near, height, depth):
     """
     if near >= 0:
         a = int(np.floor((np.log(max(height, 1e-6)) - LOWEST_LOG_HEIGHT) / LOG_HEIGHT_STEP))
-        place = min(int(depth / DEPTH_STEP), N_DEPTH - 1) * N_NEAR + min(int(near * N_NEAR), N_NEAR - 1)
+        place = min(int(depth), N_DEPTH - 1) * N_NEAR + min(int(near * N_NEAR), N_NEAR - 1)
         return place * N_HEIGHT + min(max(a, 0), N_HEIGHT - 1)
     return N_PEAK + min(max(int((height - LOWEST_EMPTY) / EMPTY_STEP), 0), N_EMPTY - 1)
 
@@ -347,15 +343,14 @@ class Calls(NamedTuple):
 def called_before(cx, cy, word, seed, scene, calls):
     """Whether a call of the same word and cluster lies within the radius; these peaks then belong to that molecule."""
     owner, table, evidence = calls.owner, calls.table, calls.evidence
-    start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
+    start, cell, n_across = scene.start, scene.cell, scene.n_across
     n_cells = len(start) - 1
     row, column = int(cy / cell), int(cx / cell)
     left, right = max(column - 1, 0), min(column + 1, n_across - 1)
     for r in range(max(row - 1, 0), row + 2):
         if r * n_across >= n_cells:
             break
-        for k in range(start[r * n_across + left], start[r * n_across + right + 1]):
-            i = order[k]
+        for i in range(start[r * n_across + left], start[r * n_across + right + 1]):
             if scene.cluster[i] != scene.cluster[seed] or owner[i] < 0 or evidence[owner[i], 0] != word:
                 continue
             if (table[owner[i], 0] - cx) ** 2 + (table[owner[i], 1] - cy) ** 2 < scene.radius * scene.radius:
@@ -381,15 +376,14 @@ def observe_all(scene, free, views):
 @kernel
 def changed(seed, scene, taken):
     """Whether any peak that `observe` may reach from ``seed`` is taken."""
-    px, py, cell, n_across, start, order = (scene.px, scene.py, scene.cell, scene.n_across, scene.start, scene.order)
+    px, py, cell, n_across, start = (scene.px, scene.py, scene.cell, scene.n_across, scene.start)
     n_cells = len(start) - 1
     x, y, reach = px[seed], py[seed], 2 * scene.radius
     left, right = (max(int((x - reach) / cell), 0), min(int((x + reach) / cell), n_across - 1))
     for r in range(max(int((y - reach) / cell), 0), int((y + reach) / cell) + 1):
         if r * n_across >= n_cells:
             break
-        for k in range(start[r * n_across + left], start[r * n_across + right + 1]):
-            i = order[k]
+        for i in range(start[r * n_across + left], start[r * n_across + right + 1]):
             if taken[i] and (px[i] - x) ** 2 + (py[i] - y) ** 2 < reach * reach:
                 return True
     return False
@@ -399,13 +393,13 @@ def changed(seed, scene, taken):
 def take_tails(peak, scene, taken):
     """Take the weaker peaks that the same spot leaves, out of focus, in the planes below and above.
 
-    These are all weaker peaks at its position and, within the side of a cell, those weaker by a factor of `TAIL` for
+    These are all weaker peaks at its position and, within the side of a cell, those weaker by a factor of ``tail`` for
     each plane of distance.
     """
     x, y, bit, height = scene.px[peak], scene.py[peak], scene.pb[peak], scene.height
     n_rows, cell, n_across = scene.light.shape[1], scene.cell, scene.n_across
     column = int(x / cell)
-    for away in range(-TAIL_PLANES, TAIL_PLANES + 1):
+    for away in range(-scene.tail_planes, scene.tail_planes + 1):
         row = y + away * height
         if away == 0 or row < 0 or row >= n_rows:
             continue
@@ -414,12 +408,11 @@ def take_tails(peak, scene, taken):
             for c in range(max(column - 1, 0), min(column + 2, n_across)):
                 if r * n_across + c >= len(scene.start) - 1:
                     continue
-                for k in range(scene.start[r * n_across + c], scene.start[r * n_across + c + 1]):
-                    i = scene.order[k]
+                for i in range(scene.start[r * n_across + c], scene.start[r * n_across + c + 1]):
                     if scene.pb[i] != bit or int(scene.py[i]) // height != plane:
                         continue
                     apart = (scene.px[i] - x) ** 2 + (scene.py[i] - row) ** 2
-                    share = 1.0 if apart < (SAME_SPOT * scene.radius) ** 2 else TAIL ** abs(away)
+                    share = 1.0 if apart < (SAME_SPOT * scene.radius) ** 2 else scene.tail ** abs(away)
                     if apart < cell * cell and scene.pa[i] < share * scene.pa[peak]:
                         taken[i] = True
 
@@ -433,16 +426,16 @@ def call_part(scene, part, views, classes, explained, taken, out):
     nothing = n_classes - 2
     members = np.empty(n_bits, np.int32)
     seen = np.empty(n_bits, np.uint8)
-    score = np.empty(n_classes)
+    score, odds = np.empty(n_classes), np.empty(n_classes)
     is_on = np.empty(n_bits)
-    heap = [(0.0, -1)]
+    heap = [(0.0, -1, -1)]  # of equal scores, that of the first peak of the fits comes first
     for seed in scene.seeds[scene.part[part] : scene.part[part + 1]]:
         best = best_class(views.seen[seed], views.centre[seed, 2], classes, score)
         if best != nothing:
-            heap.append((-score[best], seed))
+            heap.append((-score[best], scene.order[seed], seed))
     heapq.heapify(heap)
     while len(heap) > 0:
-        negative, seed = heapq.heappop(heap)
+        negative, _, seed = heapq.heappop(heap)
         if seed < 0 or taken[seed]:
             continue
         if changed(seed, scene, taken):
@@ -452,21 +445,22 @@ def call_part(scene, part, views, classes, explained, taken, out):
             cx, cy, bright = (views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2])
         best = best_class(seen, bright, classes, score)
         if score[best] < -negative - 1e-9:
-            heapq.heappush(heap, (-score[best], seed))
+            heapq.heappush(heap, (-score[best], scene.order[seed], seed))
             continue
         if called_before(cx, cy, best, seed, scene, out):
             taken[seed] = True
             continue
         others = 0.0
         for w in range(n_classes):
-            if w != best and score[w] - score[best] > NEGLIGIBLE:
-                others += np.exp(score[w] - score[best])
+            odds[w] = np.exp(score[w] - score[best]) if score[w] - score[best] > NEGLIGIBLE else 0.0
+            if w != best:
+                others += odds[w]
         is_on[:] = 0.0
         something = 1.0
         for w in range(n_classes):
-            if score[w] - score[best] <= NEGLIGIBLE:
+            if odds[w] == 0.0:
                 continue
-            posterior = np.exp(score[w] - score[best]) / (1.0 + others)
+            posterior = odds[w] / (1.0 + others)
             share[w] += posterior
             if w == nothing:
                 something -= posterior

@@ -13,7 +13,7 @@ from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding._plane_kernels import light_by_plane
 from merfish.decoding.alignment import shifts_at
 from merfish.decoding.peaks import Fit
-from merfish.decoding.planes import depth
+from merfish.decoding.planes import USUAL_FOCUS, depth, focus_of
 
 # lengths in sigmas of the PSF
 RADIUS = 0.9  # peaks of one molecule are closer than this to its centre, including registration error
@@ -42,7 +42,8 @@ class Called(NamedTuple):
     """Molecules called in one round, the most certain first, and sums over all candidates.
 
     table (call, 5), evidence (call, 2), owner (peak,) int64, share (class,), shows (2, bit, bin), light (2, step): see
-    `_spot_kernels.Calls`. Here ``owner`` is the row of the call in ``table``.
+    `_spot_kernels.Calls`. Here ``owner`` is the row of the call in ``table``, and the peaks are in the order of the
+    fits.
     """
 
     table: np.ndarray
@@ -54,7 +55,7 @@ class Called(NamedTuple):
 
 
 def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, warp: np.ndarray) -> kernels.Scene:
-    """Sort peaks into a grid, corrected for the shifts of their bits.
+    """Correct peaks for the shifts of their bits, and sort them into a grid.
 
     left: see `gather_peaks`. warp: see `BitShifts`.
     """
@@ -68,21 +69,22 @@ def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, war
     n_across, n_down = int(width / cell) + 1, int(n_rows / cell) + 1
     start, order = np.empty(n_across * n_down + 1, np.int64), np.empty(len(x), np.int64)
     kernels.fill_grid(x, y, cell, n_across, start, order)
+    x, y, top, bit, first = x[order], y[order], top[order], bit[order], first[order]  # neighbours close in memory
     plane = (first // height).astype(np.int32)
     cluster, seeds, part = np.empty((3, len(x)), np.int64)
     scene = kernels.Scene(
         x, y, top, bit, plane.astype(np.float32), start, order, cell, n_across, RADIUS * sigma, left, LIGHT_STEP,
-        warp, height, cluster, seeds, part,
+        warp, height, cluster, seeds, part, *USUAL_FOCUS,
     )  # fmt: skip
+    if n_rows > height:
+        light = np.empty((len(x), 3))
+        light_by_plane(x, y, np.uint64(1) << bit.astype(np.uint64), scene, light)
+        tail, tail_planes, depth_step = focus_of(light)
+        scene = scene._replace(pz=depth(light, plane), tail=tail, tail_planes=tail_planes, depth_step=depth_step)
     begins = np.empty(kernels.find_clusters(scene, RADIUS * sigma) + 1, np.int64)
     kernels.group(cluster, begins, seeds)
     firsts = np.searchsorted(begins, np.append(np.arange(0, len(x), PART), len(x)))
-    scene = scene._replace(part=begins[np.unique(firsts)])
-    if n_rows == height:
-        return scene
-    light = np.empty((len(x), 3))
-    light_by_plane(x, y, np.uint64(1) << bit.astype(np.uint64), scene, light)
-    return scene._replace(pz=depth(light, plane))
+    return scene._replace(part=begins[np.unique(firsts)])
 
 
 def look(scene: kernels.Scene) -> kernels.Views:
@@ -115,13 +117,15 @@ def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, s
     else:
         kernels.call_all(scene, views, classes, EXPLAINED * sigma, taken, out)
     chosen = np.flatnonzero(out.called)
-    chosen = chosen[np.argsort(-out.table[chosen, 3], kind="stable")]
+    chosen = chosen[np.lexsort((scene.order[chosen], -out.table[chosen, 3]))]
     number = np.full(n + 1, -1)  # the last element is for peaks without an owner
     number[chosen] = np.arange(len(chosen))
+    owner = np.empty(n, np.int64)
+    owner[scene.order] = number[out.owner]
     return Called(
         out.table[chosen],
         out.evidence[chosen],
-        number[out.owner],
+        owner,
         out.share.sum(axis=0),
         out.shows.sum(axis=0),
         out.light.sum(axis=0),

@@ -29,11 +29,11 @@ def crowded_share(called: Called, height: int, sigma: float) -> float:
 
 
 def refit(fits: list[Fit], called: Called, warp: np.ndarray, left: np.ndarray, height: int, sigma: float) -> list[Fit]:
-    """Peaks of every bit, with those of crowded molecules fitted at the molecules' positions.
+    """Refit the peaks of crowded molecules in every bit, starting from the molecules' positions.
 
-    Two molecules closer than the width of a spot have one common peak in bits that they share. Their positions are
-    known from the bits that they do not share. warp: see `BitShifts`. left (bit, row, x) int8, the
-    residual in steps of `LIGHT_STEP`, is updated.
+    Two molecules closer than the width of a spot have a single peak in the bits that they share. Their positions are
+    known from the bits that they do not share. warp: see `BitShifts`. left (bit, row, x) int8, the residual in units of
+    `LIGHT_STEP`, is updated. sigma: of the PSF, pixel.
     """
     pairs = crowded_pairs(called.table, height, sigma)
     ends = np.cumsum([0, *(len(fit.x) for fit in fits)])

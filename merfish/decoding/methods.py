@@ -60,7 +60,7 @@ def _patches(
 def find_by_spots(stack: Rows, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
     """Find molecules as spots linked across bits; ``probability`` is the posterior of the word."""
     found = decode_spots(stack, codebook, normalization, height=height, sigma=psf_sigma(stack, height))
-    whole = np.flatnonzero(~splinters(found.word, found.x, found.y, found.plane, found.intensity))
+    whole = np.flatnonzero(~splinters(found.word, found.x, found.y, found.plane, found.intensity, found.tail_planes))
     places = (found.word[whole], found.x[whole], found.y[whole], found.plane[whole])
     keep = whole[once(*places, found.intensity[whole])[0]]
     return transcript_table(

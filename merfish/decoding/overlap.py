@@ -15,7 +15,6 @@ SPLINTER_RADIUS = 3.0
 # relative to the brightest fragment. Of simulated calls in five planes this removes a third to a half of the wrong ones
 # and up to 1 % of the right ones; half this value, or twice the radius, is worse
 SPLINTER_SHARE = 0.7
-SPLINTER_PLANES = 2  # largest distance in planes
 HALO_PLANES = 1
 
 
@@ -35,6 +34,8 @@ def merge_planes(
     All arrays (molecule,); x, y pixel. Returns keep, indices of the brightest member of each molecule in increasing
     order, and z (kept,) float32, the plane index averaged by brightness.
     """
+    if not plane.any():
+        return np.arange(len(word)), plane.astype(np.float32)
     i, j = same_molecule_pairs(word, x, y, PLANE_RADIUS)
     neighbours = np.abs(plane[i] - plane[j]) == 1
     group = _groups(len(word), i[neighbours], j[neighbours])
@@ -55,15 +56,17 @@ def halos(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mas
     return _outshone(word, x, y, plane, mass, HALO_RADIUS, HALO_SHARE, HALO_PLANES)
 
 
-def splinters(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, light: np.ndarray) -> np.ndarray:
+def splinters(
+    word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, light: np.ndarray, planes: int
+) -> np.ndarray:
     """Mark the spots that are fragments of a molecule out of focus between planes; (molecule,) bool.
 
-    These have another spot of their word within 3 px, at most two planes away, and less than 0.7 of its brightness. In
+    These have another spot of their word within 3 px, at most ``planes`` away, and less than 0.7 of its brightness. In
     a single plane there are none. All arrays (molecule,); x, y pixel.
     """
     if not plane.any():
         return np.zeros(len(word), bool)
-    return _outshone(word, x, y, plane, light, SPLINTER_RADIUS, SPLINTER_SHARE, SPLINTER_PLANES)
+    return _outshone(word, x, y, plane, light, SPLINTER_RADIUS, SPLINTER_SHARE, planes)
 
 
 def _outshone(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial import cKDTree
 
 from merfish.decoding import _peak_kernels as kernels
 from merfish.imaging.normalize import NoiseMap, locate_peaks
@@ -88,8 +87,11 @@ def shape_of(profile: np.ndarray, sigma: float) -> kernels.Shape:
     fall[1:] = -np.gradient(profile, radius)[1:] / radius[1:]
     fall[0] = fall[1]  # the top of the profile is smooth
     place = np.sqrt(np.arange(0, (radius[-1] / sigma) ** 2 + SQUARE_BIN, SQUARE_BIN)) * sigma
-    profile, fall = (np.interp(place, radius, values, right=0.0) for values in (profile, fall))
-    return kernels.Shape(profile, fall, 1 / (SQUARE_BIN * sigma**2), CORE * sigma, STIFFNESS, MOST_STEP * sigma)
+    beyond = np.zeros(len(place) + 1)  # to the corners of a square
+    profile, fall = (np.append(np.interp(place, radius, values, right=0.0), beyond) for values in (profile, fall))
+    return kernels.Shape(
+        profile, fall, 1 / (SQUARE_BIN * sigma**2), place[-1], CORE * sigma, STIFFNESS, MOST_STEP * sigma
+    )
 
 
 def share_peaks(
@@ -106,9 +108,8 @@ def share_peaks(
     px, py = np.concatenate([x, fit.x[~mine]]), np.concatenate([y, fit.y[~mine]])
     top = np.concatenate([np.zeros(len(x)), fit.height[~mine]])
     kernels.add_spots(left, height, kernels.Spots(fit.x[mine], fit.y[mine], fit.height[mine]), shape)
-    near = TOUCHING * sigma
-    apart, _ = cKDTree(np.column_stack([x, y])).query(np.column_stack([px, py]), distance_upper_bound=near)
-    touched = apart < near
+    touched = np.empty(len(px), bool)
+    kernels.find_near(x, y, px, py, TOUCHING * sigma, touched)
     together = np.flatnonzero(touched)
     kernels.share_light(left, height, kernels.Spots(px, py, top), together, shape, SHARE_SWEEPS, SETTLED)
     stay = top > STAY * threshold(fit.noise, px, py, PEAK_HEIGHT)

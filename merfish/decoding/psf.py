@@ -58,7 +58,7 @@ def middle(stack: np.ndarray | Bandpassed, height: int) -> np.ndarray | Bandpass
     if isinstance(stack, np.ndarray):
         return stack[:, first + down.start : first + down.stop, across]
     part = stack.images[:, first // height, down, across]
-    return Bandpassed(part, smoothing=stack.smoothing, background=stack.background)
+    return Bandpassed(part, smoothing=stack.smoothing, background=stack.background, leaks=stack.leaks)
 
 
 def half_radius(image: np.ndarray) -> float:

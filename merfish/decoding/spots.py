@@ -47,7 +47,7 @@ class Spots(NamedTuple):
     word: int32, row of the codebook. x, y: float64 pixel, y within the plane. plane: int32, in which it is brightest.
     z: float32 in planes, interpolated from the brightness in the adjacent planes. intensity: float32, mean height of
     the peaks. log_odds: float64, of the word against all other classes. errors: uint64, the bits that differ from the
-    word.
+    word. tail_planes: see `merfish.decoding.planes.Focus`.
     """
 
     word: np.ndarray
@@ -58,6 +58,7 @@ class Spots(NamedTuple):
     intensity: np.ndarray
     log_odds: np.ndarray
     errors: np.ndarray
+    tail_planes: int
 
 
 def decode_spots(
@@ -104,8 +105,9 @@ def _molecules(called: Called, scene: kernels.Scene, codebook: Codebook) -> Spot
         light_by_plane(table[:, 0], table[:, 1], bits, scene, light)
         z = depth(light, plane)
     return Spots(
-        word, table[:, 0], table[:, 1] - plane * height, plane, z, table[:, 2].astype(np.float32), table[:, 4], errors
-    )
+        word, table[:, 0], table[:, 1] - plane * height, plane, z, table[:, 2].astype(np.float32), table[:, 4], errors,
+        scene.tail_planes,
+    )  # fmt: skip
 
 
 def gather_peaks(

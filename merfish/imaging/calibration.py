@@ -11,21 +11,24 @@ import numpy as np
 
 from merfish.imaging.chromatic import ColorFit, fit_chromatic
 from merfish.imaging.illumination import Glow, KnownLight, Light, correct_light, fit_light
+from merfish.imaging.leaks import PeakLight, find_leaks
 from merfish.imaging.normalize import FieldSpots, Normalization, shared_normalization
 from merfish.imaging.organization import Channel
+from merfish.imaging.unmixing import Leak
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What is measured on some fields and applied to all.
+    """Quantities that are measured on some fields and applied to all.
 
-    normalization: of the bits. chromatic: a fit for each colour, by name; the reference colour has none. light: of each
-    colour, by name.
+    normalization: of the bits. chromatic: chromatic fit of each colour, by name; the reference colour has none. light:
+    illumination of each colour, by name. leaks: of light between bits.
     """
 
     normalization: Normalization
     chromatic: dict[str, ColorFit]
     light: dict[str, Light]
+    leaks: tuple[Leak, ...] = ()
 
     def maps_of_bits(self, bits: Sequence[Channel]) -> np.ndarray | None:
         """Chromatic maps (bit, 2, 3) for `align`; None if no colour needs one."""
@@ -58,31 +61,34 @@ class Calibration:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to values that JSON keeps exactly."""
+        """Convert to values that JSON stores exactly."""
         fits = {color: fit.to_dict() for color, fit in self.chromatic.items()}
         light = {color: light.to_dict() for color, light in self.light.items()}
-        return {"normalization": self.normalization.to_dict(), "chromatic": fits, "light": light}
+        leaks = [list(leak) for leak in self.leaks]
+        return {"normalization": self.normalization.to_dict(), "chromatic": fits, "light": light, "leaks": leaks}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], given: Mapping[str, KnownLight] | None = None) -> Calibration:
-        """Restore from `to_dict`; flat fields given by the user are not part of it and are passed again."""
+        """Restore from `to_dict`; flat fields given by the user are not part of it and must be passed again."""
         fits = {color: ColorFit.from_dict(fit) for color, fit in values["chromatic"].items()}
         light = {
             color: replace(Light.from_dict(found), flat=given[color].flat if given else None)
             for color, found in values["light"].items()
         }
-        return cls(Normalization.from_dict(values["normalization"]), fits, light)
+        leaks = tuple(Leak(*leak) for leak in values["leaks"])
+        return cls(Normalization.from_dict(values["normalization"]), fits, light, leaks)
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """Summary of one field; several of them give the calibration.
+    """Summary of one field; the calibration is computed from several of them.
 
-    spots: corrected for drift only; shifts: that drift, (bit, 2) dy, dx in pixel; glows: of each colour by name, empty
-    if there are no raw images.
+    spots: corrected for drift only; peaks: the light of some of them in all bits; shifts: the drift, (bit, 2) dy, dx in
+    pixel; glows: of each colour by name, empty if there are no raw images.
     """
 
     spots: FieldSpots
+    peaks: PeakLight
     shifts: np.ndarray
     glows: dict[str, Glow]
 
@@ -90,7 +96,7 @@ class Survey:
 def calibrate(
     fields: Sequence[Survey], bits: Sequence[Channel], given: Mapping[str, KnownLight] | None = None
 ) -> Calibration:
-    """Calibrate all fields from the surveys of some. given: illumination of each colour, as far as it is known.
+    """Compute the calibration of all fields from the surveys of some. given: known illumination of each colour.
 
     The reference of the chromatic maps is the colour with the most bits; of several, the first.
     """
@@ -111,11 +117,13 @@ def calibrate(
     spots = [under_even_light(field, light, bits) for field in fields]
     fits = fit_chromatic(spots, shifts, color_of_bit, fields[0].spots.shape)[1:] if len(names) > 1 and fields else []
     chromatic = dict(zip(names[1:], fits, strict=False))
-    return Calibration(shared_normalization(spots, len(bits)), chromatic, light)
+    normalization = shared_normalization(spots, len(bits))
+    leaks = find_leaks([field.peaks for field in fields], normalization.scale)
+    return Calibration(normalization, chromatic, light, leaks)
 
 
 def under_even_light(field: Survey, light: Mapping[str, Light], bits: Sequence[Channel]) -> FieldSpots:
-    """Scale the heights of a field's spots to those under full illumination."""
+    """Divide the heights of a field's spots by the relative illumination at their positions on the camera."""
     spots = field.spots
     y, x = (np.stack([spots.y, spots.x]) + field.shifts[spots.bit].T).round().astype(int)
     y, x = np.clip(y, 0, spots.shape[0] - 1), np.clip(x, 0, spots.shape[1] - 1)
