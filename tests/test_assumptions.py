@@ -36,7 +36,7 @@ def test_books_that_correct_nothing_are_named():
     stack, _ = simulate_stack(book, shape=(128, 128), density=0.01, seed=22)
     filtered, normalization = prepare(stack, book, method="pixels")
     (reason,) = broken_assumptions(filtered, book, normalization, 128)
-    assert "2 bits" in reason
+    assert "minimum distance is 2" in reason
 
 
 def test_the_console_names_what_the_decoder_does_not_allow_for():
