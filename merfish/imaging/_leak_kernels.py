@@ -17,8 +17,8 @@ STEPS = 6
 def locate_group(values, least):
     """Centre of the narrowest group of sorted values (n,), and its standard error; NaN if it has below ``least``.
 
-    Starts at the median of the shortest interval with `WINDOW` of the values; the centre is then the mean with biweights
-    (Tukey) that vanish `CUT` sigmas away, sigma the median deviation of the values within 3 sigmas.
+    Starts at the median of the shortest interval with `WINDOW` of the values below `MOST`. The centre is then the mean
+    with biweights (Tukey) that vanish `CUT` sigmas away; sigma is measured on the values within 3 sigmas.
     """
     n = np.searchsorted(values, MOST)
     inside = max(int(WINDOW * n), FEWEST // 2)

@@ -1,10 +1,10 @@
 """Light of one bit that shows in another: bleed-through between colours, carry-over from an earlier round.
 
-At the bright peaks of a bit, another bit shows the light of molecules that have both bits, or noise, or the leaked share
-of the peak's light. Relative to the peak, the last two are the narrowest group of values; its place is the share. No
-word needs to be known for it, and rounds and colours neither. Where a leak is found, its light is subtracted before the
-others are judged: light that two leaks bring to a bit would else be attributed to bits that are often on together with
-those that leak.
+At the bright peaks of a bit, another bit shows the light of molecules that have both bits, or noise, or the leaked
+share of the peak's light. Relative to the peak, the last two are the narrowest group of values, and its centre is the
+share. Words, rounds and colours need not be known. The light of each leak that is found is subtracted before the others
+are judged: otherwise light that two leaks bring to a bit is attributed to bits that are often on together with those
+that leak.
 """
 
 from __future__ import annotations

@@ -32,9 +32,7 @@ class Bandpassed:
     measured it.
     """
 
-    def __init__(
-        self, stack: np.ndarray, *, smoothing: float, background: float, leaks: Sequence[Leak] = ()
-    ) -> None:
+    def __init__(self, stack: np.ndarray, *, smoothing: float, background: float, leaks: Sequence[Leak] = ()) -> None:
         self.height, self.smoothing, self.background, self.leaks = stack.shape[-2], smoothing, background, leaks
         self.images = stack.reshape(len(stack), -1, *stack.shape[-2:])
         self.shape = (len(stack), self.images.shape[1] * self.height, stack.shape[-1])
