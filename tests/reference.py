@@ -369,4 +369,6 @@ def locate_group(values: np.ndarray, least: float) -> tuple[float, float]:
         away = np.abs(values - centre)
         near = away[away < 3 * sigma]
         sigma = 1.4826 * np.median(near)
-    return (np.nan, np.nan) if len(near) < least else (centre, sigma / np.sqrt(len(near)))
+    below = (values < min(centre - 3 * sigma, centre / 2)).sum() if centre > 3 * sigma else 0
+    known = len(near) >= least and below <= 0.25 * len(near) and centre + 2 * sigma <= 0.6
+    return (centre, sigma / np.sqrt(len(near))) if known else (np.nan, np.nan)
