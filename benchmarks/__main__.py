@@ -1,9 +1,9 @@
 """Run all benchmarks in sequence, and write a summary: python -m benchmarks [--quick] [--only NAME ...].
 
     --list       list the benchmarks with their commands
-    --quick      small settings where there are some, under five minutes; pages go to a temporary folder
+        --quick      small settings where available, under five minutes; pages are written to a temporary folder
     --peers      include those that install other tools, each in a separate environment
-    --data DIR   real data, see benchmarks/README.md; without it, benchmarks that need them are left out
+        --data DIR   real data, see benchmarks/README.md; without it, benchmarks that need real data are skipped
 
 Each benchmark runs in a separate process. Writes benchmarks/results/summary.md and summary.png: the headline figures
 of the pages, ratios of figures that were measured in the same run, and the time and memory of each benchmark.
@@ -57,7 +57,7 @@ def run(command: Sequence[str], results: Path) -> Cost:
 
 
 def measure(benchmarks: Sequence[Benchmark], data: Path, results: Path, quick: bool) -> tuple[list[dict], list[dict]]:
-    """Run benchmarks; returns rows of figures and of costs."""
+    """Run benchmarks; returns rows of figures and rows of costs."""
     figures, costs = [], []
     for one in benchmarks:
         command = one.command(data, quick)
@@ -67,7 +67,7 @@ def measure(benchmarks: Sequence[Benchmark], data: Path, results: Path, quick: b
         if not cost.code and page.exists():
             try:
                 figures += [{"benchmark": one.name, **row} for row in headlines(one, page.read_text())]
-            except LookupError as error:  # a small setting may lack a row
+            except LookupError as error:  # small settings may lack a row
                 print(f"{one.name}: {error}", flush=True)
         costs.append(
             {
@@ -81,7 +81,7 @@ def measure(benchmarks: Sequence[Benchmark], data: Path, results: Path, quick: b
 
 
 def draw(figures: pd.DataFrame, costs: pd.DataFrame, path: Path) -> None:
-    """Shares, ratios, seconds and memory, side by side."""
+    """Plot shares, ratios, seconds and memory side by side."""
     rows = max(len(figures), len(costs), 4)
     figure, (shares, ratios, seconds, memory) = plots.new_figure(16, 1.5 + 0.28 * rows, 4)
     for ax, kind, colour in ((shares, "share", plots.GENE), (ratios, "ratio", plots.BLANK)):
@@ -105,7 +105,7 @@ def draw(figures: pd.DataFrame, costs: pd.DataFrame, path: Path) -> None:
 
 
 def summary(figures: pd.DataFrame, costs: pd.DataFrame, command: str) -> str:
-    """The summary page."""
+    """Return the summary page."""
     return f"""# Summary of the benchmarks
 
 Made by `{command}`.

@@ -1,9 +1,9 @@
-"""Cell types carried from some batches to another, with and without `batch_key`, beside scVI.
+"""Transfer of cell types between batches, with and without `batch_key`, compared with scVI.
 
     python benchmarks/batches.py [DATA] [--peers FOLDER] [--seeds N]
 
-DATA is the folder of real data; two sections of STARmap are read from it. Tissues of three batches are simulated beside
-them. Where compositions are unequal, types are frequent in some batches and rare in others. Writes
+DATA is the folder of real data, from which two STARmap sections are read. In addition, tissues of three batches are
+simulated. With unequal compositions, types are frequent in some batches and rare in others. Writes
 benchmarks/results/batches.md.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread mostly waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices gain nothing from a second thread
 
 import argparse
 from collections.abc import Iterator
@@ -27,9 +27,9 @@ from tables import RESULTS, as_markdown
 
 from spatialvae import SpatialVAE
 
-BATCHES, CELLS, GENES, TYPES = 3, 700, 120, 10  # of a simulated tissue; cells of each batch
-EFFECT = 0.5  # standard deviation of the batch effect, on log shares of genes
-KEPT = 0.15  # of the cells of types that are made rare in a real section
+BATCHES, CELLS, GENES, TYPES = 3, 700, 120, 10  # of a simulated tissue; cells per batch
+EFFECT = 0.5  # standard deviation of the batch effect on log shares of genes
+KEPT = 0.15  # fraction of cells kept of types that are made rare in a real section
 NEIGHBOURS = 15
 OURS, WITHOUT, PEER = "SpatialVAE", "SpatialVAE without batch_key", "scVI"
 
@@ -37,7 +37,7 @@ Row = dict[str, str | int | float]
 
 
 def simulated(seed: int, unequal: bool) -> anndata.AnnData:
-    """Batches with obs["batch"], obs["type"]; each has four domains. Counts are negative binomial, 60 a cell."""
+    """Simulate batches with obs["batch"], obs["type"] and four domains each; negative binomial counts, 60 per cell."""
     rng = np.random.default_rng(seed)
     profile = rng.dirichlet(np.ones(GENES)) * np.exp(rng.normal(0, 1, (TYPES, GENES)))
     parts = []
@@ -56,8 +56,10 @@ def simulated(seed: int, unequal: bool) -> anndata.AnnData:
 
 
 def starmap(folder: Path, seed: int, unequal: bool) -> anndata.AnnData:
-    """Sections BZ5 and BZ14, a batch each. If compositions are to be ``unequal``, a random half of the types is thinned
-    in one section and the other half in the other."""
+    """Read sections BZ5 and BZ14 as two batches.
+
+    unequal: thin out a random half of the types in one section, and the other half in the other.
+    """
     both = {
         name: anndata.read_h5ad(folder / "spatial_tables" / f"starmap_mpfc_{name}.h5ad") for name in ("BZ5", "BZ14")
     }
@@ -73,7 +75,7 @@ def starmap(folder: Path, seed: int, unequal: bool) -> anndata.AnnData:
 
 
 def carried(latent: np.ndarray, table: anndata.AnnData) -> float:
-    """Share of cells whose type is that of most of their 15 nearest cells in other batches."""
+    """Return the share of cells whose type is the most frequent one among their 15 nearest cells in other batches."""
     batch, kind = table.obs["batch"].to_numpy(), table.obs["type"].to_numpy()
     right = np.zeros(len(batch), bool)
     for here in (batch == name for name in np.unique(batch)):
@@ -83,7 +85,7 @@ def carried(latent: np.ndarray, table: anndata.AnnData) -> float:
 
 
 def embedded(table: anndata.AnnData, batch_key: str | None, seed: int) -> np.ndarray:
-    """z_cell; sections are told apart in any case."""
+    """Return z_cell; neighbours are always sought within sections."""
     SpatialVAE.setup_anndata(table, sample_key="batch", batch_key=batch_key)
     model = SpatialVAE(table, seed=seed, niche_encoder="field")
     model.train(seed=seed, progress=False)
@@ -91,7 +93,7 @@ def embedded(table: anndata.AnnData, batch_key: str | None, seed: int) -> np.nda
 
 
 def rows_of(name: str, table: anndata.AnnData, seed: int, peers: Path | None, cache: Path) -> Iterator[Row]:
-    """A row for each method."""
+    """Return a row for each method."""
     table = table[np.asarray(table.X.sum(1)).ravel() > 0].copy()
     latents = {OURS: embedded(table, "batch", seed), WITHOUT: embedded(table, None, seed)}
     if peers is not None:

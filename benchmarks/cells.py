@@ -1,8 +1,8 @@
-"""Segmentation of simulated tissue of several cell sizes and densities: quality, and CPU time against full resolution.
+"""Segmentation of simulated tissue with several cell sizes and densities: quality, and CPU time at full resolution.
 
-Each tissue is stained, imaged (blur, uneven light between cells and within them, camera noise), segmented, and compared
-with its outlines: F1 of cells at an intersection over union of 0.5, cells merged or split, and the share of places more
-than 1 micrometre inside a cell that are assigned to it. "Full" is the same segmentation at the camera's resolution.
+Each tissue is stained, imaged (blur, uneven brightness between and within cells, camera noise), segmented, and compared
+with its true outlines: F1 of cells at an intersection over union of 0.5, cells merged or split, and the share of places
+more than 1 micrometre inside a cell that are assigned to it. "Full" is the same segmentation at full camera resolution.
 
     python benchmarks/cells.py
 """
@@ -28,9 +28,9 @@ from merfish.simulate.disturbances import illumination
 from merfish.simulate.field import DAPI_LIGHT, GRAIN_SIGMA, MICRONS_PER_PIXEL, POLYT_LIGHT, STAIN_BACKGROUND, STAIN_BLUR
 from merfish.simulate.optics import Imaging, expose
 
-SIDE = 1024  # pixel
-SEEN = 0.5  # share of a cell that must lie in the field for it to be missed
-PLANE_STEP = 1.5  # micrometre
+SIDE = 1024  # pixels
+SEEN = 0.5  # share of a cell that must lie in the field to count it as missed
+PLANE_STEP = 1.5  # micrometres
 TISSUES = {
     "usual": {"CELL_SPACING": 10.0},
     "small cells": {"CELL_SPACING": 6.5, "CELL_GAP": 0.6, "CORNER_RADIUS": 1.0},
@@ -44,9 +44,9 @@ TISSUES = {
 def stained(
     tissue: simulated.Tissue, corner: tuple[float, float], planes: int, light: float, seed: int, noise: int = 0
 ) -> tuple:
-    """Stains (stain, z, y, x) of a field with its first pixel at ``corner``, and the true outlines and volumes.
+    """Return stains (stain, z, y, x) of a field with its first pixel at ``corner``, and true outlines and volumes.
 
-    With several planes a cell is an ellipsoid, widest at a height of its own.
+    With several planes, a cell is an ellipsoid, widest at its own height.
     """
     rng = np.random.default_rng(seed)
     n = len(tissue.outlines)
@@ -86,14 +86,14 @@ def stained(
 
 
 def draw_tissue(settings: dict, side: float, seed: int) -> simulated.Tissue:
-    """A tissue over a square of ``side`` micrometre."""
+    """Simulate a tissue in a square of ``side`` micrometres."""
     constants = {name: value for name, value in settings.items() if name != "light"}
     with mock.patch.multiple(simulated, **constants):
         return simulated.make_tissue((0, 0, side, side), 3, np.random.default_rng(seed))
 
 
 def find(image: np.ndarray, corner: tuple[float, float]) -> tuple[np.ndarray, np.ndarray, float]:
-    """Outlines (micrometre), volumes, and the CPU time taken."""
+    """Return outlines (micrometres), volumes, and the CPU time."""
     started = time.process_time()
     found = find_cells(image[0], image[1], PLANE_STEP * np.arange(image.shape[1]), MICRONS_PER_PIXEL)
     seconds = time.process_time() - started
@@ -104,7 +104,7 @@ def find(image: np.ndarray, corner: tuple[float, float]) -> tuple[np.ndarray, np
 def score(
     found: np.ndarray, volume: np.ndarray, truth: np.ndarray, true_volume: np.ndarray, frame, planes: int
 ) -> dict:
-    """Quality of outlines against the truth in what a field sees (``frame``)."""
+    """Compare outlines with the truth within a field (``frame``)."""
     seen = shapely.intersection(truth, frame)
     share = shapely.area(seen) / shapely.area(truth)
     real = share > SEEN
@@ -115,8 +115,8 @@ def score(
     same = common / union > 0.5
     matched = np.isin(np.arange(len(truth)), i[same])
     recall, precision = matched[real].mean(), np.isin(np.arange(len(found)), j[same]).mean()
-    in_one = np.bincount(j[(of_true > 0.5) & real[i]], minlength=len(found))  # true cells mostly within a found one
-    of_one = np.bincount(i[of_found > 0.5], minlength=len(truth))  # found cells mostly within a true one
+    in_one = np.bincount(j[(of_true > 0.5) & real[i]], minlength=len(found))  # true cells mostly within a found cell
+    of_one = np.bincount(i[of_found > 0.5], minlength=len(truth))  # found cells mostly within a true cell
     merged = np.isin(np.arange(len(truth)), i[(of_true > 0.5) & (in_one[j] > 1)])
     wrong = real & (merged | (of_one > 1))
     best = np.full(len(found), -1)
@@ -136,7 +136,7 @@ def score(
 
 
 def places_inside(truth: np.ndarray, found: np.ndarray, best: np.ndarray, frame: shapely.Polygon) -> float:
-    """Share of places more than 1 micrometre inside true cells that lie in the found cell which is theirs."""
+    """Return the share of places more than 1 micrometre inside true cells that lie in the matching found cell."""
     rng = np.random.default_rng(0)
     x, y = rng.uniform(frame.bounds[:2], frame.bounds[2:], (60_000, 2)).T
     cell = assign_cells(x, y, shapely.buffer(truth, -1.0), np.arange(len(truth)))
@@ -146,7 +146,7 @@ def places_inside(truth: np.ndarray, found: np.ndarray, best: np.ndarray, frame:
 
 
 def counted_once(tissue: simulated.Tissue, planes: int) -> dict:
-    """Four overlapping fields: the cells that cross a border of one and lie within all are counted once."""
+    """Check on four overlapping fields that cells that cross a border and lie within the section are counted once."""
     step = 0.9 * SIDE * MICRONS_PER_PIXEL
     corners = [(20 + step * column, 20 + step * row) for row in range(2) for column in range(2)]
     frames = [field_frame(np.array(corner), (SIDE, SIDE), MICRONS_PER_PIXEL) for corner in corners]

@@ -16,13 +16,13 @@ NEIGHBOURS = 15
 
 
 def mixture(latent: np.ndarray, k: int, seed: int, covariance: str) -> np.ndarray:
-    """Labels by a Gaussian mixture of one start."""
+    """Cluster by a Gaussian mixture with one initialisation."""
     ridge = 1e-6 * latent.var(0).mean()
     return GaussianMixture(k, covariance_type=covariance, reg_covar=ridge, random_state=seed).fit_predict(latent)
 
 
 def neighbour_graph(latent: np.ndarray) -> igraph.Graph:
-    """Each cell joined to the 15 nearest of the latent space."""
+    """Build the graph of the 15 nearest neighbours in the latent space."""
     import igraph
 
     near = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(latent).kneighbors(return_distance=False)
@@ -31,7 +31,7 @@ def neighbour_graph(latent: np.ndarray) -> igraph.Graph:
 
 
 def communities(graph: igraph.Graph, resolution: float, seed: int) -> np.ndarray:
-    """Labels by leiden."""
+    """Cluster by Leiden."""
     import leidenalg
 
     kind = leidenalg.RBConfigurationVertexPartition
@@ -40,7 +40,7 @@ def communities(graph: igraph.Graph, resolution: float, seed: int) -> np.ndarray
 
 
 def leiden(latent: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """Labels by leiden with the resolution that gives ``k`` clusters, or as near to it as 14 halvings come."""
+    """Cluster by Leiden, with the resolution that gives ``k`` clusters, or the nearest number in 14 bisections."""
     graph = neighbour_graph(latent)
     low, high = 0.005, 4.0
     tried: list[tuple[int, np.ndarray]] = []

@@ -1,4 +1,4 @@
-"""Accuracy, speed, memory and drift error of the decoders, measured side by side: python benchmarks/decode.py.
+"""Accuracy, speed, memory and drift error of the decoders: python benchmarks/decode.py.
 
 Writes benchmarks/results/decode.md, decode.png and decode_calibration.png. ``--quick`` is a smoke run.
 """
@@ -18,14 +18,14 @@ from merfish.decoding.methods import METHODS
 from merfish.simulate import match_calls, score_calls
 from merfish.stack import decode_all
 
-DENSITIES = (0.003, 0.01, 0.03, 0.1)  # molecules a pixel
+DENSITIES = (0.003, 0.01, 0.03, 0.1)  # molecules per pixel
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
-# at 0.945, 0.94 and 0.92 precision the spot decoder has to reach 0.84, 0.82 and 0.74
+# at a precision of 0.945, 0.94 and 0.92 the spot decoder has to reach a recall of 0.84, 0.82 and 0.74
 PRECISION = {0.003: 0.945, 0.01: 0.94, 0.03: 0.92, 0.1: 0.9}
 
 
 def accuracy(shape: tuple[int, int], seeds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every method with its defaults on raw simulated stacks: scores, one row a density, seed and method, and calls."""
+    """Run every method with its defaults on simulated stacks; returns scores by density, seed and method, and calls."""
     rows, calls = [], []
     for density in DENSITIES:
         for seed in range(100, 100 + seeds):
@@ -42,7 +42,7 @@ def accuracy(shape: tuple[int, int], seeds: int) -> tuple[pd.DataFrame, pd.DataF
 
 
 def accuracy_in_planes(side: int, seeds: int) -> pd.DataFrame:
-    """Every method on stacks of five planes that lie 2.5 ranges of focus apart; z in planes, inner: not beyond them."""
+    """Run every method on stacks of five planes 2.5 depths of focus apart; z in planes, inner: within them."""
     rows = []
     for density, seed in product(DENSITIES[:2], range(100, 100 + seeds)):
         stack, truth = simulate_stack(BOOK, shape=(side, side), density=density, seed=seed, n_planes=5)
@@ -67,7 +67,7 @@ def accuracy_in_planes(side: int, seeds: int) -> pd.DataFrame:
 
 
 def judge(found: pd.DataFrame, truth: pd.DataFrame, shape: tuple[int, int]) -> pd.DataFrame:
-    """One row a call: probability stated, whether it is right, whether it lies (its molecule lies) 10 px inside."""
+    """Return a row per call: stated probability, whether it is correct, whether it (its molecule) is 10 px inside."""
     height, width = shape
     inner, inner_truth = (
         (table["x"].between(9.5, width - 10.5) & table["y"].between(9.5, height - 10.5)).to_numpy()
@@ -81,39 +81,39 @@ def judge(found: pd.DataFrame, truth: pd.DataFrame, shape: tuple[int, int]) -> p
 
 
 def calibration(calls: pd.DataFrame) -> pd.DataFrame:
-    """Judged calls in ten bins of stated probability: n, and the mean of ``stated`` and ``right``."""
+    """Group judged calls into ten bins of the stated probability: n, and means of ``stated`` and ``right``."""
     groups = calls.groupby(np.minimum((calls["probability"] * 10).astype(int), 9))
     return groups.agg(n=("right", "size"), stated=("probability", "mean"), right=("right", "mean"))
 
 
 def calibration_error(calls: pd.DataFrame) -> float:
-    """Expected calibration error: the mean distance of stated and right over the calls, bin by bin."""
+    """Return the expected calibration error: the mean absolute difference of stated and observed rates."""
     bins = calibration(calls)
     return float((bins["n"] * (bins["stated"] - bins["right"]).abs()).sum() / max(len(calls), 1))
 
 
 def ranked(calls: pd.DataFrame, n_truth: float) -> tuple[np.ndarray, np.ndarray]:
-    """Recall and precision (call,) when judged calls are kept from the most probable on."""
+    """Return recall and precision (call,) when judged calls are kept in order of decreasing probability."""
     order = calls.sort_values("probability", ascending=False, kind="stable")
     precision = (order["right"] & order["inner"]).cumsum() / order["inner"].cumsum().clip(lower=1)
     return (order["finds"].cumsum() / n_truth).to_numpy(), precision.to_numpy()
 
 
 def recall_at_precision(calls: pd.DataFrame, n_truth: float, precision: float) -> float:
-    """Largest recall at a precision when judged calls are kept from the most probable on, 10 px margin."""
+    """Return the highest recall at a precision when judged calls are kept by probability, with a margin of 10 px."""
     recall, reached = ranked(calls, n_truth)
     return float(recall[reached >= precision].max(initial=0.0))
 
 
 def draw(scores: pd.DataFrame, calls: pd.DataFrame, path: Path) -> None:
-    """Recall against precision of ranked calls by density, with the best possible when places and bits are known."""
+    """Plot recall against precision of ranked calls by density, with the optimum for known positions and bits."""
     figure, axes = plots.new_figure(13, 3.8, len(DENSITIES))
     best = {0.003: (0.943, 0.853), 0.01: (0.949, 0.857), 0.03: (0.949, 0.869)}
     for ax, density in zip(axes, DENSITIES, strict=True):
         for method, colour in zip(METHODS, plots.CATEGORIES, strict=False):
             score, judged = (t[(t["density"] == density) & (t["method"] == method)] for t in (scores, calls))
             recall, precision = ranked(judged, score["n_truth"].sum())
-            some = recall > 0.02  # the share of right ones among a few calls is no precision
+            some = recall > 0.02  # the precision of very few calls is noise
             ax.plot(precision[some], recall[some], color=colour, label=method)
             ax.plot(score["precision"].mean(), score["recall"].mean(), "o", color=colour, markersize=6)
         ax.axvline(PRECISION[density], color=plots.MUTED, linewidth=0.8, linestyle=":")
@@ -126,7 +126,7 @@ def draw(scores: pd.DataFrame, calls: pd.DataFrame, path: Path) -> None:
 
 
 def draw_calibration(calls: pd.DataFrame, path: Path) -> None:
-    """Share of right calls against the probability stated, by method and density; bins of fewer than 50 left out."""
+    """Plot the share of correct calls against the stated probability, by method and density, without bins below 50."""
     figure, axes = plots.new_figure(11, 3.8, len(METHODS))
     for ax, method in zip(axes, METHODS, strict=True):
         for density, colour in zip(DENSITIES, plots.CATEGORIES, strict=False):
@@ -141,7 +141,7 @@ def draw_calibration(calls: pd.DataFrame, path: Path) -> None:
 
 
 def main(quick: bool) -> None:
-    """Measure everything and write the table and the plots."""
+    """Run all measurements, and write the table and the plots."""
     shape, seeds = ((256, 256), 1) if quick else ((768, 768), 4)
     scores, calls = accuracy(shape, seeds)
     mean = scores.groupby(["density", "method"], sort=False).mean().drop(columns="seed")

@@ -1,8 +1,8 @@
-"""The decoders on real images, and on images rendered from real molecules: python benchmarks/decode_real.py.
+"""Decoders on real images, and on images rendered from real molecules: python benchmarks/decode_real.py.
 
-Writes benchmarks/results/decode_real.md and decode_real.png. The molecules are those of
-DATA/molecules/u2os_merfish_sample.h5ad, the codebook DATA/codebooks/L26E1.csv; ``--data`` says where DATA is.
-``--quick`` is a smoke run on a part of them.
+Writes benchmarks/results/decode_real.md and decode_real.png. The molecules are read from
+DATA/molecules/u2os_merfish_sample.h5ad, the codebook from DATA/codebooks/L26E1.csv; ``--data`` sets DATA. ``--quick``
+is a smoke run on a part of them.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from merfish.simulate import Imaging, match_calls
 from merfish.simulate.optics import draw_bits, draw_brightness, expose, photons, show_bits
 
 N_PERMUTED = 20
-# The molecules as listed, and with those of a gene that lie within 1.5 px of each other as one: the table has 1 to 8
-# rows, 5 most often, within that radius where chance makes 0.05, so it lists a molecule in each plane that shows it.
-# Then the rendered pixels in a pixel of the table, with which the brightest cell has 0.03 molecules/px.
+# The molecules as listed, and with those of a gene within 1.5 px of each other merged: the table has 1 to 8 rows, most
+# often 5, within that radius where 0.05 are expected by chance, so it lists a molecule in each plane that shows it.
+# Then the number of rendered pixels per pixel of the table, at which the brightest cell has 0.03 molecules/px.
 SAMPLES = {"as listed": (0.0, 2.25), "planes merged": (1.5, 1.25)}
-FIELD, MARGIN = 1024, 16  # px; calls in the margin of a field are another field's
+FIELD, MARGIN = 1024, 16  # px; calls in the margin of a field belong to another field
 SEED = 0
 
 
@@ -50,7 +50,7 @@ SEED = 0
 
 
 def real_fields() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Calls of the bundled raw fields with the real codebook and permuted ones, and the bits' error rates."""
+    """Decode the bundled raw fields with the real codebook and permuted ones; also returns the bits' error rates."""
     source = open_experiment(datasets.merfish_raw())
     rng = np.random.default_rng(SEED)
     books = [source.codebook]
@@ -74,7 +74,7 @@ def real_fields() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def count_fields(found: pd.DataFrame, n_fields: int) -> list[dict[str, float]]:
-    """For each field: calls more likely right than wrong, and calls kept at the default rate."""
+    """Count for each field the calls more likely correct than wrong, and the calls kept at the default rate."""
     kept, likely = keep_calls(found), found[found["probability"] > 0.5]
     rows = []
     for fov in range(n_fields):
@@ -95,7 +95,7 @@ def count_fields(found: pd.DataFrame, n_fields: int) -> list[dict[str, float]]:
 
 
 def summarise_fields(counts: pd.DataFrame) -> pd.DataFrame:
-    """One row a method and field: the real codebook beside mean and range of the permuted ones."""
+    """Return a row for each method and field: the real codebook, and mean and range of the permuted ones."""
     rows = []
     for (method, fov), group in counts.groupby(["method", "field"], sort=False):
         real, permuted = group[group["book"] == 0].iloc[0], group[group["book"] > 0]
@@ -109,7 +109,7 @@ def summarise_fields(counts: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise_rates(rates: pd.DataFrame) -> pd.DataFrame:
-    """One row a bit: lost and gained with intervals, by method."""
+    """Return a row for each bit: 1->0 and 0->1 error rates with intervals, by method."""
     table = pd.DataFrame({"bit": rates["bit"].drop_duplicates().to_list()})
     for method, group in rates.groupby("method", sort=False):
         for kind in ("lost", "gained"):
@@ -123,7 +123,7 @@ def summarise_rates(rates: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Molecules (barcode_id, x, y in rendered pixels) and outlines of their cells and nuclei, (cell,) polygons."""
+    """Return molecules (barcode_id, x, y in rendered pixels), and polygons (cell,) of their cells and nuclei."""
 
     molecules: pd.DataFrame
     cells: np.ndarray
@@ -131,7 +131,7 @@ class Sample:
 
 
 def read_sample(path: Path, codebook: Codebook, merge: float, magnification: float, quick: bool) -> Sample:
-    """The molecules whose gene has a word, those of a gene within ``merge`` px as one, magnified."""
+    """Return the molecules whose gene has a word, magnified; those of a gene within ``merge`` px are merged."""
     import anndata
 
     table = anndata.read_h5ad(path)
@@ -162,7 +162,7 @@ def read_sample(path: Path, codebook: Codebook, merge: float, magnification: flo
 
 
 def render_fields(sample: Sample, codebook: Codebook) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Raw stacks (bit, y, x) uint16 of the fields that tile the sample, and their origins (field, 2) x, y."""
+    """Render raw stacks (bit, y, x) uint16 of fields that tile the sample; also returns origins (field, 2) x, y."""
     rng, imaging = np.random.default_rng(SEED), Imaging()
     sigma, peak = draw_bits(imaging, codebook.n_bits, rng)
     molecules = sample.molecules
@@ -182,7 +182,7 @@ def render_fields(sample: Sample, codebook: Codebook) -> tuple[np.ndarray, list[
 
 
 def decode_fields(origins: np.ndarray, stacks: list[np.ndarray], codebook: Codebook, method: str) -> pd.DataFrame:
-    """Kept calls of all fields in the sample's pixels, each place in one field."""
+    """Return the kept calls of all fields in the sample's pixels, each position in one field only."""
     filters = {"smoothing": METHODS[method].smoothing, "background": METHODS[method].background}
     scale = shared_normalization([find_spots(bandpass(s, **filters)) for s in stacks], codebook.n_bits)
     parts = []
@@ -194,7 +194,7 @@ def decode_fields(origins: np.ndarray, stacks: list[np.ndarray], codebook: Codeb
 
 
 def count_cells(table: pd.DataFrame, sample: Sample, n_words: int) -> tuple[np.ndarray, np.ndarray]:
-    """Molecules of each word in each cell, (cell, word), and in its nucleus."""
+    """Count the molecules of each word in each cell, (cell, word), and in its nucleus."""
     cell, nucleus = (
         assign_cells(table["x"].to_numpy(), table["y"].to_numpy(), shapes, np.arange(len(shapes)))
         for shapes in (sample.cells, sample.nuclei)
@@ -207,7 +207,7 @@ def count_cells(table: pd.DataFrame, sample: Sample, n_words: int) -> tuple[np.n
 
 
 def compare(calls: pd.DataFrame, sample: Sample, codebook: Codebook) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Figures of calls against the truth, and the arrays that the picture shows."""
+    """Compare calls with the truth; also returns the arrays for the picture."""
     truth = sample.molecules
     pairs = len(match_calls(calls, truth)[0])
     genes = ~codebook.is_blank
@@ -235,7 +235,7 @@ def compare(calls: pd.DataFrame, sample: Sample, codebook: Codebook) -> tuple[di
 
 
 def recall_by_crowding(calls: pd.DataFrame, sample: Sample) -> pd.DataFrame:
-    """Recall and molecules by how crowded it is around each molecule: others within 5 px, as a density."""
+    """Return recall and number of molecules by local density: other molecules within 5 px."""
     truth = sample.molecules
     tree = cKDTree(truth[["x", "y"]])
     density = (tree.query_ball_point(truth[["x", "y"]], 5.0, return_length=True) - 1) / (25 * np.pi)
@@ -250,7 +250,7 @@ def recall_by_crowding(calls: pd.DataFrame, sample: Sample) -> pd.DataFrame:
 
 
 def draw(counts: pd.DataFrame, shown: dict[str, Any], path: Path) -> None:
-    """Gene-to-blank ratios against permuted codebooks; counts, nuclear fractions and crowding against the truth."""
+    """Plot gene-to-blank ratios against permuted codebooks; counts, nuclear fractions and density against the truth."""
     figure, axes = plots.new_figure(15, 3.8, 4)
     colours = dict(zip(METHODS, plots.CATEGORIES, strict=False))
     ax, fields = axes[0], sorted(counts["field"].unique())
@@ -278,7 +278,7 @@ def draw(counts: pd.DataFrame, shown: dict[str, Any], path: Path) -> None:
 
 
 def of_molecules(path: Path, codebook: Codebook, name: str, quick: bool) -> tuple[str, dict[str, Any]]:
-    """Render one of `SAMPLES`, decode it with each method; what the page says, and what the picture shows."""
+    """Render one of `SAMPLES`, and decode it with each method; returns text for the page and data for the picture."""
     merge, magnification = SAMPLES[name]
     sample = read_sample(path, codebook, merge, magnification, quick)
     origins, stacks = render_fields(sample, codebook)
@@ -307,7 +307,7 @@ Recall by the number of other molecules within 5 px, as a density:
 
 
 def main(data: Path, quick: bool) -> None:
-    """Measure everything and write it."""
+    """Run all measurements and write the results."""
     needed = [data / "molecules" / "u2os_merfish_sample.h5ad", data / "codebooks" / "L26E1.csv"]
     missing = ", ".join(str(path) for path in needed if not path.is_file())
     if missing:

@@ -1,4 +1,4 @@
-"""Time and memory of the decoders, side by side with what they must at least do: python benchmarks/decode_speed.py.
+"""Time and memory of the decoders, compared with lower bounds: python benchmarks/decode_speed.py.
 
 Writes benchmarks/results/decode_speed.md and decode_speed.png. ``--quick`` is a smoke run of a minute.
 """
@@ -36,7 +36,7 @@ SIDES, WORDS = (256, 512, 1024, 1536, 2048), (20, 50, 80, 110, 140)
 
 @numba.njit(parallel=True)
 def read_once(flat: np.ndarray) -> int:
-    """Sum of all words of memory: what any decoder must at least do."""
+    """Sum all words of memory, the minimum that any decoder must do."""
     total = np.uint64(0)
     for k in numba.prange(len(flat)):
         total += flat[k]
@@ -44,7 +44,7 @@ def read_once(flat: np.ndarray) -> int:
 
 
 def ball_tree_reference(stack: np.ndarray) -> int:
-    """Pixels by scikit-learn's neighbours and molecules by scikit-image's regions, as MERlin and starfish do."""
+    """Decode with scikit-learn's neighbours of pixels and scikit-image's regions, as MERlin and starfish do."""
     from skimage.measure import label, regionprops
     from sklearn.neighbors import NearestNeighbors
 
@@ -64,7 +64,7 @@ def ball_tree_reference(stack: np.ndarray) -> int:
 
 
 def speed(side: int) -> tuple[pd.DataFrame, float]:
-    """Times of a side x side stack at 0.01 molecules a pixel, and of the reference on a crop, scaled."""
+    """Measure a side x side stack at 0.01 molecules per pixel, and the reference on a crop, scaled to the same size."""
     raw, _ = simulate_stack(BOOK, shape=(side, side), density=0.01, seed=1)
     floor = best_of(lambda: read_once(raw.ravel().view(np.uint64)))
     seen = Bandpassed(raw, smoothing=1.0, background=3.0)
@@ -108,7 +108,7 @@ def speed(side: int) -> tuple[pd.DataFrame, float]:
 
 
 def peak_memory(side: int) -> pd.DataFrame:
-    """Peak memory of a decode with its stack, as a multiple of the stack, each in a fresh process."""
+    """Measure the peak memory of a decode with its stack, as a multiple of the stack, each in a new process."""
     rows = []
     for method, preprocess in [(name, flag) for name in METHODS for flag in (False, True)]:
         command = [sys.executable, __file__, "--memory", method, str(int(preprocess)), str(side)]
@@ -118,21 +118,21 @@ def peak_memory(side: int) -> pd.DataFrame:
 
 
 def measure_memory(method: str, preprocess: bool, side: int) -> float:
-    """Growth of the largest resident size by one decode, over the stack's bytes."""
+    """Return the growth of the peak resident size by one decode, divided by the bytes of the stack."""
     small, _ = simulate_stack(BOOK, shape=(64, 64), seed=1)
-    decode(small, BOOK, method=method)  # compiled code is not the stack's
+    decode(small, BOOK, method=method)  # excludes the memory of compilation
     decode(small.astype(np.float32), BOOK, method=method, preprocess=False)
     stack, _ = simulate_stack(BOOK, shape=(side, side), density=0.01, seed=1)
     if not preprocess:
         stack = bandpass(stack, smoothing=1.0, background=3.0)
         stack /= peak_normalization(stack).scale[:, None, None]
-    before = forget_peak()  # the simulator's
+    before = forget_peak()  # excludes the memory of the simulator
     decode(stack, BOOK, method=method, preprocess=preprocess)
     return (peak_bytes() - before + stack.nbytes) / stack.nbytes
 
 
 def scaling() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Seconds of raw stacks by their pixels, and of 1024 x 1024 by the words of the codebook."""
+    """Measure the time of raw stacks by number of pixels, and of 1024 x 1024 px by number of words."""
     by_pixels, by_words = [], []
     for side in SIDES:
         raw, _ = simulate_stack(BOOK, shape=(side, side), density=0.01, seed=2)
@@ -151,7 +151,7 @@ def scaling() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def draw(by_pixels: pd.DataFrame, by_words: pd.DataFrame, path: Path) -> None:
-    """Time against pixels and against words."""
+    """Plot time against pixels and against words."""
     figure, axes = plots.new_figure(9, 3.8, 2)
     for ax, table, column in zip(axes, (by_pixels, by_words), ("pixels of a plane", "words"), strict=True):
         for name, colour in zip(METHODS, plots.CATEGORIES, strict=False):
@@ -164,7 +164,7 @@ def draw(by_pixels: pd.DataFrame, by_words: pd.DataFrame, path: Path) -> None:
 
 
 def main(quick: bool) -> None:
-    """Measure everything and write the table and the plot."""
+    """Run all measurements, and write the table and the plot."""
     side = 512 if quick else 2048
     times, floor = speed(side)
     memory = peak_memory(side)

@@ -1,7 +1,7 @@
-"""Dependence, neighbour effects and Potts models on cases whose answer is known.
+"""Dependence, neighbour effects and Potts models on cases with known answers.
 
     python benchmarks/dependence.py                          # simulations, and the bundled osmFISH section
-    python benchmarks/dependence.py TABLE.h5ad:LABEL[:LAYER] ...   # others as well
+        python benchmarks/dependence.py TABLE.h5ad:LABEL[:LAYER] ...   # other tables as well
 
 Writes benchmarks/results/dependence.md. A few minutes on one core.
 """
@@ -49,7 +49,7 @@ RUNS = 100  # without effects: a share of 10 % is known to 3 %
 
 
 def chains(n: int, depth: float) -> list[dict[str, object]]:
-    """Share of seeds in which each edge is found, by ordinary correlation and by ours."""
+    """Return the share of seeds in which each edge is found, by ordinary correlation and by our method."""
     names = [*"ABCD", *(f"g{i}" for i in range(8))]
     found: dict[str, list[set[frozenset[str]]]] = {"correlation, p < .05 / pairs": []}
     for seed in range(SEEDS):
@@ -78,7 +78,7 @@ def chains(n: int, depth: float) -> list[dict[str, object]]:
 
 
 def coverage() -> dict[str, object]:
-    """Of 95 % intervals of 5 x 5 couplings, in tissues of 20,000 cells drawn from the model."""
+    """Check the coverage of 95 % intervals of 5 x 5 couplings, in tissues of 20,000 cells sampled from the model."""
     off, seconds = [], []
     for seed in range(SEEDS):
         rng = np.random.default_rng(seed)
@@ -98,7 +98,7 @@ def coverage() -> dict[str, object]:
 
 
 def onsager(beta: float, clusters: bool) -> dict[str, object]:
-    """Energy and magnetisation of a 64 x 64 torus, beside Onsager's (1944) and Yang's (1952)."""
+    """Compare energy and magnetisation of a 64 x 64 torus with Onsager (1944) and Yang (1952)."""
     side, graph = 64, lattice(64, 64, True)
     k = 2 * np.sinh(2 * beta) / np.cosh(2 * beta) ** 2
     energy = -(1 + 2 / np.pi * (2 * np.tanh(2 * beta) ** 2 - 1) * ellipk(k**2)) / np.tanh(2 * beta)
@@ -125,7 +125,7 @@ def onsager(beta: float, clusters: bool) -> dict[str, object]:
 
 
 def partition(k: int, shape: tuple[int, int]) -> dict[str, object]:
-    """log Z by annealing against the sum over all labellings, 20 models."""
+    """Compare log Z by annealing with the sum over all labellings, for 20 models."""
     graph, off, errors = lattice(*shape, torus=False), [], []
     n = graph.shape[0]
     states = np.array(list(itertools.product(range(k), repeat=n)))
@@ -148,8 +148,11 @@ def partition(k: int, shape: tuple[int, int]) -> dict[str, object]:
 
 
 def shifted(places: np.ndarray, rng: np.random.Generator, types: np.ndarray | None = None) -> np.ndarray:
-    """For each cell the cell that lies where its place is carried by a shift of the bounding box, rolled up to a torus:
-    the nearest of all, or with ``types`` one of its own type, each once and all together as near as can be."""
+    """Return for each cell the cell at its position after a shift of the bounding box with periodic boundaries.
+
+    This is the nearest of all cells or, with ``types``, one of the same type in the one-to-one assignment of minimum
+    total distance.
+    """
     low, size = places.min(0), np.ptp(places, 0)
     moved = low + (places - low + rng.uniform(0.2, 0.8, places.shape[1]) * size) % size
     if types is None:
@@ -162,7 +165,7 @@ def shifted(places: np.ndarray, rng: np.random.Generator, types: np.ndarray | No
 
 
 def without_effects(table: anndata.AnnData, name: str, label: str, layer: str | None) -> dict[str, object]:
-    """Runs with an effect at an FDR of 10 % where there is none, and effects in the tissue as it is."""
+    """Count runs that report an effect at an FDR of 10 % without any effect, and effects in the tissue itself."""
     counts = dense(table.X if layer is None else table.layers[layer])
     genes = np.flatnonzero(counts.sum(0) > 0)
     kinds, types = np.unique(table.obs[label].astype(str), return_inverse=True)
@@ -191,7 +194,7 @@ def without_effects(table: anndata.AnnData, name: str, label: str, layer: str | 
 
 
 def power(effect: float) -> dict[str, object]:
-    """How often the effect of one type on one gene of another is found."""
+    """Return how often the effect of one type on one gene of another is found."""
     hits = others = 0
     for seed in range(SEEDS):
         counts, types, graph, places = tissue(seed, effect)

@@ -1,19 +1,19 @@
-"""What the fitted distribution is worth: evidence, likelihoods of counts, intervals, imputation, sampled tissue,
-differential expression and expression as it was before it was measured.
+"""Quality of the fitted distribution: evidence, likelihoods of counts, intervals, imputation, sampled tissue,
+differential expression, and expression before measurement errors.
 
-    python benchmarks/distribution.py DATA                  # all; DATA holds spatial_tables/ and single_cell/
+        python benchmarks/distribution.py DATA                  # all; DATA contains spatial_tables/ and single_cell/
     python benchmarks/distribution.py DATA --only evidence measurement
-    python benchmarks/distribution.py DATA --peers FOLDER   # scVI beside it, in an environment of its own
+        python benchmarks/distribution.py DATA --peers FOLDER   # also scVI, in a separate environment
 
-FOLDER keeps tables and what scVI made of them. Simulated tables are those of tests/. Writes the sections asked for of
-benchmarks/results/distribution.md, and leaves its others.
+FOLDER stores tables and scVI's results. Simulated tables are those of tests/. Writes the requested sections of
+benchmarks/results/distribution.md, and keeps the others.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread mostly waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices gain nothing from a second thread
 
 import argparse
 import sys
@@ -105,7 +105,7 @@ def held_within(rank: np.ndarray) -> float:
 
 
 def ranks(drawn: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Share of draws (cell, gene, sample) below each count, ties broken at random: uniform if the draws are right."""
+    """Return the share of draws (cell, gene, sample) below each count, ties broken at random; uniform if calibrated."""
     noise = np.random.default_rng(0).random(counts.shape)
     return (drawn < counts[..., None]).mean(-1) + noise * (drawn == counts[..., None]).mean(-1)
 
@@ -116,7 +116,7 @@ def whole_numbers(drawn: np.ndarray, counts: np.ndarray) -> float:
 
 
 def with_panels(table: anndata.AnnData, seeds: int) -> anndata.AnnData:
-    """``table`` with the genes that each seed leaves in its panel, in var["panel_SEED"]."""
+    """Return ``table`` with the genes in the panel of each seed, in var["panel_SEED"]."""
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(table.n_vars)
         table.var[f"panel_{seed}"] = ~np.isin(np.arange(table.n_vars), order[: round(MISSING * table.n_vars)])
@@ -124,22 +124,24 @@ def with_panels(table: anndata.AnnData, seeds: int) -> anndata.AnnData:
 
 
 def components(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of counts ``x`` and ``y`` (cell, gene), 20 principal components of the logs of ``x``."""
+    """Return 20 principal components of the logs of ``x`` for counts ``x`` and ``y`` (cell, gene)."""
     logs = [np.log1p(a / a.sum(1, keepdims=True).clip(1) * 100) for a in (x, y)]
     fitted = PCA(min(20, x.shape[1] - 1), random_state=0).fit(logs[0])
     return fitted.transform(logs[0]), fitted.transform(logs[1])
 
 
 def smoothed(x: np.ndarray, y: np.ndarray, panel: np.ndarray, latent: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Expected counts in ``y`` of genes outside the ``panel``: their mean share in the cells of ``x`` (cell, gene)
-    whose ``latent`` (of ``x`` and of ``y``) is nearest."""
+    """Predict counts in ``y`` of genes outside the ``panel``.
+
+    Uses their mean share in the cells of ``x`` (cell, gene) with the nearest ``latent`` (of ``x`` and of ``y``).
+    """
     near = NearestNeighbors(n_neighbors=SMOOTHED).fit(latent[0]).kneighbors(latent[1], return_distance=False)
     share = x[:, ~panel] / x[:, panel].sum(1, keepdims=True).clip(1)
     return share[near].mean(1) * y[:, panel].sum(1, keepdims=True)
 
 
 def gene_by_gene(found: np.ndarray, truth: np.ndarray) -> float:
-    """Median over genes of the rank correlation over cells."""
+    """Return the median over genes of the rank correlation over cells."""
     with np.errstate(all="ignore"):
         return float(
             np.nanmedian([spearmanr(found[:, i], truth[:, i])[0] for i in range(truth.shape[1]) if truth[:, i].any()])
@@ -147,14 +149,13 @@ def gene_by_gene(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def imputed(table: anndata.AnnData, name: str, seed: int, peers: Path | None) -> dict[str, object]:
-    """The genes outside the panel of ``seed`` in the cells held out, by each method."""
+    """Predict the genes outside the panel of ``seed`` in the held-out cells, by each method."""
     held, panel = table.obs["held_out"].to_numpy(bool), table.var[f"panel_{seed}"].to_numpy(bool)
     rest, held_out = split(table)
     model = trained(rest, seed, niche_encoder="field")
     reduced, truth, missing = held_out[:, panel].copy(), dense(held_out.X)[:, ~panel], list(table.var_names[~panel])
-    found = model.impute(reduced, missing, n_samples=SAMPLES)
-    drawn = model.posterior_predictive_sample(reduced, n_samples=SAMPLES, gene_list=missing)
-    inside = (found.layers["low"] <= truth) & (truth <= found.layers["high"])
+    found = model.impute(reduced, missing, n_samples=SAMPLES // 4)
+    drawn = model.posterior_predictive_sample(reduced, n_samples=SAMPLES // 2, gene_list=missing)
     x, y = dense(rest.X), dense(held_out.X)
     nearest = {f"{SMOOTHED} nearest, PCA": components(x[:, panel], y[:, panel])}
     if peers:
@@ -164,7 +165,7 @@ def imputed(table: anndata.AnnData, name: str, seed: int, peers: Path | None) ->
         "SpatialVAE": gene_by_gene(found.X, truth),
         **{method: gene_by_gene(smoothed(x, y, panel, latent), truth) for method, latent in nearest.items()},
         "ranks within": held_within(ranks(drawn, truth)),
-        "interval of whole numbers holds": float(inside.mean()),
+        "interval of whole numbers holds": whole_numbers(drawn, truth),
     }
 
 
@@ -184,7 +185,8 @@ def imputation(data: Path, peers: Path | None) -> str:
 {MISSING:.0%} of the genes of the cells held out, from their other genes and the cells beside them: median over genes of
 Spearman's correlation with the counts, which are noisy themselves; mean of {SEEDS} seeds, each with other genes.
 "nearest": the mean of {SMOOTHED} training cells that are nearest in 20 principal components, or in scVI's latent space,
-of the panel that is left. "ranks within": of counts among {SAMPLES} draws, as above.
+of the panel that is left. Expected counts are means over {SAMPLES // 4} draws of the latents. "ranks within": of counts
+among {SAMPLES // 2} draws, as above.
 
 {as_markdown(pd.DataFrame(rows))}
 """
@@ -220,45 +222,45 @@ def tissue(data: Path) -> str:
     rows = []
     for name, table in sections(data).items():
         if name in TOLD_APART:
-            rest, held_out = split(table)
-            for likelihood in LIKELIHOODS:
-                model = trained(rest, niche_encoder="field", gene_likelihood=likelihood)
-                log_p = model.get_marginal_ll(held_out, SAMPLES)
-                rows += [{"table": name, "likelihood": likelihood} | row for row in of_tissue(model, rest, log_p)]
-            rows += [{"table": name, "likelihood": ""} | row for row in of_marginals(rest)]
+            rest = split(table)[0]
+            model = trained(rest, niche_encoder="field")
+            rows += [{"table": name} | row for row in of_tissue(model, rest) + of_marginals(rest)]
+            print(pd.DataFrame(rows), flush=True)
     return f"""## Real or sampled
 
 Area under the ROC curve of gradient boosting on the logs of counts of a cell ("cell") and of it and the mean of its 6
 neighbours ("neighbourhood"), on parts of the tissue that it has not seen; 0.5 is best. On the places of the training
-cells. "new cells": niches drawn from the field given what the cells of the table say of them, and in these new cells
-with total counts of their own. "new tissue": niches drawn from the field alone, so that regions lie elsewhere and have
-other shares of the tissue, which the classifier sees, too. "types of the table": z_cell from the aggregate posterior.
-"posterior": the same cells again. "slope of neighbours": of the correlation of genes between a cell and its neighbours,
-sampled by real; 1 is best. "log p": of held-out cells, nats a cell, which says what likelihood to choose.
+cells. "posterior": the same cells again. "new cells": niches drawn from the field given what the cells of the table say
+of them, each with the z_cell and total count of a cell of the table in a similar niche. "new tissue, cells of the
+table": the cells of the table in a new arrangement, in which neighbours are on average as similar as in the table. Real
+and sampled tissue then have the same composition, so that a part that has more cells of a type than the other leaves
+less of it elsewhere; a classifier that learns from elsewhere can be below 0.5. "new tissue, cells of the model": niches
+drawn from the field alone, z_cell from these, so that composition differs, too. "slope of neighbours": of the
+correlation of genes between a cell and its neighbours, sampled by real; 1 is best.
 
 {as_markdown(pd.DataFrame(rows))}
 """
 
 
-def of_tissue(model: SpatialVAE, rest: anndata.AnnData, log_p: float) -> list[dict[str, object]]:
+def of_tissue(model: SpatialVAE, rest: anndata.AnnData) -> list[dict[str, object]]:
     where = np.asarray(rest.obsm["spatial"])
     made = {
         "posterior": model.posterior_predictive_sample().astype(float),
-        "new cells, types of the table": dense(model.sample_tissue(where, cells="table", given=rest).X),
-        "new tissue, types of the table": dense(model.sample_tissue(where, cells="table").X),
+        "new cells, cells of the table": dense(model.sample_tissue(where, cells="table", given=rest).X),
+        "new tissue, cells of the table": dense(model.sample_tissue(where, cells="table").X),
         "new tissue, cells of the model": dense(model.sample_tissue(where).X),
     }
-    return [{"log p": log_p, "sampled": what} | beside_real(counts, rest) for what, counts in made.items()]
+    return [{"sampled": what} | beside_real(counts, rest) for what, counts in made.items()]
 
 
 def of_marginals(rest: anndata.AnnData) -> list[dict[str, object]]:
-    """Each gene by itself: its counts in another order, and draws of the negative binomial that fits them best."""
+    """Permute the counts of each gene, and draw from the negative binomial that fits them best."""
     real, rng = dense(rest.X), np.random.default_rng(0)
     mean, variance = real.mean(0), real.var(0)
     theta = mean**2 / np.maximum(variance - mean, 1e-6 * mean)
     fitted = rng.poisson(rng.gamma(theta, mean / theta, real.shape)).astype(float)
     made = {"each gene's counts, exchanged": rng.permuted(real, axis=0), "each gene's NB, by moments": fitted}
-    return [{"log p": np.nan, "sampled": what} | beside_real(counts, rest) for what, counts in made.items()]
+    return [{"sampled": what} | beside_real(counts, rest) for what, counts in made.items()]
 
 
 def beside_real(counts: np.ndarray, rest: anndata.AnnData) -> dict[str, object]:
@@ -274,8 +276,10 @@ def beside_real(counts: np.ndarray, rest: anndata.AnnData) -> dict[str, object]:
 
 
 def compared_groups(seed: int) -> tuple[anndata.AnnData, list[tuple[int | None, np.ndarray]]]:
-    """A simulated table with the cells of comparison I in obs["one_I"] and obs["two_I"]; of each comparison the cells a
-    group, None for all of a type, and which genes differ."""
+    """Simulate a table with the cells of comparison I in obs["one_I"] and obs["two_I"].
+
+    Also returns for each comparison the number of cells in a group, None for all of a type, and which genes differ.
+    """
     table, truth = simulated(seed, n=600, genes=200)
     kinds, rng, compared = table.obs["kind"].to_numpy(), np.random.default_rng(0), []
     for i, (size, pair) in enumerate(product((None, 40), ((0, 1), (1, 2)))):

@@ -1,9 +1,9 @@
-"""How many domains `SpatialVAE.domains()` finds, and how far domains move with the seed.
+"""Number of domains found by `SpatialVAE.domains()`, and variation of domains between seeds.
 
     python benchmarks/domains.py TABLE:LABEL ... [--seeds N] [--simulated N]
 
-TABLE is an AnnData file with counts in X and obsm["spatial"], LABEL an obs with known domains. Tissues are simulated
-beside them: patches of 3 to 12 domains, which differ by how frequent 14 types of cells are there. Writes
+TABLE is an AnnData file with counts in X and obsm["spatial"], LABEL a column of obs with known domains. In addition,
+tissues are simulated: patches of 3 to 12 domains, which differ in the frequencies of 14 cell types. Writes
 benchmarks/results/domains.md.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread mostly waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices gain nothing from a second thread
 
 import argparse
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ Row = dict[str, str | int | float]
 
 
 def tissue(k: int, seed: int) -> anndata.AnnData:
-    """Cells in a square of patches of ``k`` domains, obs["domain"]; counts are negative binomial, 60 a cell."""
+    """Simulate cells in a square of patches of ``k`` domains, obs["domain"]; negative binomial counts, 60 per cell."""
     rng = np.random.default_rng(seed)
     places = rng.uniform(0, 100, (CELLS, 2))
     patch = cKDTree(rng.uniform(0, 100, (PATCHES * k, 2))).query(places)[1]
@@ -49,7 +49,7 @@ def tissue(k: int, seed: int) -> anndata.AnnData:
 
 
 def rows_of(name: str, table: anndata.AnnData, label: str, seeds: int) -> Iterator[Row]:
-    """A row for each seed of the training."""
+    """Return a row for each seed of the training."""
     table = table[np.asarray(table.X.sum(1)).ravel() > 0].copy()
     truth = table.obs[label].astype(str)
     SpatialVAE.setup_anndata(table)
@@ -76,7 +76,7 @@ def page(rows: pd.DataFrame, seeds: int, command: str) -> str:
             "found": each["found"].agg(lambda found: ", ".join(map(str, found))),
             "agreement of halves": each["agreement"].mean().round(2),
             "ARI at the true number": each["ARI"].median().round(3),
-            # over one seed there is none
+            # undefined for one seed
             "spread": (each["ARI"].max() - each["ARI"].min()).where(each.size() > 1).round(3),
         }
     )

@@ -1,7 +1,7 @@
-"""Detection efficiency as a run states it, against the truth: python benchmarks/efficiency.py.
+"""Detection efficiency estimated by a run, compared with the truth: python benchmarks/efficiency.py.
 
-Writes benchmarks/results/efficiency.md. Each stack is filtered, decoded and rated as a field of a run; then molecules
-are added to it and looked for, and the share found is compared with the share of the true molecules that are kept.
+Writes benchmarks/results/efficiency.md. Each stack is filtered, decoded and rated like a field of a run. Molecules are
+then added to it, and the share that is found is compared with the share of the true molecules that are kept.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from merfish.simulate import match_calls
 
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 SEEDS = range(800, 804)
-FIELDS = {0.003: 768, 0.01: 512, 0.03: 320}  # molecules a pixel: side, pixel
+FIELDS = {0.003: 768, 0.01: 512, 0.03: 320}  # molecules per pixel: side in pixels
 
 
 def measure(method: str, density: float, seed: int) -> dict[str, float]:
-    """True efficiency, as spikes tell it, and as the error rates of the bits alone tell it."""
+    """Return the true efficiency, its estimate from spikes, and its estimate from the error rates of the bits alone."""
     side = FIELDS[density]
     stack, truth = simulate_stack(BOOK, shape=(side, side), density=density, seed=seed)
     filters = METHODS[method].smoothing, METHODS[method].background
@@ -56,7 +56,7 @@ def measure(method: str, density: float, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure every method at every density and write the table."""
+    """Measure every method at every density, and write the table."""
     rows = [
         {"method": method, "molecules/px": density, **measure(method, density, seed)}
         for method in METHODS

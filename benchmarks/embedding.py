@@ -1,18 +1,18 @@
-"""Domains found in labelled sections: SpatialVAE beside averages of principal components, same clusterers, same seeds.
+"""Domains in labelled sections: SpatialVAE compared with means of principal components, same clusterers, same seeds.
 
     python benchmarks/embedding.py                       # the bundled osmFISH section
-    python benchmarks/embedding.py TABLE.h5ad:LABEL ...  # others as well; counts in X, places in obsm["spatial"]
-    python benchmarks/embedding.py --peers FOLDER ...    # with what benchmarks/peers/embed.py wrote there
+        python benchmarks/embedding.py TABLE.h5ad:LABEL ...  # other sections; counts in X, positions in obsm["spatial"]
+        python benchmarks/embedding.py --peers FOLDER ...    # with the results of benchmarks/peers/embed.py in FOLDER
 
 Writes benchmarks/results/embedding.md and embedding.png. Leiden needs the extra [analysis]:
-pip install -c constraints.txt -e '.[vae,analysis]'. Nothing sees the labels but the scores and k.
+pip install -c constraints.txt -e '.[vae,analysis]'. Labels are used only for the scores and for k.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread mostly waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices gain nothing from a second thread
 
 import argparse
 import time
@@ -42,7 +42,7 @@ Embed = Callable[[anndata.AnnData, int], np.ndarray]
 
 
 def components(table: anndata.AnnData) -> np.ndarray:
-    """Principal components (cell, 30) of log counts at median depth."""
+    """Return principal components (cell, 30) of log counts at median depth."""
     x = dense(table.X)
     depth = x.sum(1, keepdims=True)
     logs = np.log1p(x / depth * np.median(depth))
@@ -50,21 +50,21 @@ def components(table: anndata.AnnData) -> np.ndarray:
 
 
 def mean_of_neighbours(table: anndata.AnnData, seed: int, k: int = 15) -> np.ndarray:
-    """Components averaged over the cell and its ``k`` neighbours."""
+    """Average components over the cell and its ``k`` neighbours."""
     near = knn_graph(table.obsm["spatial"], k).index
     y = components(table)
     return np.concatenate([y[:, None], y[near]], 1).mean(1)
 
 
 def rings(table: anndata.AnnData, seed: int) -> np.ndarray:
-    """Components beside their means over neighbours 1-6, 7-18 and 19-36."""
+    """Concatenate components with their means over neighbours 1-6, 7-18 and 19-36."""
     near = knn_graph(table.obsm["spatial"], 36).index
     y = components(table)
     return np.concatenate([y, *(y[near[:, a:b]].mean(1) for a, b in ((0, 6), (6, 18), (18, 36)))], 1)
 
 
 def spatialvae_niche(table: anndata.AnnData, seed: int) -> np.ndarray:
-    """z_niche, all defaults."""
+    """Return z_niche with all defaults."""
     SpatialVAE.setup_anndata(table)
     model = SpatialVAE(table, seed=seed)
     model.train(seed=seed, progress=False)
@@ -72,7 +72,7 @@ def spatialvae_niche(table: anndata.AnnData, seed: int) -> np.ndarray:
 
 
 def spatialvae_untrained(table: anndata.AnnData, seed: int) -> np.ndarray:
-    """z_niche before training: the linear field alone."""
+    """Return z_niche before training: the linear field alone."""
     SpatialVAE.setup_anndata(table)
     return SpatialVAE(table, seed=seed).get_latent_representation(which="niche").astype(float)
 
@@ -88,7 +88,7 @@ METHODS: dict[str, Embed] = {
 def embeddings(
     table: anndata.AnnData, section: str, seeds: int, folder: Path | None
 ) -> Iterator[tuple[str, int, np.ndarray, float]]:
-    """Method, seed, embedding and seconds of CPU; of peers, what benchmarks/peers/embed.py left in ``folder``."""
+    """Yield method, seed, embedding and seconds of CPU; for peers, from the files of benchmarks/peers/embed.py."""
     for method, embed in METHODS.items():
         for seed in range(seeds):
             started = time.process_time()
@@ -102,7 +102,7 @@ def embeddings(
 
 
 def runs(table: anndata.AnnData, label: str, section: str, seeds: int, folder: Path | None) -> pd.DataFrame:
-    """One row a method, clusterer and seed, with the clusters found (column ``found``)."""
+    """Return a row for each method, clusterer and seed, with the clusters (column ``found``)."""
     truth = table.obs[label].astype(str).to_numpy()
     k = len(set(truth))
     rows = []
@@ -116,7 +116,7 @@ def runs(table: anndata.AnnData, label: str, section: str, seeds: int, folder: P
 
 
 def summary(result: pd.DataFrame, score: str) -> pd.DataFrame:
-    """Medians of a score by clusterer and over all, and its spread: of each seed's median, largest minus least."""
+    """Return medians of a score by clusterer and over all, and the range of the medians over seeds."""
     wide = result.pivot_table(index="method", columns="clusterer", values=score, aggfunc="median", sort=False)
     every = result.groupby("method", sort=False)
     wide["median"] = every[score].median()
@@ -129,7 +129,7 @@ def summary(result: pd.DataFrame, score: str) -> pd.DataFrame:
 
 
 def in_colours_of(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """``found`` renumbered as the true domains that the clusters overlap most; -1 for clusters beyond their number."""
+    """Renumber ``found`` by the true domains with the largest overlap; -1 for surplus clusters."""
     k = truth.max() + 1
     overlap = confusion_matrix(truth, found, labels=range(max(k, found.max() + 1)))[:k]
     domains, clusters = linear_sum_assignment(-overlap)
@@ -139,7 +139,7 @@ def in_colours_of(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 
 def draw_map(ax: Axes, table: anndata.AnnData, kinds: np.ndarray, title: str) -> None:
-    """Cells coloured by their domain."""
+    """Draw cells in the colours of their domains."""
     x, y = np.asarray(table.obsm["spatial"], float)[:, :2].T
     colours = [plots.CATEGORIES[k % len(plots.CATEGORIES)] if k >= 0 else "#cbd5e1" for k in kinds]
     ax.scatter(x, y, s=12_000 / len(x), c=colours, lw=0)
@@ -149,7 +149,7 @@ def draw_map(ax: Axes, table: anndata.AnnData, kinds: np.ndarray, title: str) ->
 
 
 def draw_scores(ax: Axes, result: pd.DataFrame, methods: list[str]) -> None:
-    """ARI of every clusterer and seed, best method on top; a bar at the median."""
+    """Plot the ARI of every clusterer and seed, best method on top, with the median as a bar."""
     offsets = dict(zip(CLUSTERERS, (0.22, 0.0, -0.22), strict=True))
     colours = dict(zip(CLUSTERERS, ("#2563eb", "#16a34a", "#ea580c"), strict=True))
     for place, method in enumerate(reversed(methods)):
@@ -171,7 +171,7 @@ def draw_scores(ax: Axes, result: pd.DataFrame, methods: list[str]) -> None:
 
 
 def picture(sections: dict[str, tuple[anndata.AnnData, str]], result: pd.DataFrame, path: Path) -> None:
-    """A row a section: truth, ours and the two best others by their median runs, and every run's ARI."""
+    """Draw a row per section: truth, ours, the two best other methods by their median runs, and the ARI of each run."""
     figure = Figure(figsize=(17, 4.2 * len(sections)), layout="constrained")
     grid = figure.add_gridspec(len(sections), 5, width_ratios=(1, 1, 1, 1, 1.5))
     for row, (section, (table, label)) in enumerate(sections.items()):
@@ -192,7 +192,7 @@ def picture(sections: dict[str, tuple[anndata.AnnData, str]], result: pd.DataFra
 
 
 def page(sections: dict[str, tuple[anndata.AnnData, str]], result: pd.DataFrame, peers: bool) -> str:
-    """The tables of all sections."""
+    """Return the tables of all sections."""
     text = [
         "# Domains in labelled sections\n",
         f"Made by `python benchmarks/embedding.py TABLE.h5ad:LABEL{' --peers FOLDER' if peers else ''}`.\n",

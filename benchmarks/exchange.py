@@ -1,10 +1,10 @@
-"""Others' cells for molecules that were decoded already: real outlines, and memory and time of large sections.
+"""Cells from other programs for decoded molecules: real outlines, and memory and time of large sections.
 
     python benchmarks/exchange.py [--cells 10000 100000 1000000] [--data ../shared/data]
 
-Writes results/exchange.md. The runs are made up of molecules alone (fields of 1000 cells, 50 molecules a cell, three
-genes in four), as `merfish run` writes them; the page of the run is not drawn. Label images are discs on a grid, as
-tiled TIFF. Each size runs in a process of its own.
+Writes results/exchange.md. The runs contain only molecules (fields of 1000 cells, 50 molecules per cell, three of four
+are genes), as `merfish run` writes them; the report is not written. Label images are discs on a grid, as tiled TIFF.
+Each size runs in a separate process.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from merfish.transcripts import transcript_table
 
 HERE = Path(__file__).parent
 CELLS_A_FIELD, MOLECULES_A_CELL = 1000, 50
-TILE = 64  # pixels; a cell of a label image
-PITCH = 10.0  # micrometre between cells
+TILE = 64  # pixels; side of a cell in a label image
+PITCH = 10.0  # micrometres between cells
 SCALE = 0.108
 COST = ("CPU seconds", "peak memory [GB]")
 
@@ -48,7 +48,7 @@ COST = ("CPU seconds", "peak memory [GB]")
 def write_run(
     out: Path, book: Codebook, positions: np.ndarray, shape: tuple[int, int], scale: float, calls: list
 ) -> None:
-    """A finished run of molecules alone; calls: for each field words and x, y in micrometre (molecule,)."""
+    """Write a finished run with molecules only; calls: for each field words, and x, y in micrometres (molecule,)."""
     out.mkdir(parents=True)
     schema, n = transcript_schema(book), 0
     with pq.ParquetWriter(out / results.TRANSCRIPTS, schema) as file:
@@ -78,13 +78,13 @@ def write_run(
 
 
 def assign(out: Path, segmentation: Path) -> None:
-    """`merfish assign` without the page, for which such a run has nothing to draw."""
+    """Run `merfish assign` without the report, which such a run cannot fill."""
     assigning.write_run_report = lambda *_: None  # type: ignore[assignment]
     assigning.assign(out, segmentation)
 
 
 def u2os(data: Path, folder: Path) -> tuple[int, float]:
-    """Number of molecules of the U-2 OS cells, and the share that we put into the cell that the authors did."""
+    """Return the number of molecules of the U-2 OS cells, and the share assigned to the same cell as by the authors."""
     table = anndata.read_h5ad(data / "molecules" / "u2os_merfish_sample.h5ad")
     points = table.uns["points"]
     cells = table.obs_names.tolist()
@@ -108,7 +108,7 @@ def u2os(data: Path, folder: Path) -> tuple[int, float]:
 
 
 def large(n_cells: int, queue: mp.Queue) -> None:
-    """Seconds and peak memory of cells and molecules on a grid of fields, and whether every count is right."""
+    """Measure seconds and peak memory of cells and molecules on a grid of fields, and check every count."""
     rng = np.random.default_rng(0)
     n_fields = n_cells // CELLS_A_FIELD
     across, side = int(np.ceil(np.sqrt(n_fields))), int(np.sqrt(CELLS_A_FIELD)) + 1
@@ -122,7 +122,7 @@ def large(n_cells: int, queue: mp.Queue) -> None:
 
     def make(fov: int):
         middle = np.repeat(centres[fov * CELLS_A_FIELD : (fov + 1) * CELLS_A_FIELD], MOLECULES_A_CELL, axis=0)
-        # half of the side of a square in which the circle about each cell fits 1 : 4 / pi
+        # half the side of a square that contains the circle around each cell in the ratio 1 : 4 / pi
         place = middle + rng.uniform(-4.5, 4.5, middle.shape)
         return rng.integers(0, 140, len(middle)).astype(np.int32), *place.T
 
@@ -151,7 +151,7 @@ def _assign_and_tell(folder: Path, queue: mp.Queue) -> None:
 
 
 def label_image(pixels: int, queue: mp.Queue) -> None:
-    """Size in the file, cells, seconds and peak memory of the outlines of a label image of pixels x pixels."""
+    """Measure size on disk, cells, seconds and peak memory for the outlines of a label image of pixels x pixels."""
     place = np.arange(TILE) - TILE / 2 + 0.5
     disc = np.hypot(place, place[:, None]) < 0.45 * TILE
     across = pixels // TILE
@@ -168,7 +168,7 @@ def label_image(pixels: int, queue: mp.Queue) -> None:
 
 
 def apart(work: Any, size: int) -> tuple:
-    """What a function puts into its queue, in a process of its own."""
+    """Return what a function puts into its queue, run in a separate process."""
     context = mp.get_context("spawn")
     queue: mp.Queue = context.Queue()
     made = context.Process(target=work, args=(size, queue))

@@ -1,9 +1,9 @@
-"""Faults injected into a simulated experiment, kills, damage and a full disk: what a run says and what is left of it.
+"""Faults injected into a simulated experiment, kills, damage and a full disk: messages and results of a run.
 
     python benchmarks/faults.py [--only inputs kills workers damage disk routes hosts slurm] [--kills 100]
 
 Writes benchmarks/results/faults.md. ``disk`` mounts small file systems in memory and needs root on Linux.
-Every run is the command line's, in a process of its own; results are compared byte for byte.
+Every run is a command line in a separate process; results are compared byte for byte.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from merfish.simulate import simulate_experiment
 
 TABLES = (results.TRANSCRIPTS, results.ALL_TRANSCRIPTS, results.CELLS, results.CELL_BY_GENE)
 PLACES = 5
-# What a fault must lead to: exit code, and words of which the output holds every one.
+# Expected result of a fault: exit code, and words that the output must all contain.
 Expected = tuple[int, tuple[str, ...]]
 
 
 def start(raw: Path, out: Path, *options: str) -> subprocess.Popen[str]:
-    """The command line, in a process group of its own."""
+    """Start the command line in its own process group."""
     command = [sys.executable, "-m", "merfish.cli", "run", str(raw), "--out", str(out), *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and everything printed but progress bars."""
+    """Return the exit code, and all output except progress bars."""
     said, errors = process.communicate(timeout=600)
     return process.returncode, "\n".join(line for line in (said + errors).splitlines() if "━" not in line)
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """The tables of a run."""
+    """Read the tables of a run."""
     return {name: (out / name).read_bytes() for name in TABLES}
 
 
@@ -57,7 +57,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def image(raw: Path, place: int) -> tuple[Path, int]:
-    """An image file and its field."""
+    """Return an image file and its field."""
     fov = place % 3
     return raw / f"merfish_{fov:03d}_{1 + place:02d}.tif", fov
 
@@ -67,7 +67,7 @@ def write(path: Path, images: np.ndarray) -> None:
 
 
 def on_image(change: Callable[[Path], None], *words: str) -> Callable[[Path, int], Expected]:
-    """A fault of one image file, which must be named with its field before any work."""
+    """A fault of one image file, which must be reported with its field before any work."""
 
     def fault(raw: Path, place: int) -> Expected:
         path, fov = image(raw, place)
@@ -152,7 +152,7 @@ def beyond_positions(raw: Path, place: int) -> Expected:
 
 
 def edit(name: str, change: Callable[[list[str], int], None], *words: str) -> Callable[[Path, int], Expected]:
-    """A fault of a table, whose file must be named; ``{n}`` in words is the line, counted from 1."""
+    """A fault of a table, whose file must be reported; ``{n}`` in words is the line, counted from 1."""
 
     def fault(raw: Path, place: int) -> Expected:
         lines = (raw / name).read_text().splitlines()
@@ -164,7 +164,7 @@ def edit(name: str, change: Callable[[list[str], int], None], *words: str) -> Ca
 
 
 def set_column(lines: list[str], row: int, column: str, value: str) -> None:
-    """Change a value of a table without quoted commas before it."""
+    """Change a value in a table that has no quoted commas before it."""
     where = lines[0].split(",").index(column)
     values = lines[row].split(",")
     values[where] = value
@@ -216,7 +216,7 @@ FAULTS: dict[str, Callable[[Path, int], Expected]] = {
 
 
 def inputs(raw: Path, folder: Path) -> Iterator[str]:
-    """24 kinds of faults in five places each."""
+    """Inject 24 kinds of faults in five places each."""
     yield "| fault | exit code, expected words in every place |\n|---|---|"
     good = total = 0
     for name, fault in FAULTS.items():
@@ -241,7 +241,7 @@ def inputs(raw: Path, folder: Path) -> Iterator[str]:
 
 
 def kills(raw: Path, folder: Path, n: int) -> Iterator[str]:
-    """SIGKILL of the whole process group at random moments, then the same command."""
+    """Send SIGKILL to the whole process group at random times, then run the same command again."""
     fresh, seconds = uninterrupted(raw, folder, "--workers", "2")
     rng, same, hit = np.random.default_rng(0), 0, 0
     for k in range(n):
@@ -271,7 +271,7 @@ def uninterrupted(raw: Path, folder: Path, *options: str) -> tuple[dict[str, byt
 
 
 def workers(raw: Path, folder: Path, n: int) -> Iterator[str]:
-    """SIGKILL of single workers at random moments of runs with two."""
+    """Send SIGKILL to single workers at random times of runs with two workers."""
     fresh, _ = uninterrupted(raw, folder)
     rng, same, killed, runs = np.random.default_rng(1), 0, 0, 0
     while killed < n:
@@ -284,7 +284,7 @@ def workers(raw: Path, folder: Path, n: int) -> Iterator[str]:
                 found = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
             except psutil.NoSuchProcess:  # it has just ended
                 continue
-            # two kills a run: a field is given up after three deaths
+            # two kills per run: a field is given up after three deaths
             if found and killed < 2 * (runs + 1):
                 found[int(rng.integers(len(found)))].kill()
                 killed += 1
@@ -298,7 +298,7 @@ def workers(raw: Path, folder: Path, n: int) -> Iterator[str]:
 
 
 def damage(raw: Path, folder: Path, n: int) -> Iterator[str]:
-    """One flipped bit in a random place of each kind of intermediate file."""
+    """Flip one bit at a random position in each kind of intermediate file."""
     fresh, _ = uninterrupted(raw, folder)
     rng = np.random.default_rng(2)
     kinds = sorted(
@@ -322,7 +322,7 @@ def damage(raw: Path, folder: Path, n: int) -> Iterator[str]:
 
 
 def disk(raw: Path, folder: Path, n: int) -> Iterator[str]:
-    """A file system that is full at n moments, and gets room again."""
+    """Run on a file system that is full at n times, and then has space again."""
     fresh, _ = uninterrupted(raw, folder)
     needed = sum(path.stat().st_size for path in (folder / "fresh").rglob("*") if path.is_file())
     said_once = same = full = 0
@@ -347,7 +347,7 @@ def disk(raw: Path, folder: Path, n: int) -> Iterator[str]:
 
 
 def routes(raw: Path, folder: Path) -> Iterator[str]:
-    """Results must not depend on the way to them."""
+    """Check that results do not depend on how they are computed."""
     fresh, _ = uninterrupted(raw, folder)
     ways: dict[str, list[tuple[str, ...]]] = {
         "field 0, then all": [("--fov", "0"), ()],
@@ -364,7 +364,7 @@ def routes(raw: Path, folder: Path) -> Iterator[str]:
 
 
 def hosts(raw: Path, folder: Path) -> Iterator[str]:
-    """A Dask scheduler with two workers in process groups of their own, one of which is killed in mid-run."""
+    """Run on a Dask scheduler with two workers in separate process groups, one of which is killed during the run."""
     fresh, _ = uninterrupted(raw, folder)
     host = "127.0.0.1"
     with socket.socket() as free:
@@ -406,7 +406,7 @@ SLURM = """jobqueue:
 
 
 def slurm(raw: Path, folder: Path) -> Iterator[str]:
-    """Two SLURM jobs, one of which is cancelled in mid-run. Needs a running slurmctld and slurmd, and dask-jobqueue."""
+    """Run two SLURM jobs, one of which is cancelled. Needs running slurmctld and slurmd, and dask-jobqueue."""
     fresh, _ = uninterrupted(raw, folder)
     (folder / "jobqueue.yaml").write_text(SLURM.format(folder=folder))
     os.environ["DASK_CONFIG"] = str(folder)

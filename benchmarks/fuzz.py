@@ -1,6 +1,6 @@
 """Mutated inputs of every kind: python benchmarks/fuzz.py [--number 10000] [--workers 2].
 
-Each input is read in a process that may take 2 GB and 10 s for it. Writes benchmarks/results/fuzz.md.
+Each input is read in a process limited to 2 GB and 10 s. Writes benchmarks/results/fuzz.md.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def write_text(name: str, text: str, folder: Path) -> None:
 
 
 def read_movie(name: str, folder: Path) -> None:
-    """Read header and frames; frames that are given must have the shape that the header says."""
+    """Read header and frames; the frames must have the shape given in the header."""
     header = read_header(folder / name)
     if header.problem:
         raise InputError(header.problem)
@@ -70,7 +70,7 @@ def apply(read: Callable[[Path], object], name: str, folder: Path) -> None:
     read(folder / name)
 
 
-# what writes a good input, what reads it
+# functions that write a valid input, and that read it
 KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
     "TIFF": (
         lambda folder: tifffile.imwrite(
@@ -106,13 +106,13 @@ KINDS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """One to three changes: flipped bits, a cut, insertions, extreme numbers, lines that are swapped or doubled."""
+    """Apply one to three changes: flipped bits, truncation, insertions, extreme numbers, swapped or repeated lines."""
     for _ in range(rng.integers(1, 4)):
         at = int(rng.integers(len(data) + 1))
         match int(rng.integers(6)):
             case 0 if data:
                 changed = bytearray(data)
-                # headers stand at the beginning: every other change is made there
+                # headers are at the beginning: every other change is made there
                 changed[int(rng.integers(len(data) if rng.random() < 0.5 else min(len(data), 300)))] ^= 1 << int(
                     rng.integers(8)
                 )
@@ -133,7 +133,7 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def limit() -> None:
-    """Bound the memory of this process, and let the alarm end what takes too long."""
+    """Limit the memory of this process, and its time by an alarm."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
     signal.signal(signal.SIGALRM, _too_long)
@@ -144,7 +144,7 @@ def _too_long(*_: object) -> None:
 
 
 def try_one(kind: str, seed: int) -> tuple[str, float]:
-    """("accepted", "refused" or what else happened, seconds) of one mutated input."""
+    """Return ("accepted", "refused" or the unexpected outcome, seconds) for one mutated input."""
     rng = np.random.default_rng([seed, list(KINDS).index(kind)])
     write, read = KINDS[kind]
     folder = Path(tempfile.mkdtemp())
@@ -172,7 +172,7 @@ def try_one(kind: str, seed: int) -> tuple[str, float]:
 
 
 def check_whole() -> None:
-    """Every input is accepted as it is: mutations of one that is refused would show nothing."""
+    """Check that every unchanged input is accepted; mutations of a rejected input would show nothing."""
     for write, read in KINDS.values():
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))

@@ -1,19 +1,19 @@
-"""Counts and cells that a model has not seen, and cell types: SpatialVAE, and scVI beside it.
+"""Held-out counts and cells, and cell types: SpatialVAE compared with scVI.
 
     python benchmarks/heldout.py DATA                  # SpatialVAE alone
-    python benchmarks/heldout.py DATA --peers FOLDER   # scVI beside it, in an environment of its own (--cache DIR)
+        python benchmarks/heldout.py DATA --peers FOLDER   # also scVI, in a separate environment (--cache DIR)
 
-With --only, the named figures alone. DATA holds spatial_tables/ and single_cell/; osmFISH comes with the package.
-Writes benchmarks/results/heldout.md and, of all figures beside scVI, heldout.png. FOLDER keeps tables and what scVI
-made of them; what is there already is left alone. Cell types need the extra [analysis]:
-pip install -c constraints.txt -e '.[vae,analysis]'.
+With --only, only the named figures. DATA contains spatial_tables/ and single_cell/; osmFISH is bundled with the
+package. Writes benchmarks/results/heldout.md and, for all figures with scVI, heldout.png. FOLDER stores tables and
+scVI's results, and existing files are reused. Cell types need the extra [analysis]: pip install -c constraints.txt -e
+'.[vae,analysis]'.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: a second thread mostly waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices gain nothing from a second thread
 
 import argparse
 from collections.abc import Iterator
@@ -35,14 +35,14 @@ from spatialvae import SpatialVAE
 LABELLED = ("hypothalamus", "osmfish")
 THINNED = ("hypothalamus", "mop1", "osmfish")
 FIGURES = ("types", "cells", "counts", "transfer")
-LATENT = 10  # dimensions of z where scVI has as many
+LATENT = 10  # dimensions of z, the same for scVI
 RESOLUTIONS = np.geomspace(0.1, 4, 12)
 
 Row = tuple[str, str, str, int, float]  # figure, section, method, seed, value
 
 
 def trained(table: anndata.AnnData, seed: int, layer: str | None = None, **sizes: int) -> SpatialVAE:
-    """With scVI's likelihood, so that models are compared and not likelihoods."""
+    """Build our model with scVI's likelihood, so that the comparison does not depend on the likelihood."""
     SpatialVAE.setup_anndata(table, layer=layer, spatial_key="spatial" if "spatial" in table.obsm else None)
     model = SpatialVAE(table, seed=seed, gene_likelihood="nb", **sizes)
     model.train(seed=seed, progress=False)
@@ -50,13 +50,13 @@ def trained(table: anndata.AnnData, seed: int, layer: str | None = None, **sizes
 
 
 def best_nmi(latent: np.ndarray, kinds: pd.Series, seed: int) -> float:
-    """Of leiden at the resolution that suits the labels best."""
+    """Score Leiden at the resolution that fits the labels best."""
     graph = neighbour_graph(latent)
     return max(normalized_mutual_info_score(kinds, communities(graph, r, seed)) for r in RESOLUTIONS)
 
 
 def deviance(table: anndata.AnnData, share: np.ndarray) -> float:
-    """Mean Poisson deviance an entry of the counts thinned away; ``share`` (cell, gene) was expected."""
+    """Return the mean Poisson deviance per entry of the thinned counts; ``share`` (cell, gene) is the expectation."""
     left = dense(table.layers["thinned"])
     removed = dense(table.X) - left
     expected = share * left.sum(1, keepdims=True) * REMOVED / (1 - REMOVED)
@@ -66,7 +66,7 @@ def deviance(table: anndata.AnnData, share: np.ndarray) -> float:
 def of_spatialvae(
     tables: dict[str, anndata.AnnData], seed: int, samples: int, figures: tuple[str, ...]
 ) -> Iterator[Row]:
-    """``figures`` of ours for one seed."""
+    """Return ``figures`` of our model for one seed."""
     for name in LABELLED if "types" in figures else ():
         latent = trained(tables[name], seed).get_latent_representation(which="cell")
         yield "types", name, "SpatialVAE", seed, best_nmi(latent, tables[name].obs["kind"], seed)
@@ -91,7 +91,7 @@ def of_spatialvae(
 def of_scvi(
     tables: dict[str, anndata.AnnData], folder: Path, seeds: int, cache: Path, figures: tuple[str, ...]
 ) -> Iterator[Row]:
-    """``figures`` of scVI, run where ``folder`` lacks them."""
+    """Return ``figures`` of scVI, run if ``folder`` lacks them."""
     folder.mkdir(parents=True, exist_ok=True)
     runs = {"types": ("scVI", LABELLED), "cells": ("scVI_heldout", HELD_OUT), "counts": ("scVI_thinned", THINNED)}
     for method, names in (runs[figure] for figure in figures if figure in runs):
@@ -111,7 +111,7 @@ def of_scvi(
 
 
 def of_shares(tables: dict[str, anndata.AnnData]) -> Iterator[Row]:
-    """Thinned counts expected from each gene's share of all counts left: no model at all."""
+    """Predict thinned counts from the overall share of each gene, without a model."""
     for name in THINNED:
         left = dense(tables[name].layers["thinned"])
         share = np.broadcast_to(left.sum(0) / left.sum(), left.shape)
@@ -119,7 +119,7 @@ def of_shares(tables: dict[str, anndata.AnnData]) -> Iterator[Row]:
 
 
 def summary(rows: pd.DataFrame, figure: str, digits: int) -> str:
-    """Median over seeds, least and largest, by section and method."""
+    """Return median, minimum and maximum over seeds, by section and method."""
     part = rows[rows["figure"] == figure]
 
     def told(values: pd.Series) -> str:
@@ -131,7 +131,7 @@ def summary(rows: pd.DataFrame, figure: str, digits: int) -> str:
 
 
 def picture(rows: pd.DataFrame, path: Path) -> None:
-    """Every seed a dot; likelihoods as differences from scVI's median."""
+    """Plot every seed as a dot; likelihoods as differences from scVI's median."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
     colours = {"SpatialVAE": "#2563eb", "SpatialVAE, given neighbours": "#7c3aed", "scVI": "#ea580c"}
@@ -162,7 +162,7 @@ def picture(rows: pd.DataFrame, path: Path) -> None:
 
 
 def page(rows: pd.DataFrame, seeds: int, samples: int, figures: tuple[str, ...], command: str) -> str:
-    """The whole text."""
+    """Return the whole page."""
     text = f"""# Cell types, held-out cells and held-out counts
 
 Made by `{command}`. {seeds} seeds: median (least to largest). All cells with at

@@ -1,4 +1,4 @@
-"""Tables of which cells and counts are held out, for benchmarks/heldout.py."""
+"""Tables that define the held-out cells and counts, for benchmarks/heldout.py."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import scipy.sparse as sp
 
 from merfish import datasets
 
-REMOVED = 0.1  # share of cells held out, of counts thinned away
-LEAST = 5  # counts of a cell
-HELD_OUT = ("bz5", "bz14", "mop1", "cortex", "osmfish", "hypothalamus")  # whose held-out cells are evaluated
+REMOVED = 0.1  # share of cells that are held out, and of counts that are thinned away
+LEAST = 5  # minimum counts of a cell
+HELD_OUT = ("bz5", "bz14", "mop1", "cortex", "osmfish", "hypothalamus")  # tables whose held-out cells are evaluated
 
 
 def prepared(
     counts: np.ndarray, genes: np.ndarray, places: np.ndarray | None, kinds: pd.Series | None
 ) -> anndata.AnnData:
-    """A table with obs["held_out"], layers["thinned"] and, where known, obs["kind"]; cells without counts left out."""
+    """Return a table with obs["held_out"], layers["thinned"] and, if known, obs["kind"]; omits cells without counts."""
     keep = counts.sum(1) >= LEAST
     counts = np.round(counts[keep]).astype(np.int64)
     rng = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def dense(x: np.ndarray | sp.spmatrix) -> np.ndarray:
 
 
 def sections(data: Path) -> dict[str, anndata.AnnData]:
-    """The tables by name; of MERFISH the genes that were counted as molecules, of MOp those seen in slice 1."""
+    """Return the tables by name; MERFISH: genes counted as molecules; MOp: those detected in slice 1."""
     read = {
         "hypothalamus": anndata.read_h5ad(data / "spatial_tables" / "merfish_hypothalamus.h5ad"),
         "mop1": anndata.read_h5ad(data / "spatial_tables" / "merfish_mop_slice1.h5ad"),
@@ -61,6 +61,6 @@ def sections(data: Path) -> dict[str, anndata.AnnData]:
 
 
 def split(table: anndata.AnnData) -> tuple[anndata.AnnData, anndata.AnnData]:
-    """Cells to train on, and cells held out."""
+    """Return the cells for training, and the held-out cells."""
     held = table.obs["held_out"].to_numpy(bool)
     return table[~held].copy(), table[held].copy()

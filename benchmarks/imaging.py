@@ -1,4 +1,4 @@
-"""What comes between camera and decoder, with all disturbances at once: python benchmarks/imaging.py.
+"""Image processing from camera to decoder with all disturbances at once: python benchmarks/imaging.py.
 
 Writes benchmarks/results/imaging.md in about five minutes. ``--quick`` is a smoke run on small fields.
 """
@@ -47,13 +47,13 @@ EVERYTHING = Disturbances(
     autofluorescence=100.0,
     haze=0.3,
     bleaching=0.03,
-    hot_pixels=200,  # of 512 x 512
+    hot_pixels=200,  # in 512 x 512
 )
-DRIFT = 20.0  # pixel
-DENSITY = 0.01  # molecules a pixel of cell
-MARGIN = 35  # pixel; what drift may hide at the border
+DRIFT = 20.0  # pixels
+DENSITY = 0.01  # molecules per pixel of a cell
+MARGIN = 35  # pixels; drift may hide the border up to this width
 PRECISIONS = (0.90, 0.94, 0.97)
-RADIUS = 1.5  # pixel, of a right call
+RADIUS = 1.5  # pixels, of a correct call
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +64,13 @@ class Case:
     out: Path
     record: dict[str, Any]
     source: Experiment
-    calls: pd.DataFrame  # all found
+    calls: pd.DataFrame  # all calls found
     molecules: pd.DataFrame
-    fields: np.ndarray  # true positions (fov, 2), micrometre
+    fields: np.ndarray  # true positions (fov, 2), in micrometres
 
 
 def run_case(folder: Path, name: str, shape: tuple[int, int], seed: int, drift: float, wrong: Disturbances) -> Case:
-    """Simulate 3 x 3 fields with a seed, run them, read everything back."""
+    """Simulate 3 x 3 fields with a seed, run them, and read the results."""
     raw, out = folder / name, folder / f"{name}_out"
     simulate_experiment(raw, fields=(3, 3), shape=shape, density=DENSITY, drift=drift, seed=seed, disturbances=wrong)
     merfish.run(raw, out=out)
@@ -90,7 +90,7 @@ def run_case(folder: Path, name: str, shape: tuple[int, int], seed: int, drift: 
 
 
 def true_maps(raw: Path) -> dict[str, np.ndarray]:
-    """Where each colour shows what the beads show, (3, 3) of (y, x, 1)."""
+    """Return the positions in each colour of what the beads show, (3, 3) of (y, x, 1)."""
     table = pd.read_csv(raw / "truth" / "chromatic.csv", dtype={"color": str})
     return {
         row.color: np.array([[row.yy, row.yx, row.y1], [row.xy, row.xx, row.x1], [0, 0, 1]])
@@ -99,13 +99,13 @@ def true_maps(raw: Path) -> dict[str, np.ndarray]:
 
 
 def reference_color(case: Case) -> str:
-    """The colour that the others are brought to."""
+    """Return the colour to which the others are mapped."""
     others = case.record["chromatic"]
     return next(bit.color for bit in case.source.bits if bit.color not in others)
 
 
 def chromatic(case: Case) -> list[dict[str, Any]]:
-    """Distance, rms over the field, between measured and true maps of each colour; and what it was."""
+    """Return the rms distance over the field between measured and true maps of each colour, and without correction."""
     width, height = case.source.image_dimensions or (0, 0)
     y, x = np.meshgrid(np.linspace(0, height - 1, 21), np.linspace(0, width - 1, 21))
     places = np.stack([y.ravel(), x.ravel(), np.ones(y.size)])
@@ -133,7 +133,7 @@ def rms(steps: np.ndarray) -> float:
 
 
 def true_places(case: Case, fov: int) -> np.ndarray:
-    """(molecule, 2) y, x in pixel where the reference colour shows each molecule in a field."""
+    """Return the positions (molecule, 2) y, x of molecules in a field of the reference colour, in pixels."""
     scale = case.source.microns_per_pixel
     steps = case.molecules[["global_y", "global_x"]].to_numpy() - case.fields[fov][::-1]
     at = true_maps(case.raw)[reference_color(case)]
@@ -146,7 +146,7 @@ def within(places: np.ndarray, case: Case, margin: float) -> np.ndarray:
 
 
 def matched(case: Case, calls: pd.DataFrame) -> np.ndarray:
-    """Row of the molecule that each call shows, -1 = wrong; field by field, so the stage does not matter."""
+    """Return the row of the molecule that each call shows, -1 = wrong; by field, so that stage errors do not matter."""
     row = np.full(len(calls), -1)
     for fov in np.unique(calls["fov"]):
         rows = np.flatnonzero(calls["fov"] == fov)
@@ -159,7 +159,7 @@ def matched(case: Case, calls: pd.DataFrame) -> np.ndarray:
 
 
 def recall(case: Case, skip: tuple[int, ...] = ()) -> dict[str, float]:
-    """Recall of all fields but some at some precisions, ranked by probability, and at the default rate."""
+    """Return the recall of all but some fields at some precisions, ranked by probability, and at the default rate."""
     fovs = [fov for fov in case.source.fovs if fov not in skip]
     n_truth = sum(within(true_places(case, fov), case, MARGIN).sum() for fov in fovs)
     calls = case.calls[case.calls["fov"].isin(fovs)]
@@ -174,7 +174,7 @@ def recall(case: Case, skip: tuple[int, ...] = ()) -> dict[str, float]:
 
 
 def overlaps(case: Case) -> dict[str, float]:
-    """Of right calls in overlaps: the share that stands twice in the result, and the share of molecules lost."""
+    """Return for correct calls in overlaps the share counted twice in the result, and the share of molecules lost."""
     kept = keep_calls(case.calls, case.record["parameters"]["misidentification_rate"])
     final = pd.read_parquet(case.out / results.TRANSCRIPTS)
     seen = sum(within(true_places(case, fov), case, 0).astype(int) for fov in case.source.fovs) >= 2
@@ -193,9 +193,9 @@ def in_overlap(rows: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def positions(case: Case) -> dict[str, float]:
-    """Error of the fields' positions, pixel, in the largest group that shared molecules tie together.
+    """Return the position error of the fields, in pixels, in the largest group connected by shared molecules.
 
-    A shift of the whole group cannot be known and is left out.
+    A shift of the whole group cannot be determined and is removed.
     """
     scale, links = case.source.microns_per_pixel, pd.DataFrame(case.record["stage"]["links"])
     links, n = links[links["used"]], len(case.fields)
@@ -204,7 +204,7 @@ def positions(case: Case) -> dict[str, float]:
     said, found = (np.array(case.record["stage"][key])[tied] for key in ("said", "positions"))
     true = case.fields[tied]
     at = true_maps(case.raw)[reference_color(case)]
-    bent = true @ at[:2, :2][::-1, ::-1].T  # x, y; as large as the reference colour shows the tissue
+    bent = true @ at[:2, :2][::-1, ::-1].T  # x, y; with the magnification of the reference colour
     return {
         "fields tied": int(tied.sum()),
         "links": len(links),
@@ -224,7 +224,7 @@ def off(found: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 
 def few_beads(rounds: int, size: int = 256) -> pd.DataFrame:
-    """Drift from few beads alone: how many rounds are accepted, and how far off those are."""
+    """Measure drift from few beads: number of accepted rounds, and their errors."""
     rows = []
     nothing = (np.array([], int), np.array([], int))
     for count in (1, 2, 3, 4, 6, 10, 20):
@@ -252,7 +252,7 @@ def few_beads(rounds: int, size: int = 256) -> pd.DataFrame:
 
 
 def field_time(size: int, calibration: Calibration, source: Experiment) -> list[dict[str, Any]]:
-    """Time of one field of 16 bits and 8 bead images in memory, from camera counts to the filtered stack."""
+    """Time one field of 16 bits and 8 bead images in memory, from camera counts to the filtered stack."""
     rng = np.random.default_rng(0)
     beads = scene(rng, size, 1.5e-4, 300)
     nothing = (np.array([], int), np.array([], int))

@@ -16,7 +16,7 @@ from merfish.transcripts import read_transcripts
 
 
 def main(demo: Path) -> None:
-    """Draw molecules of one field, enlarged, beside the cells coloured by their domain."""
+    """Draw molecules of one field, enlarged, next to the cells coloured by their domain."""
     run = demo / "tissue_run"
     calls = read_transcripts(run / results.TRANSCRIPTS)
     fov = int(calls["fov"].value_counts().idxmax())

@@ -1,10 +1,10 @@
-"""Memory and time of everything after decoding, on intermediates that this script writes as a run would.
+"""Memory and time of the steps after decoding, on intermediate files that this script writes as a run would.
 
     python benchmarks/pipeline_scale.py [--fields 300 3000] [--molecules 60000] [--workers 2] [--folder DIR]
 
-Writes benchmarks/results/pipeline_scale.md. Fields of 2048 x 2048 px lie on a square and overlap by a tenth; both show
-the molecules and cells there. Nine of ten molecules are seen by a field, a few are wrong, the stage errs by 2 um.
-Each size runs in a process of its own; memory is the largest resident set of any process of it.
+Writes benchmarks/results/pipeline_scale.md. Fields of 2048 x 2048 px form a square grid with an overlap of a tenth, in
+which both show the same molecules and cells. A field shows nine of ten molecules, a few are wrong, and the stage error
+is 2 um. Each size runs in a separate process; memory is the largest resident set of any process of it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from merfish.pipeline.survey import Calibrated
 from merfish.report import OVERVIEW
 from merfish.transcripts import transcript_table
 
-SIDE, SCALE, TILES = 2048, 0.108, 10  # pixels, micrometre a pixel, tiles along a field; neighbours share one of them
+SIDE, SCALE, TILES = 2048, 0.108, 10  # pixels, micrometres per pixel, tiles along a field; neighbours share one of them
 TILE = SIDE * SCALE / TILES
 CELLS_A_TILE, RADIUS = 3, 6.0
 ROUNDS = 8  # of two bits each
@@ -62,7 +62,7 @@ BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 
 
 def tile(row: int, column: int, n: int) -> tuple[pd.DataFrame, np.ndarray]:
-    """Molecules (about n) and cell outlines of a tile of the tissue, micrometre; the same for every field."""
+    """Generate about n molecules and cell outlines of a tile of the tissue in micrometres, the same every time."""
     rng = np.random.default_rng([row + 1, column + 1])
     count = rng.poisson(n)
     word = rng.choice(np.flatnonzero(~BOOK.is_blank), count)
@@ -72,13 +72,13 @@ def tile(row: int, column: int, n: int) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def true_corner(fov: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-    """First tile (row, column) of a field, and how far off (x, y, micrometre) the stage stops there."""
+    """Return the first tile (row, column) of a field, and the stage error there (x, y, in micrometres)."""
     error = np.random.default_rng([7, fov]).normal(0, STAGE_ERROR, 2)
     return np.array(divmod(fov, columns)) * (TILES - 1), error
 
 
 def write_field(out: Path, fov: int, columns: int, n_molecules: int) -> None:
-    """One field's record, as `merfish.pipeline.fields.FieldWork` writes it."""
+    """Write one field's record like `merfish.pipeline.fields.FieldWork`."""
     first, error = true_corner(fov, columns)
     around = range(-1, TILES + 1)
     parts = [tile(first[0] + r, first[1] + c, n_molecules // TILES**2) for r in around for c in around]
@@ -105,7 +105,7 @@ def write_field(out: Path, fov: int, columns: int, n_molecules: int) -> None:
         calls[list(CALL_COLUMNS)].to_parquet(folder / CALLS, index=False)
         write_outlines(list(seen), folder / OUTLINES, measured)
         write_spots([], folder / SPOTS)
-        np.lib.format.open_memmap(folder / OVERVIEW, "w+", np.uint8, (SIDE, SIDE))  # black: takes no room on disk
+        np.lib.format.open_memmap(folder / OVERVIEW, "w+", np.uint8, (SIDE, SIDE))  # black: uses no disk space
         write_tally(calls, BOOK, folder / TALLY)
         says |= {"drift": drift(fov), "shape": (SIDE, SIDE), "saturated": [0] * 16, "n_found": len(calls)}
         says |= {"n_outlines": len(seen), "quality": quality(fov), "fit": asdict(count_fit(calls))}
@@ -113,13 +113,13 @@ def write_field(out: Path, fov: int, columns: int, n_molecules: int) -> None:
 
 
 def drift(fov: int) -> list[dict[str, float | int | bool]]:
-    """How far each round of a field lies from the first, pixel."""
+    """Return the drift of each round of a field from the first, in pixels."""
     shifts = np.random.default_rng([5, fov]).normal(0, 2, (ROUNDS, 2))
     return [{"round": k, "dy": dy, "dx": dx, "ok": True} for k, (dy, dx) in enumerate(shifts.tolist())]
 
 
 def quality(fov: int) -> dict[str, list]:
-    """What a healthy field says of its images."""
+    """Return the quality figures of a normal field."""
     rng = np.random.default_rng([3, fov])
     names = ("brightness", "spots", "background", "noise", "width")
     numbers = {name: (100 * np.exp(rng.normal(0, 0.05, 16))).tolist() for name in names}
@@ -144,7 +144,7 @@ class WriteWork:
 
 
 def experiment(out: Path, n_fields: int, columns: int) -> Experiment:
-    """An experiment without images."""
+    """Build an experiment without images."""
     movie = Movie("none", "(?P<fov>[0-9]+)", -1)
     bits = tuple(Channel(name, name, 0, k, "650", movie, (k,), (0.0,), None) for k, name in enumerate(BOOK.bit_names))
     corners = [true_corner(fov, columns)[0][::-1] * TILE for fov in range(n_fields)]
@@ -154,7 +154,7 @@ def experiment(out: Path, n_fields: int, columns: int) -> Experiment:
 
 
 def combine(out: Path, n_fields: int, workers: int) -> None:
-    """Everything after decoding."""
+    """Run the steps after decoding."""
     columns = int(np.ceil(np.sqrt(n_fields)))
     source = experiment(out, n_fields, columns)
     calibrated = Calibrated(Calibration(Normalization.identity(16), {}, {}), "", {})
@@ -171,7 +171,7 @@ def combine(out: Path, n_fields: int, workers: int) -> None:
 
 
 def measure(folder: Path, n_fields: int, n_molecules: int, workers: int) -> dict[str, Any]:
-    """Seconds and peak memory (bytes) of `combine`; intermediates are written where they are not there yet."""
+    """Measure seconds and peak memory (bytes) of `combine`; intermediate files are written if they do not exist."""
     out = folder / f"run_{n_fields}"
     todo = [fov for fov in range(n_fields) if not results.field_folder(out, fov).exists()]
     columns = int(np.ceil(np.sqrt(n_fields)))
@@ -199,7 +199,7 @@ def measure(folder: Path, n_fields: int, n_molecules: int, workers: int) -> dict
 
 
 def watch_memory(process: subprocess.Popen, peak: dict[int, int]) -> None:
-    """Note the largest resident set of a process and its children while it runs."""
+    """Record the largest resident set of a process and its children while it runs."""
     while process.poll() is None:
         try:
             parent = psutil.Process(process.pid)
@@ -211,7 +211,7 @@ def watch_memory(process: subprocess.Popen, peak: dict[int, int]) -> None:
 
 
 def stage_error_left(record: dict, columns: int) -> float:
-    """Micrometre, rms along each axis: how far corrected positions are from the true ones, up to a common shift."""
+    """Return the error of the corrected positions, rms along each axis, in micrometres, up to a common shift."""
     positions = np.array(record["stage"]["positions"])
     true = np.array(
         [first[::-1] * TILE + error for first, error in (true_corner(f, columns) for f in range(len(positions)))]

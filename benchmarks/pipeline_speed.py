@@ -1,4 +1,4 @@
-"""Where a run's time goes: one large field, 3,000 tiny ones, and one worker against two.
+"""Time of the parts of a run: one large field, 3,000 tiny ones, and one worker against two.
 
     python benchmarks/pipeline_speed.py [--only field tiny scaling memory] [--tiny 3000]
 
@@ -27,9 +27,9 @@ from merfish.simulate import simulate_experiment
 
 
 def field(folder: Path, _: int) -> list[str]:
-    """A field of 16 bits, beads and two stains, 2048 x 2048 px, from its files to its record, all cores."""
+    """Measure a field of 16 bits, beads and two stains, 2048 x 2048 px, from its files to its record, on all cores."""
     raw = simulate_experiment(folder / "raw", fields=(1, 2), shape=(2048, 2048), seed=1)
-    for k in range(2):  # kernels are compiled, or read from their cache, by the first
+    for k in range(2):  # the first iteration compiles the kernels or reads them from their cache
         merfish.run(raw, out=folder / f"out{k}")
     record = results.read_run(folder / "out1")
     rows = ["| field | register | decode | segment | write | all |", "|---|---|---|---|---|---|"]
@@ -41,7 +41,7 @@ def field(folder: Path, _: int) -> list[str]:
 
 
 def tiny(folder: Path, n: int) -> list[str]:
-    """Registered stacks of 16 x 24 x 24 px, so small that nearly all time is that of the run around the decoder."""
+    """Run registered stacks of 16 x 24 x 24 px, so small that almost no time is spent on decoding."""
     book = mhd4_codebook([f"gene{k}" for k in range(130)])
     raw = folder / "raw"
     raw.mkdir()
@@ -50,7 +50,7 @@ def tiny(folder: Path, n: int) -> list[str]:
     side = int(np.ceil(np.sqrt(n)))
     (raw / "positions.csv").write_text("".join(f"{2.4 * (k % side)},{2.4 * (k // side)}\n" for k in range(n)))
     stack, _ = simulate_stack(book, shape=(384, 384), density=0.01, seed=0)
-    corners = np.random.default_rng(0).choice(360**2, n, replace=False)  # a field given twice is refused
+    corners = np.random.default_rng(0).choice(360**2, n, replace=False)  # duplicate positions are rejected
     for k, (top, left) in enumerate(zip(*divmod(corners, 360), strict=True)):
         np.save(raw / f"stack_{k}.npy", stack[:, top : top + 24, left : left + 24])
     rows = ["| fields | processes | ms a field | peak memory of the parent, MB |", "|---|---|---|---|"]
@@ -64,7 +64,7 @@ def tiny(folder: Path, n: int) -> list[str]:
 
 
 def scaling(folder: Path, _: int) -> list[str]:
-    """16 fields of 1024 x 1024 px by one worker with one core, and by two with one each."""
+    """Run 16 fields of 1024 x 1024 px with one worker on one core, and with two on one core each."""
     raw = simulate_experiment(folder / "raw", fields=(4, 4), shape=(1024, 1024), seed=2)
     merfish.run(raw, out=folder / "warm", fovs=[0], workers=2)
     seconds, allowed = {}, os.sched_getaffinity(0)
@@ -82,7 +82,7 @@ def scaling(folder: Path, _: int) -> list[str]:
 
 
 def memory(folder: Path, _: int) -> list[str]:
-    """Peak memory of a process that runs two fields of 16 bits, all cores, and what their results take on disk."""
+    """Measure peak memory of a process that runs two fields of 16 bits on all cores, and disk space of the results."""
     rows = ["| field, px | peak memory, MB | molecules found | disk, MB a field |", "|---|---|---|---|"]
     code = "import merfish, resource, sys; merfish.run(sys.argv[1], out=sys.argv[2]); "
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"

@@ -1,4 +1,4 @@
-"""Drift against the truth of simulated bead images with disturbances, and seconds for fields of 2048 x 2048.
+"""Drift measured on simulated bead images with disturbances, compared with the truth, and time for 2048 x 2048 px.
 
     python benchmarks/registration.py
 
@@ -31,7 +31,7 @@ def draw(points: np.ndarray, light: np.ndarray, size: int, sigma: float) -> np.n
 def scene(
     rng: np.random.Generator, size: int, density: float, glow: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Beads (y, x), their light, a tenth of them saturated; cells' autofluorescence with texture, 40 px wider."""
+    """Simulate beads (y, x), a tenth of them saturated, and textured autofluorescence of cells, 40 px wider."""
     count = max(3, rng.poisson(density * (size + 60) ** 2))
     light = 1000 * rng.lognormal(0, 0.7, count) * np.where(rng.random(count) < 0.1, 80, 1)
     cells = ndimage.gaussian_filter(rng.normal(size=(size + 80, size + 80)), 12)
@@ -48,7 +48,7 @@ def expose(
     step: np.ndarray,
     hot: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """A camera image: vignetting to half in the corners, offset 100, read noise 3, hot pixels, saturation."""
+    """Simulate a camera image: vignetting to half in the corners, offset 100, read noise 3, hot pixels, saturation."""
     seen = 100 + draw(points + step, light, size, 1.4) + ndimage.shift(cells, step, order=1)[40:-40, 40:-40]
     across = np.linspace(-1, 1, size) ** 2
     image = rng.poisson(seen * (1 - 0.25 * (across[:, None] + across))) + rng.normal(100, 3, seen.shape)
@@ -57,7 +57,7 @@ def expose(
 
 
 def later_round(rng, size, beads, hot, step, bad, others):  # type: ignore[no-untyped-def]
-    """A round after the first: a fifth of the beads is loose (3 px), a fifth gone, a tenth of the rounds unusable."""
+    """Simulate a later round: a fifth of the beads loose (3 px), a fifth lost, a tenth of the rounds unusable."""
     points, light, cells = others if bad == "another field" else beads
     loose = (rng.random(len(points)) < 0.2)[:, None] * rng.normal(0, 3, points.shape)
     left = light * (rng.random(len(points)) > 0.2) * rng.lognormal(0, 0.1, len(points))
@@ -71,7 +71,7 @@ def later_round(rng, size, beads, hot, step, bad, others):  # type: ignore[no-un
 
 
 def accuracy(size: int, density: float, glow: float, fields: int = 29, seed: int = 0) -> dict[str, float]:
-    """Errors of measured drift, and rounds that were judged wrongly."""
+    """Return the errors of measured drift, and the number of rounds that were misjudged."""
     errors, lost, unusable, accepted = [], 0, 0, 0
     for field in range(fields):
         rng = np.random.default_rng([seed, field])
@@ -105,7 +105,7 @@ def accuracy(size: int, density: float, glow: float, fields: int = 29, seed: int
 
 
 def speed(size: int) -> list[dict[str, str | float]]:
-    """The shortest of three runs of each step."""
+    """Return the fastest of three runs of each step."""
     rng = np.random.default_rng(0)
     beads = scene(rng, size, 1.5e-4, 300)
     nothing = (np.array([], int), np.array([], int))

@@ -13,12 +13,12 @@ import pandas as pd
 from benchmarks.tables import read_markdown
 
 HERE = Path(__file__).parent
-Row = Mapping[str, str]  # column and value that tell a row of a table from the others
+Row = Mapping[str, str]  # column and value that identify a row of a table
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a page: ``column`` in the row ``where``; divided by that of the row ``over`` if there is one."""
+    """One number of a page: ``column`` in the row ``where``, divided by that of the row ``over`` if there is one."""
 
     label: str
     column: str
@@ -29,7 +29,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark; ``{data}`` in arguments is the folder of real data. quick: None if there is no small setting."""
+    """One benchmark; ``{data}`` in arguments is the folder of real data. quick: None if there are no small settings."""
 
     name: str  # of its page
     about: str
@@ -40,12 +40,12 @@ class Benchmark:
     figures: Sequence[Figure] = ()
 
     def command(self, data: Path, quick: bool) -> list[str]:
-        """Arguments for Python."""
+        """Return the arguments for Python."""
         given = (self.quick or ()) if quick else self.arguments
         return [str(HERE / self.script), *(argument.format(data=data) for argument in given)]
 
     def left_out(self, data: Path, quick: bool, peers: bool) -> str | None:
-        """Why it cannot run as asked; None if it can."""
+        """Return why it cannot run as requested, None if it can."""
         if quick and self.quick is None:
             return "it has no small setting"
         if self.peer and not peers:
@@ -56,7 +56,7 @@ class Benchmark:
 
 
 def number(text: str) -> float:
-    """The number that a cell of a table begins with; `95%` is 0.95, `4 of 5` is 0.8. NaN if there is none."""
+    """Parse the number at the beginning of a table cell; `95%` is 0.95, `4 of 5` is 0.8. NaN if there is none."""
     found = re.match(r"([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)(?: of (\d+)|(%))?", text)
     if found is None:
         return float("nan")
@@ -65,7 +65,7 @@ def number(text: str) -> float:
 
 
 def look_up(tables: Sequence[pd.DataFrame], column: str, where: Row) -> float:
-    """The number in ``column`` of the first row that fits ``where``. Raises LookupError if no table has one."""
+    """Return the number in ``column`` of the first row that matches ``where``. Raises LookupError if there is none."""
     for table in tables:
         if column in table and set(where) <= set(table):
             fits = table[(table[list(where)] == pd.Series(dict(where))).all(axis=1)]
@@ -75,7 +75,7 @@ def look_up(tables: Sequence[pd.DataFrame], column: str, where: Row) -> float:
 
 
 def headlines(benchmark: Benchmark, page: str) -> list[dict[str, str | float]]:
-    """Rows of figure, kind and value, from the page of a benchmark."""
+    """Return rows of figure, kind and value from the page of a benchmark."""
     tables, rows = read_markdown(page), []
     for figure in benchmark.figures:
         value = look_up(tables, figure.column, figure.where)
@@ -86,7 +86,7 @@ def headlines(benchmark: Benchmark, page: str) -> list[dict[str, str | float]]:
 
 
 def spots(column: str, over: str = "") -> Figure:
-    """Recall or precision of `spots` at 0.01 molecules a pixel, alone or divided by that of another method."""
+    """Return recall or precision of `spots` at 0.01 molecules per pixel, alone or divided by that of another method."""
     row = {"density": "0.01", "method": "spots"}
     if over:
         return Figure(f"{column}, spots / {over}", column, row, row | {"method": over}, "ratio")
@@ -204,7 +204,7 @@ BENCHMARKS = (
         figures=[Figure("log p(x) [nats a cell], osmFISH", "osmfish", {"method": "SpatialVAE"}, kind="number")],
     ),
     Benchmark(
-        "neighbours", "information from neighbours by niche_encoder; intervals of held-out counts",
+        "neighbours", "information from neighbours by niche_encoder; intervals of counts, cover of latents",
         "neighbours.py",
         [f"{{data}}/spatial_tables/{name}.h5ad" for name in (
             "starmap_mpfc_BZ5", "starmap_mpfc_BZ14", "osmfish_cortex", "merfish_hypothalamus", "merfish_mop_slice1")],

@@ -1,4 +1,4 @@
-"""The decoders where the world differs from the simulator's defaults: python benchmarks/robustness.py.
+"""The decoders on data that differ from the simulator's defaults: python benchmarks/robustness.py.
 
 Writes benchmarks/results/robustness.md and robustness.png. ``--quick`` is a smoke run of one seed. ``--peers FOLDER``
 adds what ``benchmarks/peers/decode.py --worlds FOLDER`` has written there.
@@ -25,7 +25,7 @@ from merfish.codebook import Codebook
 from merfish.simulate import Imaging, score_calls
 from merfish.stack import decode_all
 
-SEEDS = range(700, 704)  # never looked at while the decoder was written
+SEEDS = range(700, 704)  # not used during the development of the decoder
 METHODS = ("spots", "pixels")
 BOOK = mhd4_codebook([f"gene{k}" for k in range(130)])
 PRECISION = 0.95
@@ -33,20 +33,20 @@ HOME = Imaging()
 
 
 def without_blanks(book: Codebook) -> Codebook:
-    """The genes of a book alone."""
+    """Return the genes of a codebook alone."""
     genes = np.flatnonzero(~book.is_blank)
     return Codebook(tuple(book.names[k] for k in genes), ("",) * len(genes), book.words[genes], book.bit_names)
 
 
 def book_of(words: np.ndarray, n_words: int, n_blanks: int, seed: int) -> Codebook:
-    """A book of randomly chosen words, (word, bit), of which the last are blanks."""
+    """Return a codebook of random words, (word, bit), of which the last are blanks."""
     words = np.random.default_rng(seed).permutation(words)[:n_words]
     names = [f"gene{k}" if k < len(words) - n_blanks else f"Blank-{k}" for k in range(len(words))]
     bits = tuple(f"bit{k + 1}" for k in range(words.shape[1]))
     return Codebook(tuple(names), ("",) * len(names), words, bits)
 
 
-# 4 rounds of 4 colours, one colour a round
+# 4 rounds of 4 colours, one colour per round
 ONE_HOT = np.array([np.eye(4, dtype=np.uint8)[list(letters)].ravel() for letters in product(range(4), repeat=4)])
 # any four of 14 bits
 FOUR_OF_14 = np.array([word for word in product((0, 1), repeat=14) if sum(word) == 4], np.uint8)
@@ -54,7 +54,7 @@ FOUR_OF_14 = np.array([word for word in product((0, 1), repeat=14) if sum(word) 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """A book, and what differs from the simulator's defaults; ``draw`` makes some of it from the seed."""
+    """A codebook, and deviations from the simulator's defaults; ``draw`` samples some of them from the seed."""
 
     name: str
     book: Codebook = BOOK
@@ -65,7 +65,7 @@ class World:
     shape: tuple[int, int] = (512, 512)
 
     def simulate(self, seed: int) -> tuple[np.ndarray, pd.DataFrame, Imaging, np.ndarray]:
-        """Stack, truth, imaging, abundance (word,)."""
+        """Simulate stack, truth, imaging, abundance (word,)."""
         rng = np.random.default_rng([seed, 1])
         options = {**(self.options or {}), **(self.draw(rng) if self.draw else {})}
         imaging = options.pop("imaging", self.imaging)
@@ -81,13 +81,13 @@ class World:
 
 
 def rates_by_bit(rng: np.random.Generator) -> dict[str, Any]:
-    """Rates of errors from 2 to 40 % (1->0, evenly) and 0.5 to 15 % (0->1, in equal ratios), in a random order."""
+    """Return error rates from 2 to 40 % (1->0, linear) and 0.5 to 15 % (0->1, geometric), in random order."""
     lost, gained = rng.permutation(np.linspace(0.02, 0.4, 16)), rng.permutation(np.geomspace(0.005, 0.15, 16))
     return {"imaging": Imaging(lost=tuple(lost), gained=tuple(gained))}
 
 
 def abundant_gene(rng: np.random.Generator) -> dict[str, Any]:
-    """One gene makes 40 % of all molecules."""
+    """Return abundances with 40 % of all molecules from one gene."""
     weights = rng.lognormal(0, 1, int((~BOOK.is_blank).sum()))
     weights[0] = 2 / 3 * weights[1:].sum()
     return {"abundance": weights}
@@ -98,6 +98,8 @@ WORLDS = (
     World("cells glow", density=0.02, options={"glow": 300.0}),
     World("bits shifted, sigma 0.4 px", options={"bit_shift": 0.4}),
     World("bits shifted, sigma 0.8 px", options={"bit_shift": 0.8}),
+    World("bits stretched, sigma 0.8 px at the border", options={"bit_stretch": 0.8}),
+    World("60 hot pixels in every bit", options={"hot_pixels": 60}),
     World("error rates differ between bits", draw=rates_by_bit),
     World("errors 20 % / 6 %", imaging=Imaging(lost=0.2, gained=0.06)),
     World("PSF sigma 1.8 px", imaging=Imaging(psf_sigma=(1.8, 1.8))),
@@ -110,12 +112,19 @@ WORLDS = (
     World("one-hot book, distance 1", book=book_of(ONE_HOT, 120, 12, 0)),
     World("no blanks in the book", book=without_blanks(BOOK)),
     World("7 planes", imaging=replace(Imaging(), focal_range=0.9), options={"n_planes": 7}, shape=(256, 256)),
+    World(
+        "5 planes, 0.3 µm apart",
+        imaging=replace(Imaging(), plane_step=0.3),
+        density=0.003,
+        options={"n_planes": 5},
+        shape=(256, 256),
+    ),
     World("0.03 a pixel, one gene 40 %", density=0.03, draw=abundant_gene, shape=(384, 384)),
 )
 
 
 def best_possible(world: World, truth: pd.DataFrame, imaging: Imaging, share: np.ndarray) -> pd.DataFrame:
-    """Judged calls of a decoder that knows places, bits, rates and abundances: the words' posterior by Bayes' rule."""
+    """Return judged calls of the optimal decoder, which knows positions, bits, rates and abundances (Bayes' rule)."""
     book = world.book
     seen = (truth["shown"].to_numpy(np.uint64)[:, None] >> np.arange(book.n_bits, dtype=np.uint64)) & np.uint64(1)
     on = book.words.astype(float)
@@ -129,7 +138,7 @@ def best_possible(world: World, truth: pd.DataFrame, imaging: Imaging, share: np
 
 
 def measure(world: World, seed: int, methods: tuple[str, ...] = METHODS) -> list[dict[str, Any]]:
-    """One row a method: scores of the kept calls, and of the best possible."""
+    """Return a row for each method: scores of the kept calls, and of the best possible threshold."""
     stack, truth, imaging, share = world.simulate(seed)
     ideal = recall_at_precision(best_possible(world, truth, imaging, share), len(truth), PRECISION)
     rows = []
@@ -159,12 +168,12 @@ def measure(world: World, seed: int, methods: tuple[str, ...] = METHODS) -> list
 
 
 def harmonic_mean(recall: Any, precision: Any) -> Any:
-    """F1 of recall and precision, numbers or arrays."""
+    """Return F1 of recall and precision, numbers or arrays."""
     return 2 * recall * precision / np.maximum(recall + precision, 1e-9)
 
 
 def dim_third(kept: pd.DataFrame, truth: pd.DataFrame) -> float:
-    """Recall of the dim third of the abundant gene."""
+    """Return the recall of the dim third of the abundant gene."""
     from merfish.simulate import match_calls
 
     gene = truth["barcode_id"].mode().iloc[0]
@@ -177,12 +186,12 @@ def dim_third(kept: pd.DataFrame, truth: pd.DataFrame) -> float:
 
 
 def peer_file(folder: Path, world: World) -> Path:
-    """Scores of starfish on the first stack of a world."""
+    """Return the scores of starfish on the first stack of a world."""
     return folder / f"{re.sub(r'[^a-z0-9]+', '_', world.name.lower())}.csv"
 
 
 def beside_peers(rows: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """One row a world and method: largest F1 that starfish reaches on the first seed, and how far ours is ahead."""
+    """Return a row for each world and method: highest F1 of starfish on the first seed, and the difference of ours."""
     first = rows[rows["seed"] == SEEDS[0]].set_index(["world", "method"])["F1"]
     theirs = {world.name: peer_file(folder, world) for world in WORLDS}
     best = {name: pd.read_csv(path)["f1"].max() for name, path in theirs.items() if path.exists()}
@@ -191,7 +200,7 @@ def beside_peers(rows: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Molecules found where 1 in 20 calls is wrong, and calls truly wrong where 5 % are stated, world by world."""
+    """Plot for each world the molecules found at 5 % wrong calls, and the true share of wrong calls at a stated 5 %."""
     figure, (found, wrong) = plots.new_figure(12, 5.5, 2)
     places = np.arange(table["world"].nunique())[::-1]
     for method, colour in zip(METHODS, plots.CATEGORIES, strict=False):
@@ -213,7 +222,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 
 def main(quick: bool, peers: Path | None) -> None:
-    """Measure everything and write the table and the picture."""
+    """Run all measurements, and write the table and the picture."""
     seeds = SEEDS[:1] if quick else SEEDS
     rows = pd.DataFrame([row for world in WORLDS for seed in seeds for row in measure(world, seed)])
     groups = rows.drop(columns="seed").groupby(["world", "method"], sort=False)

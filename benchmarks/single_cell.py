@@ -1,10 +1,10 @@
-"""SpatialVAE without places, scVI and PCA on two published tables of dissociated cells: same cells, same seeds.
+"""SpatialVAE without positions, scVI and PCA on two published tables of dissociated cells: same cells, same seeds.
 
     python benchmarks/single_cell.py --data FOLDER [--peers FOLDER] [--seeds 5] [--tables CORTEX HEMATO]
 
-The data FOLDER holds zeisel_cortex_1464x1000.h5ad (CORTEX, 3 types in obs["labels"]) and
-haematopoietic_progenitors_6933.h5ad (HEMATO, 4 sorted populations in obs["sample"]); of the latter 2,000 cells and
-1,000 genes are used. scVI is made in an environment of its own by benchmarks/peers/embed.py, which installs it. Writes
+The data FOLDER contains zeisel_cortex_1464x1000.h5ad (CORTEX, 3 types in obs["labels"]) and
+haematopoietic_progenitors_6933.h5ad (HEMATO, 4 sorted populations in obs["sample"]), of which 2,000 cells and 1,000
+genes are used. scVI runs in a separate environment by benchmarks/peers/embed.py, which installs it. Writes
 benchmarks/results/single_cell.md and a picture of each table.
 """
 
@@ -44,7 +44,7 @@ def cortex(folder: Path) -> tuple[anndata.AnnData, str]:
 
 
 def hemato(folder: Path) -> tuple[anndata.AnnData, str]:
-    """A fixed sample of cells, and the genes that vary most in it."""
+    """Return a fixed sample of cells, and the most variable genes in it."""
     table = anndata.read_h5ad(folder / "haematopoietic_progenitors_6933.h5ad")
     rows = np.sort(np.random.default_rng(0).permutation(table.n_obs)[:HEMATO_CELLS])
     counts = dense(table.X[rows]).astype(np.float32)
@@ -56,7 +56,7 @@ TABLES = {"CORTEX": cortex, "HEMATO": hemato}
 
 
 def scores(latent: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, float]:
-    """Of clusters by k-means with the known number, and of the labels themselves."""
+    """Score clusters by k-means with the known number, and the labels themselves."""
     found = KMeans(len(set(labels)), n_init=10, random_state=seed).fit_predict(latent)
     return {
         "NMI": normalized_mutual_info_score(labels, found),
@@ -81,7 +81,7 @@ def ours_held_out(table: anndata.AnnData, held: np.ndarray, seed: int) -> float:
 
 
 def run(name: str, table: anndata.AnnData, key: str, peers: Path, seeds: int) -> tuple[pd.DataFrame, np.ndarray]:
-    """A row a method and seed; and our first embedding."""
+    """Return a row for each method and seed, and our first embedding."""
     labels = table.obs[key].astype(str).to_numpy()
     held = np.zeros(table.n_obs, bool)
     held[np.random.default_rng(0).permutation(table.n_obs)[: int(HELD_OUT * table.n_obs)]] = True
@@ -112,7 +112,7 @@ def run(name: str, table: anndata.AnnData, key: str, peers: Path, seeds: int) ->
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over seeds."""
+    """Return mean and standard deviation over seeds."""
     groups = found.groupby("method", sort=False)
     mean, sd = groups.mean(), groups.std()
 

@@ -1,9 +1,9 @@
-"""Cells above each other: segmentation in space of simulated tissue of two layers of cells, seeds not used before.
+"""Cells above each other: 3-D segmentation of simulated tissue of two layers of cells, with unused seeds.
 
-Each field of 400 x 400 pixels is simulated (`simulate_experiment(layers=2)`: blur along z, uneven light, camera noise,
-drift), its stains aligned and segmented. F1 of cells at an intersection over union of their volumes of 0.5: recall of
-those of which the field shows more than half, precision of all. "In one outline" is how many cells the segmentation
-without `stacked_cells` finds.
+Each field of 400 x 400 pixels is simulated (`simulate_experiment(layers=2)`: blur along z, uneven brightness, camera
+noise, drift), and its stains are aligned and segmented. F1 of cells at an intersection over union of their volumes of
+0.5: recall of the cells of which the field shows more than half, precision of all cells. "In one outline" is the number
+of cells that the segmentation without `stacked_cells` finds.
 
     python benchmarks/stacked_cells.py
 """
@@ -33,7 +33,7 @@ SHAPE = (400, 400)
 
 
 def measure(seed: int, n_planes: int, folder: Path) -> dict:
-    """A row of the table."""
+    """Return a row of the table."""
     raw = simulate_experiment(
         folder / "raw", fields=(1, 1), shape=SHAPE, planes=n_planes, layers=2, density=2e-4, seed=seed
     )

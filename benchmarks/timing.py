@@ -8,7 +8,7 @@ from typing import Any
 
 
 def best_of(work: Callable[[], Any], repeats: int = 5) -> float:
-    """Shortest of some runs, seconds, after one that compiles."""
+    """Return the shortest of several runs in seconds, after one that compiles."""
     work()
     times = []
     for _ in range(repeats):

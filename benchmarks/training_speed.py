@@ -1,14 +1,14 @@
 """Speed and memory of SpatialVAE's training: python benchmarks/training_speed.py.
 
     --quick      2,000 cells, one run each
-    --scvi       scVI beside it, in an environment of its own (see benchmarks/peers/embed.py)
+        --scvi       also scVI, in a separate environment (see benchmarks/peers/embed.py)
     --million    instead: `spatialvae train` for 10 epochs and `embed` on 10^6 cells
 
 Writes benchmarks/results/training_speed.md, or training_million.md.
 
-50,000 cells x 500 genes, NB, one hidden layer of 128, z of 10 dimensions, 2 threads. A run is the making of the model,
-from the table in memory, and 10 epochs without held-out cells; of several the fastest counts: the machine may be
-shared.
+50,000 cells x 500 genes, NB, one hidden layer of 128, z of 10 dimensions, 2 threads. A run creates the model from a
+table in memory and trains 10 epochs without held-out cells; the fastest of several runs counts, because the machine
+may be shared.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ MILLION = RESULTS / "training_million.md"
 BATCHES = (128, 1024)
 GENES, HIDDEN, LATENT = 500, 128, 10  # scVI's sizes
 EPOCHS = 10
-ROUNDS = 3  # by turns, so that a busy machine slows all alike
+ROUNDS = 3  # interleaved, so that other load slows all methods alike
 TIMES = 30
 
 
 def tissue(n: int, seed: int = 0) -> anndata.AnnData:
-    """Cells of 12 types in patches of 4 mixtures; negative binomial counts, a quarter of them not zero."""
+    """Simulate cells of 12 types in patches of 4 mixtures; negative binomial counts, a quarter of them non-zero."""
     rng = np.random.default_rng(seed)
     places = rng.uniform(0, np.sqrt(n), (n, 2))
     profiles = rng.gamma(0.3, 1, (12, GENES))
@@ -70,7 +70,7 @@ def tissue(n: int, seed: int = 0) -> anndata.AnnData:
 
 
 def fastest(work: Callable[[], object], times: int) -> float:
-    """Seconds of the fastest of some calls."""
+    """Return the seconds of the fastest of some calls."""
     best = np.inf
     for _ in range(times):
         start = time.perf_counter()
@@ -80,7 +80,7 @@ def fastest(work: Callable[[], object], times: int) -> float:
 
 
 def cells_per_second(adata: anndata.AnnData, key: str | None, batch: int) -> float:
-    """Cells a second of a run: all cells of its epochs by its seconds, the making of the model counted."""
+    """Return cells per second of a run: all cells of its epochs, divided by its time, model creation included."""
     start = time.perf_counter()
     model = made(adata, key)
     model.train(EPOCHS, batch_size=batch, held_out=0.0, patience=10**9, progress=False)
@@ -93,7 +93,7 @@ def made(adata: anndata.AnnData, key: str | None) -> SpatialVAE:
 
 
 def floor(batch: int) -> float:
-    """Cells a second if the matrix products of the network without neighbours were all there is."""
+    """Return cells per second if only the matrix products of the network without neighbours took time."""
     layers = [(GENES, LATENT + HIDDEN), (HIDDEN, 2 * LATENT), (LATENT, HIDDEN), (LATENT + HIDDEN, GENES)]
     seconds = 0.0
     for k, (inputs, outputs) in enumerate(layers):
@@ -104,9 +104,9 @@ def floor(batch: int) -> float:
 
 
 def parts(model: SpatialVAE, batch: int) -> dict[str, float]:
-    """Microseconds a cell of each part of a step, the fastest of ``TIMES``.
+    """Return microseconds per cell for each part of a step, the fastest of ``TIMES``.
 
-    Parts see the same cells again and again, whole steps other cells each time, not yet in the processor's cache.
+    Parts use the same cells again and again, whole steps new cells each time, which are not in the processor's cache.
     """
     from spatialvae import likelihoods
 
@@ -163,7 +163,7 @@ def parts(model: SpatialVAE, batch: int) -> dict[str, float]:
 
 
 def scvi_speed(table: Path, cache: Path, batch: int) -> float:
-    """Cells a second of scVI's run."""
+    """Return cells per second of scVI's run."""
     script = HERE / "peers" / "scvi_speed.py"
     command = [environment(cache, "scvi"), "-W", "ignore", script, table, str(batch), str(EPOCHS)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -178,7 +178,7 @@ print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.std
 
 
 def peak(command: list[str]) -> tuple[float, float]:
-    """Minutes and peak GB of a command."""
+    """Return minutes and peak GB of a command."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", ALONE, *command], stderr=subprocess.PIPE, text=True, check=True)
     code, memory = done.stderr.splitlines()[-1].split()
@@ -188,7 +188,7 @@ def peak(command: list[str]) -> tuple[float, float]:
 
 
 def million(n: int) -> str:
-    """Minutes and memory of both commands, and seconds of the graph."""
+    """Return minutes and memory of both commands, and seconds of the graph."""
     with tempfile.TemporaryDirectory() as name:
         folder, table = Path(name), Path(name) / "cells.h5ad"
         adata = tissue(n)
@@ -235,7 +235,7 @@ def main() -> None:
 
 
 def speed(options: argparse.Namespace) -> str:
-    """Speed and parts of a step."""
+    """Measure speed and parts of a step."""
     torch.set_num_threads(2)
     adata, n_rounds = (tissue(2_000), 1) if options.quick else (tissue(50_000), ROUNDS)
     kinds = {"SpatialVAE, without neighbours": None, "SpatialVAE, with neighbours": "spatial"}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = version("merfish")
 
-# Loaded on first use: the command line answers before Numba and AnnData are read.
+# Imported on first use, so that the command line starts without importing Numba and AnnData.
 _HOME = {
     "Codebook": "merfish.codebook",
     "check_codebook": "merfish.codebook",

@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, and checks of links."""
+"""Atomic writing of files and folders, JSON, and checks of links."""
 
 from __future__ import annotations
 
@@ -57,26 +57,26 @@ def flush(path: Path, recurse: bool = True) -> None:
 
 
 def refuse_escape(root: Path, entry: os.DirEntry[str]) -> None:
-    """Raise InputError for a link that leads out of the experiment's folder."""
+    """Raise InputError for a link to a path outside the experiment's folder."""
     # unlike resolve, realpath does not raise for cyclic links
     if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(root)):
         raise InputError(f"{entry.path}: links to {os.path.realpath(entry.path)}, outside the experiment's folder")
 
 
-LITTER = re.compile(r"\..+\.[a-z0-9_]{8}")  # left behind by a killed `whole_file`
+LITTER = re.compile(r"\..+\.[a-z0-9_]{8}")  # temporary folders of a killed `whole_file`
 
 
 def sweep(folder: Path) -> None:
-    """Remove temporary folders that killed writers left in a folder; no other process may be writing there."""
+    """Remove the temporary folders of killed writers from a folder; no other process may be writing there."""
     for entry in list(os.scandir(folder)) if folder.is_dir() else []:
         if LITTER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all; numbers that JSON has no word for (NaN, infinity) become null.
+    """Write JSON atomically; numbers that JSON cannot represent (NaN, infinity) become null.
 
-    What a mapping and the mappings in it hold stands on a line each, and only one line is in memory at a time.
+    The items of a mapping and of the mappings in it are written on one line each; only one line is in memory at a time.
     """
     with whole_file(path) as part, open(part, "w", encoding="utf-8") as file:
         file.writelines(_json_lines(value, 2))
@@ -95,7 +95,7 @@ def _json_lines(value: Any, levels: int) -> Iterator[str]:
 
 
 class Packed(Mapping[K, Any]):
-    """Values of JSON, kept as `pack` packs them, in a tenth of the memory; each is made anew when it is asked for."""
+    """JSON values stored compressed (see `pack`), in a tenth of the memory, and decompressed on each access."""
 
     def __init__(self, packed: Mapping[K, bytes]) -> None:
         self._packed = packed
@@ -111,12 +111,12 @@ class Packed(Mapping[K, Any]):
 
 
 def pack(value: Any) -> bytes:
-    """A value of JSON as compressed text."""
+    """Compress a JSON value."""
     return zlib.compress(json.dumps(value).encode(), 1)
 
 
 def plain(value: Any) -> Any:
-    """Convert values of Python's and NumPy's types to those of JSON."""
+    """Convert values of Python and NumPy types to JSON types."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
@@ -137,7 +137,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_packed(path: Path, name: str) -> Any:
-    """As `read_json`, with the values of member ``name``, an object, packed; one of them is unpacked at a time."""
+    """As `read_json`, but the values of member ``name``, an object, are `Packed`; they are parsed one at a time."""
 
     def member(key: str, text: str, at: int) -> tuple[Any, int]:
         if key != name or text[at] != "{":
@@ -167,9 +167,9 @@ def _packed(value: Any, end: int) -> tuple[bytes, int]:
 def _decode_object(
     text: str, at: int, member: Callable[[str, str, int], tuple[Any, int]]
 ) -> tuple[dict[str, Any], int]:
-    """Decode the JSON object at ``text[at]``; ``member(key, text, at)`` returns each value and where it ends.
+    """Decode the JSON object at ``text[at]``; ``member(key, text, at)`` returns each value and its end.
 
-    Returns the object and where it ends. Raises ValueError or IndexError if the text is not JSON.
+    Returns the object and its end. Raises ValueError or IndexError if the text is not JSON.
     """
     values: dict[str, Any] = {}
     at = _after(text, at, "{")
@@ -186,7 +186,7 @@ def _decode_object(
 
 
 def _after(text: str, at: int, sign: str) -> int:
-    """The position of what follows ``sign``, with spaces around it."""
+    """Position after ``sign`` and the white space around it."""
     found = re.compile(rf"\s*{re.escape(sign)}\s*", re.ASCII).match(text, at)
     if found is None:
         raise json.JSONDecodeError(f"expected {sign!r}", text, at)

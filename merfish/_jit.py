@@ -1,7 +1,7 @@
-"""The Numba options of this package.
+"""Numba options of this package.
 
-``fastmath`` stays off where NaN or the order of sums matters: the kernels are memory-bound, and results must be
-the same on every run. On-disk caching is safe here because no kernel is compiled inside a worker's fork (numba#4807).
+``fastmath`` is off where NaN or the order of sums matters: the kernels are memory-bound, and results must be the same
+in every run. On-disk caching is safe because no kernel is compiled inside a worker's fork (numba#4807).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numba.core import event
 
 kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
 parallel_kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
-# sums of products, of images: fused multiply-add is faster and rounds less
+# for sums of products of images: fused multiply-add is faster and more accurate
 fused_kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 prange = numba.prange
 
@@ -30,7 +30,7 @@ class _Once(event.Listener):
     def on_start(self, event: Any) -> None:
         if self.say is not None:
             say, self.say = self.say, None
-            say("compiling for this machine: happens once and takes about a minute")
+            say("compiling for this machine; this is done once and takes about a minute")
 
     def on_end(self, event: Any) -> None:
         pass
@@ -38,15 +38,15 @@ class _Once(event.Listener):
 
 @contextmanager
 def compilation_said(say: Callable[[str], None]) -> Iterator[None]:
-    """Call ``say`` when this process first compiles a kernel that Numba's cache does not hold."""
+    """Call ``say`` when this process first compiles a kernel that is not in Numba's cache."""
     with event.install_listener("numba:compile", _Once(say)):
         yield
 
 
 def map_bits(work: Callable[[Any], Any], stack: Any) -> list[Any]:
-    """Call ``work`` for each bit of a stack, on all of Numba's threads; ``work`` must not call parallel kernels."""
+    """Call ``work`` for each bit of a stack, on as many threads as Numba; ``work`` must not call parallel kernels."""
     threads = numba.get_num_threads()
     if threads == 1:
         return [work(stack[bit]) for bit in range(len(stack))]
-    with ThreadPoolExecutor(threads) as pool:  # threads of a permanent pool would be missing in a forked process
+    with ThreadPoolExecutor(threads) as pool:  # a forked process would lack the threads of a permanent pool
         return list(pool.map(lambda bit: work(stack[bit]), range(len(stack))))

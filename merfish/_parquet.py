@@ -1,7 +1,7 @@
-"""Parquet tables of many fields, written and read without holding more than a few of their row groups; GeoParquet.
+"""Parquet tables of many fields, written and read with only a few row groups in memory; GeoParquet.
 
-What pyarrow knows of a row group takes a kilobyte a column, in readers and writers, so fields with few rows share one;
-its own iterators open a reader of every row group that they may come to, 60 kB each.
+pyarrow's metadata of a row group need about 1 kB per column, in readers and writers, so fields with few rows share a
+row group; its own iterators open a reader for each row group in advance, 60 kB each.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 GEOMETRY = "geometry"
-ROWS = 1 << 18  # of a row group, at least
-PART = 1 << 16  # rows of a part, at most, unless a single row group has more
+ROWS = 1 << 18  # minimum number of rows of a row group
+PART = 1 << 16  # maximum number of rows of a part, unless a single row group has more
 
 
 class GroupWriter:
-    """Writes tables, one a field, into row groups of whole fields with ``rows`` rows or more."""
+    """Write tables, one per field, in row groups of whole fields with at least ``rows`` rows."""
 
     def __init__(self, path: Path, schema: pa.Schema, rows: int = ROWS) -> None:
         self._file, self._rows = pq.ParquetWriter(path, schema), rows
@@ -37,7 +37,7 @@ class GroupWriter:
         self._file.close()
 
     def write(self, table: pa.Table) -> None:
-        """Write the table of a field, or keep it until there are enough of them."""
+        """Write the table of a field, or keep it until there are enough rows."""
         self._waiting.append(table)
         if sum(map(len, self._waiting)) >= self._rows:
             self._flush()
@@ -50,13 +50,13 @@ class GroupWriter:
 
 
 def read_table(source: Any, columns: Sequence[str] | None = None) -> pa.Table:
-    """A small table, whole, on this thread: pyarrow's function of this name takes twice as long to begin."""
+    """Read a small table on this thread; pyarrow's function of this name takes twice as long to start."""
     with pq.ParquetFile(source) as file:
         return file.read(columns, use_threads=False)
 
 
 def parts(source: Any, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield a table part by part, whole row groups; source: path or file."""
+    """Yield a table in parts of whole row groups; source: path or file."""
     with pq.ParquetFile(source) as file:
         sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
         first, rows = 0, 0
@@ -68,7 +68,7 @@ def parts(source: Any, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def between(source: Any, columns: Sequence[str], name: str, low: np.ndarray, high: np.ndarray) -> pd.DataFrame:
-    """Rows whose places, columns name_x and name_y, lie between two corners (x, y), the second left out."""
+    """Rows whose positions, columns name_x and name_y, lie between two corners (x, y), the second one exclusive."""
     places = [f"{name}_{axis}" for axis in "xy"]
     wanted = list(dict.fromkeys([*columns, *places]))
     with pq.ParquetFile(source) as file:
@@ -83,7 +83,7 @@ def between(source: Any, columns: Sequence[str], name: str, low: np.ndarray, hig
 
 
 def _reaches(group: pq.RowGroupMetaData, index: Sequence[int], low: np.ndarray, high: np.ndarray) -> bool:
-    """Whether a row group may have places between two corners, by its statistics."""
+    """Whether a row group may have positions between two corners, by its statistics."""
     known = [group.column(k).statistics for k in index]
     return all(
         found is None or not found.has_min_max or (found.max >= a and found.min < b)
@@ -92,7 +92,7 @@ def _reaches(group: pq.RowGroupMetaData, index: Sequence[int], low: np.ndarray, 
 
 
 def geo_schema(schema: pa.Schema, column: str = GEOMETRY) -> pa.Schema:
-    """Add the metadata by which readers of GeoParquet recognise ``column`` (WKB) as the geometry."""
+    """Add the GeoParquet metadata that mark ``column`` (WKB) as the geometry."""
     described = {"encoding": "WKB", "geometry_types": ["Polygon", "MultiPolygon"], "crs": None, "edges": "planar"}
     geo = {"version": "1.1.0", "primary_column": column, "columns": {column: described}}
     return schema.with_metadata({**(schema.metadata or {}), b"geo": json.dumps(geo).encode()})

@@ -1,4 +1,4 @@
-"""Text from untrusted files: read within limits, and escaped before it is printed."""
+"""Text from untrusted files: read within limits and escaped before printing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from merfish.errors import InputError
 
 MAX_TABLE = 1 << 24  # bytes; the largest tables in use have about 100 kB
 _MOST_LISTED = 5
-_SHOWN = 80  # characters of a value that a message shows
+_SHOWN = 80  # maximum number of characters of a value in a message
 # Characters that a terminal interprets instead of printing: C0 and C1 controls and marks of writing direction; and
 # lone surrogates, which come from file names that are not UTF-8 and cannot be encoded.
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -83,7 +83,7 @@ def shown(value: object) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """A number with a noun that takes a plural s.
+    """Format a number with a noun that has a regular plural.
 
     >>> counted(1, "blank"), counted(1200, "cell")
     ('1 blank', '1,200 cells')
@@ -92,6 +92,6 @@ def counted(n: int, noun: str) -> str:
 
 
 def listed(items: Sequence[str], separator: str = "; ") -> str:
-    """Join the first few items in one line and count the others."""
+    """Join the first few items in one line, and count the others."""
     more = len(items) - _MOST_LISTED
     return separator.join(items[:_MOST_LISTED]) + (f"{separator}and {more} more" if more > 0 else "")

@@ -1,6 +1,6 @@
 """The ``merfish`` command: parses options, calls the library, prints results.
 
-Heavy modules are imported where they are used, so that ``--help`` is fast.
+Modules that take long to import are imported in the functions that use them, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BAD_INPUT = 2
 FAILED_FIELDS = 3  # some fields could not be decoded, or the images do not fit the codebook
 INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 MOST_FIELDS = 1_000_000  # larger field numbers are typing errors
-MOST_PIXELS = 100_000  # as are larger numbers of rows or columns
+MOST_PIXELS = 100_000  # larger numbers of rows or columns are typing errors
 
 app = typer.Typer(
     help="Decode MERFISH image stacks into molecules, cells and counts.",
@@ -49,7 +49,7 @@ class Method(StrEnum):
 
 
 def show_versions(asked: bool) -> None:
-    """Print the versions that results depend on, without importing anything heavy, and exit."""
+    """Print the versions on which results depend, without importing the packages, and exit."""
     if not asked:
         return
     import platform
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 class Interrupted(BaseException):
-    """Ctrl-C. Click replaces a KeyboardInterrupt by "Aborted", which does not say how to resume."""
+    """Raised on Ctrl-C; Click replaces KeyboardInterrupt by the message "Aborted", which does not say how to resume."""
 
 
 def _interrupt(*_: object) -> None:
@@ -98,13 +98,13 @@ def _interrupt(*_: object) -> None:
 
 
 def stop(message: str, code: int) -> None:
-    """Exit with one message."""
+    """Print one message and exit with ``code``."""
     print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 
 def system_error(error: OSError) -> str:
-    """The message for a system call that failed."""
+    """Message for a failed system call."""
     from merfish.pipeline.cluster import is_disk_full
 
     where = f"{error.filename}: " if error.filename else ""
@@ -117,7 +117,7 @@ class OutCommand(TyperCommand):
     """A command whose argument OUT may be given as --out OUT, as in all other commands."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Leave the name of the option out, so that its value becomes the argument."""
+        """Remove the name of the option, so that its value becomes the argument."""
         return super().parse_args(ctx, [arg.removeprefix("--out=") for arg in args if arg != "--out"])
 
 
@@ -125,7 +125,7 @@ class OutCommand(TyperCommand):
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder for the results.", metavar="OUT")] = Path("demo_output"),
 ) -> None:
-    """Run everything on small data: real fields, a simulated tissue and its embedding; write OUT/report.html."""
+    """Run all steps on small data: real fields, a simulated tissue and its embedding; write OUT/report.html."""
     from merfish.demo import run_demo
 
     run_demo(out)
@@ -224,7 +224,7 @@ def run(
     from merfish.pipeline.status import decoded_fields
 
     if sum(choice is not None for choice in (workers, scheduler, slurm)) > 1:
-        raise InputError("--workers, --scheduler and --slurm exclude each other; give one of them")
+        raise InputError("--workers, --scheduler and --slurm exclude each other; give only one of them")
     if embed:
         need_embedding("--embed")  # before any work
     elif domains is not None:

@@ -28,7 +28,7 @@ class Kind(StrEnum):
 
 
 def exchange_function(verb: str, name: str) -> Callable[..., Any]:
-    """The function ``read_NAME`` or ``write_NAME`` of a format in `merfish.exchange`."""
+    """Function ``read_NAME`` or ``write_NAME`` of a format in `merfish.exchange`."""
     module = import_module(f"merfish.exchange.{'plain' if name == 'csv' else name}")
     function: Callable[..., Any] = getattr(module, f"{verb}_{name}")
     return function
@@ -50,7 +50,7 @@ def table_import(
     read = exchange_function("read", kind)
     scaled = kind in (Kind.slideseq, Kind.cosmx, Kind.csv)
     if microns_per_pixel is not None and not scaled:
-        raise InputError(f"--microns-per-pixel: {kind.value} states its own scale; leave the option out")
+        raise InputError(f"--microns-per-pixel: {kind.value} files contain their own scale; omit the option")
     adata = read(path) if microns_per_pixel is None else read(path, microns_per_pixel)
     with whole_file(out) as part:
         adata.write_h5ad(part, compression="gzip")
@@ -106,7 +106,7 @@ def export(
 
     results.read_run(run)
     if out.exists():
-        raise InputError(f"{out}: exists already; name a new path, or remove it")
+        raise InputError(f"{out}: already exists; give a new path, or remove it")
     more = {}
     if format is Format.spatialdata:
         from merfish.mosaic import section_images

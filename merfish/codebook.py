@@ -19,7 +19,7 @@ from merfish._text import has_control, listed, read_text, shown
 from merfish.errors import InputError
 
 MAX_BITS = 64
-MAX_WORDS = 50_000  # all pairs are compared; the largest codebooks have about 10,000 words
+MAX_WORDS = 50_000  # all pairs of words are compared; the largest codebooks have about 10,000
 _BIT_COLUMN = re.compile(r"bit[ _]?0*(\d+)", re.IGNORECASE)
 _BLANK = re.compile(r"blank|notarget", re.IGNORECASE)
 
@@ -34,11 +34,13 @@ def too_many_bits(n_bits: int) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """The words of an experiment, one row for each gene or blank.
+    """Words of an experiment, one row for each gene or blank.
 
     names, ids: one string for each word; names of blanks contain "blank" or "notarget" (any case).
-    words: (word, bit) uint8 of 0 and 1, read-only.
+    words: (word, bit) uint8 of 0 and 1, read-only, at most 64 bits.
     bit_names: one string for each bit (readout or ``bit1``...).
+
+    Raises InputError if the shapes do not match, for other values of words, and for names with control characters.
     """
 
     names: tuple[str, ...]
@@ -75,7 +77,7 @@ class Codebook:
 
     @property
     def is_blank(self) -> np.ndarray:
-        """(word,) bool."""
+        """(word,) bool, whether a word is a blank."""
         return np.array([bool(_BLANK.search(name)) for name in self.names])
 
     @property
@@ -114,9 +116,9 @@ def read_codebook(path: str | os.PathLike[str]) -> Codebook:
     """Read a codebook in any of the common formats, and refuse one that cannot be decoded.
 
     Formats: ``name,id,bit1,...,bitN``; three header lines ``version``, ``codebook_name``, ``bit_names`` and then
-    ``name,id,barcode`` with the word spaced or not; merfishtools' tab-separated ``feat codeword expressed``.
+    ``name,id,barcode``, with or without spaces in the word; merfishtools' tab-separated ``feat codeword expressed``.
 
-    Raises InputError for other formats, for duplicate names or words, and for a word without bits.
+    Raises InputError for other formats, for duplicate names or words, and for a word without on-bits.
     """
     codebook = parse_codebook(path)
     problems = check_codebook(codebook).problems
@@ -274,12 +276,12 @@ def min_distance(codes: np.ndarray) -> int:
 def mhd4_codebook(
     genes: Iterable[str], n_bits: int = 16, *, expression: Mapping[str, float] | Sequence[float] | None = None
 ) -> Codebook:
-    """Build a code of weight 4 and minimum distance 4 for a list of genes; the remaining words become blanks.
+    """Build a code of weight 4 and minimum distance 4 for a list of genes; the remaining words are blanks.
 
     The words are the 4-subsets of bits {0..n_bits-1} whose numbers XOR to zero: two such words that share three
     bits share the fourth. For 16 bits they are the 140 words of weight 4 of the extended Hamming code [16, 11, 4],
-    which is optimal, A(16,4,4) = 140. Genes are assigned from the most abundant to the least, each to the word whose
-    bits have the lowest total so far, so that abundant genes do not crowd single imaging rounds.
+    which is optimal, A(16,4,4) = 140. Genes are assigned from the most to the least abundant, each to the word whose
+    bits have the smallest total abundance so far, so that abundant genes are spread over the imaging rounds.
 
     expression: abundance of each gene, by name or in the order of ``genes``; equal by default.
 
@@ -287,7 +289,8 @@ def mhd4_codebook(
     >>> book.n_words, int(book.is_blank.sum()), set(book.weights.tolist())
     (140, 138, {4})
 
-    Raises InputError for duplicate genes, more genes than words, or abundances that are missing or negative.
+    Raises InputError for duplicate genes, more genes than words, fewer than 4 or more than 64 bits, or abundances that
+    are missing, negative or not finite.
     """
     if isinstance(genes, str):
         raise InputError(f"genes: expected a list of names, got {genes!r}")

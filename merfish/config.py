@@ -16,18 +16,18 @@ from merfish._files import whole_file
 from merfish._text import read_text, shown
 from merfish.errors import InputError
 
-MISIDENTIFICATION_RATE = 0.05  # share of kept calls that may be wrong; Chen et al. 2015 and MERlin aim at the same
+MISIDENTIFICATION_RATE = 0.05  # expected fraction of wrong calls among those kept; as in Chen et al. 2015 and MERlin
 # Decoders, each with the sigmas of the band-pass filter before it: smoothing, background; pixel, for a PSF of 1.35 px
 FILTER_SIGMAS = {
-    # sharp images keep neighbouring spots apart; a narrower background would help in crowds, but loses more than that
-    # on real images and on tissue with out-of-focus light
+    # neighbouring spots are resolved better in sharp images; a narrower background would help with crowded molecules,
+    # but loses more than that in real images and in tissue with out-of-focus light
     "spots": (0.7, 2.0),
     # pixel vectors are less noisy in smooth images; the background is wider than a spot and narrower than cells
     "pixels": (1.0, 3.0),
     "hamming": (1.0, 3.0),
 }
 DEFAULT_METHOD = "spots"
-# Limits of the filter's sigmas, pixel: a narrower Gaussian has no weight on neighbouring pixels, a wider one removes
+# Limits of the filter's sigmas, pixel: a narrower Gaussian has no weight on neighbouring pixels, a wider one blurs
 # spots and cells alike, and the difference of two of nearly the same width is rounding error.
 LEAST_SIGMA, MOST_SMOOTHING, MOST_BACKGROUND = 0.2, 10.0, 100.0
 LEAST_RATIO = 1.1
@@ -46,8 +46,7 @@ def parameter(
 ) -> Any:
     """A pydantic field with the description that `config_yaml` writes.
 
-    source: of the default. must_exist: a value that is set, even to the default, is refused if the experiment does not
-    have it.
+    source: of the default. must_exist: a value that is set explicitly is refused if the experiment does not have it.
     """
     about: dict[str, Any] = {"unit": unit, "source": source, "must_exist": must_exist}
     return Field(default=default, description=text, json_schema_extra=about, **limits)
@@ -62,13 +61,13 @@ class RunConfig(BaseModel):
         DEFAULT_METHOD,
         f"Decoder: {', '.join(FILTER_SIGMAS)}. spots fits spots and weighs the evidence of every bit, pixels takes the "
         "nearest word of each pixel, hamming binarises the bits of each pixel and corrects one.",
-        source="spots finds most molecules at equal precision on the simulated stacks of benchmarks/results/decode.md",
+        source="spots finds most molecules at equal precision in the simulated stacks of benchmarks/results/decode.md",
     )
     misidentification_rate: float = parameter(
         MISIDENTIFICATION_RATE,
         "Expected share of wrong molecules among those that are kept; 1 keeps every molecule found.",
         unit="share of molecules",
-        source="Chen et al. 2015 and MERlin aim at the same",
+        source="as in Chen et al. 2015 and MERlin",
         gt=0,
         le=1,
     )
@@ -156,8 +155,8 @@ class RunConfig(BaseModel):
         if background < LEAST_RATIO * smoothing:
             raise ValueError(
                 f"background: {background:g} px must be at least {LEAST_RATIO:g} times smoothing, {smoothing:g} px; "
-                f"{self.method} takes smoothing {FILTER_SIGMAS[self.method][0]:g} and background "
-                f"{FILTER_SIGMAS[self.method][1]:g} where they are not given"
+                f"the defaults of {self.method} are smoothing {FILTER_SIGMAS[self.method][0]:g} and background "
+                f"{FILTER_SIGMAS[self.method][1]:g}"
             )
         return self
 
@@ -209,7 +208,7 @@ def read_config(path: str | os.PathLike[str] | None, **given: Any) -> RunConfig:
 
 
 def config_yaml() -> str:
-    """Every parameter with its default as YAML, each described by a comment; `read_config` reads it as the defaults."""
+    """All parameters with their defaults as YAML, each described by a comment; `read_config` accepts it."""
     parts = ["# Parameters of 'merfish run EXPERIMENT --out DIR --config THIS_FILE', with their defaults.\n"]
     for name, field in RunConfig.model_fields.items():
         about = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
@@ -240,7 +239,7 @@ def _limits(metadata: list[Any]) -> list[tuple[str, float]]:
 
 
 def _fault(fault: Any) -> str:
-    # a fault of several parameters together has no location, and its message names them
+    # an error of several parameters together has no location, and its message names them
     name = ".".join(map(str, fault["loc"]))
     if fault["type"] == _UNKNOWN:
         return f"{name}: no such parameter"
@@ -258,7 +257,7 @@ def _parse(text: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, a few lines of which can expand to any amount of memory, and without repeated keys."""
+    """YAML without repeated keys and without aliases, with which a few lines can expand to any amount of memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

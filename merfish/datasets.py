@@ -1,4 +1,4 @@
-"""Small real data sets that ship with the package; source and licence are in the folder of each."""
+"""Small real data sets included in the package; source and licence are in the folder of each."""
 
 from __future__ import annotations
 

@@ -1,13 +1,16 @@
-"""The demonstration: real fields, a simulated tissue scored against its truth, embeddings, one page.
+"""Demonstration: real fields, a simulated tissue scored against its truth, embeddings, and one report.
 
-The only module that calls both packages, through their public functions, imported when it runs.
+This module and `merfish.embedding` are the only ones that use `spatialvae`, through its public functions, which are
+imported when they are needed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,27 +29,34 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 N_PERMUTED = 20  # codebooks with permuted bits
-EXCESS = "(genes - blanks) / sqrt(genes + blanks)"  # of calls; a ratio of so few calls says less
+EXCESS = "(genes - blanks) / sqrt(genes + blanks)"  # of calls; a ratio of so few calls is less informative
 TISSUE_DOMAINS = 3
 OSMFISH_REGIONS = 11
-EPOCHS = 25  # of training at most, so that the demonstration takes a minute
+EPOCHS = 25  # maximum number of training epochs, so that the demonstration takes about a minute
 MATCH_MICRONS = 0.25  # a call is right if a true molecule of its gene lies within this distance
 CELL_OVERLAP = 0.5  # intersection over union above which a true cell counts as found
 
 
 def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, int] = (512, 512)) -> Path:
-    """Run everything, write the results to ``out`` and return the page. fields, shape: of the simulated tissue."""
+    """Run all steps, write the results to ``out`` and return the path of the report.
+
+    fields: (rows, columns) of the simulated tissue; shape: (y, x) of its fields, pixel. Raises InputError if a package
+    that the embedding needs is missing.
+    """
     started = time.perf_counter()
     need_embedding("the demo")
     out.mkdir(parents=True, exist_ok=True)
-    sections = [
-        *_stage("1/4 real MERFISH fields", lambda: real_fields(out)),
-        *_stage("2/4 a simulated tissue", lambda: simulated_tissue(out, fields, shape)),
-        *_stage("3/4 embedding of the tissue", lambda: embed_tissue(out)),
-        *_stage("4/4 embedding of a real cortex", lambda: embed_cortex(out)),
-    ]
+    # the cortex needs nothing of the other steps, and these keep one core busy for most of the time
+    with ProcessPoolExecutor(1, get_context("spawn")) as beside:
+        cortex = beside.submit(embed_cortex, out)
+        sections = [
+            *_stage("1/4 real MERFISH fields", lambda: real_fields(out)),
+            *_stage("2/4 a simulated tissue", lambda: simulated_tissue(out, fields, shape)),
+            *_stage("3/4 embedding of the tissue", lambda: [embed_tissue(out)]),
+            *_stage("4/4 embedding of a real cortex", lambda: [cortex.result()]),
+        ]
     lead = (
-        f"Made by “merfish demo” in {time.perf_counter() - started:.0f} s: real data that ships with the package, "
+        f"Made by “merfish demo” in {time.perf_counter() - started:.0f} s: real data that are included in the package, "
         "and a simulated tissue whose truth is known."
     )
     page = write_report(out / results.REPORT, "MERFISH from raw images to neighbourhoods", lead, sections)
@@ -55,8 +65,12 @@ def run_demo(out: Path, *, fields: tuple[int, int] = (4, 4), shape: tuple[int, i
 
 
 def _stage(title: str, work: Callable[[], list[Section]]) -> list[Section]:
+    """Print the title of a stage, do its work, and print the first table of its first section."""
     print(f"\n{title}")
-    return work()
+    sections = work()
+    table = sections[0].tables[0]
+    _print_table(table.columns, table.rows)
+    return sections
 
 
 # --- real fields ------------------------------------------------------------------------------------------------
@@ -87,20 +101,21 @@ def real_fields(out: Path) -> list[Section]:
             picture(f"permuted_{fov}", figure, f"Field {fov}: the real codebook against {len(permuted)} permuted ones")
         )
     columns = ("field", "genes / blanks called", "excess", "genes, permuted", "excess, permuted", "above control")
-    _print_table(columns, rows)
     text = [
         "Two fields of view from a real experiment, 128 x 128 px, 8 rounds, 16 bits, 70 genes and 70 blanks. Blanks "
-        "are words that no RNA carries, so every call of a blank is an error; here, half of all words are blanks.",
-        "Control: the same images decoded with codebooks whose bits were permuted. No RNA carries their gene words "
-        "either, so genes and blanks should be called equally often; only the real codebook should favour its genes. "
-        f"Excess: {EXCESS}; by chance it has mean 0 and standard deviation 1, whatever the number of calls.",
+        "are words that are not assigned to any RNA, so every call of a blank is an error; here, half of all words are "
+        "blanks.",
+        "Control: the same images decoded with codebooks whose bits were permuted. Their gene words are not assigned "
+        "to any RNA either, so genes and blanks should be called equally often; only with the real codebook should "
+        f"there be more genes. Excess: {EXCESS}; by chance it has mean 0 and standard deviation 1, for any number of "
+        "calls.",
     ]
     first = Section("Real fields: genes against blanks", text, [Table(columns, rows)], pictures)
     return [first, *_titled("Real fields", run_sections(folder))]
 
 
 def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]:
-    """Calls of genes and of blanks in each field: first row the real codebook, then permuted ones."""
+    """Calls of genes and blanks in each field, see `count_calls`; the first row is of the real codebook."""
     from merfish.imaging.field import register_field
     from merfish.imaging.opening import open_experiment
     from merfish.pipeline.survey import read_calibration
@@ -118,7 +133,7 @@ def permuted_controls(experiment: Path, folder: Path) -> dict[int, pd.DataFrame]
 
 
 def count_calls(bits: np.ndarray, codebook: Codebook, normalization: Any) -> dict[str, float]:
-    """Calls of genes and of blanks that are probably right, and the excess of genes (`EXCESS`)."""
+    """Numbers of calls of genes and of blanks that are more likely right than wrong, and their `EXCESS`."""
     from merfish.calls.filtering import rate_calls
     from merfish.decoding.methods import decode_filtered
 
@@ -145,12 +160,11 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
     score = score_run(folder, raw)
     rows = [
         ("molecules found (recall)", f"{score['recall']:.3f}"),
-        ("molecules right (precision)", f"{score['precision']:.3f}"),
+        ("molecules correct (precision)", f"{score['precision']:.3f}"),
         ("median position error", f"{score['median_error']:.3f} µm"),
         ("cells found", f"{score['cells_found']:.3f} of {score['n_cells']}"),
         ("counts of each cell and gene, Pearson r", f"{score['count_r']:.3f}"),
     ]
-    _print_table(("measure", "value"), rows)
     truth = read_cells(raw / "truth" / "cells.parquet")
     domain = truth["domain"].astype(str).to_numpy()
     shown = [
@@ -169,7 +183,7 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
     ]
     text = [
         f"{fields[0]} x {fields[1]} overlapping fields of {shape[0]} x {shape[1]} px with drift, beads, stains and the "
-        "bit errors of real experiments (1->0 10 %, 0->1 4 %), run as any raw experiment, then compared with the "
+        "bit errors of real experiments (1->0 10 %, 0->1 4 %), processed like any raw experiment and compared with the "
         f"simulated truth. {table.n_obs} cells were segmented."
     ]
     return [
@@ -179,7 +193,7 @@ def simulated_tissue(out: Path, fields: tuple[int, int], shape: tuple[int, int])
 
 
 def score_run(folder: Path, raw: Path) -> dict[str, Any]:
-    """Molecules, cells and counts of a run against the truth of a simulated experiment."""
+    """Score molecules, cells and counts of a run against the truth of a simulated experiment."""
     import anndata
 
     from merfish.cells.counts import read_cells
@@ -189,7 +203,7 @@ def score_run(folder: Path, raw: Path) -> dict[str, Any]:
     calls = read_transcripts(folder / results.TRANSCRIPTS)
     truth = pd.read_parquet(raw / "truth" / "molecules.parquet")
     paired, real = match_calls(_in_microns(calls), _in_microns(truth), radius=MATCH_MICRONS)
-    # partners may lie beyond the margin, so that neither side is penalised at the border
+    # partners may lie in the margin, so that neither calls nor molecules are penalised at the border
     inner_calls, inner_truth = in_fields(calls, raw), in_fields(truth, raw)
     error = np.hypot(*(calls[k].to_numpy()[paired] - truth[k].to_numpy()[real] for k in ("global_x", "global_y")))
     score: dict[str, Any] = {
@@ -219,7 +233,7 @@ def score_run(folder: Path, raw: Path) -> dict[str, Any]:
 
 
 def in_fields(molecules: pd.DataFrame, raw: Path, margin: int = 10) -> np.ndarray:
-    """Whether molecules lie in any field, at least ``margin`` px inside the outer border; (molecule,) bool."""
+    """Return whether molecules lie in any field, at least ``margin`` px inside the outer border; bool (molecule,)."""
     from merfish.imaging.opening import open_experiment
 
     source = open_experiment(raw)
@@ -235,9 +249,9 @@ def _in_microns(molecules: pd.DataFrame) -> pd.DataFrame:
 
 
 def match_cells(found: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Row of the found cell that overlaps each true one best, by intersection over union above 0.5, else -1.
+    """Row (true cell,) of the found cell whose intersection over union with each true one exceeds 0.5, or -1.
 
-    found, true: shapely polygons. A cell can overlap only one other by more than one half.
+    found, true: (cell,) shapely polygons. At most one found cell overlaps a true one by more than 0.5.
     """
     match = np.full(len(true), -1)
     if not len(found):
@@ -252,7 +266,7 @@ def match_cells(found: np.ndarray, true: np.ndarray) -> np.ndarray:
 # --- embeddings -------------------------------------------------------------------------------------------------
 
 
-def embed_tissue(out: Path) -> list[Section]:
+def embed_tissue(out: Path) -> Section:
     """Embed the cells of the simulated run and compare the domains found with the true ones."""
     import anndata
 
@@ -268,33 +282,41 @@ def embed_tissue(out: Path) -> list[Section]:
     truth = np.array([by_row[cell_id] for cell_id in table.obs["cell_id"]])[rows]
     section = embed("Embedding of the simulated tissue", table, TISSUE_DOMAINS, truth, "true domain", "tissue")
     table.write_h5ad(out / "tissue_embedded.h5ad")
-    return [section]
+    return section
 
 
-def embed_cortex(out: Path) -> list[Section]:
+def embed_cortex(out: Path) -> Section:
     """Embed the bundled osmFISH cortex and compare the domains found with the annotated regions."""
     from merfish import datasets
 
     table = datasets.osmfish()
     regions = table.obs["Region"].astype(str).to_numpy()
-    section = embed(
-        "Embedding of a real cortex (osmFISH)", table, OSMFISH_REGIONS, regions, "annotated region", "cortex"
-    )
+    title = "Embedding of a real cortex (osmFISH)"
+    section = embed(title, table, OSMFISH_REGIONS, regions, "annotated region", "cortex", progress=False)
     table.write_h5ad(out / "osmfish_embedded.h5ad")
-    return [section]
+    return section
 
 
-def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_name: str, name: str) -> Section:
+def embed(
+    title: str,
+    table: AnnData,
+    n_domains: int,
+    truth: np.ndarray,
+    truth_name: str,
+    name: str,
+    *,
+    progress: bool = True,
+) -> Section:
     """Train a model on a table of counts, find domains, compare them with ``truth`` ("" = unknown), and plot them.
 
-    name: of the pictures' files.
+    name: start of the names of the figure files.
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     from spatialvae import plots as embedding_plots
 
     started = time.perf_counter()
-    model = fit_embedding(table, n_domains, max_epochs=EPOCHS)
+    model = fit_embedding(table, n_domains, max_epochs=EPOCHS, progress=progress)
     seconds = time.perf_counter() - started
     labels = table.obs["spatial_domain"].astype(str).to_numpy()
     known = truth != ""
@@ -308,7 +330,6 @@ def embed(title: str, table: AnnData, n_domains: int, truth: np.ndarray, truth_n
         ("normalised mutual information", f"{agreement[1]:.3f}"),
         (f"training, at most {EPOCHS} epochs, and embedding", f"{seconds:.0f} s"),
     ]
-    _print_table((title, ""), rows)
     x, y = np.asarray(table.obsm["spatial"])[:, :2].T
     true_colours = plots.colours_of(truth[known])
     colours = plots.matching_colours(labels, truth, true_colours)
@@ -347,7 +368,7 @@ def _titled(prefix: str, sections: list[Section]) -> list[Section]:
     ]
 
 
-def _print_table(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     from rich.console import Console
     from rich.table import Table as ConsoleTable
 

@@ -1,4 +1,4 @@
-"""Embed cells with SpatialVAE, which is imported when a function runs."""
+"""Embed cells with SpatialVAE, which is imported inside the functions that need it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def fit_embedding(
 ) -> SpatialVAE:
     """Train a model on a table of counts, and add its embedding and spatial domains to the table.
 
-    n_domains: by default the number whose domains are found again most reliably in halves of the cells. max_epochs: by
-    default training stops when held-out cells no longer improve. Adds ``obsm["X_spatialvae"]``, the names of its
+    n_domains: by default the number whose domains are most reproducible in halves of the cells. max_epochs: by default
+    training stops when the loss of held-out cells no longer improves. Adds ``obsm["X_spatialvae"]``, the names of its
     columns as ``uns["X_spatialvae_names"]``, ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``.
     Raises InputError for a table that cannot be embedded.
     """
@@ -55,8 +55,8 @@ def fit_embedding(
 def embed_run(out: Path, n_domains: int | None = None, *, progress: bool = False) -> list[str]:
     """Embed the cells of a finished run: add embedding and domains to its table, and save the model beside it.
 
-    Table and record are replaced together; if an earlier call with the same ``n_domains`` embedded the same results,
-    nothing is done. Returns lines for a terminal. Raises InputError if the run cannot be embedded.
+    Table and record are replaced together; nothing is done if an earlier call with the same ``n_domains`` embedded the
+    same results. Returns lines for the terminal. Raises InputError if the run cannot be embedded.
     """
     import anndata
 
@@ -68,7 +68,7 @@ def embed_run(out: Path, n_domains: int | None = None, *, progress: bool = False
         record = results.read_run(out)
         asked: dict[str, Any] = {"n_domains": n_domains, "seed": SEED}
         if record.get("embedding", {}).get("asked") == asked and (out / MODEL).is_dir():
-            return [f"the cells are embedded already; domains: {record['embedding']['found']}"]
+            return [f"the cells are already embedded; domains: {record['embedding']['found']}"]
         table = anndata.read_h5ad(out / results.CELL_BY_GENE)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)

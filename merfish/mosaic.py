@@ -23,21 +23,21 @@ from merfish.report import OVERVIEW, read_overview, read_record
 if TYPE_CHECKING:
     import zarr
 
-BRIGHTEST = "overview"  # the channel that every run has: the brightest bit of each pixel
+BRIGHTEST = "overview"  # channel that every run has: the brightest bit of each pixel
 BLOCK = 1024  # pixels along y and x of a block of a lazy mosaic
 ZARR, TIFF = (".zarr",), (".tif", ".tiff")
 
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """One channel of a field: an array (y, x) or (z, y, x), and the row and column of its first pixel in the mosaic."""
+    """One channel of a field, (y, x) or (z, y, x), and the row and column of its first pixel in the mosaic."""
 
     image: Any
     row: int
     column: int
 
     def part(self, y: slice, x: slice) -> np.ndarray:
-        """Rows and columns of the field, float32, the brightest plane of each pixel."""
+        """Some rows and columns of the field, (y, x) float32, maximum over planes."""
         part = np.asarray(self.image[..., y, x], np.float32)
         return part.max(axis=0) if part.ndim == 3 else part
 
@@ -46,8 +46,8 @@ def write_mosaic(out: Path, path: Path, channel: str) -> Path:
     """Write the mosaic of a channel of a run as OME-Zarr (.zarr) or OME-TIFF (.tif), atomically.
 
     out: folder of the run. channel: a stain or a bit that the run saved (``--save-images``), or "overview", the
-    brightest bit of each pixel. Corrected positions of fields are rounded to whole pixels; where fields overlap, they
-    are averaged with weights that grow with the distance to the border. Each resolution level is half as large as the
+    brightest bit of each pixel. Corrected positions of fields are rounded to whole pixels; overlapping fields are
+    averaged with weights that increase with the distance to the border. Each resolution level is half as large as the
     previous one; coordinates are in micrometre.
 
     Raises InputError if the run has no such images, or for another suffix of ``path``.
@@ -86,7 +86,7 @@ def section_images(out: Path) -> dict[str, tuple[Any, list[str]]]:
     """Mosaics of a run by name: lazy Dask arrays (c, y, x) and the names of their channels.
 
     ``stains``: those that the run saved (``--save-images``); ``overview``: the brightest bit of each pixel. Images that
-    some field lacks are left out. The first pixel lies at `merfish.results.mosaic_origin`.
+    are missing for some field are omitted. The first pixel lies at `merfish.results.mosaic_origin`.
     """
     import dask.array as da
 
@@ -113,7 +113,10 @@ def _common_stains(out: Path, fovs: Sequence[int]) -> list[str]:
 
 
 def field_image(out: Path, fov: int, channel: str) -> Any:
-    """A channel of a field, an array (y, x) or (z, y, x) that is read when it is indexed."""
+    """Channel of a field, an array (y, x) or (z, y, x) that is read when it is indexed.
+
+    Raises InputError if the run did not save the channel.
+    """
     if channel == BRIGHTEST:
         return read_overview(results.field_folder(out, fov) / OVERVIEW)
     known = saved_channels(out, fov)
@@ -137,7 +140,7 @@ class Channel:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the pixels."""
+        """Data type of the pixels."""
         return np.dtype(self.level.dtype)
 
     def __getitem__(self, place: tuple[Any, slice, slice]) -> np.ndarray:
@@ -145,7 +148,7 @@ class Channel:
 
 
 def blend(fields: Sequence[Tile], y: slice, x: slice, dtype: np.dtype[Any]) -> np.ndarray:
-    """Part of a mosaic: overlapping fields are averaged with the distance to their borders as weight.
+    """Part (y, x) of a mosaic: overlapping fields are averaged, weighted by the distance to their borders.
 
     Pixels outside all fields are 0.
     """
@@ -169,7 +172,7 @@ def blend(fields: Sequence[Tile], y: slice, x: slice, dtype: np.dtype[Any]) -> n
 
 
 def lazy_mosaic(images: list[Any], corners: np.ndarray) -> Any:
-    """A lazy mosaic (y, x); corners: (field, 2) x, y of the images, pixels."""
+    """Lazy mosaic (y, x); corners: (field, 2) x, y of the first pixel of each image, pixels."""
     import dask
     import dask.array as da
 
@@ -201,7 +204,7 @@ def _meet(tile: Tile, y: slice, x: slice) -> bool:
 
 
 def _from_border(length: int) -> np.ndarray:
-    """Distance of each pixel to the nearer end, starting at 1."""
+    """Distance of each pixel to the nearer end, from 1."""
     place = np.arange(length, dtype=np.float32)
     return np.minimum(place, length - 1 - place) + 1
 
@@ -245,7 +248,7 @@ def write_tiff(
 
 
 def _squares(level: zarr.Array[Any]) -> Iterator[np.ndarray]:
-    """Yield the tiles of an image (1, 1, y, x) row by row, as TIFF stores them; those at the edges padded with 0."""
+    """Yield the tiles of an image (1, 1, y, x) row by row, as TIFF stores them; edge tiles are padded with 0."""
     height, width = level.shape[2:]
     for y in range(0, height, CHUNK):
         band = np.asarray(level[0, 0, y : y + CHUNK])

@@ -1,4 +1,4 @@
-"""Figures and colours that reports, the demonstration and benchmarks share; no function touches global state."""
+"""Figures and colours of reports, the demonstration and benchmarks; no function changes global state."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_PIXELS = 1000  # along the longer side of an image of a field; more than a screen shows
+MOST_PIXELS = 1000  # along the longer side of the image of a field; enough for a screen
 GENE, BLANK, MUTED = "#2563eb", "#dc2626", "#94a3b8"
-# Okabe and Ito's colours, which colour-blind readers can distinguish, then further hues
+# Okabe and Ito's colours, which colour-blind readers can distinguish, and further hues
 CATEGORIES = (
     "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442", "#7f3c8d",
     "#a5aa99", "#80ba5a", "#e73f74", "#8c613c", "#008695", "#f97b72", "#4b4b8f", "#3969ac",
@@ -22,7 +22,7 @@ CATEGORIES = (
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of width x height inches with one row of axes."""
+    """Create a figure of width x height inches with one row of axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
@@ -33,7 +33,7 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, l
 
 
 def draw_field(ax: Axes, image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> None:
-    """A field (y, x) with its molecules as dots, and a square (top, left, side) in it."""
+    """Draw a field (y, x) with its molecules as dots, and the outline of a square (top, left, side), pixel."""
     from matplotlib.patches import Rectangle
 
     top, left, side = square
@@ -49,7 +49,7 @@ def draw_field(ax: Axes, image: np.ndarray, calls: pd.DataFrame, square: tuple[i
 
 
 def draw_detail(ax: Axes, image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> None:
-    """A square (top, left, side) of a field (y, x) with its molecules as circles."""
+    """Draw a square (top, left, side), pixel, of a field (y, x) with its molecules as circles."""
     top, left, side = square
     ax.imshow(image[top : top + side, left : left + side], cmap="gray", interpolation="nearest",
               extent=(left - 0.5, left + side - 0.5, top + side - 0.5, top - 0.5))  # fmt: skip
@@ -81,7 +81,7 @@ def _molecules(ax: Axes, calls: pd.DataFrame, size: float, filled: bool) -> None
 
 
 def densest_square(calls: pd.DataFrame, shape: tuple[int, ...], side: int = 160) -> tuple[int, int, int]:
-    """(top, left, side) of the square of a field with most molecules; it has ``side`` pixels or fewer."""
+    """(top, left, side) of the square of a field with the most molecules; the side has at most ``side`` pixels."""
     crop = min(side, shape[0] // 2, shape[1] // 2)
     if not len(calls):
         return (shape[0] - crop) // 2, (shape[1] - crop) // 2, crop
@@ -92,15 +92,15 @@ def densest_square(calls: pd.DataFrame, shape: tuple[int, ...], side: int = 160)
 
 
 def colours_of(labels: Iterable[object]) -> dict[str, str]:
-    """A colour of `CATEGORIES` for each label, in the order of the labels; numbers by their value."""
+    """Assign a colour of `CATEGORIES` to each label, in sorted order; numbers are sorted by value."""
     kinds = sorted({str(label) for label in labels}, key=lambda kind: (len(kind) if kind.isdigit() else 0, kind))
     return {kind: CATEGORIES[k % len(CATEGORIES)] for k, kind in enumerate(kinds)}
 
 
 def matching_colours(found: np.ndarray, true: np.ndarray, colours: Mapping[str, str]) -> dict[str, str]:
-    """Colours for found labels (cell,), matched one to one to the true labels with which they share most cells.
+    """Colours of found labels (cell,), matched one to one to true labels such that most cells are shared.
 
-    true: (cell,), "" if unknown. colours: of true labels. Found labels without a match take the remaining colours.
+    true: (cell,), "" if unknown. colours: of true labels. Found labels without a match get the remaining colours.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -115,7 +115,7 @@ def matching_colours(found: np.ndarray, true: np.ndarray, colours: Mapping[str, 
 
 
 def permuted_control(real: float, permuted: Sequence[float], label: str, title: str) -> Figure:
-    """A number for the real codebook against the same number for codebooks with permuted bits."""
+    """Plot a quantity of the real codebook against a histogram of it for codebooks with permuted bits."""
     figure, (ax,) = new_figure(6.4, 3.2)
     ax.hist(permuted, bins=10, color=MUTED, label=f"{len(permuted)} permuted codebooks")
     ax.axvline(real, color=GENE, linewidth=2.5, label="real codebook")
@@ -138,7 +138,7 @@ def scatter_counts(measured: np.ndarray, true: np.ndarray, title: str) -> Figure
 
 
 def labels_by_place(x: np.ndarray, y: np.ndarray, labels: np.ndarray, title: str, colours: Mapping[str, str]) -> Figure:
-    """Cells (cell,) at their positions, coloured by label; labels without a colour are left out."""
+    """Plot cells (cell,) at their positions, coloured by label; labels without a colour are omitted."""
     figure, (ax,) = new_figure(6.4, 4.6)
     text = np.array([str(label) for label in labels])
     size = float(np.clip(30_000 / max(len(x), 1) ** 1.1, 2, 30))

@@ -1,4 +1,4 @@
-"""The results of a run: names of its files, and its record."""
+"""Results of a run: names of its files, and its record."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DOMAIN, LATENT, LATENT_NAMES = "spatial_domain", "X_spatialvae", "X_spatialvae_n
 
 
 def field_folder(out: Path, fov: int) -> Path:
-    """The folder of the intermediate results of a field, complete or absent."""
+    """Folder of the intermediate results of a field, complete or absent."""
     return out / FIELDS / f"fov_{fov:04d}"
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """The record of a finished run, with its part on fields packed. Raises InputError if there is none."""
+    """Read the record of a finished run; its values of fields are `Packed`. Raises InputError if there is none."""
     path = out / RUN
     if not path.is_file():
         raise InputError(f"{out}: no {RUN} in it; expected the folder of a finished run")
@@ -42,6 +42,6 @@ def read_run(out: Path) -> dict[str, Any]:
 
 
 def mosaic_origin(record: Mapping[str, Any]) -> np.ndarray:
-    """Centre (x, y) of the first pixel of mosaics of a run's fields (of all where none was decoded), micrometre."""
+    """Centre (x, y) of the first pixel of mosaics of a run's fields (of all fields if none was decoded), micrometre."""
     positions = np.array(record["stage"]["positions"], float)
     return np.asarray(positions[sorted(map(int, record["fields"])) or slice(None)].min(axis=0))

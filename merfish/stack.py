@@ -17,7 +17,7 @@ from merfish.imaging.leaks import find_leaks, peak_light
 from merfish.imaging.normalize import Normalization, peak_normalization, shared_normalization, some_spots
 from merfish.imaging.preprocess import Bandpassed
 
-MATCHED = 1.15  # a filter whose widths fit the PSF to this factor is left as it is
+MATCHED = 1.15  # the widths of the filter are kept if they match the PSF within this factor
 
 
 def decode(
@@ -30,10 +30,12 @@ def decode(
 ) -> pd.DataFrame:
     """Decode one registered stack, and keep molecules at a misidentification rate.
 
-    stack: (bit, y, x) or (bit, z, y, x), any real dtype, raw camera counts unless ``preprocess`` is False: then it
-    is filtered and normalised already (no spot = 0, one molecule's spot = 1 high).
-    Returns a transcript table (`merfish.transcripts.COLUMNS`), pixels with the centre of the first pixel at 0.
-    Raises InputError if the stack does not match the codebook or holds NaN, and for a rate that is not from 0 to 1.
+    stack: (bit, y, x) or (bit, z, y, x), any real dtype, raw camera counts; with ``preprocess=False`` it must already
+    be filtered and normalised (background 0, spot of one molecule of height 1). method: "spots", "pixels" or "hamming".
+    misidentification_rate: expected fraction of wrong molecules among those kept.
+    Returns a transcript table (`merfish.transcripts.COLUMNS`); x, y in pixel, the centre of the first pixel at 0.
+    Raises InputError if the stack does not match the codebook or contains NaN, for an unknown method, and for a rate
+    that is not from 0 to 1.
     """
     if not 0 <= misidentification_rate <= 1:
         raise InputError(f"misidentification_rate: expected a share from 0 to 1, got {misidentification_rate}")
@@ -43,14 +45,14 @@ def decode(
 def decode_all(
     stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
 ) -> pd.DataFrame:
-    """As `decode`, but with every molecule found, each with its probability of being right."""
+    """As `decode`, but return every molecule found, each with its probability of being right."""
     return rate_calls(find_all(stack, codebook, method=method, preprocess=preprocess), codebook)
 
 
 def find_all(
     stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
 ) -> pd.DataFrame:
-    """As `decode_all`, with the decoder's own posterior, if it gives one, instead of the probability to be right."""
+    """As `decode_all`, but with the decoder's own posterior, if it has one, instead of the calibrated probability."""
     filtered, normalization = prepare(stack, codebook, method=method, preprocess=preprocess)
     return decode_filtered(filtered, codebook, normalization, method=method)
 
@@ -58,7 +60,7 @@ def find_all(
 def prepare(
     stack: np.ndarray, codebook: Codebook, *, method: str = DEFAULT_METHOD, preprocess: bool = True
 ) -> tuple[np.ndarray | Bandpassed, Normalization]:
-    """The stack as a decoder takes it, filtered when it is indexed, and its normalization; arguments as of `decode`."""
+    """Return a stack that is filtered when it is indexed, as decoders take it, and its normalization; see `decode`."""
     if isinstance(stack, str | os.PathLike) or not isinstance(codebook, Codebook):
         raise InputError(
             f"expected an array and a Codebook, got {type(stack).__name__} and {type(codebook).__name__}; read files "

@@ -1,4 +1,4 @@
-"""The transcript table: its columns, and reading and writing it."""
+"""Transcript table: its columns, reading and writing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from merfish.codebook import Codebook
 from merfish.errors import InputError
 
 # Units: x, y pixel in the field, centre of the first pixel = 0; z plane index; global_* micrometre in the stage
-# frame; intensity in molecules' mean height; area pixels; distance between unit vectors; shown: the bits that were
-# seen on, the first the least significant.
+# frame; intensity relative to the spot of a typical molecule; area pixels; distance between unit vectors; shown: the
+# bits that were detected as on, the first least significant.
 COLUMNS: dict[str, str] = {
     "transcript_id": "int64",
     "barcode_id": "int32",
@@ -41,8 +41,9 @@ COLUMNS: dict[str, str] = {
 def transcript_table(codebook: Codebook, word: np.ndarray, **columns: Any) -> pd.DataFrame:
     """Build a transcript table: one row per molecule, with the columns and dtypes of `COLUMNS`.
 
-    word: (molecule,) row of the codebook. columns: arrays (molecule,) or scalars for any other column. Defaults: fov 0,
-    z 0, cell_id -1, NaN for micrometres and probability, transcript_id by row, and shown equal to the word.
+    word: (molecule,) row of the codebook. columns: arrays (molecule,) or scalars for any other column; x, y,
+    hamming_distance and intensity are required. Defaults: fov, z and area 0, cell_id -1, NaN for global coordinates,
+    probability and distance, transcript_id by row, and shown equal to the word.
     """
     word = np.asarray(word, dtype=np.int32)
     n = len(word)

@@ -1,4 +1,4 @@
-"""View a run in napari: its layers as plain data, and the function that opens them."""
+"""View a run in napari: its layers as plain data, and a function that opens them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from merfish.pipeline.images import BITS, STAINS, image_folder, saved_channels
 from merfish.plots import CATEGORIES
 from merfish.report import OVERVIEW, read_overview, read_record
 
-MOST_POINTS, MOST_OUTLINES = 1_000_000, 50_000  # molecules and cells that napari still shows smoothly
-COARSEST = 8  # pixels of a field that one pixel of the coarsest image of a section covers
+MOST_POINTS, MOST_OUTLINES = 1_000_000, 50_000  # largest numbers of molecules and cells that napari shows smoothly
+COARSEST = 8  # downsampling of the coarsest image of a section
 STAIN_COLOURS = ("blue", "green", "magenta", "cyan")
 POINT_SIZE, LINE_WIDTH = 0.4, 0.2  # micrometre
 Box = tuple[np.ndarray, np.ndarray] | None  # corners (x, y), micrometre; None: everything
@@ -28,7 +28,7 @@ Box = tuple[np.ndarray, np.ndarray] | None  # corners (x, y), micrometre; None: 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Data of a layer and the options with which napari adds it; kind: "image", "points" or "vectors"."""
+    """Data of a layer and the options for napari; kind: "image", "points" or "vectors"."""
 
     kind: str
     data: Any
@@ -38,7 +38,7 @@ class Layer:
 def view(out: Path, fov: int | None = None) -> None:
     """Open napari with a field of a run, or the whole section, and wait until it is closed.
 
-    Raises InputError if napari is not installed, or as `layers_of_field` does.
+    Raises InputError if napari cannot be imported, or if the run has no such field.
     """
     try:
         import napari
@@ -51,20 +51,20 @@ def view(out: Path, fov: int | None = None) -> None:
 
 
 def show(viewer: Any, layers: list[Layer]) -> None:
-    """Add layers to a viewer of napari."""
+    """Add layers to a napari viewer."""
     for layer in layers:
         getattr(viewer, f"add_{layer.kind}")(layer.data, units="um", **layer.options)
 
 
 def layers_of_field(out: Path, fov: int) -> list[Layer]:
-    """Images, outlines and molecules of one field, in micrometre of the stage, axes (z,) y, x.
+    """Images, outlines and molecules of one field, stage coordinates in micrometre, axes (z,) y, x.
 
-    Bits and stains as saved by ``--save-images``, else the overview picture. Raises InputError if the run has no such
-    field.
+    The images are the bits and stains saved by ``--save-images``, or else the overview image. Raises InputError if the
+    run has no such field.
     """
     run = read_record(out)
     if str(fov) not in run["fields"]:
-        raise InputError(f"{out}: no results of field {fov}; there are {_ends(run)}")
+        raise InputError(f"{out}: no results of field {fov}; the run has {_ends(run)}")
     scale, place = run["microns_per_pixel"], np.array(run["stage"]["positions"][fov], float)
     height, width = run["fields"][str(fov)]["shape"]
     box = place, place + scale * np.array([width, height])
@@ -76,7 +76,7 @@ def layers_of_field(out: Path, fov: int) -> list[Layer]:
 
 
 def layers_of_section(out: Path) -> list[Layer]:
-    """As `layers_of_field`, for all fields: saved stains and overview images, which are loaded lazily."""
+    """Layers of all fields: saved stains and overview images, loaded lazily, outlines and molecules."""
     run = read_record(out)
     fovs = sorted(map(int, run["fields"]))
     if not fovs:
@@ -164,7 +164,7 @@ def _limits(sample: np.ndarray) -> tuple[float, float]:
 
 
 def _outlines(out: Path, box: Box) -> list[Layer]:
-    """Outlines of the cells whose centres lie in a box, or of all, as lines; only centres if there are too many."""
+    """Outlines, as lines, of the cells whose centres lie in a box, or of all; only centres if there are too many."""
     import shapely
 
     columns = ["center_x", "center_y"]
@@ -181,7 +181,7 @@ def _outlines(out: Path, box: Box) -> list[Layer]:
 
 
 def edges(geometry: np.ndarray) -> np.ndarray:
-    """Edges of polygons, (edge, 2, 2): start (y, x) and vector to the end."""
+    """Edges of polygons, (edge, 2, 2): start (y, x), and vector (y, x) to the end."""
     import shapely
 
     rings = shapely.get_rings(geometry)
@@ -192,7 +192,7 @@ def edges(geometry: np.ndarray) -> np.ndarray:
 
 
 def _molecules(out: Path, box: Box, deep: bool) -> list[Layer]:
-    """Molecules of genes and blanks in a box, or all; if there are too many, every n-th, which the name says."""
+    """Molecules of genes and of blanks in a box, or all; if there are too many, every n-th, as stated in the name."""
     axes = ["global_z", "global_y", "global_x"] if deep else ["global_y", "global_x"]
     calls, step = _sample(out / results.TRANSCRIPTS, [*axes, "gene", "is_blank", "probability"], box)
     layers = []
@@ -207,7 +207,7 @@ def _molecules(out: Path, box: Box, deep: bool) -> list[Layer]:
 
 
 def _sample(path: Path, columns: list[str], box: Box) -> tuple[pd.DataFrame, int]:
-    """Molecules in a box, all of them, or of the whole section at most `MOST_POINTS`; of how many each is one."""
+    """All molecules in a box, or about `MOST_POINTS` of the whole section; and n, if every n-th one is taken."""
     step = 1 if box else max(-(-pq.read_metadata(path).num_rows // MOST_POINTS), 1)
     if step == 1:
         return _rows(path, columns, "global", box), step
@@ -216,5 +216,5 @@ def _sample(path: Path, columns: list[str], box: Box) -> tuple[pd.DataFrame, int
 
 
 def _rows(path: Path, columns: list[str], name: str, box: Box) -> pd.DataFrame:
-    """Rows of a table whose places lie in a box, or all."""
+    """Rows of a table whose positions lie in a box, or all rows."""
     return between(path, columns, name, *box) if box else pd.read_parquet(path, columns=columns)

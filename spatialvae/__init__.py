@@ -1,4 +1,4 @@
-"""SpatialVAE: embeddings of cells and of their neighbourhoods.
+"""SpatialVAE: a variational autoencoder that embeds cells and their spatial neighbourhoods.
 
 ``SpatialVAE`` is imported on first use, so that ``import spatialvae`` is fast.
 """

@@ -1,3 +1,3 @@
-"""What the command line and the model agree on, without anything heavy to import."""
+"""Constants that the command line and the model share, in a module that imports nothing."""
 
-LIKELIHOODS = ("zinb", "nb", "poisson")  # of counts; the first is the default
+LIKELIHOODS = ("zinb", "nb", "poisson")  # the first is the default

@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path (for a file or a folder); on success flush it and rename it over ``path``.
+    """Yield a temporary path for a file or folder; on success, flush it and rename it to ``path``.
 
     After a crash or an error, ``path`` is unchanged.
     """

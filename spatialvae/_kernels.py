@@ -1,7 +1,7 @@
-"""Numba kernels of `spatialvae`: each needs one pass over a minibatch, where tensor operations need about a dozen.
+"""Numba kernels of `spatialvae`, each with one pass over a minibatch instead of about a dozen tensor operations.
 
-They run on one thread and take float32 arrays. Sums may be reordered so that loops vectorise; the order is the same in
-every run. On-disk caching is safe because no kernel is compiled in a forked process.
+They run on one thread, mostly on float32 arrays. Sums may be reordered so that loops vectorise; the order is the same
+in every run. On-disk caching is safe because no kernel is compiled in a forked process.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=FAST)
 inline: Callable[..., Any] = numba.njit(inline="always", error_model="numpy", fastmath=FAST)
 
-NEAR = 16  # counts up to it are looked up, above by Stirling's series, exact to 1e-9 from there on
-MOST_ADDED = float32(60)  # logit of an additional zero; with higher ones float32 might not hold the mean
+NEAR = 16  # largest count in the lookup table; Stirling's series has errors below 1e-9 for larger ones
+MOST_ADDED = float32(60)  # largest logit of an additional zero: with larger ones the mean might overflow in float32
 
 
 @inline
 def _exp(x):
-    """e^x to 1.2e-7 (Cephes' polynomial), which vectorises; outside [-87, 88] the value at the limit."""
+    """e^x with a relative error of 1.2e-7 (Cephes' polynomial), vectorisable; x is clipped to [-87, 88]."""
     x = max(float32(-87), min(x, float32(88)))
     n = np.floor(x * float32(1.44269504) + float32(0.5))
     r = x - n * float32(0.693359375) - n * float32(-2.12194440e-4)
@@ -40,7 +40,7 @@ def _exp(x):
 
 @inline
 def _log(x):
-    """log x of a normal positive number to 1.2e-7 (Cephes' polynomial)."""
+    """log x of a positive normal number, with an error of 1.2e-7 (Cephes' polynomial), vectorisable."""
     bits = np.float32(x).view(np.int32)
     e = int32(bits - int32(0x3F3504F3)) >> int32(23)
     m = np.int32(bits - int32(e << int32(23))).view(np.float32) - float32(1)
@@ -60,7 +60,7 @@ def _log(x):
 
 @inline
 def _highest(row):
-    """The maximum of ``row``, computed on integers with the same order: unlike one over floats, the loop vectorises."""
+    """The maximum of ``row``, computed on integers with the same order: unlike on floats, the loop vectorises."""
     most = int32(-(2**31))
     for g in range(len(row)):
         bits = np.float32(row[g]).view(np.int32)
@@ -70,7 +70,7 @@ def _highest(row):
 
 @inline
 def _stirling(y):
-    """log G(y) without its constant, y > 16."""
+    """log G(y) without its constant term, for y > 16."""
     return (y - 0.5) * math.log(y) - y + (1 - 1 / (30 * y * y)) / (12 * y)
 
 
@@ -82,7 +82,8 @@ def _stirling_slope(y):
 @kernel
 def _rising(theta, value, slope):
     """Fill ``value`` (gene, count) with log G(x + theta) - log G(theta) - log x! for x up to NEAR, and ``slope`` with
-    its derivative by log theta; return what Stirling's series of larger counts lacks of each, float64 (2, gene)."""
+    its derivative with respect to log theta; return the constants to add to Stirling's series of each for larger
+    counts, float64 (2, gene)."""
     rest = np.empty((2, len(theta)))
     value[:, 0] = slope[:, 0] = 0
     for k in range(NEAR):
@@ -100,11 +101,13 @@ def _rising(theta, value, slope):
 def negative_binomial(x, logits, logit_zero, depth, log_theta, value, by_logit, by_zero, by_theta):
     """NB log-probability of ``x`` (cell, gene) with mean = depth * softmax(logits), summed over genes.
 
-    Fills ``value`` (cell,), its derivatives ``by_logit`` (cell, gene) and, by log theta, ``by_theta`` (cell, gene).
-    Most counts are zero: terms common to all entries are computed in vectorised loops, then those of non-zero counts.
+    Fills ``value`` (cell,) and its derivatives with respect to logits, ``by_logit``, and log theta, ``by_theta``,
+    (cell, gene) each. Most counts are zero: terms of all entries are computed in vectorised loops, then those of
+    non-zero counts only.
 
-    With ``logit_zero`` (cell, gene; None is compiled apart) additional zeros have these logits, the mean is divided by
-    the probability that there is none, and ``by_zero`` is filled with the derivatives by them.
+    With ``logit_zero`` (cell, gene), logits of additional zeros, the mean of the NB is divided by the probability that
+    there is no additional zero, and ``by_zero`` is filled with the derivatives with respect to ``logit_zero``. Numba
+    compiles a separate version for None.
     """
     n, genes = x.shape
     theta, inverse, share = np.empty((3, genes), np.float32)
@@ -138,9 +141,9 @@ def negative_binomial(x, logits, logit_zero, depth, log_theta, value, by_logit, 
             if logit_zero is not None:
                 counted = _exp(none) if x[i, g] == 0 else float32(1)
                 all_ways = counted + (added if x[i, g] == 0 else float32(0))
-                weight = counted / all_ways  # that a zero is not an additional one
+                weight = counted / all_ways  # probability that a zero is not additional
                 kept = float32(1) / (float32(1) + added)
-                likelihood += (float32(1) - x[i, g]) * _log(all_ways * kept)  # of x > 0, log mu has -log kept x times
+                likelihood += (float32(1) - x[i, g]) * _log(all_ways * kept)  # for x > 0, x log mu includes -x log kept
                 none = none if x[i, g] > 0 else float32(0)
                 pull *= weight
                 turn *= weight
@@ -169,7 +172,7 @@ def negative_binomial(x, logits, logit_zero, depth, log_theta, value, by_logit, 
 
 @kernel
 def log_normalised(x, factor, out):
-    """log(1 + factor x), ``factor`` (cell,)."""
+    """Fill ``out`` with log(1 + factor x), (cell, gene); ``factor`` (cell,)."""
     for i in range(x.shape[0]):
         for g in range(x.shape[1]):
             out[i, g] = _log(float32(1) + factor[i] * x[i, g])
@@ -177,7 +180,7 @@ def log_normalised(x, factor, out):
 
 @kernel
 def dense_rows(indptr, indices, data, rows, out):
-    """Rows of a CSR matrix, (row, column)."""
+    """Fill ``out`` (row, column) with ``rows`` of a CSR matrix."""
     for i in range(len(rows)):
         for g in range(out.shape[1]):
             out[i, g] = 0
@@ -187,7 +190,7 @@ def dense_rows(indptr, indices, data, rows, out):
 
 @kernel
 def tally(rows, values, length, depth):
-    """Count the entries of each row and add up their values."""
+    """Add the number of entries of each row to ``length`` (row,) and the sum of their values to ``depth`` (row,)."""
     for e in range(len(rows)):
         length[rows[e]] += 1
         depth[rows[e]] += values[e]
@@ -205,7 +208,7 @@ def append_entries(rows, columns, values, free, indices, data):
 
 @inline
 def _exp_all(x, out):
-    """e^x of each entry: one long loop, since the rows of latents are too short to vectorise well."""
+    """Fill ``out`` with e^x, in one long loop, since the rows of latents are too short to vectorise well."""
     flat, flat_out = x.reshape(x.size), out.reshape(out.size)
     for e in range(x.size):
         flat_out[e] = _exp(flat[e])
@@ -213,7 +216,7 @@ def _exp_all(x, out):
 
 @kernel
 def draw_cell(mean, log_variance, prior_mean, prior_log_variance, noise, variance, z, kl):
-    """``loss.draw_cell``: fills ``variance``, ``z`` (cell, dim) and ``kl`` (cell,)."""
+    """Kernel of ``loss.draw_cell``: fills ``variance`` and ``z``, (cell, dim) each, and ``kl`` (cell,)."""
     n, dims = mean.shape
     _exp_all(log_variance, variance)
     precision = np.empty(dims, np.float32)
@@ -231,7 +234,8 @@ def draw_cell(mean, log_variance, prior_mean, prior_log_variance, noise, varianc
 
 @kernel
 def draw_cell_backward(mean, prior_mean, prior_log_variance, variance, z, d_z, d_kl, d_mean, d_log, d_prior, d_spread):
-    """Fills the derivatives by mean, log variance and prior mean (cell, dim), adds up ``d_spread`` (dim,)."""
+    """Fills the derivatives with respect to mean, log variance and prior mean, (cell, dim) each, and adds those with
+    respect to the prior log variance to ``d_spread`` (dim,)."""
     n, dims = mean.shape
     precision = np.empty(dims, np.float32)
     for d in range(dims):

@@ -1,5 +1,8 @@
-"""Numba loops over cells and their neighbours for ``potts``: states int32 (cell,), fields and couplings float64, graphs
-as compressed rows (``indptr``, ``indices``) with every edge in both directions. Each takes NumPy's generator."""
+"""Numba kernels for ``potts`` and ``arrangement``.
+
+States are int32 (cell,), fields (cell, K) and couplings (K, K) float64. Graphs are in compressed row form (``indptr``,
+``indices``), with every edge in both directions. ``rng`` is a NumPy generator.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ inline: Callable[..., Any] = numba.njit(inline="always", error_model="numpy")
 
 @inline
 def _draw(score, rng):
-    """A label with probability exp(score) / sum; ``score`` is overwritten."""
+    """Draw a label with probabilities proportional to exp(score); ``score`` is overwritten."""
     highest = score[0]
     for a in range(1, len(score)):
         highest = max(highest, score[a])
@@ -32,7 +35,7 @@ def _draw(score, rng):
 
 @kernel
 def gibbs(state, fields, couplings, indptr, indices, sweeps, rng):
-    """Draw each cell given its neighbours, all cells in turn, ``sweeps`` times."""
+    """Draw the label of each cell given its neighbours, all cells in turn, ``sweeps`` times."""
     score = np.empty(fields.shape[1])
     for _ in range(sweeps):
         for i in range(len(state)):
@@ -44,7 +47,7 @@ def gibbs(state, fields, couplings, indptr, indices, sweeps, rng):
 
 @kernel
 def energy(state, fields, couplings, indptr, indices):
-    """Sum of couplings over edges, and of fields over cells."""
+    """Sum of couplings over edges, and sum of fields over cells."""
     pairs = own = 0.0
     for i in range(len(state)):
         own += fields[i, state[i]]
@@ -64,7 +67,7 @@ def _root(parent, i):
 @kernel
 def swendsen_wang(state, fields, couplings, bond, indptr, indices, sweeps, rng):
     """Join neighbours with the same label with probability 1 - exp(-bond), then draw the label of each cluster given
-    all others: what of the couplings the bonds do not carry, ``couplings - bond I``, acts between clusters."""
+    all others. The remaining couplings, ``couplings - bond I``, act between clusters."""
     n, k = fields.shape
     left = couplings - bond * np.eye(k)
     parent, cluster = np.empty(n, np.int32), np.empty(n, np.int32)
@@ -84,7 +87,7 @@ def swendsen_wang(state, fields, couplings, bond, indptr, indices, sweeps, rng):
             ends[cluster[i] + 1] += 1
         for c in range(n):
             ends[c + 1] += ends[c]
-        for i in range(n - 1, -1, -1):  # counting sort: ends[c + 1] goes down to where cluster c begins
+        for i in range(n - 1, -1, -1):  # counting sort: ends[c + 1] decreases to the first index of cluster c
             ends[cluster[i] + 1] -= 1
             members[ends[cluster[i] + 1]] = i
         for c in range(n):
@@ -102,7 +105,7 @@ def swendsen_wang(state, fields, couplings, bond, indptr, indices, sweeps, rng):
                         score += left[state[j]]
                     else:
                         for a in range(k):
-                            score[a] += left[a, a] / 2  # every inner edge is met twice
+                            score[a] += left[a, a] / 2  # every inner edge is visited twice
             drawn = _draw(score, rng)
             for m in range(first, last):
                 state[members[m]] = drawn
@@ -110,7 +113,7 @@ def swendsen_wang(state, fields, couplings, bond, indptr, indices, sweeps, rng):
 
 @kernel
 def annealed(fields, couplings, indptr, indices, steps, chains, rng):
-    """Log weights (chain,) of annealed importance sampling: couplings grow from 0 to their value in ``steps``."""
+    """Log weights (chain,) of annealed importance sampling; couplings are increased from 0 in ``steps`` steps."""
     n, k = fields.shape
     weight, score = np.zeros(chains), np.empty(k)
     state = np.empty(n, np.int32)
@@ -127,7 +130,7 @@ def annealed(fields, couplings, indptr, indices, steps, chains, rng):
 
 @kernel
 def marginals(state, fields, couplings, indptr, indices, sweeps, rng):
-    """Mean over ``sweeps`` of the probabilities of each cell's labels given its neighbours, (cell, label)."""
+    """Mean over ``sweeps`` of the probabilities of the labels of each cell given its neighbours, (cell, label)."""
     n, k = fields.shape
     mean, score = np.zeros((n, k)), np.empty(k)
     for _ in range(sweeps):
@@ -138,3 +141,28 @@ def marginals(state, fields, couplings, indptr, indices, sweeps, rng):
             state[i] = _draw(score, rng)
             mean[i] += score / score.sum()
     return mean / sweeps
+
+
+@kernel
+def exchange(order, features, coupled, indptr, indices, proposals, rng):
+    """Exchange the cells of two random places of ``order`` int64 (place,), in place, by the Metropolis rule, with the
+    sum of ``features[a] . coupled[b]`` over neighbouring cells a and b as the log density."""
+    n, dim = len(order), features.shape[1]
+    for _ in range(proposals):
+        i, j = int(n * rng.random()), int(n * rng.random())
+        a, b = order[i], order[j]
+        if a == b:
+            continue
+        gain = 0.0
+        for e in range(indptr[i], indptr[i + 1]):
+            if indices[e] != j:  # the product of the pair itself stays the same
+                near = coupled[order[indices[e]]]
+                for d in range(dim):
+                    gain += (features[b, d] - features[a, d]) * near[d]
+        for e in range(indptr[j], indptr[j + 1]):
+            if indices[e] != i:
+                near = coupled[order[indices[e]]]
+                for d in range(dim):
+                    gain += (features[a, d] - features[b, d]) * near[d]
+        if gain >= 0 or rng.random() < np.exp(gain):
+            order[i], order[j] = b, a

@@ -1,14 +1,13 @@
-r"""Where batches lie, apart from how many cells of each type they have.
+r"""Batch shifts that do not depend on the composition of the batches.
 
-Types of cells lie at the same places in all batches but for a shift; how frequent they are is each batch's own. For
-scores y of cell i in batch s::
+Cell types have the same means in all batches up to a shift of the batch; their frequencies are specific to each batch.
+For the scores y of cell i in batch s::
 
     y_i | type k ~ N(t_k + shift_s, V_k),   p(k | s) = pi_sk,   V_k diagonal
 
-fitted by expectation and conditional maximisation (Meng & Rubin 1993): shifts given types, types given shifts. A
-difference of means, which depends on composition as well, is thus explained by pi where types explain it. What belongs
-together is taken from what is near before anything is shifted: batches that lie further apart than types do cannot be
-told from batches of other types.
+fitted by ECM (Meng & Rubin 1993): shifts given types, types given shifts. A difference of batch means that is due to
+composition is thus explained by pi, not by the shift. The initial types are clusters of unshifted cells: if batches are
+further apart than types, a shift cannot be distinguished from a difference in types.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ import math
 import numpy as np
 from scipy.special import logsumexp
 
-CELLS = 6000  # of all batches together, that types are fitted to
-LEAST_CELLS = 50  # of these, of each batch that has as many
+CELLS = 6000  # largest number of cells that types are fitted to, over all batches
+LEAST_CELLS = 50  # of each batch among these, if it has as many
 TYPES = 20  # at most
 CELLS_OF_TYPE = 20  # on average, at least
-PRIOR_CELLS = 5.0  # of one Gaussian's variance, that each type's variance and each shift are shrunk by
-ROUNDS = 5  # that clusters of shifted cells start from: parts of a type that a shift unites become one
-MOST_STEPS = 100  # of a round
-ROUNDING = 1e-12  # of the largest variance of a score: smaller ones are rounding errors
-LEAST_GAIN = 1e-3  # of the likelihood in a step, in nats a cell
+PRIOR_CELLS = 5.0  # pseudo-cells that shrink the variances of types to the total variance, and shifts to 0
+ROUNDS = 5  # each starts from new clusters of the shifted cells, which merge the parts of a type in several batches
+MOST_STEPS = 100  # per round
+ROUNDING = 1e-12  # relative to the largest variance of a score: smaller variances are rounding errors
+LEAST_GAIN = 1e-3  # of the likelihood in a step, nats per cell
 
 
 def batch_shifts(scores: np.ndarray, batches: np.ndarray, n_batch: int, seed: int = 0) -> np.ndarray:
-    """Positions of batches (batch, score), independent of their composition, from ``scores`` (cell, score).
+    """Shifts of batches, float64 (batch, score), from ``scores`` (cell, score) and ``batches`` int (cell,).
 
-    The mean of shifts over all cells is zero.
+    The mean shift over all cells is zero.
     """
     shift = np.zeros((n_batch, scores.shape[1]))
     if n_batch == 1:
@@ -46,7 +45,7 @@ def batch_shifts(scores: np.ndarray, batches: np.ndarray, n_batch: int, seed: in
 
 
 def _fitted(y: np.ndarray, batches: np.ndarray, shift: np.ndarray, seed: int) -> np.ndarray:
-    """Shifts (batch, score) of ``y`` (cell, score), from clusters after ``shift``."""
+    """Shifts (batch, score) fitted to ``y`` (cell, score), starting from the clusters of ``y`` less ``shift``."""
     member = np.eye(len(shift))[batches]
     variance = np.maximum((y - shift[batches]).var(0), ROUNDING * y.var(0).max())
     share, before = _clusters(y - shift[batches], seed), -math.inf
@@ -81,6 +80,7 @@ def _clusters(y: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _log_density(y: np.ndarray, mean: np.ndarray, precision: np.ndarray) -> np.ndarray:
-    """Of ``y`` (cell, score) in Gaussians of ``mean`` and diagonal ``precision`` (type, score): (cell, type)."""
+    """Log density (cell, type) of ``y`` (cell, score) in Gaussians with ``mean`` and diagonal ``precision``,
+    (type, score) each."""
     square = y**2 @ precision.T - 2 * y @ (precision * mean).T + (precision * mean**2).sum(1)
     return 0.5 * (np.log(precision / (2 * math.pi)).sum(1) - square)

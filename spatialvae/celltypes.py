@@ -1,19 +1,18 @@
-r"""Types of cells: how z_cell is distributed, given z_niche and by itself.
+r"""Cell types: a mixture model of z_cell, given z_niche and marginally.
 
-While networks and field are trained z_cell is Gaussian around z_niche. But cells are of types, and where half of them
-are interneurons no mean says so. Afterwards a share of the cells belongs to K types that are the same at all places;
-which of them are frequent depends on the niche, where they lie does not:
+While the networks and the field are trained, z_cell given z_niche is Gaussian. A Gaussian cannot describe a place where
+half of the cells are, for example, interneurons. After training, a share a of the cells therefore belongs to K cell
+types. The frequencies of the types depend on the niche; their means and variances do not:
 
     p(z_cell | z_niche) = (1 - a) N(z_niche, S) + a sum_k pi_k(z_niche) N(t_k, V_k),   pi(n) = softmax(b + B n)
 
-A cell whose niche is not known has the same types with pi averaged over niches, and one that is somewhere in a Gaussian
-niche, with pi averaged over that: all are mixtures of K + 1 parts (``around``), and belong to one model.
+If z_niche is not known exactly but has a Gaussian distribution, its prior or its posterior given other cells, pi is
+averaged over that distribution; z_cell then is a mixture of K + 1 components (``around``).
 
-a, b, B, t and V maximise the mean of log p(x_i) and of log p(x_i | others), where the field says what is expected at
-the place of a cell before its own counts are looked at: a composite likelihood (Lindsay 1988). Expectation and
-maximisation take turns: p(x_i | z) is held fixed as weighted draws (``evidence.drawn``), and slopes B ascend by steps
-that never lower a multinomial likelihood (Boehning 1992). Cells that the training held out decide when to stop, and
-whether there are types at all.
+a, b, B, t and V maximise the mean of log p(x_i) and log p(x_i | others), where the field predicts z_niche of a cell
+from the counts of other cells: a composite likelihood (Lindsay 1988). It is maximised by EM, with p(x_i | z)
+represented by fixed weighted draws (``evidence.drawn``). The slopes B are updated by steps that never lower a
+multinomial likelihood (Boehning 1992). The held-out cells determine when to stop, and whether types are used at all.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from torch.nn import functional as F
 
 from spatialvae.mixture import Mixture
 
-NODES = 64  # points of a niche that pi is averaged over, in pairs; the same for all cells
+NODES = 64  # points at which pi is averaged over a Gaussian niche, in antithetic pairs; the same for all cells
 
-TYPES = 20  # at most; more than a section has cost little: their weights fall
+TYPES = 20  # at most; superfluous types cost little: their weights become small
 CELLS_OF_TYPE = 20  # on average, at least: a small table has fewer types
-PRIOR_CELLS = 5.0  # of one Gaussian's variance, that each type's is shrunk by, and of slopes of 0
-LEAST_SHARE = 0.02  # of one Gaussian's variance, of a type
+PRIOR_CELLS = 5.0  # pseudo-cells that shrink the variance of a type to that of a single Gaussian, and slopes to 0
+LEAST_SHARE = 0.02  # smallest variance of a type, as a share of that of a single Gaussian
 MOST_STEPS = 50
-LEAST_GAIN = 1e-3  # of the evidence in a step, in nats a cell
-SLOPE_STEPS = 3  # for each step of the others
+LEAST_GAIN = 1e-3  # of the evidence in an EM step, nats per cell
+SLOPE_STEPS = 3  # per EM step
 FIT_NODES = 8  # points of a niche while types are fitted
 
-Gaussian = tuple[Tensor, Tensor]  # mean and variance, (cell, D) each, or (1, D) where they are the same for all
+Gaussian = tuple[Tensor, Tensor]  # mean and variance, (cell, D) each, or (1, D) if they are the same for all cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,29 +53,29 @@ class Types:
 
     @classmethod
     def of_sizes(cls, n_types: int, n_niche: int, n_cell: int) -> Self:
-        """To be filled from a file; without types ``share`` is 0."""
+        """Types of the given sizes, with ``share`` 0, to be fitted or read from a file."""
         zeros = torch.zeros(n_types, n_cell)
         return cls(torch.zeros(()), torch.zeros(n_types), torch.zeros(n_types, n_niche), zeros, zeros + 1)
 
     def log_frequency(self, niche: Tensor) -> Tensor:
-        """log pi (..., type) in ``niche`` (..., D)."""
+        """log pi (..., type) given ``niche`` (..., D)."""
         return torch.log_softmax(self.bias + niche @ self.slope.T, -1)
 
     def log_frequency_around(self, niche: Gaussian, nodes: int = NODES) -> Tensor:
-        """log pi (B, type) averaged over a Gaussian ``niche``."""
+        """Log of pi averaged over a Gaussian ``niche``, (B, type)."""
         return self.log_frequency(points_of(*niche, nodes)).logsumexp(1) - math.log(nodes)
 
     def around(self, niche: Gaussian, own: Tensor) -> Mixture:
-        """How z_cell is distributed, (B, 1 + type, dim), in a Gaussian ``niche``; ``own`` (dim,) is S. The first part
-        is the one around the niche."""
+        """Distribution of z_cell, (B, 1 + type, dim), if z_niche has the Gaussian distribution ``niche``; ``own``
+        (dim,) is S. The first component is that centred on the niche."""
         return self._beside(around_niche(niche, own), self.log_frequency_around(niche))
 
     def within(self, niche: Tensor, own: Tensor) -> Mixture:
-        """As ``around``, in a known ``niche`` (B, D)."""
+        """As ``around``, for a known ``niche`` (B, D)."""
         return self._beside(around_niche((niche, torch.zeros_like(niche)), own), self.log_frequency(niche))
 
     def _beside(self, alone: Mixture, log_frequency: Tensor) -> Mixture:
-        """The types, of ``log_frequency`` (B, type), beside the part around the niche."""
+        """The mixture of ``alone``, the component centred on the niche, and types with ``log_frequency`` (B, type)."""
         if not len(self.bias):
             return alone
         n, log_of_types = len(alone.mean), self.share.log() + log_frequency
@@ -86,28 +85,28 @@ class Types:
 
 
 def around_niche(niche: Gaussian, own: Tensor) -> Mixture:
-    """N(z_niche, S), (B, 1, dim), in a Gaussian ``niche``; ``own`` (dim,) is S."""
+    """N(z_niche, S) averaged over a Gaussian ``niche``, (B, 1, dim); ``own`` (dim,) is S."""
     mean, variance = (F.pad(value, (0, len(own) - value.shape[1])) for value in niche)
     return Mixture.gaussian(mean, variance + own)
 
 
 def points_of(mean: Tensor, variance: Tensor, number: int) -> Tensor:
-    """Points (B, point, D) of Gaussians, in pairs on either side of their means; the same draws each time."""
+    """Points (B, point, D) drawn from Gaussians, in antithetic pairs; the same draws in every call."""
     half = torch.randn(number // 2, mean.shape[1], generator=torch.Generator().manual_seed(0)).to(mean.device)
     return mean[:, None] + variance.sqrt()[:, None] * torch.cat([half, -half])
 
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """Of cells: ``z`` (cell, draw, dim) with the logarithms of their weights, ``log_weight`` (cell, draw), and what may
-    be known of their ``niches`` before."""
+    """Likelihoods of cells as draws ``z`` (cell, draw, dim) with log weights ``log_weight`` (cell, draw), and the
+    distributions of ``niches``, without the cell's own counts, that the fit averages over."""
 
     z: Tensor
     log_weight: Tensor
     niches: tuple[Gaussian, ...]
 
     def parts(self, types: Types, own: Tensor) -> list[Tensor]:
-        """Log weight and density of the parts of z_cell at each draw, (cell, draw, 1 + type), for each of niches."""
+        """Log of weight times density of each component at each draw, (cell, draw, 1 + type), for each niche."""
         n, draws, dim = self.z.shape
         flat = self.z.reshape(1, -1, dim)
         here = Mixture(torch.zeros_like(types.bias)[None], types.mean[None], types.variance[None])
@@ -120,20 +119,22 @@ class Observed:
         return found
 
     def log_p(self, parts: list[Tensor]) -> float:
-        """Mean log p(x) over cells and niches, in nats."""
+        """Mean log p(x) over cells and ``niches``, in nats."""
         each = [torch.logsumexp(self.log_weight + part.logsumexp(2), 1).mean() for part in parts]
         return float(torch.stack(each).mean()) - math.log(self.z.shape[1])
 
     def shares(self, parts: Tensor) -> Tensor:
-        """Share of each cell that is in each of its draws and in each of ``parts``: (cell, draw, part)."""
+        """Posterior probability of each draw and component, summing to 1 for each cell: (cell, draw, component)."""
         in_draw = torch.softmax(self.log_weight + parts.logsumexp(2), 1)
         return torch.softmax(parts, 2) * in_draw[..., None]
 
 
 @torch.no_grad()
 def fit(cells: Observed, judged: Observed, own: Tensor, seed: int) -> Types:
-    """Types of ``cells`` that explain those ``judged`` best; none if they are explained no better than without types.
-    ``own`` (dim,) is S."""
+    """Fit types to ``cells`` by EM; return those of the step with the highest log p(x) of the cells ``judged``.
+
+    Without an improvement over the model without types, no types are returned. ``own`` (dim,) is S.
+    """
     (n, _, dim), n_niche = cells.z.shape, cells.niches[0][0].shape[1]
     found = Types.of_sizes(0, n_niche, dim)
     best = judged.log_p(judged.parts(found, own))
@@ -153,7 +154,8 @@ def fit(cells: Observed, judged: Observed, own: Tensor, seed: int) -> Types:
 
 
 def _first(cells: Observed, alone: list[Tensor], variance: Tensor, number: int, seed: int) -> Types:
-    """Clusters of the cells' posterior means without types, as frequent at all places; half of each cell is of them."""
+    """Initial types: k-means clusters of the posterior means without types, with frequencies that do not depend on the
+    niche; half of each cell's weight is assigned to its cluster."""
     from sklearn.cluster import KMeans
 
     from spatialvae.analysis import equal_rows_allowed
@@ -169,8 +171,8 @@ def _first(cells: Observed, alone: list[Tensor], variance: Tensor, number: int, 
 
 
 def _maximised(cells: Observed, before: Types, shares: list[Tensor], variance: Tensor) -> Types:
-    """Types with the greatest expected log density, of ``shares`` (cell, draw, 1 + type) for each of niches; variances
-    are shrunk to ``variance`` (dim,)."""
+    """The M step, from ``shares`` (cell, draw, 1 + type) for each of the niches; variances are shrunk to ``variance``
+    (dim,)."""
     n, draws, dim = cells.z.shape
     z, of_type = cells.z.reshape(-1, dim), torch.stack(shares).mean(0)[..., 1:].reshape(n * draws, -1)
     size = of_type.sum(0)[:, None]
@@ -182,7 +184,8 @@ def _maximised(cells: Observed, before: Types, shares: list[Tensor], variance: T
 
 
 def _ascended(niches: tuple[Gaussian, ...], types: Types, shares: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """b and B after a few steps towards the frequencies ``shares`` (cell, type) for each of ``niches``."""
+    """b and B after ``SLOPE_STEPS`` steps of the multinomial regression of ``shares`` (cell, type), one for each of
+    ``niches``."""
     points = [F.pad(points_of(*niche, FIT_NODES), (1, 0), value=1.0) for niche in niches]  # (cell, point, 1 + D)
     shares = [share.sum(0, keepdim=True) if len(x) == 1 else share for x, share in zip(points, shares, strict=True)]
     prior = PRIOR_CELLS * points[0].var((0, 1), correction=0).diag()
@@ -192,7 +195,7 @@ def _ascended(niches: tuple[Gaussian, ...], types: Types, shares: list[Tensor]) 
         slope, bend = -now @ prior, prior.clone()
         for x, share in zip(points, shares, strict=True):
             frequency = torch.softmax(x @ now.T, -1)
-            here = frequency / frequency.sum(1, keepdim=True) * share[:, None]  # of a cell, at each point
+            here = frequency / frequency.sum(1, keepdim=True) * share[:, None]  # (cell, point, type)
             size = here.sum(2, keepdim=True)
             slope += torch.einsum("cpk,cpd->kd", here - size * frequency, x)
             bend += torch.einsum("cpd,cpe->de", size * x, x) / 2

@@ -1,7 +1,7 @@
-"""Posterior-predictive checks: are counts drawn from a model like the counts that it was trained on?
+"""Posterior predictive checks: comparison of counts drawn from a model with the counts that it was trained on.
 
-``statistics`` compares statistics of genes and of pairs of genes; ``told_apart`` trains a classifier to find any other
-difference (a classifier two-sample test, Lopez-Paz & Oquab 2017).
+``compared`` compares statistics of genes and of pairs of genes; ``told_apart`` trains a classifier to detect any other
+difference (classifier two-sample test, Lopez-Paz & Oquab 2017).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 FOLDS = 5
 LEAST_CELLS = 2 * FOLDS
-PARTS = 25  # of a tissue that are held out as a whole
-NEIGHBOURS = 6  # in the plane, about the number of cells that touch
+PARTS = 25  # parts of a tissue, each held out as a whole
+NEIGHBOURS = 6  # about the number of cells adjacent to a cell in the plane
 
 TITLES = {
     "mean": "mean of a gene",
     "variance": "variance of a gene",
-    "zeros": "share of cells without it",
+    "zeros": "share of zeros of a gene",
     "genes": "correlation of two genes",
     "neighbours": "correlation of a cell and its neighbours",
 }
@@ -37,9 +37,9 @@ TITLES = {
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """``mean``, ``variance`` and ``zeros``, share of cells without any, (gene,); ``genes``, correlations of logs of two
-    genes (pair,), and ``neighbours``, of each gene between a cell and the mean of its neighbours, (gene,), NaN where
-    none are known."""
+    """Statistics of counts: ``mean``, ``variance`` and ``zeros``, the share of zeros, (gene,) each; ``genes`` (pair,),
+    correlations of the log counts of two genes; ``neighbours`` (gene,), correlations of log counts between a cell and
+    the mean of its neighbours, NaN without neighbours."""
 
     mean: np.ndarray
     variance: np.ndarray
@@ -49,19 +49,20 @@ class Statistics:
 
 
 def statistics(counts: np.ndarray, neighbours: sp.csr_array | None = None) -> Statistics:
-    """The statistics of ``counts`` (cell, gene); ``neighbours`` (cell, cell) is an adjacency (``NeighbourGraph``)."""
+    """Compute statistics of ``counts`` (cell, gene); ``neighbours`` (cell, cell) is an adjacency matrix of ones."""
     logs = np.log1p(counts)
     near = np.full(counts.shape[1], np.nan)
     if neighbours is not None:
         near = _correlation(logs, _mean_of(logs, neighbours))
-    with np.errstate(invalid="ignore", divide="ignore"):  # genes without counts have no correlation
+    with np.errstate(invalid="ignore", divide="ignore"):  # correlations of genes without counts are NaN
         pairs = np.corrcoef(logs, rowvar=False)[np.triu_indices(counts.shape[1], 1)]
     return Statistics(counts.mean(0), counts.var(0), (counts == 0).mean(0), pairs, near)
 
 
 def compared(real: Statistics, sampled: Statistics) -> pd.DataFrame:
-    """One row per statistic: ``correlation`` of sampled with real, ``slope`` of sampled on real (1 if they agree), and
-    ``difference``, the mean absolute difference; means and variances are compared on the log scale."""
+    """Compare statistics: one row per statistic, with the ``correlation`` of sampled with real values, the ``slope`` of
+    sampled on real values (1 if they agree) and the mean absolute ``difference``. Means and variances are compared as
+    log10."""
     rows = {}
     for name in TITLES:
         a, b = (np.asarray(getattr(of, name), float) for of in (real, sampled))
@@ -80,10 +81,10 @@ def told_apart(real: np.ndarray, sampled: np.ndarray, places: np.ndarray | None 
     """Area under the ROC curve of a gradient-boosting classifier of ``real`` against ``sampled`` counts (cell, gene) on
     held-out cells: 0.5 if they cannot be distinguished, 1 if they always can.
 
-    With ``places`` (cell, axis) of both, the features include the means over a cell's neighbours; cells are then held
-    out by parts of the tissue, because adjacent cells share neighbours.
+    With ``places`` (cell, axis), the coordinates of both, the features include the means over a cell's neighbours;
+    whole parts of the tissue are then held out, because adjacent cells share neighbours.
 
-    Raises InputError for tables of different shapes or of fewer than 10 cells.
+    Raises InputError for tables of different shapes or with fewer than 10 cells.
     """
     from sklearn.cluster import KMeans
     from sklearn.ensemble import HistGradientBoostingClassifier
@@ -93,8 +94,8 @@ def told_apart(real: np.ndarray, sampled: np.ndarray, places: np.ndarray | None 
     n = len(real)
     if real.shape != sampled.shape or n < LEAST_CELLS:
         raise InputError(
-            f"tables of {real.shape} and {sampled.shape} cannot be compared; expected the same cells and genes, "
-            f"{LEAST_CELLS} cells at least"
+            f"shapes {real.shape} and {sampled.shape} cannot be compared; expected the same shape and at least "
+            f"{LEAST_CELLS} cells"
         )
     features = [np.log1p(counts).astype(np.float32) for counts in (real, sampled)]
     part = np.random.default_rng(seed).permutation(n)
@@ -110,8 +111,8 @@ def told_apart(real: np.ndarray, sampled: np.ndarray, places: np.ndarray | None 
 
 
 def of_model(model: SpatialVAE, seed: int = 0) -> tuple[Statistics, Statistics, dict[str, float]]:
-    """Statistics of a model's table and of a posterior-predictive sample of it, and how well a classifier distinguishes
-    them, from single cells and, with coordinates, from neighbourhoods. Both tables are held in memory."""
+    """Statistics of a model's table and of a posterior predictive sample of it, and the areas under the ROC curve of
+    ``told_apart``: ``auc_cell`` and, with coordinates, ``auc_neighbourhood``. Both tables are held in memory."""
     section = model._read(None)
     real = section.cells.counts.dense(np.arange(section.cells.n_cells))
     sampled = model.posterior_predictive_sample(seed=seed)
@@ -124,7 +125,7 @@ def of_model(model: SpatialVAE, seed: int = 0) -> tuple[Statistics, Statistics, 
 
 
 def check_plot(real: Statistics, sampled: Statistics) -> Figure:
-    """Sampled against real, one panel per statistic, with the diagonal of agreement."""
+    """Sampled against real statistics, one panel per statistic, with the line of equality."""
     from matplotlib.figure import Figure
 
     names = [name for name in TITLES if np.isfinite(getattr(real, name)).any()]
@@ -150,7 +151,7 @@ def _mean_of(values: np.ndarray, neighbours: sp.csr_array) -> np.ndarray:
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Correlation of each column, (gene,); NaN if one of the two does not vary."""
+    """Correlation of the columns of ``a`` and ``b``, (gene,); NaN if one of the two is constant."""
     a, b = a - a.mean(0), b - b.mean(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (a * b).sum(0) / np.sqrt((a**2).sum(0) * (b**2).sum(0))

@@ -1,4 +1,4 @@
-"""Compare models of a table by their evidence for held-out cells."""
+"""Comparison of models of a table by their evidence for held-out cells."""
 
 from __future__ import annotations
 
@@ -32,30 +32,37 @@ def compare(
     seed: int = 0,
     report: Callable[[str], object] = lambda text: None,
 ) -> pd.DataFrame:
-    """Held-out evidence of models of a table, with and without neighbours, best first.
+    """Compare likelihoods and latent sizes, with and without neighbours, by the evidence for held-out cells.
 
-    All models are trained on the same cells. ``log_p`` is the mean log p(x) of the other cells, nats per cell, given
-    the training cells if the model uses ``neighbours``; ``monte_carlo_error`` is the error of its estimate.
-    ``difference`` is the mean difference from the best model over cells, and ``difference_error`` its standard error
-    over the choice of held-out cells: a model is worse than the best if the difference is several times its error.
+    All models are trained on the same cells.
 
     Parameters
     ----------
-    adata : prepared by ``SpatialVAE.setup_anndata``
-    likelihoods : of "nb", "zinb", "poisson"
-    latents : each an ``n_latent``
-    held_out : share of cells
-    report : called with the name of each model before it is trained
+    adata : a table prepared by ``SpatialVAE.setup_anndata``
+    likelihoods : values of ``gene_likelihood``: "zinb", "nb", "poisson"
+    latents : values of ``n_latent``
+    held_out : share of cells to hold out
+    samples : importance samples per cell
+    max_epochs : largest number of passes over the table
+    report : called with a description of each model before it is trained
+
+    Returns
+    -------
+    DataFrame with one row per model, best first. ``log_p`` is the mean log p(x) of the held-out cells, nats per cell,
+    given the training cells if ``neighbours`` is True; ``monte_carlo_error`` is the error of its estimate.
+    ``difference`` is the mean difference to the best model over cells, and ``difference_error`` its standard error over
+    held-out cells: a model is worse than the best if the difference is several times its error
 
     Raises
     ------
-    InputError : if fewer than 10 cells are held out, or would be left to train on
+    InputError : if fewer than 10 cells would be held out or left for training
     """
     setup, n = Setup.read(adata), adata.n_obs
     n_held = round(held_out * n)
     if not LEAST_HELD <= n_held <= n - LEAST_HELD:
         raise InputError(
-            f"held_out is {held_out}: {n_held} of {n} cells; expected {LEAST_HELD} at least, and as many to train on"
+            f"held_out is {held_out}: {n_held} of {n} cells; expected at least {LEAST_HELD} held out and as many to "
+            "train on"
         )
     order = np.random.default_rng(seed).permutation(n)
     held, train = (adata[np.sort(rows)].to_memory() for rows in (order[:n_held], order[n_held:]))
@@ -80,7 +87,7 @@ def compare(
 
 
 def evidence_plot(table: pd.DataFrame) -> Figure:
-    """Differences of ``compare`` from the best model, with two standard errors, the best on top."""
+    """Differences of the models of ``compare`` to the best, with two standard errors, best on top."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1.2 + 0.3 * len(table)), layout="constrained", dpi=130)

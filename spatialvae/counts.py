@@ -1,4 +1,4 @@
-"""Counts of a table, read in blocks and stored compactly: a backed AnnData may be larger than memory."""
+"""Counts of a table, read in blocks, since a backed AnnData may be larger than memory, and stored compactly."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import scipy.sparse as sp
 
 from spatialvae.errors import InputError
 
-ENTRIES = 2**22  # values of a block, including zeros
+ENTRIES = 2**22  # values in a block, including zeros
 
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """Counts (cell, gene) as compressed rows, in the smallest integers that hold them.
+    """Counts (cell, gene) in compressed row form, with the smallest integer types that hold the values.
 
-    ``indptr`` int64 (cell + 1,), ``indices`` and ``data`` unsigned (entry,), ``depth`` float32 (cell,) the row sums.
+    ``indptr`` int64 (cell + 1,); ``indices`` and ``data`` unsigned (entry,); ``depth`` float32 (cell,), the row sums.
     """
 
     indptr: np.ndarray
@@ -34,7 +34,7 @@ class Counts:
         return len(self.depth), self.n_genes
 
     def spread_over(self, places: np.ndarray, n_genes: int) -> Counts:
-        """The same counts in a table of ``n_genes`` columns: columns are moved to ``places``, the others are empty."""
+        """The same counts in a table of ``n_genes`` columns, with columns moved to ``places``; the others are empty."""
         indices = places.astype(np.min_scalar_type(n_genes - 1))[self.indices]
         return Counts(self.indptr, indices, self.data, self.depth, n_genes)
 
@@ -58,14 +58,14 @@ class Counts:
 
 
 def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
-    """Check and store ``columns`` of ``matrix`` (cell, gene): an array or sparse matrix, in memory or in a file.
+    """Check and store ``columns`` of ``matrix`` (cell, gene), an array or sparse matrix, in memory or in a file.
 
-    It is read twice in blocks: to check and measure it, and to copy it. Counts from a file are copied to an unnamed
-    temporary file (in ``TMPDIR``; 2 to 4 bytes per non-zero count) that is memory-mapped, so that the system can page
-    it out; it is removed with the last reference to it.
+    The matrix is read twice, in blocks: to check it and determine sizes, and to copy it. Counts from a file are copied
+    to an unnamed memory-mapped temporary file (in ``TMPDIR``; 2 to 4 bytes per non-zero count), so that the system can
+    page them out; it is removed with the last reference to it.
 
-    Cells may have no counts. Raises InputError, naming ``where``, for values that are not non-negative integers, for
-    a table without any count and for a damaged one.
+    Cells without counts are allowed. Raises InputError, naming ``where``, for values that are not non-negative
+    integers, a matrix without any counts, and a damaged matrix.
     """
     from spatialvae import _kernels
 
@@ -76,7 +76,7 @@ def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
         _kernels.tally(rows, values, length, depth)
         highest = max(highest, int(values.max(initial=0)))
     if highest == 0:
-        raise InputError(f"{where} has no counts: all {n} cells are zero in the {len(columns)} genes of the model")
+        raise InputError(f"{where} has no counts: all {n} cells are zero for the {len(columns)} genes of the model")
     indptr = np.append(0, np.cumsum(length))
     indices = _array(int(indptr[-1]), np.min_scalar_type(len(columns) - 1), in_file)
     data = _array(int(indptr[-1]), np.min_scalar_type(highest), in_file)
@@ -87,7 +87,7 @@ def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
 
 
 def _entries(matrix: Any, columns: np.ndarray, where: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows, indices among ``columns`` and values of non-zero entries, in blocks of rows (of columns, for CSC)."""
+    """Rows, indices into ``columns`` and values of non-zero entries, in blocks of rows (of columns for CSC)."""
     place = np.full(matrix.shape[1], -1, np.int64)
     place[columns] = np.arange(len(columns))
     by_column = getattr(matrix, "format", "") == "csc"
@@ -105,17 +105,17 @@ def _entries(matrix: Any, columns: np.ndarray, where: str) -> Iterator[tuple[np.
 
 
 def _block(matrix: Any, part: Any, where: str) -> Any:
-    """``matrix[part]`` as a sparse matrix without duplicate entries; the caller's matrix, with which it may share
-    memory, is not changed. Indices are checked before compiled code uses them."""
+    """``matrix[part]`` as a sparse matrix without duplicate entries. It may share memory with ``matrix``, which is not
+    changed. Indices are checked before compiled code uses them."""
     try:
         if sp.issparse(matrix) and matrix.format in ("csr", "csc"):
-            matrix.check_format(full_check=False)  # lengths of its arrays, before it is sliced
+            matrix.check_format(full_check=False)  # the lengths of its arrays, before slicing
         block = matrix[part]
         block = block if sp.issparse(block) else sp.csr_array(np.asarray(block))
         if block.format in ("csr", "csc"):
             block.check_format(full_check=True)
     except (ValueError, IndexError) as error:
-        raise InputError(f"{where} is damaged, its row pointers or indices do not match its data: {error}") from error
+        raise InputError(f"{where} is damaged: row pointers or indices do not match the data: {error}") from error
     if not block.has_canonical_format:
         block = block.copy()
         block.sum_duplicates()
@@ -137,6 +137,6 @@ def _array(size: int, dtype: np.dtype, in_file: bool) -> np.ndarray:
     with tempfile.TemporaryFile() as file:  # the mapping remains valid without the name and the handle
         if hasattr(
             os, "posix_fallocate"
-        ):  # a full disk raises an error here; it would crash the process when the mapping is written
+        ):  # a full disk raises an error here; writing to the mapping would crash the process
             os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         return np.asarray(np.memmap(file, dtype, "w+", shape=size))

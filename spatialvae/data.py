@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from spatialvae.measurement import Measurement
 
 WIDE_NEIGHBOURS = 15
-FIELD_NEIGHBOURS = 6  # in the plane, about the number of cells that touch a cell
+FIELD_NEIGHBOURS = 6  # about the number of cells adjacent to a cell in the plane
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
     """The data of a table that the model uses.
 
-    ``coordinates`` float64 (cell, axis) or None; ``samples`` and ``batches`` int64 (cell,); ``batch_names`` in the
-    order of their codes; ``depth`` float32 (cell,), the total counts; ``missing`` bool (gene,), genes of the model that
-    the table lacks, whose columns of ``counts`` are empty; ``measurement`` if ``Setup.measurement`` asks for it.
+    ``coordinates`` float64 (cell, axis) or None; ``samples`` and ``batches`` int64 (cell,), codes; ``batch_names`` in
+    the order of their codes; ``depth`` float32 (cell,), the total counts; ``missing`` bool (gene,), genes of the model
+    that the table lacks, whose columns of ``counts`` are empty; ``measurement`` if ``Setup.measurement`` is True.
     """
 
     counts: Counts
@@ -54,7 +54,8 @@ class Cells:
 
 @dataclass(frozen=True, eq=False)
 class Graphs:
-    """``wide``: the neighbourhood that messages come from; ``near``: symmetric, the edges of the spatial prior."""
+    """``wide``: the 15 nearest neighbours, for message passing; ``near``: the symmetric graph of the 6 nearest
+    neighbours, for the field."""
 
     wide: NeighbourGraph
     near: NeighbourGraph
@@ -63,7 +64,8 @@ class Graphs:
 def check_table(adata: AnnData, setup: Setup) -> None:
     """Check the data of ``adata`` that the model uses, except the counts, which ``read_cells`` checks.
 
-    Raises InputError for missing keys, duplicated names, coordinates that are not finite, missing samples or batches.
+    Raises InputError for missing keys, duplicate names, coordinates that are not finite, and missing values of samples,
+    batches or labels.
     """
     _check_names(adata)
     _counts(adata, setup.layer)
@@ -80,11 +82,11 @@ def read_cells(
 ) -> Cells:
     """Check ``adata`` against ``setup`` and extract what the model uses.
 
-    ``genes`` and ``batch_names`` are those of a trained model, if any: genes are then matched by name. Warns if the
-    table lacks genes of the model, and if cells have no counts. Genes marked in ``var["is_blank"]`` are left out.
+    ``genes`` and ``batch_names`` are those of a trained model, if any; genes are then matched by name. Genes marked in
+    ``var["is_blank"]`` are left out. Warns if the table lacks genes of the model, and if cells have no counts.
 
-    Raises InputError as ``check_table`` does, and for counts that are not non-negative integers, a table that is
-    damaged or shares fewer than 2 genes with the model, and batches that the model does not know.
+    Raises InputError as ``check_table``, and also for counts that are not non-negative integers, a damaged table, a
+    table with fewer than 2 genes of the model, and batches that the model was not trained on.
     """
     _check_names(adata)
     matrix, where = _counts(adata, setup.layer)
@@ -95,7 +97,9 @@ def read_cells(
     if batch_names is not None and setup.batch_key is not None:
         unknown = [name for name in names if name not in batch_names]
         if unknown:
-            raise InputError(f"obs[{setup.batch_key!r}] has batch {unknown[0]!r}; the model knows {list(batch_names)}")
+            raise InputError(
+                f"obs[{setup.batch_key!r}] has batch {unknown[0]!r}; the model has the batches {list(batch_names)}"
+            )
         batches = np.array([batch_names.index(name) for name in names])[batches]
         names = batch_names
     counts = read_counts(matrix, columns[~missing], where)
@@ -106,7 +110,7 @@ def read_cells(
         known = "their neighbours" if coordinates is not None else "the average cell"
         warnings.warn(
             f"{len(empty)} cell{'' if len(empty) == 1 else 's'} without counts in {where}, the first is "
-            f"{adata.obs_names[empty[0]]!r}: their embedding comes from {known}",
+            f"{adata.obs_names[empty[0]]!r}: their embedding is computed from {known}",
             stacklevel=2,
         )
     measurement = None
@@ -120,7 +124,8 @@ def read_cells(
 
 
 def fingerprint(adata: AnnData, setup: Setup) -> int:
-    """A checksum of everything that ``read_cells`` reads from a table in memory; of data in a file, the file's name."""
+    """A checksum of everything that ``read_cells`` reads from a table in memory; for data in a file, of their
+    description."""
     matrix = _counts(adata, setup.layer)[0]
     parts = [getattr(matrix, name) for name in ("data", "indices", "indptr")] if hasattr(matrix, "indptr") else [matrix]
     if setup.spatial_key is not None:
@@ -137,19 +142,19 @@ def fingerprint(adata: AnnData, setup: Setup) -> int:
 
 
 def build_graphs(cells: Cells) -> Graphs | None:
-    """Neighbours within each sample; None without coordinates."""
+    """Neighbour graphs within each sample; None without coordinates."""
     return None if cells.coordinates is None else graphs_of(cells.coordinates, cells.samples)
 
 
 def graphs_of(coordinates: np.ndarray, samples: np.ndarray) -> Graphs:
-    """Of cells at ``coordinates`` (cell, axis) of ``samples`` (cell,)."""
+    """Neighbour graphs of cells at ``coordinates`` (cell, axis), within ``samples`` (cell,)."""
     wide = knn_graph(coordinates, WIDE_NEIGHBOURS, samples)
     near = NeighbourGraph(wide.index[:, :FIELD_NEIGHBOURS], wide.distance[:, :FIELD_NEIGHBOURS])
     return Graphs(wide, symmetrised(near, coordinates))
 
 
 def minibatches(rows: np.ndarray, size: int, rng: np.random.Generator | None = None) -> Iterator[np.ndarray]:
-    """``rows`` in minibatches of ``size``, shuffled by ``rng`` if it is given. Every row occurs once."""
+    """``rows`` in minibatches of ``size``, shuffled if ``rng`` is given. Every row occurs once."""
     if rng is not None:
         rows = rng.permutation(rows)
     for first in range(0, len(rows), size):
@@ -161,8 +166,8 @@ def _check_names(adata: AnnData) -> None:
 
     if not isinstance(adata, AnnData):
         raise InputError(
-            f"expected an AnnData with counts and obsm['spatial'], got {type(adata).__name__}; anndata.read_h5ad reads "
-            "one from a file"
+            f"expected an AnnData with counts and obsm['spatial'], got {type(adata).__name__}; read one with "
+            "anndata.read_h5ad"
         )
     for what, names in (("cell", adata.obs_names), ("gene", adata.var_names)):
         if not names.is_unique:
@@ -175,15 +180,15 @@ def _check_names(adata: AnnData) -> None:
 def _counts(adata: AnnData, layer: str | None) -> tuple[Any, str]:
     if layer is None:
         if adata.X is None:
-            raise InputError("the table has no X; name a layer with counts")
+            raise InputError("the table has no X; pass the layer with counts")
         return adata.X, "X"
     if layer not in adata.layers:
-        raise InputError(f"no layer {layer!r} in the table, which has {', '.join(sorted(adata.layers)) or 'none'}")
+        raise InputError(f"no layer {layer!r} in the table; it has {', '.join(sorted(adata.layers)) or 'no layers'}")
     return adata.layers[layer], f"layer {layer!r}"
 
 
 def _columns(adata: AnnData, genes: tuple[str, ...] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Column of each gene of the model, and whether the table lacks it."""
+    """Column of each gene of the model, -1 if the table lacks it, and whether the table lacks it, (gene,) each."""
     if genes is None:
         columns = np.arange(adata.n_vars)
         if _keys.IS_BLANK in adata.var:
@@ -195,12 +200,12 @@ def _columns(adata: AnnData, genes: tuple[str, ...] | None) -> tuple[np.ndarray,
     if missing.sum() > len(genes) - 2:
         raise InputError(
             f"the table has {len(genes) - len(names)} of the {len(genes)} genes that the model was trained on, "
-            f"expected at least 2; it lacks {', '.join(names[:3])}, ...; check that genes are named in the same way"
+            f"expected at least 2; it lacks {', '.join(names[:3])}, ...; check that both use the same gene names"
         )
     if names:
         warnings.warn(
             f"the table lacks {len(names)} of the {len(genes)} genes of the model, {', '.join(names[:3])}, ...: "
-            "they count as not measured",
+            "they are treated as not measured",
             stacklevel=3,
         )
     return columns, missing

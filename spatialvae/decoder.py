@@ -1,4 +1,4 @@
-"""The decoder: latents to the expected share of each gene in the counts of a cell."""
+"""The decoder: from z_cell to the expected share of each gene in the counts of a cell."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch.nn import functional as F
 
 from spatialvae._product import Linear, product
 
-FEW = -4.0  # logit of an additional zero, 2 %, at the start and where the prior of parameters is centred
+FEW = -4.0  # logit of an additional zero (2 %) at initialisation; the prior of the parameters is centred on it
 
 
 class Decoder(nn.Module):
     """logits of shares = b + W (z_cell, s) + MLP(z_cell, s); s, the batch, is one-hot.
 
-    W starts as the ``loadings`` (gene, dim) given for z_cell and as ``batch_logits`` (gene, batch) for s, b as the log
-    of mean shares, the MLP's last layer as zero. Without ``hidden`` layer there is no MLP (Svensson et al. 2020).
-    With ``zero_inflation`` logits of additional zeros are linear in (z_cell, s), which explains STARmap's counts better
-    than one logit a gene, and than a head on the MLP.
+    W is initialised with the ``loadings`` (gene, dim) for z_cell and ``batch_logits`` (gene, batch) for s, b with the
+    log mean shares, and the last layer of the MLP with zeros. If ``hidden`` is None there is no MLP (LDVAE, Svensson et
+    al. 2020). With ``zero_inflation``, logits of additional zeros are linear in (z_cell, s): on STARmap this fits
+    better than one logit per gene and than an output of the MLP.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
 
     @property
     def loadings(self) -> Tensor:
-        """The columns of W for z_cell, (gene, dim)."""
+        """The columns of W that multiply z_cell, (gene, dim)."""
         return self.out.weight[:, : self.n_cell]
 
     def inputs(self, z_cell: Tensor, batch: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
         return torch.cat([z_cell, F.one_hot(batch, self.n_batch).to(z_cell.dtype)], -1)
 
     def forward(self, z_cell: Tensor, batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """z_cell (..., dim), batch int64 (...,) -> logits (..., gene), those of zeros or None."""
+        """z_cell (..., dim) and batch int64 (...,) to logits (..., gene), and logits of additional zeros or None."""
         inputs = self.inputs(z_cell, batch)
         if self.hidden is None or self.norm is None:
             logits = self.out(inputs)
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         return logits, product(inputs, self.zero.weight, self.zero.bias + FEW)
 
     def slopes(self, z_cell: Tensor, batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Derivatives of what ``forward`` returns by z_cell, (cell, gene, dim) each; inputs (cell, dim), (cell,)."""
+        """Derivatives of the outputs of ``forward`` with respect to z_cell (cell, dim): (cell, gene, dim) each."""
         n, dim = z_cell.shape
         slopes, inputs = self.loadings.expand(n, -1, -1), self.inputs(z_cell, batch)
         if self.hidden is not None and self.norm is not None:

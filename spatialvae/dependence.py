@@ -1,14 +1,15 @@
-r"""Which genes still depend on each other given all others, and given the neighbours; what neighbours do to genes.
+r"""Conditional dependence between genes given all others and given the neighbours, and effects of neighbours on genes.
 
-What lies between two genes does not separate them if it is only known with the noise of counting. Each count is
-therefore thinned into two halves, which are independent given the rate if counts are Poisson (Neufeld et al. 2024):
+Conditioning on a gene does not remove the dependence that it mediates if the gene is only known with counting noise.
+Each count is therefore thinned into two halves, which are independent given the rate if counts are Poisson (Neufeld et
+al. 2024):
 
     x' ~ Binomial(x, 1/2),  x'' = x - x',     f = log(1 + 2 x' / l),  g = log(1 + 2 x'' / l)
 
-with size factors l of mean one. Covariances of f with g, of one gene and of two, are those of the expected log counts,
-free of that noise. The means of f and g over the neighbours of a cell are as many further variables. Genes are joined
-if their partial correlation given all other genes of the cell, and the neighbours' means where these are given, is not
-zero.
+with size factors l of mean one. Covariances between f and g, also of the same gene, estimate those of the expected log
+counts without counting noise. The means of f and g over the neighbours of a cell are additional variables. There is an
+edge between two genes if their partial correlation, given all other genes of the cell and, optionally, the means of the
+neighbours, is not zero.
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ from scipy.stats import t as student
 from spatialvae.errors import InputError
 from spatialvae.inference import adjusted, spatial_blocks
 
-LEAST_TRUE = 0.1  # share of a variance that is never taken for counting noise
-THINNINGS = 4  # averaged
-LEAST_EIGENVALUE = 0.02  # of a correlation matrix that noise was taken out of
-HALVES = 50  # of the blocks, in complementary pairs
-STABLE = 0.9  # share of halves that an edge is found in
-NEAR_COMPONENTS = 20  # of the neighbours' expression
+LEAST_TRUE = 0.1  # smallest share of an observed variance that is attributed to expression
+THINNINGS = 4  # over which moments are averaged
+LEAST_EIGENVALUE = 0.02  # of a correlation matrix after removal of the counting noise
+HALVES = 50  # random halves of the blocks, in complementary pairs
+STABLE = 0.9  # smallest share of halves in which a stable edge is found
+NEAR_COMPONENTS = 20  # principal components of the neighbours' expression
 FOLDS = 10
-BLOCK = 15  # cells of one type that are compared
+BLOCK = 15  # cells of one type in a block
 LEAST_BLOCKS = 10
 SEARCH = 12  # bisections of the penalty
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Sums over the cells of each block: ``cells`` (block,), ``first`` and ``square`` (block, variable), of f and of f
-    squared, ``second`` (block, variable, variable), of f times g. The neighbours' means follow a cell's own."""
+    """Sums over the cells of each block: ``cells`` (block,), their number; ``first`` and ``square`` (block, variable),
+    of f and f squared; ``second`` (block, variable, variable), of f times g. Variables are the genes of the cell, then
+    the means of the neighbours, if given."""
 
     cells: np.ndarray
     first: np.ndarray
@@ -57,26 +59,32 @@ def partial_correlations(
     max_false: float = 1.0,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Edges between genes, by graphical lasso (Friedman, Hastie & Tibshirani 2008) with stability selection.
+    """Find edges between genes by the graphical lasso (Friedman, Hastie & Tibshirani 2008) with stability selection.
 
-    The penalty is the one at which q = sqrt((2 pi - 1) P max_false) of the P pairs of genes are joined in all cells;
-    stable are the pairs that it finds in a share pi = 0.9 of 50 halves of the tissue. Then ``max_false`` wrong edges
-    are expected at most if all wrong pairs are as likely (Meinshausen & Buhlmann 2010). They are not where
-    errors of some pairs are larger; so of stable pairs those are kept whose p-value, by the jackknife over blocks, is
-    at most max_false / P. Halves and the jackknife are of whole blocks, since cells that touch are alike.
+    The penalty is chosen such that q = sqrt((2 pi - 1) P max_false) of the P pairs of genes have an edge in the whole
+    table. Stable edges are those found in a share of at least pi = 0.9 of 50 halves of the tissue. At most
+    ``max_false`` wrong edges are then expected if all wrong edges are equally likely (Meinshausen & Buhlmann 2010). As
+    they are not if errors differ between pairs, stable edges are kept only if their p-value, from a jackknife over
+    blocks, is at most max_false / P. Halves and jackknife leave out whole blocks, since adjacent cells are similar.
 
     Parameters
     ----------
-    counts : (cell, gene), not negative
-    blocks : int (cell,), from 0, as of ``inference.spatial_blocks``
-    neighbours : (cell, cell), ones where a cell has a neighbour, zero diagonal; edges are then given the neighbours
-    size : float (cell,), size factors; the total counts where not given
-    max_false : expected number of wrong edges, at most
+    counts : (cell, gene), non-negative integers
+    blocks : int (cell,), from 0, as of ``inference.spatial_blocks``; at least 4
+    neighbours : sparse (cell, cell), adjacency of ones with a zero diagonal. If given, edges are conditional on the
+        means of the neighbours
+    size : float (cell,), size factors; the total counts if None
+    names : names of the genes; their numbers if None
+    max_false : largest expected number of wrong edges
 
     Returns
     -------
-    DataFrame: ``gene``, ``other``, ``partial_correlation`` given all other genes that either is joined to, and
-    its ``error`` and ``p_value``, and ``frequency``, the share of halves; strongest first
+    DataFrame with one row per edge, strongest first: ``gene``, ``other``, ``partial_correlation`` given all genes with
+    an edge to either, its ``error`` and ``p_value``, and ``frequency``, the share of halves
+
+    Raises
+    ------
+    InputError : for shapes that do not match, invalid counts, genes without counts, or too few genes or blocks
     """
     from sklearn.covariance import graphical_lasso
     from sklearn.exceptions import ConvergenceWarning
@@ -91,7 +99,7 @@ def partial_correlations(
 
     def joined(correlation: np.ndarray, penalty: float) -> np.ndarray:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the edges are settled long before the dual gap
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the edges converge long before the dual gap
             precision = graphical_lasso(correlation, penalty, max_iter=50, tol=1e-3)[1]
         return np.abs(precision[above]) > 1e-8
 
@@ -132,16 +140,16 @@ def partial_correlations(
 def _check(counts: np.ndarray, blocks: np.ndarray, names: Sequence[str]) -> None:
     if counts.ndim != 2 or len(names) != counts.shape[1] or len(blocks) != len(counts):
         raise InputError(
-            f"counts have shape {counts.shape}, with {len(names)} names and {len(blocks)} cells in blocks; expected "
-            "(cell, gene), a name each gene and a block each cell"
+            f"counts have shape {counts.shape}, with {len(names)} names and {len(blocks)} blocks; expected "
+            "(cell, gene), a name for each gene and a block for each cell"
         )
     if not np.isfinite(counts).all() or (counts < 0).any():
-        raise InputError("counts are negative or not finite; expected what was counted")
+        raise InputError("counts are negative or not finite; expected non-negative integers")
     empty = np.flatnonzero(counts.sum(0) == 0)
     if len(empty):
         raise InputError(f"gene {names[empty[0]]!r} has no counts ({len(empty)} such genes); leave them out")
     if counts.shape[1] < 3 or blocks.max() < 3:
-        raise InputError(f"{counts.shape[1]} genes and {blocks.max() + 1} blocks; expected 3 and 4 at least")
+        raise InputError(f"{counts.shape[1]} genes and {blocks.max() + 1} blocks; expected at least 3 and 4")
 
 
 def _moments(
@@ -172,7 +180,8 @@ def _moments(
 
 
 def _correlation(moments: Moments, blocks: np.ndarray, n_genes: int) -> np.ndarray:
-    """Of expected log counts, given the neighbours' means where the moments hold these, from some of the blocks."""
+    """Correlation matrix (gene, gene) of expected log counts from some of the blocks, conditional on the means of the
+    neighbours if the moments contain these."""
     n = moments.cells[blocks].sum()
     mean = moments.first[blocks].sum(0) / n
     covariance = moments.second[blocks].sum(0) / n - np.outer(mean, mean)
@@ -184,7 +193,7 @@ def _correlation(moments: Moments, blocks: np.ndarray, n_genes: int) -> np.ndarr
 
 
 def _positive(covariance: np.ndarray) -> np.ndarray:
-    """The correlation matrix of ``covariance``, with its smallest eigenvalues raised."""
+    """The correlation matrix of ``covariance``, with eigenvalues of at least ``LEAST_EIGENVALUE``."""
     sd = np.sqrt(np.maximum(np.diag(covariance), 1e-12))
     values, vectors = np.linalg.eigh(covariance / np.outer(sd, sd))
     raised = (vectors * np.maximum(values, LEAST_EIGENVALUE)) @ vectors.T
@@ -193,7 +202,7 @@ def _positive(covariance: np.ndarray) -> np.ndarray:
 
 
 def _given_joined(correlation: np.ndarray, joined: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Partial correlations (edge,) of genes ``first`` and ``second`` given those that either is joined to."""
+    """Partial correlations (edge,) of genes ``first`` and ``second`` given all genes with an edge to either."""
     found = np.empty(len(first))
     for edge, (a, b) in enumerate(zip(first, second, strict=True)):
         given = joined[a] | joined[b]
@@ -205,14 +214,14 @@ def _given_joined(correlation: np.ndarray, joined: np.ndarray, first: np.ndarray
 
 
 def log_expression(counts: np.ndarray) -> np.ndarray:
-    """log(1 + x / l), float64 (cell, gene), l a cell's total count over the median; 0 for cells without counts."""
+    """log(1 + x / l), float64 (cell, gene), with l the total count of the cell over the median; 0 without counts."""
     depth = counts.sum(1, keepdims=True, dtype=float)
     typical = np.median(depth[depth > 0])
     return np.log1p(counts * (typical / np.where(depth > 0, depth, np.inf)))
 
 
 def most_variable(counts: np.ndarray, number: int) -> np.ndarray:
-    """Columns of ``counts`` (cell, gene) whose log expression varies most, ``number`` at most, in their order."""
+    """Columns of ``counts`` (cell, gene) with the highest variance of log expression, ``number`` at most, ascending."""
     variance = log_expression(counts).var(0)
     chosen = np.argsort(-variance, kind="stable")[:number]
     return np.sort(chosen[variance[chosen] > 0])
@@ -226,21 +235,25 @@ def variance_shares(
     blocks: np.ndarray,
     genes: Sequence[str],
 ) -> pd.DataFrame:
-    """What share of each gene's variance is told by a cell's type, then its niche, then its neighbours' expression.
+    """Share of each gene's variance that is explained by the cell's type, then its niche, then its neighbours.
 
-    Ridge regressions on the type, with the niche, with the first 20 principal components of the neighbours' mean
-    expression; each predicts blocks of the tissue that it was not fitted to, so that a share is no larger for more
-    numbers. A share is what it adds to the explained variance, 0 where it adds nothing. What is left is counting noise
-    and what a cell has to itself.
+    Ridge regressions on the type, on type and niche, and on both with the first 20 principal components of the mean
+    expression of the neighbours are compared. They predict blocks of the tissue that they were not fitted to, so that
+    more regressors do not increase a share by themselves. A share is the increase of the explained variance, or 0. The
+    rest is counting noise and variation specific to the cell.
 
     Parameters
     ----------
-    expression : float (cell, gene), log counts; ``types`` int (cell,), ``niche`` float (cell, dim)
-    neighbours : (cell, cell); ``blocks`` int (cell,), from 0
+    expression : float (cell, gene), log counts
+    types : int (cell,), from 0
+    niche : float (cell, dim)
+    neighbours : sparse (cell, cell), adjacency of ones
+    blocks : int (cell,), from 0
+    genes : names of the genes
 
     Returns
     -------
-    DataFrame with a row a gene: ``gene``, ``type``, ``niche``, ``neighbours``, ``rest``, which sum to 1
+    DataFrame with one row per gene: ``gene``, ``type``, ``niche``, ``neighbours``, ``rest``; the shares sum to 1
     """
     share = sp.diags_array(1 / np.maximum(np.asarray(neighbours.sum(1)).ravel(), 1)) @ neighbours
     near = share @ (expression - expression.mean(0))
@@ -260,9 +273,9 @@ def variance_shares(
 
 
 def _left_out_errors(x: np.ndarray, y: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Sum of squared errors (gene,) of a ridge regression in folds that it was not fitted to."""
+    """Sum of squared errors (gene,) of a ridge regression of ``y`` on ``x``, in cross-validation over ``folds``."""
     x = np.c_[np.ones(len(x)), (x - x.mean(0)) / np.maximum(x.std(0), 1e-9)]
-    penalty = np.diag(np.r_[0, np.ones(x.shape[1] - 1)])  # of an observation of unit variance: hardly any
+    penalty = np.diag(np.r_[0, np.ones(x.shape[1] - 1)])  # weak: the weight of a single observation
     errors = np.zeros(y.shape[1])
     for fold in np.unique(folds):
         out = folds == fold
@@ -280,39 +293,44 @@ def neighbour_effects(
     genes: Sequence[str],
     samples: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """Which genes of a type of cell change with the number of its neighbours of another type.
+    """Test which genes of a cell type change with the number of neighbours of another type.
 
-    Cells of one type are compared with those of their type close by, in blocks of about 15: within a block, do cells
-    with more neighbours of type u express more of a gene? With n the number of neighbours and e the expression, both
-    less their mean over the block, and S_b the sum of n e over block b,
+    Cells of one type are compared within blocks of about 15 nearby cells of that type. With n the number of neighbours
+    of type u and e the expression of a gene, both less their means over the block, and S_b the sum of n e over block b,
 
         effect = sum_b S_b / sum n^2,        t = mean_b S_b / (sd_b S_b / sqrt(B))
 
-    Gradients wider than a block cancel, and each of the B blocks counts once, however alike its cells are: t, Student's
-    with B - 1 degrees of freedom, takes the error from the blocks, and nothing about cells in a block is taken to be
-    independent. (Exchanging the cells of a block makes them so, and finds effects where expression is only smooth.) The
-    false discovery rate is Benjamini & Hochberg's (1995), over all tests: pairs of types that meet in 10 blocks' worth
-    of cells, genes found in a tenth of the type's cells.
+    Gradients wider than a block cancel. The standard error is estimated from the B blocks, with B - 1 degrees of
+    freedom, so that cells within a block need not be independent. (Permuting cells within blocks would assume that they
+    are, and would find effects of smooth expression.) The false discovery rate (Benjamini & Hochberg 1995) is over all
+    tests: types of neighbours whose number varies in an effective number of at least 10 blocks, and genes expressed in
+    a tenth of the cells of the type.
 
-    A cell has about as many neighbours as any other, so that more of one type are fewer of others: what one type does
-    would show as the opposite in all of them. Of each gene the type of neighbour with the largest t is therefore tested
-    by itself, and every other one given it, n and e being what is left of a regression on its number. Counts are shares
-    of a total, too: a gene that rises by much lowers all others of the cell a little, with the same neighbour.
+    The numbers of neighbours of all types sum to about the same for every cell, so that an effect of one type appears
+    with the opposite sign for the others. For each gene, the type with the largest absolute t is therefore tested
+    alone, and the others conditional on it, after regression of n and e on its number of neighbours. Expression is
+    relative to the total count of the cell: a large increase of one gene lowers all others slightly.
 
-    Molecules of a neighbour that were assigned to the cell look like an effect: be careful where ``mean_neighbour``,
-    the expression in the neighbour's type, is far above ``mean``, that in the type itself.
+    Molecules of a neighbour that were assigned to the cell appear as an effect: be cautious if ``mean_neighbour``, the
+    mean expression in the neighbour's type, is much higher than ``mean``, that in the type itself.
 
     Parameters
     ----------
-    expression : float (cell, gene), log counts; ``types`` int (cell,), places in ``names``
-    neighbours : (cell, cell), ones where a cell has a neighbour; ``coordinates`` (cell, axis); ``samples`` (cell,)
+    expression : float (cell, gene), log counts
+    types : int (cell,), indices into ``names``
+    neighbours : sparse (cell, cell), adjacency of ones
+    coordinates : float (cell, axis)
+    names, genes : names of the types and of the genes
+    samples : (cell,), the sample of each cell; one if None
 
     Returns
     -------
-    DataFrame: ``type``, ``neighbour``, ``gene``, ``effect`` in log counts a neighbour, ``t``, ``p_value``, ``fdr``,
-    ``mean``, ``mean_neighbour``; most certain first
+    DataFrame in order of ``p_value``: ``type``, ``neighbour``, ``gene``, ``effect`` in log counts per neighbour, ``t``,
+    ``p_value``, ``fdr``, ``mean``, ``mean_neighbour``
 
-    Raises InputError if no two types meet often enough.
+    Raises
+    ------
+    InputError : if no two types are neighbours often enough
     """
     kinds = np.eye(len(names))[types]
     near, means = neighbours @ kinds, (kinds.T @ expression) / np.maximum(kinds.sum(0), 1)[:, None]
@@ -346,7 +364,7 @@ def neighbour_effects(
             )
         )
     if not tables:
-        raise InputError(f"no two types meet in {LEAST_BLOCKS} blocks of {BLOCK} cells; there is nothing to compare")
+        raise InputError(f"no two types are neighbours in at least {LEAST_BLOCKS} blocks of {BLOCK} cells")
     table = pd.concat(tables, ignore_index=True)
     table.insert(6, "fdr", adjusted(table["p_value"].to_numpy()))
     return table.sort_values("p_value", kind="stable", ignore_index=True)
@@ -358,7 +376,7 @@ def _less_block_mean(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
 
 
 def _studentised(n: np.ndarray, e: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Effects and their t, (type, gene), of ``n`` (cell, type) and ``e`` (cell, gene)."""
+    """Effects and their t statistics, (type, gene) each, from ``n`` (cell, type) and ``e`` (cell, gene)."""
     to_block = sp.csr_array((np.ones(len(blocks)), (blocks, np.arange(len(blocks)))))
     sums = np.stack([to_block @ (each[:, None] * e) for each in n.T])  # (type, block, gene)
     total = sums.sum(1)
@@ -367,12 +385,13 @@ def _studentised(n: np.ndarray, e: np.ndarray, blocks: np.ndarray) -> tuple[np.n
 
 
 def _given_the_largest(n: np.ndarray, e: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same, for each gene given the type with the largest t; of this type by itself."""
+    """As ``_studentised``, but for each gene conditional on the type with the largest absolute t, which is tested
+    alone."""
     effect, t = _studentised(n, e, blocks)
     largest = np.abs(t).argmax(0)
     for kind in np.unique(largest):
         genes, others = np.flatnonzero(largest == kind), np.delete(np.arange(len(t)), kind)
-        if not len(others):  # one type alone is met
+        if not len(others):  # there is only one type of neighbour
             break
         both = np.hstack([n[:, others], e[:, genes]])
         left = both - np.outer(n[:, kind], n[:, kind] @ both / (n[:, kind] @ n[:, kind]))

@@ -1,22 +1,23 @@
 r"""Differential expression between groups of cells, from the posterior.
 
-The expression of a group is the mean over its cells of a gene's share rho, corrected by its counts: with the total X
-of its counts and their expectation E under the model,
+The expression of a gene in a group is the mean of its share rho over the cells, corrected by the counts. With the sum X
+of its counts over the group and their expectation E under the model,
 
     log h = log mean rho + log (X + 1/2) / (E + 1/2)
 
-whose variance is that of X over E^2, which the likelihood gives, plus that over draws of z. For two groups, over genes,
+Its variance is the variance of X under the likelihood, divided by E^2, plus the variance over draws of z. For two
+groups,
 
     lfc_g ~ sum_k p_k N(0, s_k^2),   log2 h_1g - log2 h_2g ~ N(lfc_g, v_g)
 
-with the weights p of a grid of s that includes 0, estimated from all genes by maximum likelihood (Stephens 2017,
-adaptive shrinkage): changes that counting noise explains are shrunk to zero. As scvi-tools defines them::
+with weights p on a grid of s that includes 0, estimated from all genes by maximum likelihood (adaptive shrinkage,
+Stephens 2017): changes within the counting noise are shrunk to zero. As in scvi-tools::
 
     proba_de = P(|lfc| >= delta),   bayes_factor = log proba_de - log (1 - proba_de)
 
-and genes are called, from the highest proba_de down, while the mean of 1 - proba_de among them, the expected false
-discovery rate, is at most the target (Lopez et al. 2018; Boyeau et al. 2019). Unlike in scvi-tools, the change is that
-of the groups' means, not that between two cells picked at random.
+and genes are called in order of decreasing proba_de as long as the mean of 1 - proba_de among them, the expected false
+discovery rate, is at most the target (Lopez et al. 2018; Boyeau et al. 2019). Unlike in scvi-tools, the change is
+between the means of the groups, not between two random cells.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from spatialvae.module import Section, SpatialModule
 from spatialvae.posterior import Expansion, expansion, latent_draws
 from spatialvae.sampling import expected_counts, shares
 
-Selection = str | Sequence[int] | Sequence[bool] | np.ndarray  # of cells: a query of obs, rows or a mask
+Selection = str | Sequence[int] | Sequence[bool] | np.ndarray  # cells: a query of obs, rows or a mask
 MODES = ("change", "vanilla")
-EPSILON = 1e-8  # of Bayes factors, as in scvi-tools
-DRAWS = 30  # of z: a group's mean hardly varies between them
+EPSILON = 1e-8  # added to probabilities in Bayes factors, as in scvi-tools
+DRAWS = 30  # of z: the mean of a group varies little between draws
 QUANTILE_DRAWS = 1000  # of a change, for its median and extremes
-UPDATES = 300  # of the weights of the prior
+UPDATES = 300  # EM steps for the weights of the prior
 NONE_AT_FIRST = 10.0  # pseudo-count of genes without change, so that with few genes not all are called
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Of each gene: ``scale``, mean share; ``log_mean`` and its ``variance`` (gene,), corrected by counts."""
+    """Expression of a group, (gene,) each: ``scale``, the mean share; ``log_mean``, log h, and its ``variance``."""
 
     scale: np.ndarray
     log_mean: np.ndarray
@@ -54,19 +55,19 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """Posterior of each gene's change: a mixture with ``weight``, ``mean`` and ``sd``, (gene, component) each."""
+    """Posterior of the change of each gene, a Gaussian mixture: ``weight``, ``mean`` and ``sd``, (gene, component)."""
 
     weight: np.ndarray
     mean: np.ndarray
     sd: np.ndarray
 
     def beyond(self, limit: float) -> np.ndarray:
-        """P(lfc >= limit), (gene,); half of the mass at exactly 0 counts as beyond 0."""
+        """P(lfc >= limit), (gene,); for a limit of 0, half of the mass at exactly 0 is included."""
         sd = np.maximum(self.sd, 1e-12)
         return (self.weight * ndtr((self.mean - limit) / sd)).sum(1)
 
     def draws(self, rng: np.random.Generator) -> np.ndarray:
-        """(draw, gene)."""
+        """Draws of the change, (draw, gene)."""
         ends = self.weight.cumsum(1)
         chosen = (rng.random((QUANTILE_DRAWS, len(ends), 1)) > ends[:, :-1]).sum(-1)
         gene = np.arange(len(ends))
@@ -77,7 +78,8 @@ class Change:
 def group_mean(
     module: SpatialModule, section: Section, found: Expansion, rows: np.ndarray, seed: int, batch: int | None = None
 ) -> Group:
-    """Expression of ``rows`` of a section with its expansion, in ``batch``, by default that of each cell."""
+    """Expression of ``rows`` of a section, with its expansion ``found``; decoded in ``batch``, or in each cell's own
+    batch if None."""
     genes = module.shape.n_genes
     share, expected, spread, counted = *np.zeros((2, DRAWS, genes)), np.zeros(genes), np.zeros(genes)
     theta = module.bounded_log_theta.exp().cpu().double().numpy()
@@ -95,8 +97,7 @@ def group_mean(
 
 
 def shrunk(estimate: np.ndarray, variance: np.ndarray) -> Change:
-    """Posterior of changes with ``estimate`` and ``variance`` (gene,), under a prior estimated from them by expectation
-    maximisation."""
+    """Posterior of changes, from their ``estimate`` and its ``variance`` (gene,), under a prior estimated by EM."""
     most = max(2 * np.sqrt(max(float((estimate**2 - variance).max()), 0)), 1e-2)
     sd = np.append(0, most / np.sqrt(2) ** np.arange(16))
     total = variance[:, None] + sd**2
@@ -111,7 +112,7 @@ def shrunk(estimate: np.ndarray, variance: np.ndarray) -> Change:
 
 
 def is_de(proba_de: np.ndarray, fdr: float) -> np.ndarray:
-    """Which genes to call so that the expected share of wrong ones is at most ``fdr``, bool (gene,)."""
+    """Which genes to call for an expected false discovery rate of at most ``fdr``, bool (gene,)."""
     order = np.argsort(-proba_de, kind="stable")
     expected = np.cumsum(1 - proba_de[order]) / np.arange(1, len(order) + 1)
     called = np.zeros(len(order), bool)
@@ -120,7 +121,7 @@ def is_de(proba_de: np.ndarray, fdr: float) -> np.ndarray:
 
 
 def compare(one: Group, two: Group, mode: str, delta: float, fdr: float, seed: int) -> pd.DataFrame:
-    """One row per gene with the columns of scvi-tools; changes in log2."""
+    """Compare two groups: one row per gene with the columns of scvi-tools, changes in log2."""
     variance = (one.variance + two.variance) / np.log(2) ** 2
     change = shrunk((one.log_mean - two.log_mean) / np.log(2), variance)
     scales = {"scale1": one.scale, "scale2": two.scale}
@@ -179,7 +180,7 @@ def pairs(
         found.append(Pair(one, two, {}))
     else:
         if groupby is None or groupby not in obs:
-            raise InputError(f"groupby is {groupby!r}; expected one of obs, {list(obs)}, or groups as idx1 and idx2")
+            raise InputError(f"groupby is {groupby!r}; expected a column of obs, {list(obs)}, or groups as idx1, idx2")
         values = obs[groupby].astype(str).to_numpy()
         names = sorted(set(values)) if group1 is None else [str(group1)] if np.isscalar(group1) else list(group1)
         for name in names:
@@ -202,7 +203,7 @@ def pairs(
         if not len(pair.one) or not len(pair.two):
             what = pair.labels.get("comparison", "idx1 vs idx2")
             raise InputError(
-                f"{what}: the groups have {len(pair.one)} and {len(pair.two)} cells; expected some in both"
+                f"{what}: the groups have {len(pair.one)} and {len(pair.two)} cells; expected at least 1 in each"
             )
     return found
 
@@ -213,10 +214,10 @@ def _rows(obs: pd.DataFrame, selection: Selection) -> np.ndarray:
     rows = np.asarray(selection)
     if rows.dtype == bool:
         if len(rows) != len(obs):
-            raise InputError(f"a mask has {len(rows)} values; expected one for each of {len(obs)} cells")
+            raise InputError(f"the mask has {len(rows)} values; expected one for each of {len(obs)} cells")
         return np.flatnonzero(rows)
     if len(rows) and not (rows.min() >= 0 and rows.max() < len(obs)):
-        raise InputError(f"rows of a group must be from 0 to {len(obs) - 1}")
+        raise InputError(f"the rows of a group must be from 0 to {len(obs) - 1}")
     return np.unique(rows.astype(np.int64))
 
 
@@ -235,7 +236,7 @@ def tables(
     if mode not in MODES:
         raise InputError(f"mode is {mode!r}; expected one of {MODES}")
     if not (delta >= 0 and 0 < fdr < 1):
-        raise InputError(f"delta is {delta} and fdr_target {fdr}; expected 0 at least, and a share between 0 and 1")
+        raise InputError(f"delta is {delta} and fdr_target {fdr}; expected delta >= 0 and 0 < fdr_target < 1")
     expanded, found = expansion(module, section, module.sites(section)), []
     for pair in pairs:
         one, two = (group_mean(module, section, expanded, rows, seed, batch) for rows in (pair.one, pair.two))
@@ -247,8 +248,8 @@ def tables(
 
 
 def raw_statistics(module: SpatialModule, section: Section, one: np.ndarray, two: np.ndarray) -> dict[str, np.ndarray]:
-    """The statistics of scvi-tools for two groups of rows, (gene,) each: mean counts, shares of cells with counts, and
-    mean counts scaled to 10,000 per cell."""
+    """Statistics of the counts of two groups of rows, as in scvi-tools, (gene,) each: mean counts, shares of cells with
+    counts, and mean counts scaled to 10,000 per cell."""
     found: dict[str, np.ndarray] = {}
     for i, rows in enumerate((one, two), 1):
         x = np.zeros((3, module.shape.n_genes))

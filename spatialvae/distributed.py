@@ -1,7 +1,7 @@
-"""Several processes that train one model together: ``torchrun --nproc-per-node 2 -m spatialvae.cli train ...``.
+"""Data-parallel training by several processes: ``torchrun --nproc-per-node 2 -m spatialvae.cli train ...``.
 
-Each process holds the whole section and computes a part of every minibatch; gradients are summed. This is the data
-parallelism of DistributedDataParallel, simpler because the gradient is one tensor.
+Each process holds the whole section and computes a part of every minibatch; gradients are summed. This is equivalent to
+DistributedDataParallel, and simpler because the gradient is one tensor.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import distributed as dist
 
 @dataclass(frozen=True)
 class Team:
-    """The rank of this process among those that train together."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
     size: int = 1
 
     def add_up(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the processes."""
+        """Replace a tensor by its sum over processes."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
@@ -51,5 +51,5 @@ def team_of_processes() -> Iterator[Team]:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that reports and writes files."""
+    """Whether this process is the one that reports progress and writes files."""
     return int(os.environ.get("RANK", "0")) == 0

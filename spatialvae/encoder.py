@@ -1,4 +1,4 @@
-"""The encoder: the information that the counts of a cell give about z_cell."""
+"""The encoder: a Gaussian approximation to the likelihood of z_cell, from the counts of the cell."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 from spatialvae._product import Linear
 
-FIRST_PRECISION = 10.0  # precision that counts give about a latent of unit variance, before training
+FIRST_PRECISION = 10.0  # precision of the likelihood of a latent of unit variance, before training
 
 
 def log_normalised(x: Tensor, factor: Tensor) -> Tensor:
-    """log(1 + factor x) of counts (cell, gene), which need no gradient; ``factor`` (cell,)."""
+    """log(1 + factor x) of counts ``x`` (cell, gene), with ``factor`` (cell,); no gradient is computed."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return torch.log1p(x * factor[:, None])
     from spatialvae import _kernels
@@ -25,12 +25,12 @@ def log_normalised(x: Tensor, factor: Tensor) -> Tensor:
 class CellEncoder(nn.Module):
     """A Gaussian approximation to the likelihood of z_cell: p(x | z_cell, s) ~ N(t; z_cell, 1 / precision).
 
-    Log-normalised counts (cell, gene) and batches s (cell,) are mapped to t and log precision (cell, dim):
+    Log-normalised counts y (cell, gene) and batches s (cell,) are mapped to t and log precision (cell, dim):
 
         t = W y + b - shift_s + MLP(y, s),   log precision = MLP(y, s)
 
-    starting from a given linear map (directions of unit variance) and a zero last layer of the MLP. With a Gaussian
-    prior the posterior follows (``combined``); known neighbours are part of that prior.
+    W and b are initialised with the linear map given (directions of unit variance) and the last layer of the MLP with
+    zeros. ``combined`` computes the posterior under a Gaussian prior; neighbours enter through that prior.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, shift: Tensor, hidden: int) -> None:
@@ -60,9 +60,10 @@ class CellEncoder(nn.Module):
 def combined(
     target: Tensor, log_precision: Tensor, prior_mean: Tensor, prior_variance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Mean and log variance of the product of N(target; z, 1 / precision) and the prior N(prior_mean, prior_variance).
+    """Mean and log variance (cell, dim) of the product of N(target; z, 1 / precision) and the prior
+    N(z; prior_mean, prior_variance).
 
-    All (cell, dim); the prior's may be (dim,).
+    The arguments are (cell, dim); those of the prior may also be (dim,).
     """
     gain = torch.sigmoid(log_precision + prior_variance.log())  # precision / (precision + 1 / prior_variance)
     return torch.lerp(prior_mean.expand_as(target), target, gain), (prior_variance * (1 - gain)).log()

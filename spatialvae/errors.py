@@ -1,4 +1,4 @@
-"""The exception for errors in the input, which users can correct."""
+"""The exception for invalid input, and a check of counts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from numbers import Integral
 
 
 class InputError(ValueError):
-    """Bad input: a table, key, option or model folder that cannot be used as it is.
+    """Invalid input: a table, key, option or model folder that cannot be used.
 
-    The message names the key, row or file, the value received and what was expected. The command line prints it
-    alone and exits with 2.
+    The message names the key, row or file, the value received and the value expected. The command line prints only the
+    message and exits with code 2.
     """
 
 

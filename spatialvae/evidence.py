@@ -1,12 +1,12 @@
-r"""Evidence: log p(x) of cells, with its Monte Carlo error.
+r"""Evidence: log p(x) of cells by importance sampling, with its Monte Carlo error.
 
-The prior of z_cell_i is a mixture of Gaussians, given others (``neighbours``) or, with neighbours unknown, its marginal
-(``celltypes``). z_cell_i is drawn from r, Laplace's approximation of its posterior, with the Gaussian of the same
-moments in place of the mixture, made wider:
+The prior of z_cell_i is a mixture of Gaussians: given the counts of other cells (``neighbours``), or marginally
+(``celltypes``). The proposal r is Laplace's approximation of the posterior of z_cell_i, with the mixture replaced by
+the Gaussian with the same moments, and widened:
 
     log p(x) = log E_r [ w ],   w = p(x | z_cell) p(z_cell) / r(z_cell)
 
-The error of the logarithm of a mean is the standard error of the mean over the mean (delta method).
+The error of the logarithm of the mean weight is the standard error of the mean divided by the mean (delta method).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from spatialvae.mixture import Mixture
 from spatialvae.module import Section, SpatialModule
 from spatialvae.posterior import blocks, climbed, expanded, spread
 
-PROPOSAL_WIDTH = 1.2  # sd of importance samples in units of the approximation's, whose tails are too thin
+PROPOSAL_WIDTH = 1.2  # sd of the proposal relative to Laplace's approximation, whose tails are too light
 
 Gaussian = tuple[Tensor, Tensor]  # mean and variance, (cell, dim) each
-LogLikelihood = Callable[[Tensor], Tensor]  # of z (cell, dim): (cell,), in nats
+LogLikelihood = Callable[[Tensor], Tensor]  # z (cell, dim) to (cell,), in nats
 
 
 def weighted_draws(
@@ -53,8 +53,7 @@ def drawn(
     seed: int = 0,
     expected: Callable[[np.ndarray], Mixture] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """z (row, draw, dim) and log p(x | z) / r(z) (row, draw), on the CPU; r around the mode under what is ``expected``
-    of ``rows`` (see ``log_evidence``)."""
+    """Draws z (row, draw, dim) and log p(x | z) / r(z) (row, draw), on the CPU; ``expected`` as in ``log_evidence``."""
     generator, found = torch.Generator().manual_seed(seed), []
     for _, proposed in _proposals(module, section, rows, expected):
         pairs = weighted_draws(*proposed, samples, generator)
@@ -85,7 +84,7 @@ def log_mean_weight(
 def proposal(
     module: SpatialModule, section: Section, rows: np.ndarray, prior: Gaussian
 ) -> tuple[LogLikelihood, Tensor, Tensor]:
-    """log p(x | z) of ``rows`` as a function of z (row, dim), and mode (row, dim) and precision (row, dim, dim) of
+    """log p(x | z) of ``rows`` as a function of z (row, dim), and the mode (row, dim) and precision (row, dim, dim) of
     Laplace's approximation of the posterior of z_cell under a Gaussian ``prior``."""
     x = module.counts(section, rows)
     start = combined(*module.encoded(section, rows, x), *prior)[0]
@@ -101,7 +100,7 @@ def proposal(
 def _proposals(
     module: SpatialModule, section: Section, rows: np.ndarray, expected: Callable[[np.ndarray], Mixture] | None
 ) -> Iterator[tuple[Mixture, tuple[LogLikelihood, Tensor, Tensor]]]:
-    """Of blocks of ``rows`` the distribution of z_cell before their counts, and their ``proposal``."""
+    """The prior of z_cell and the ``proposal`` of each block of ``rows``."""
     for part in blocks(module, rows):
         prior = module.cells_around(*module.unknown_niche(len(part))) if expected is None else expected(part)
         yield prior, proposal(module, section, part, prior.moments())
@@ -116,9 +115,9 @@ def log_evidence(
     seed: int = 0,
     expected: Callable[[np.ndarray], Mixture] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """log p(x_i) and its Monte Carlo error of ``rows``, float64 (row,) each, in nats.
+    """log p(x_i) of ``rows`` and its Monte Carlo error, float64 (row,) each, in nats.
 
-    ``expected``: the distribution of z_cell of given rows given other cells; None if nothing is given.
+    ``expected`` maps rows to the distribution of their z_cell given other cells; the marginal prior if None.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = []
@@ -130,5 +129,5 @@ def log_evidence(
 
 
 def mean_with_error(value: np.ndarray, error: np.ndarray) -> tuple[float, float]:
-    """Mean over cells, and its error from independent errors ``error`` (cell,)."""
+    """Mean of ``value`` over cells, and its error from the independent errors ``error`` (cell,)."""
     return float(value.mean()), float(np.sqrt((error**2).sum()) / len(error))

@@ -1,16 +1,16 @@
 r"""Gaussian fields on the graph of cells: which directions of expression vary smoothly in space, and how smoothly.
 
-Scores ``y`` (cell, direction) on the graph with Laplacian ``L`` are modelled, direction by direction, as
+Scores ``y`` (cell, direction) on the graph with Laplacian ``L`` are modelled, for each direction d, as
 
     y_d ~ N(0, V_d),   V_d = s_d (1 + r L)^-1  +  g_d (1 + a L)^-1  +  e_d I
 
-a smooth field (the niche), a rough one (neighbours that resemble each other because they touch) and a part that is
-independent between cells. The smooth part penalises squared differences along edges (a conditional autoregression,
-Besag 1974): of the graph forms of Matern fields (Lindgren, Rue & Lindstrom 2011) the one that blurs borders least.
-Range ``r`` is shared by all directions, variances are each direction's own, and all are learnt by maximum likelihood:
-V_d is a function of L, so the log determinant and the quadratic form are integrals against spectral measures. Those are
-exact for small tables; for large ones a few Lanczos steps give them by Gauss quadrature (Ubaru, Chen & Saad 2017).
-Nothing of size (cell, cell) is made of a large table.
+the sum of a smooth field (the niche), a rough field (similarity of adjacent cells only) and a component that is
+independent between cells. The smooth component penalises squared differences along edges (a conditional autoregression,
+Besag 1974): of the graph forms of Matern fields (Lindgren, Rue & Lindstrom 2011) it blurs borders least. The range
+``r`` is shared by all directions; the variances are specific to each. All are estimated by maximum likelihood: V_d is a
+function of L, so the log determinant and the quadratic form are integrals against spectral measures. These are computed
+exactly for small tables, and for large ones by Gauss quadrature from a few Lanczos steps (Ubaru, Chen & Saad 2017),
+without any matrix of size (cell, cell).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import numpy as np
 import scipy.sparse as sp
 from scipy.linalg import eigh, eigh_tridiagonal
 
-ROUGH_RANGE = 0.3  # a: little beyond the nearest neighbours
-RANGES = np.geomspace(1, 2000, 25)  # of r, in squared graph steps
-EXACT = 1500  # cells up to which eigenvalues are computed: half a second
+ROUGH_RANGE = 0.3  # a: correlation hardly extends beyond the nearest neighbours
+RANGES = np.geomspace(1, 2000, 25)  # grid of r, in squared graph steps
+EXACT = 1500  # largest number of cells for which all eigenvalues are computed (half a second)
 LANCZOS_STEPS = 40
-PROBES = 6  # random vectors for traces, at least
-COLUMNS_AT_ONCE = 8  # of Lanczos' vectors, four of which are held for each column
-NODES = 128  # of a trace measure: neighbouring nodes are merged
+PROBES = 6  # smallest number of random vectors for traces
+COLUMNS_AT_ONCE = 8  # vectors in one Lanczos run, which holds four arrays of their size
+NODES = 128  # of a trace measure, after neighbouring nodes are merged
 UPDATES = 150
 TOLERANCE = 1e-4  # of conjugate gradients, relative to the right-hand side
 MOST_ITERATIONS = 1000
@@ -39,9 +39,10 @@ Measure = tuple[np.ndarray, np.ndarray]  # nodes and weights, (..., node)
 class Field:
     """A fitted field of the directions that vary in space.
 
-    ``chosen`` int64 (direction,) are columns of the scores, the most spatial first. ``smooth``, ``rough`` and ``noise``
-    (direction,) are s, g and e of V, ``gain`` the log likelihood, in nats, gained over a model without the smooth part.
-    ``spread`` is the mean of diag (1 + r L)^-1 and ``rough_spread`` that of diag (1 + a L)^-1.
+    ``chosen`` int64 (direction,) are columns of the scores, in order of decreasing ``gain``. ``smooth``, ``rough`` and
+    ``noise`` (direction,) are s, g and e of V; ``gain`` (direction,) is the increase of the log likelihood over a model
+    without the smooth component, in nats. ``spread`` is the mean of diag (1 + r L)^-1 and ``rough_spread`` that of
+    diag (1 + a L)^-1.
     """
 
     chosen: np.ndarray
@@ -63,9 +64,9 @@ def laplacian_of(adjacency: sp.csr_array) -> sp.csr_array:
 def spatial_directions(scores: np.ndarray, neighbours: sp.csr_array | None) -> np.ndarray:
     """Directions (score, direction) in which ``scores`` (cell, score; centred) have unit variance and are uncorrelated.
 
-    With ``neighbours`` (cell, cell), each cell's neighbourhood without itself, they are ordered by the correlation of a
+    With ``neighbours`` (cell, cell), the adjacency matrix without self-loops, they are ordered by the correlation of a
     cell with the mean of its neighbours, highest first (maximum autocorrelation factors, Switzer & Green 1984;
-    Wartenberg 1985); without, by variance.
+    Wartenberg 1985); without it, by variance.
     """
     total = scores.T @ scores / len(scores)
     ridge = 1e-6 * np.trace(total) / len(total) * np.eye(len(total))
@@ -81,7 +82,8 @@ def spatial_directions(scores: np.ndarray, neighbours: sp.csr_array | None) -> n
 def fit_field(y: np.ndarray, laplacian: sp.csr_array, max_directions: int) -> Field:
     """Fit a field to ``y`` (cell, direction; centred), whose directions are uncorrelated.
 
-    A direction is kept if its smooth part improves the log likelihood by more than one parameter costs (Akaike 1974).
+    A direction is kept if its smooth component increases the log likelihood by more than 1, the cost of a parameter
+    (Akaike 1974); at least one and at most ``max_directions`` are kept.
     """
     n = len(y)
     power = (y**2).mean(0)
@@ -103,13 +105,13 @@ def fit_field(y: np.ndarray, laplacian: sp.csr_array, max_directions: int) -> Fi
 def solve(
     laplacian: sp.csr_array, r: float, weight: np.ndarray, target: np.ndarray, start: np.ndarray | None = None
 ) -> np.ndarray:
-    """Solve (1 + r L) m + W m = target by conjugate gradients preconditioned by the diagonal.
+    """Solve (1 + r L) m + W m = target by conjugate gradients with a diagonal preconditioner.
 
     Parameters
     ----------
-    weight : W, not negative: float (cell, dim); or positive semidefinite matrices (cell, dim, dim)
+    weight : W, float (cell, dim), non-negative; or (cell, dim, dim), positive semidefinite matrices
     target : float (cell, dim)
-    start : first guess, float (cell, dim)
+    start : float (cell, dim), the initial guess; zero if None
 
     Returns
     -------
@@ -147,8 +149,8 @@ def solve(
 def draws(laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One draw of N(0, (1 + r L + W)^-1), float64 (cell, dim), W as in ``solve``.
 
-    The precision matrix is B'B for a matrix B with rows for edges and cells, and B' times noise has it as covariance
-    (Papandreou & Yuille 2010).
+    The precision matrix is B'B for a matrix B with a row for each edge and cell; B' times standard normal noise
+    therefore has the precision matrix as covariance (Papandreou & Yuille 2010).
     """
     shape, upper = weight.shape[:2], sp.triu(-laplacian, 1, format="coo")
     columns = np.arange(upper.nnz)
@@ -169,11 +171,10 @@ def draws(laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.
 def posterior_covariance(
     laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.Generator, samples: int
 ) -> np.ndarray:
-    """Blocks on the diagonal of (1 + r L + W)^-1, float64 (cell, dim, dim), W (cell, dim, dim) as in ``solve``, from
-    ``samples`` draws.
+    """Diagonal blocks of (1 + r L + W)^-1, float64 (cell, dim, dim), with W (cell, dim, dim) as in ``solve``.
 
-    The covariance of a cell given its neighbours is exact; only the contribution of the neighbours is estimated (Siden,
-    Lindgren, Bolin & Villani 2018).
+    The covariance of a cell given its neighbours is exact; only the contribution of the neighbours is estimated, from
+    ``samples`` draws (Siden, Lindgren, Bolin & Villani 2018).
     """
     own = r * laplacian.diagonal()
     given = np.linalg.inv(weight + (1 + own)[:, None, None] * np.eye(weight.shape[1]))
@@ -196,7 +197,7 @@ def _spectral_measure(laplacian: sp.csr_array, vectors: np.ndarray) -> Measure:
 
 
 def _lanczos(laplacian: sp.csr_array, vectors: np.ndarray) -> Measure:
-    """Plain three-term Lanczos: lost orthogonality only splits nodes, which does not change the integrals."""
+    """Lanczos without reorthogonalisation: loss of orthogonality splits nodes, but does not change the integrals."""
     steps = min(LANCZOS_STEPS, len(vectors))
     columns = vectors.shape[1]
     diagonal, below = np.zeros((steps, columns)), np.zeros((steps, columns))
@@ -217,9 +218,9 @@ def _lanczos(laplacian: sp.csr_array, vectors: np.ndarray) -> Measure:
 
 
 def trace_measure(laplacian: sp.csr_array) -> Measure:
-    """Nodes and weights (node,): the sum of weight * f(node) is the trace of f(L) divided by the number of cells.
+    """Nodes and weights, (node,) each, such that sum(weight * f(node)) is the trace of f(L) over the number of cells.
 
-    The random vectors are always the same, so that the field of a table does not depend on the seed of the training.
+    The random vectors are always the same, so that the field of a table does not depend on the training seed.
     """
     n = laplacian.shape[0]
     if n <= EXACT:
@@ -231,8 +232,8 @@ def trace_measure(laplacian: sp.csr_array) -> Measure:
 
 
 def _merged(nodes: np.ndarray, weights: np.ndarray) -> Measure:
-    """The measure with neighbouring nodes replaced by their mean, in bins of log(1e-3 + node): spectra 1 / (1 + r node)
-    change little within one."""
+    """The measure with the nodes in each bin of log(1e-3 + node) replaced by their mean: 1 / (1 + r node) varies little
+    within a bin."""
     place = np.log(1e-3 + nodes)
     low, high = place.min(), place.max()
     bins = np.minimum(((place - low) / max(high - low, 1e-12) * NODES).astype(int), NODES - 1)
@@ -242,7 +243,7 @@ def _merged(nodes: np.ndarray, weights: np.ndarray) -> Measure:
 
 
 def _bases(eigenvalue: np.ndarray, ranges: np.ndarray) -> np.ndarray:
-    """Spectra of the three parts at unit variance: (range, part, *eigenvalue.shape)."""
+    """Spectra of the three components at unit variance: (range, component, *eigenvalue.shape)."""
     r = ranges.reshape(-1, *([1] * eigenvalue.ndim))
     smooth = 1 / (1 + r * eigenvalue)
     rough = np.broadcast_to(1 / (1 + ROUGH_RANGE * eigenvalue), smooth.shape)
@@ -252,10 +253,10 @@ def _bases(eigenvalue: np.ndarray, ranges: np.ndarray) -> np.ndarray:
 def _maximum_likelihood(
     power: np.ndarray, measure: Measure, trace: Measure, n: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Range, variances (part, direction) and gain (direction,) in nats.
+    """Range, variances (component, direction) and gain (direction,) in nats.
 
-    Each variance is updated by the square root of data over expectation, which never lowers the likelihood
-    (Zhou, Hu, Zhou & Lange 2019); all ranges of the grid are fitted at once.
+    Each variance is multiplied by the square root of a ratio of data to expectation, which never lowers the likelihood
+    (MM algorithm, Zhou, Hu, Zhou & Lange 2019). All ranges of the grid are fitted at once.
     """
     nodes, weights = measure
     data = np.moveaxis(_bases(nodes, RANGES), 1, 0)  # (part, range, direction, step)

@@ -1,5 +1,5 @@
-"""Neighbour graphs of cells from coordinates, within samples and of bounded degree; conversion to and from PyTorch
-Geometric's ``Data``."""
+"""Neighbour graphs of cells from coordinates, within samples and of bounded degree, and their conversion from and to
+``torch_geometric.data.Data``."""
 
 from __future__ import annotations
 
@@ -52,13 +52,18 @@ class NeighbourGraph:
 
 
 def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None) -> NeighbourGraph:
-    """The ``k`` nearest cells of the same sample, without the cell itself.
+    """Find the ``k`` nearest cells of each cell within its sample, without the cell itself.
 
     Parameters
     ----------
     coordinates : float (cell, axis), 2 or 3 axes in the same unit
-    k : neighbours of each cell; at most n - 1 in a sample of n cells
-    samples : int or str (cell,); by default one sample
+    k : number of neighbours; cells have fewer in samples of at most ``k`` cells
+    samples : int or str (cell,); one sample if None
+
+    Raises
+    ------
+    InputError : for coordinates of another shape or that are not finite, an invalid ``k``, or ``samples`` of another
+        length
     """
     coordinates = checked_coordinates(coordinates)
     check_count("the number of neighbours", k)
@@ -69,7 +74,7 @@ def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None
         if degree == 0:
             continue
         tree = cKDTree(coordinates[rows])
-        order = tree.indices  # of its leaves: consecutive queries visit the same nodes
+        order = tree.indices  # order of the leaves, so that consecutive queries visit the same nodes
         far, near = tree.query(tree.data[order], degree + 1, workers=-1)
         far, near = _without_self(far, near, order)
         index[rows[order], :degree] = rows[near]
@@ -88,25 +93,23 @@ def symmetrised(graph: NeighbourGraph, coordinates: np.ndarray) -> NeighbourGrap
 
 
 def to_data(adata: AnnData, k: int = 15) -> Data:
-    """The cells of a table that ``SpatialVAE.setup_anndata`` prepared, as a ``torch_geometric.data.Data``.
+    """Convert a table prepared by ``SpatialVAE.setup_anndata`` to a ``torch_geometric.data.Data``.
 
-    ``pos`` float32 (cell, axis); ``edge_index`` int64 (2, edge), from each of a cell's ``k`` nearest of its sample to
-    the cell, targets in order, nearest first; ``edge_attr`` float32 (edge, 1), distances in the unit of the
+    ``pos`` float32 (cell, axis); ``edge_index`` int64 (2, edge), from the ``k`` nearest cells of the same sample to
+    each cell, in order of the target cell, nearest first; ``edge_attr`` float32 (edge, 1), distances in the unit of the
     coordinates; ``x`` float32 (cell, dim), ``obsm["X_spatialvae"]`` if it exists.
 
-    Raises InputError for a table without ``setup_anndata`` or without coordinates.
+    Raises InputError if the table was not set up or has no coordinates.
     """
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # on import, about torch.jit.script; the user cannot change it
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised by the import, about torch.jit.script
         from torch_geometric.data import Data
 
     setup = Setup.read(adata)
     if setup.spatial_key is None:
-        raise InputError("the table was set up without spatial_key: there are no coordinates for a graph")
+        raise InputError("the table was set up without spatial_key: a graph needs coordinates")
     coordinates, samples = read_places(adata, setup)
     graph = knn_graph(coordinates, k, samples)
     target, slot = np.nonzero(graph.index >= 0)
@@ -123,10 +126,12 @@ def to_data(adata: AnnData, k: int = 15) -> Data:
 
 
 def from_data(data: Data) -> NeighbourGraph:
-    """The neighbours in ``data.edge_index`` (2, edge), from neighbour to cell, with the distances ``data.edge_attr``,
-    (edge,) or (edge, 1), or else those between ``data.pos``.
+    """Convert ``data.edge_index`` (2, edge), from neighbour to cell, to a ``NeighbourGraph``.
 
-    Raises InputError if an edge refers to a cell that does not exist, or if there are neither distances nor positions.
+    Distances are ``data.edge_attr``, (edge,) or (edge, 1), or else those between the positions ``data.pos``.
+
+    Raises InputError if an edge refers to a cell that does not exist, if the number of distances differs from that of
+    edges, or if there are neither distances nor positions.
     """
     edges = np.asarray(data.edge_index.cpu())
     n = int(data.num_nodes)
@@ -140,7 +145,7 @@ def from_data(data: Data) -> NeighbourGraph:
         places = np.asarray(data.pos.cpu(), np.float32)
         far = np.linalg.norm(places[edges[0]] - places[edges[1]], axis=1)
     else:
-        raise InputError("data has neither edge_attr nor pos: the distances of neighbours are unknown")
+        raise InputError("data has neither edge_attr nor pos; distances to neighbours need one of them")
     order = np.lexsort((far, edges[1]))
     source, target, far = edges[0][order], edges[1][order], far[order]
     degree = np.bincount(target, minlength=n)
@@ -156,14 +161,14 @@ def _rows_of_samples(n: int, samples: np.ndarray | None) -> list[np.ndarray]:
         return [np.arange(n)] if n else []
     samples = np.asarray(samples)
     if len(samples) != n:
-        raise InputError(f"{len(samples)} sample names for {n} cells; expected one each")
+        raise InputError(f"{len(samples)} sample names for {n} cells; expected one for each")
     code = np.unique(samples, return_inverse=True)[1]
     order = np.argsort(code, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if n else []
 
 
 def _without_self(far: np.ndarray, near: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop each row's own ``number``, which need not be first, or be listed at all, if cells coincide."""
+    """Remove each row's own ``number``, which may not be first, or may be missing, if cells coincide."""
     own = near == number[:, None]
     own[~own.any(1), -1] = True
     keep = ~own

@@ -1,9 +1,8 @@
-"""Draws from the posterior of latents itself, where a Gaussian approximation starts them.
+"""Hamiltonian Monte Carlo for the posterior of the latents, started from draws of a Gaussian approximation.
 
-Under small counts the posterior is skewed: a gene of which a cell shows nothing bounds its rate from above alone.
-Laplace's approximation takes as much from one side as it gives to the other, and expression drawn from it is too high
-where it is low. Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011) leaves the posterior as it is and moves the
-approximation's draws towards it.
+With small counts the posterior is skewed: a count of zero bounds the rate of a gene only from above. Laplace's
+approximation is symmetric, so that low expression drawn from it is too high. Hamiltonian Monte Carlo (Duane et al.
+1987; Neal 2011) has the posterior as its stationary distribution and moves the draws of the approximation towards it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LEAPS, STEP = 4, 0.4  # their product is a quarter turn, after which a Gaussian of unit variance has forgotten its start
+LEAPS, STEP = 4, 0.4  # their product is about pi / 2: for a unit Gaussian, end points are independent of the start
 TRAJECTORIES = 5
 
 
@@ -24,11 +23,11 @@ def moved(
     generator: torch.Generator,
     trajectories: int = TRAJECTORIES,
 ) -> Tensor:
-    """``z`` (B, dim) after ``trajectories`` steps of a Markov chain for each row, whose law is that of ``log_density``
-    (B, dim) -> (B,).
+    """``z`` (B, dim) after ``trajectories`` steps of a Markov chain for each row, with the stationary density
+    ``log_density``, (B, dim) -> (B,).
 
-    ``root`` (B, dim, dim): Cholesky factor of the precision of a Gaussian like it, whose coordinates are used. Moves to
-    where the density is not finite are rejected.
+    ``root`` (B, dim, dim) is the Cholesky factor of the precision of a Gaussian approximation, which defines the
+    coordinates of the chain. Proposals at which the density is not finite are rejected.
     """
     unscaled = torch.linalg.inv(root)
     value, slope = _with_slope(log_density, z)

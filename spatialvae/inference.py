@@ -1,4 +1,4 @@
-"""Inference from dependent cells: blocks of neighbours, and false discovery rates of many tests."""
+"""Statistical inference from dependent cells: spatial blocks, and false discovery rates."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import numpy as np
 
 
 def spatial_blocks(coordinates: np.ndarray, number: int, samples: np.ndarray | None = None) -> np.ndarray:
-    """Compact blocks of nearly equal numbers of cells, never across samples: int64 (cell,), from 0.
+    """Divide cells into compact blocks of nearly equal size, within samples: int64 (cell,), from 0.
 
-    Samples are bisected across their longest side until there are about ``number`` blocks in total. Sums over blocks
+    Samples are bisected along their longest axis until there are about ``number`` blocks in total. Sums over blocks
     are nearly independent if blocks are wide compared with the distance over which cells are correlated.
 
     Parameters
     ----------
     coordinates : float (cell, axis)
-    samples : (cell,); one sample if not given
+    number : total number of blocks, about; each sample has at least one
+    samples : (cell,); one sample if None
     """
     code = np.zeros(len(coordinates), int) if samples is None else np.unique(samples, return_inverse=True)[1]
     out = np.empty(len(coordinates), np.int64)
@@ -38,7 +39,8 @@ def spatial_blocks(coordinates: np.ndarray, number: int, samples: np.ndarray | N
 
 
 def adjusted(p: np.ndarray) -> np.ndarray:
-    """False discovery rate at which each of the ``p`` values (test,) is found (Benjamini & Hochberg 1995)."""
+    """Adjusted p-values, float64 (test,), of the p-values ``p`` (test,): the lowest false discovery rate at which each
+    is significant (Benjamini & Hochberg 1995)."""
     order = np.argsort(p)[::-1]
     out = np.empty(len(p))
     out[order] = np.minimum.accumulate(np.asarray(p, float)[order] * len(p) / np.arange(len(p), 0, -1))

@@ -1,4 +1,4 @@
-"""Interpret a model: gene programs of dimensions and domains, gene sets, and the reach of neighbours."""
+"""Interpretation of a model: gene programs of dimensions and domains, gene sets, and the range of the niche."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from spatialvae.inference import adjusted
 if TYPE_CHECKING:
     from spatialvae.model import SpatialVAE
 
-CELLS_DECODED = 2000  # for the mean of a derivative
+CELLS_DECODED = 2000  # over which derivatives are averaged
 SMALLEST_SET, LARGEST_SET = 3, 500  # genes of a set that are in the table
 FOLDS = 5
 
 
 def latent_programs(model: SpatialVAE, seed: int = 0) -> pd.DataFrame:
-    """Change of each gene's log share with each dimension of z_cell, float (gene, dimension).
+    """Change of each gene's log share per unit of each dimension of z_cell, float64 (gene, dimension).
 
-    The mean over cells of d log rho_g / d z_d = J_gd - sum_h rho_h J_hd, where J is the Jacobian of the decoder's
-    logits: 0.7 is a doubling per unit, and cells vary by about 1 unit. z_niche is the smooth part of the first
-    dimensions and has their programs. For a linear decoder, programs are its loadings up to a constant for each
-    dimension.
+    This is the mean over at most 2,000 random cells of d log rho_g / d z_d = J_gd - sum_h rho_h J_hd, with J the
+    Jacobian of the decoder's logits. A value of 0.7 is a doubling per unit; the standard deviation over cells is about
+    1 unit. z_niche is the smooth part of the first dimensions and has the same programs. For a linear decoder, programs
+    are its loadings up to a constant for each dimension.
     """
     import torch
 
@@ -49,8 +49,10 @@ def latent_programs(model: SpatialVAE, seed: int = 0) -> pd.DataFrame:
 
 
 def domain_programs(expression: np.ndarray, labels: np.ndarray, genes: list[str]) -> pd.DataFrame:
-    """Difference of each gene's mean log counts between a domain and all others, in standard deviations: (gene,
-    domain). expression float (cell, gene), labels (cell,)."""
+    """Difference of the mean expression of each gene between each domain and all other cells, in standard deviations.
+
+    ``expression`` float (cell, gene), log counts; ``labels`` (cell,). Returns a DataFrame (gene, domain).
+    """
     spread = np.maximum(expression.std(0), 1e-9)
     names = sorted({str(label) for label in labels}, key=lambda name: (len(name), name))
     of = {name: np.asarray(labels).astype(str) == name for name in names}
@@ -63,7 +65,10 @@ def domain_programs(expression: np.ndarray, labels: np.ndarray, genes: list[str]
 
 
 def top_genes(programs: pd.DataFrame, number: int = 8) -> pd.DataFrame:
-    """Genes that rise and fall most in each column of ``programs`` (gene, program): ``program``, ``up``, ``down``."""
+    """The ``number`` genes that increase and decrease most in each column of ``programs`` (gene, program).
+
+    Returns a DataFrame with the columns ``program``, ``up`` and ``down``.
+    """
     rows = []
     for name, column in programs.items():
         order = column.sort_values(ascending=False)
@@ -73,9 +78,9 @@ def top_genes(programs: pd.DataFrame, number: int = 8) -> pd.DataFrame:
 
 
 def read_gmt(path: str | os.PathLike[str]) -> dict[str, frozenset[str]]:
-    """Read gene sets from a GMT file: one tab-separated line per set, with name, description, genes.
+    """Read gene sets from a GMT file, with one tab-separated line per set: name, description, genes.
 
-    Raises InputError for other files.
+    Raises InputError if the file does not exist or has another format.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; expected gene sets (GMT)")
@@ -97,11 +102,12 @@ def read_gmt(path: str | os.PathLike[str]) -> dict[str, frozenset[str]]:
 
 
 def ranked_enrichment(scores: pd.Series, sets: Mapping[str, Collection[str]]) -> pd.DataFrame:
-    """Wilcoxon's rank-sum test, with ties, of whether the genes of each set rank high or low among ``scores`` (gene,).
+    """Test whether the genes of each set rank high or low among ``scores`` (gene,), by Wilcoxon's rank-sum test.
 
-    The test assumes independent genes; genes of a set seldom are, so that p-values are too small and only their order
-    is meaningful (Wu & Smyth 2012). Returns ``set``, ``genes`` (in the table), ``auc`` (0.5: as other genes),
-    ``p_value`` and ``fdr``.
+    The test, with correction for ties, assumes independent genes. Genes of a set are rarely independent, so that
+    p-values are too small and only their order is meaningful (Wu & Smyth 2012). Sets with fewer than 3 or more than 500
+    genes in the table are left out. Returns a DataFrame with ``set``, ``genes`` (number in the table), ``auc`` (0.5 if
+    the set does not differ from other genes), ``p_value`` and ``fdr``, in order of ``p_value``.
     """
     ranks, n = pd.Series(rankdata(scores), index=scores.index), len(scores)
     ties = np.unique(scores, return_counts=True)[1].astype(float)
@@ -121,9 +127,11 @@ def ranked_enrichment(scores: pd.Series, sets: Mapping[str, Collection[str]]) ->
 def over_representation(
     chosen: Collection[str], universe: Collection[str], sets: Mapping[str, Collection[str]]
 ) -> pd.DataFrame:
-    """Hypergeometric test of whether ``chosen`` genes are enriched in a set, relative to the ``universe``, the panel.
+    """Test whether ``chosen`` genes are over-represented in each set, by the hypergeometric test.
 
-    Returns ``set``, ``genes`` (of the set in the universe), ``chosen``, ``expected``, ``p_value``, ``fdr``.
+    ``universe`` are all genes that could have been chosen, the panel. Returns a DataFrame with ``set``, ``genes``
+    (number of genes of the set in the universe), ``chosen``, ``expected``, ``p_value`` and ``fdr``, in order of
+    ``p_value``.
     """
     everything = set(universe)
     picked = set(chosen) & everything
@@ -144,17 +152,18 @@ def _ordered(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def neighbour_reach(model: SpatialVAE) -> pd.DataFrame:
-    """How much and how far neighbours affect each dimension that varies in space, from the fitted field.
+    """Share of the niche and its correlation length, for each dimension that varies in space, from the fitted field.
 
-    ``niche_share``: of the prior variance of the dimension, that of z_niche. ``range``, in the unit of the coordinates:
-    a field of precision 1 + r L in the plane has correlation length sqrt(r d a^2 / 4), with d the mean number of
-    neighbours and a^2 the square of their distance, its median, since a few edges cross holes of the tissue.
+    Returns a DataFrame with ``dimension``; ``niche_share``, the share of z_niche in the prior variance of z_cell; and
+    ``range``, the correlation length in the unit of the coordinates. A field with precision 1 + r L in the plane has
+    the correlation length sqrt(r d a^2 / 4), with d the mean number of neighbours and a their median distance; the
+    median is used because some edges cross holes in the tissue.
 
     Raises InputError for a model without coordinates.
     """
     section = model._read(None)
     if section.graphs is None or not model.module.shape.n_niche:
-        raise InputError("this model has no niches: it was set up without spatial_key")
+        raise InputError("the model was set up without spatial_key and has no niches")
     near, d = section.graphs.near, model.module.shape.n_niche
     far = float(np.median(near.distance[near.index >= 0]))
     reach = far * float(np.sqrt(float(model.module.range) * near.degree.mean() / 4))
@@ -167,20 +176,20 @@ def neighbour_reach(model: SpatialVAE) -> pd.DataFrame:
 def disentanglement(
     niche: np.ndarray, cell: np.ndarray, answers: Mapping[str, np.ndarray], blocks: np.ndarray
 ) -> pd.DataFrame:
-    """Balanced accuracy with which z_niche, z_cell and both predict labels, in held-out blocks.
+    """Balanced accuracy of predicting labels from z_niche, z_cell and both, in held-out blocks of the tissue.
 
-    Multinomial logistic regression; ``chance`` is one over the number of classes. The gain of both over one of them is
-    the information that the two do not share.
+    The classifier is multinomial logistic regression; ``chance`` is one over the number of classes. The gain of both
+    over one of them is the information that only the other contains.
 
     Parameters
     ----------
     niche, cell : float (cell, dim)
-    answers : a name, "region" or "type", to labels (cell,)
-    blocks : int (cell,), as of ``inference.spatial_blocks``: neighbours are never on both sides
+    answers : maps a name, such as "region" or "type", to labels (cell,)
+    blocks : int (cell,), as of ``inference.spatial_blocks``; the cells of a block are held out together
 
     Returns
     -------
-    DataFrame: ``asked``, ``niche``, ``cell``, ``both``, ``chance``
+    DataFrame with one row per entry of ``answers``: ``asked``, ``niche``, ``cell``, ``both``, ``chance``
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import recall_score

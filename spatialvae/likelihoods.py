@@ -1,4 +1,4 @@
-"""Log-probabilities of counts, summed over the genes of a cell, and draws of counts.
+"""Log-probabilities of counts, summed over the genes of a cell, in nats; and draws of counts.
 
 With mean ``mu`` and inverse dispersion ``theta`` (variance ``mu + mu^2 / theta``):
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TABLE = 256  # counts above it are computed without the table
+TABLE = 256  # largest count in the lookup table
 ROWS = 64  # cells at a time, so that intermediate results stay in the cache
 
 
 class _NegativeBinomial(torch.autograd.Function):
     """Sum over genes of the NB log-probability.
 
-    For an integer x, log G(x + theta) - log G(theta) is the sum of log(theta + k) over k < x: a running sum per
-    gene, looked up, in place of two log-gamma functions per entry; its derivative likewise.
+    For an integer x, log G(x + theta) - log G(theta) is the sum of log(theta + k) over k < x. It is looked up in a
+    cumulative sum per gene instead of computing two log-gamma functions per entry; so is its derivative.
     """
 
     @staticmethod
@@ -56,7 +56,7 @@ class _NegativeBinomial(torch.autograd.Function):
 
 
 def _tables(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Running sums over k of log(theta + k) and of 1 / (theta + k), (count, gene), and log k!, (count,)."""
+    """Cumulative sums over k of log(theta + k) and of 1 / (theta + k), (count, gene) each, and log k!, (count,)."""
     top = min(int(x.max()) if x.numel() else 0, TABLE)
     number = torch.arange(top + 1, dtype=theta.dtype, device=theta.device)
     steps = theta + number[:-1, None]
@@ -66,7 +66,7 @@ def _tables(x: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lookups(x: Tensor, theta: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log G(x + theta) - log G(theta), its derivative by theta, and log x!, each like ``x`` (cell, gene)."""
+    """log G(x + theta) - log G(theta), its derivative with respect to theta, and log x!, (cell, gene) each."""
     top = len(tables[2]) - 1
     place = x.clamp(max=top).long()
     rising, slope, log_factorial = tables[0].gather(0, place), tables[1].gather(0, place), tables[2][place]
@@ -80,12 +80,13 @@ def _lookups(x: Tensor, theta: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor,
 
 
 def negative_binomial(x: Tensor, log_mu: Tensor, log_theta: Tensor) -> Tensor:
-    """(cell,) from counts ``x`` and ``log_mu`` (cell, gene) and ``log_theta`` (gene,)."""
+    """NB log-probability (cell,) of counts ``x`` (cell, gene), with ``log_mu`` (cell, gene) and ``log_theta``
+    (gene,)."""
     return _NegativeBinomial.apply(x, log_mu, log_theta)
 
 
 class _OfLogits(torch.autograd.Function):
-    """NB or ZINB from logits of shares, with the softmax, in one pass over the minibatch; float32 on the CPU."""
+    """NB or ZINB from logits of shares, including the softmax, in one pass; float32 on the CPU."""
 
     @staticmethod
     def forward(
@@ -110,8 +111,8 @@ class _OfLogits(torch.autograd.Function):
 def negative_binomial_of_logits(
     x: Tensor, logits: Tensor, depth: Tensor, log_theta: Tensor, logit_zero: Tensor | None = None
 ) -> Tensor:
-    """(cell,); the mean of ``x`` (cell, gene) is ``depth`` (cell,) times the softmax of ``logits`` (cell, gene), also
-    where ``logit_zero`` (cell, gene) are logits of additional zeros."""
+    """NB log-probability (cell,) of ``x`` (cell, gene), with mean ``depth`` (cell,) times the softmax of ``logits``
+    (cell, gene); ZINB with the same mean if ``logit_zero`` (cell, gene), logits of additional zeros, is given."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         zero = None if logit_zero is None else logit_zero.contiguous()
         return _OfLogits.apply(x, logits.contiguous(), zero, depth, log_theta)
@@ -122,7 +123,8 @@ def negative_binomial_of_logits(
 
 
 def zero_inflated_negative_binomial(x: Tensor, log_mu: Tensor, log_theta: Tensor, logit_zero: Tensor) -> Tensor:
-    """(cell,); ``logit_zero`` (cell, gene) is the logit of an additional zero."""
+    """ZINB log-probability (cell,); arguments as of ``negative_binomial``, and ``logit_zero`` (cell, gene), the logit
+    of an additional zero."""
     theta = log_theta.exp()
     log_total = torch.logaddexp(log_mu, log_theta)
     value = torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
@@ -131,13 +133,13 @@ def zero_inflated_negative_binomial(x: Tensor, log_mu: Tensor, log_theta: Tensor
 
 
 def poisson(x: Tensor, log_mu: Tensor) -> Tensor:
-    """(cell,)."""
+    """Poisson log-probability (cell,) of ``x`` (cell, gene), with ``log_mu`` (cell, gene)."""
     return (x * log_mu - log_mu.exp() - torch.lgamma(x + 1)).sum(-1)
 
 
 def sample(mean: np.ndarray, theta: np.ndarray | None, zero: np.ndarray | None, rng: np.random.Generator) -> np.ndarray:
-    """Counts, int32 like ``mean`` (..., gene): Poisson, or NB with ``theta`` (gene,), a Poisson whose mean is drawn
-    from a gamma distribution. ``zero`` (..., gene): probability of an additional zero."""
+    """Draw counts, int32 (..., gene), with ``mean`` (..., gene): Poisson, or NB with ``theta`` (gene,) as a gamma
+    mixture of Poisson distributions. ``zero`` (..., gene) is the probability of an additional zero, 0 if None."""
     if theta is not None:
         mean = rng.gamma(theta, mean / theta)
     counts = rng.poisson(mean).astype(np.int32)

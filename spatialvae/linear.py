@@ -1,4 +1,4 @@
-"""The linear initialisation of the model: directions of log counts, batch shifts along them, their spatial field."""
+"""Linear initialisation of the model: directions of log counts, batch shifts along them, and their spatial field."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from spatialvae.data import Cells, Graphs
 from spatialvae.errors import InputError
 from spatialvae.field import Field, fit_field, laplacian_of, spatial_directions
 
-DENSE_GENES = 3000  # up to this number of genes the full covariance is computed
-LEAST_VARIANCE = 1e-6  # variance of a component relative to the first; smaller ones are rounding errors
+DENSE_GENES = 3000  # largest number of genes for which the full covariance is computed
+LEAST_VARIANCE = 1e-6  # smallest variance of a component relative to the first: smaller ones are rounding errors
 POWER_STEPS = 4  # of the randomised decomposition (Halko, Martinsson & Tropp 2011)
 OVERSAMPLED = 10
 
@@ -24,10 +24,11 @@ OVERSAMPLED = 10
 class LinearStart:
     """Initial values of the network.
 
-    ``scale`` and ``mean`` (gene,): y = log(1 + scale x / depth) - mean. ``encode`` (gene, dim) maps it to latents of
-    unit variance, ``decode`` (gene, dim) back; ``shift`` (batch, dim) is the position of each batch. ``own`` (dim,) is
-    the variance that a cell does not share with its niche (the first latents); ``left`` the mean variance of genes that
-    latents do not explain; ``share`` (gene,) of all counts.
+    ``scale`` and ``mean`` (gene,) define y = log(1 + scale x / depth) - mean. ``encode`` (gene, dim) maps y to latents
+    of unit variance, ``decode`` (gene, dim) maps latents to y. ``shift`` (batch, dim) is the position of each batch.
+    ``own`` (dim,) is the variance of z_cell around z_niche; ``left`` the mean over genes of the variance that the
+    latents do not explain; ``share`` (gene,) each gene's share of all counts, or of all molecules with a measurement
+    model.
     """
 
     scale: float
@@ -42,7 +43,7 @@ class LinearStart:
 
 
 def log_normalised(counts: Counts, scale: float) -> Iterator[tuple[slice, sp.csr_array]]:
-    """``log(1 + scale x / depth)`` in blocks of cells: rows, and their values float32 (row, gene)."""
+    """Iterate over blocks of rows and their ``log(1 + scale x / depth)``, sparse float32 (row, gene)."""
     for rows, block in counts.blocks():
         factor = (scale / np.maximum(counts.depth[rows], 1)).astype(np.float32)
         block.data = np.log1p(block.data * np.repeat(factor, np.diff(block.indptr)))
@@ -50,7 +51,7 @@ def log_normalised(counts: Counts, scale: float) -> Iterator[tuple[slice, sp.csr
 
 
 def fit_components(cells: Cells, n_components: int, seed: int = 0) -> tuple[float, np.ndarray, np.ndarray, float]:
-    """PCA of cells with counts, by the gene covariance, or by a randomised decomposition for many genes.
+    """PCA of cells with counts, from the covariance of genes, or, for many genes, by a randomised decomposition.
 
     Returns scale, mean (gene,), loadings (gene, component) with orthonormal columns, and the remaining variance per
     gene.
@@ -101,7 +102,10 @@ def _leading(cells: Cells, scale: float, mean: np.ndarray, k: int, seed: int) ->
 
 
 def fit_linear(cells: Cells, graphs: Graphs | None, n_components: int, max_niche: int, seed: int = 0) -> LinearStart:
-    """Components, batches' shifts, directions of unit variance and, of those that vary in space, the field."""
+    """Fit principal components, batch shifts, directions of unit variance and the field of those that vary in space.
+
+    At most ``n_components`` directions are used, and at most ``max_niche`` of them for z_niche.
+    """
     scale, mean, loadings, left = fit_components(cells, n_components, seed)
     scores = np.empty((cells.n_cells, loadings.shape[1]))
     for rows, logs in log_normalised(cells.counts, scale):
@@ -137,7 +141,7 @@ def fit_linear(cells: Cells, graphs: Graphs | None, n_components: int, max_niche
 
 
 def _imputed(scores: np.ndarray, there: np.ndarray, neighbours: sp.csr_array | None) -> np.ndarray:
-    """``scores`` of cells without counts replaced by the mean of their neighbours that have some, or by zero."""
+    """``scores`` with those of cells without counts replaced by the mean of their neighbours with counts, or zero."""
     if there.all():
         return scores
     scores = np.where(there[:, None], scores, 0)

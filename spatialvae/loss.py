@@ -1,16 +1,16 @@
-r"""The evidence lower bound, every term per cell.
+r"""The evidence lower bound, with each term per cell.
 
     ELBO_i = E_q log p(x_i | z_cell_i, l_i, s_i)
              - KL( q(z_cell_i | z_niche_i) || N(z_niche_i, diag S) )     averaged over q(z_niche_i)
              - KL_niche_i
 
-q of the niche is one Gaussian N(m_d, Q_d^-1) over all cells of a section for each dimension d,
-Q_d = (1 + r L) / v_d + g_d with one g_d, so that with the eigenvalues u of L
+q(z_niche) is one Gaussian N(m_d, Q_d^-1) over all cells of a section for each dimension d, with
+Q_d = (1 + r L) / v_d + g_d and a scalar g_d. With the eigenvalues u of L,
 
     KL_niche_i = 1/2 sum_d [ m_id ((1 + r L) m_d)_i / v_d + mean over u of (a - 1 - log a) ],
     a = (1 + r u) / (1 + r u + v_d g_d).
 
-Summed over all cells of a section this is exactly the divergence of the joint posterior from the joint prior.
+The sum of KL_niche_i over all cells of a section is the divergence of q(z_niche) from the prior.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Terms:
 def draw_cell(
     mean: Tensor, log_variance: Tensor, prior_mean: Tensor, prior_log_variance: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """z = mean + sd noise (cell, dim) and the divergence (cell,) of N(mean, variance) from the prior.
+    """z = mean + sd noise (cell, dim), and the divergence (cell,) of N(mean, variance) from the prior, in nats.
 
-    All are (cell, dim) but ``prior_log_variance`` (dim,).
+    All arguments are (cell, dim), except ``prior_log_variance`` (dim,).
     """
     if _has_kernel(mean):
         return _DrawCell.apply(mean, log_variance, prior_mean, prior_log_variance, noise)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """``log_weight`` (B, part), whose exponentials sum to 1; ``mean`` and ``variance`` (B, part, dim)."""
+    """``log_weight`` (B, component), normalised; ``mean`` and ``variance`` (B, component, dim)."""
 
     log_weight: Tensor
     mean: Tensor
@@ -20,15 +20,15 @@ class Mixture:
 
     @classmethod
     def gaussian(cls, mean: Tensor, variance: Tensor) -> Self:
-        """One part, of ``mean`` and ``variance`` (B, dim)."""
+        """A single component with ``mean`` and ``variance`` (B, dim)."""
         return cls(mean.new_zeros(len(mean), 1), mean[:, None], variance.expand_as(mean)[:, None])
 
     def log_density(self, z: Tensor) -> Tensor:
-        """Of points ``z`` (B, point, dim): (B, point), in nats."""
+        """Log density at points ``z`` (B, point, dim): (B, point), in nats."""
         return torch.logsumexp(self.log_parts(z), -1)
 
     def log_parts(self, z: Tensor) -> Tensor:
-        """Log weight and density of each part at points ``z`` (B, point, dim): (B, point, part)."""
+        """Log of weight times density of each component at points ``z`` (B, point, dim): (B, point, component)."""
         precision = self.variance.reciprocal()
         energy = z**2 @ precision.mT - 2 * z @ (self.mean * precision).mT
         constant = (self.mean**2 * precision + self.variance.log() + math.log(2 * math.pi)).sum(-1)
@@ -41,7 +41,7 @@ class Mixture:
         return mean, (weight * (self.variance + (self.mean - mean[:, None]) ** 2)).sum(1)
 
     def draw(self, n_samples: int, generator: torch.Generator) -> Tensor:
-        """Points (sample, B, dim), on the CPU."""
+        """Draws (sample, B, dim), on the CPU."""
         weight, mean, variance = (value.cpu() for value in (self.log_weight.exp(), self.mean, self.variance))
         part = torch.multinomial(weight, n_samples, replacement=True, generator=generator).T
         rows = torch.arange(len(mean))

@@ -1,4 +1,4 @@
-"""SpatialVAE: what users call."""
+"""``SpatialVAE``, the public interface of the model."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ if TYPE_CHECKING:
 
 WHICH = ("both", "niche", "cell")
 CELLS = ("model", "table")
-OWN = "module"  # a user's niche_encoder, in model.json
-_NEIGHBOURS = "neighbours."  # before its tensors' names in model.safetensors
+OWN = "module"  # the niche_encoder in model.json if it is a user's module
+_NEIGHBOURS = "neighbours."  # prefix of its tensors in model.safetensors
 
 
 class SpatialVAE:
-    """A variational autoencoder of cells (``z_cell``) and of the neighbourhoods they sit in (``z_niche``).
+    """A variational autoencoder of cells (``z_cell``) and of their spatial neighbourhoods (``z_niche``).
 
     Parameters
     ----------
-    adata : prepared by ``SpatialVAE.setup_anndata``
-    n_latent : dimensions of z_cell, at most; fewer genes give fewer
-    n_niche : dimensions of z_niche, at most; as many are used as vary in space
+    adata : a table prepared by ``SpatialVAE.setup_anndata``
+    n_latent : largest number of dimensions of z_cell; with few genes there are fewer
+    n_niche : largest number of dimensions of z_niche; only those that vary in space are used
     n_hidden : width of the hidden layers
-    gene_likelihood : "zinb", "nb" or "poisson"; the first explains counts of STARmap and of single cells in suspension
-        better than the second, by 6 to 12 nats a cell, and those of MERFISH and osmFISH about as well
-        (benchmarks/results/distribution.md): ``comparison.compare`` says which is best
-    seed : of the initial weights
-    measurement : model expression as it was before it was measured (``spatialvae.measurement``): ``adata`` gives each
-        gene's ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, as ``merfish run`` writes them
-    linear_decoder : log shares are linear in z_cell, as in LDVAE, and ``get_loadings`` says how
-    niche_encoder : what is expected of a cell from others' counts (``spatialvae.neighbours``), for everything that is
-        asked with ``given``; embeddings do not depend on it. "gatv2", "sage", "gin": layers of torch_geometric that
-        take messages of the 15 neighbours, of which the first predicts best (benchmarks/results/neighbours.md);
-        "field": the Gaussian field alone, whose cells can be drawn together and not only one by one; or a
-        ``torch.nn.Module`` with forward(x, edge_index, edge_attr) that returns
-        a row for each node. x (node, z_cell's dimensions) are neighbours' z_cell, zeros for the cells in question;
-        edge_attr (edge, 1) distances in mean spacings of neighbours
+    gene_likelihood : "zinb", "nb" or "poisson". "zinb" fits the counts of STARmap and of dissociated single cells
+        better than "nb", by 6 to 12 nats per cell, and those of MERFISH and osmFISH about as well
+        (benchmarks/results/distribution.md); ``comparison.compare`` compares them for a table
+    seed : seed of the initial weights
+    measurement : model expression before detection (``spatialvae.measurement``). ``adata`` then needs
+        ``var["detection_efficiency"]`` and ``var["misidentification_rate"]``, which ``merfish run`` writes
+    linear_decoder : make log shares linear in z_cell, as in LDVAE; ``get_loadings`` returns the coefficients
+    niche_encoder : model of z_cell given the counts of other cells (``spatialvae.neighbours``), used by all methods
+        with ``given``; embeddings do not depend on it. "gatv2", "sage" and "gin" are layers of torch_geometric that
+        pass messages from the 15 nearest neighbours; "gatv2" predicts best (benchmarks/results/neighbours.md). "field"
+        uses the Gaussian field alone; cells can then be drawn jointly, not only one by one. A ``torch.nn.Module`` is
+        called as forward(x, edge_index, edge_attr) and returns one row per node: x (node, dim) is z_cell of the
+        neighbours, zeros for the cells to be predicted; edge_index (2, edge) points from neighbours to these cells;
+        edge_attr (edge, 1) is the distance in units of the mean distance between neighbours
 
     Raises
     ------
-    InputError : for a table that cannot be modelled; the message names what is wrong
+    InputError : if the table cannot be modelled or an argument is invalid; the message names the problem
 
     Examples
     --------
@@ -125,18 +125,23 @@ class SpatialVAE:
         labels_key: str | None = None,
         **others: Any,
     ) -> None:
-        """Say where ``adata`` keeps what the model reads, and check it; the counts are checked when the model is made.
+        """Register the keys of the data that the model uses, and check the data; counts are checked by ``SpatialVAE``.
+
+        Genes marked in ``var["is_blank"]`` are left out of the model.
 
         Parameters
         ----------
-        adata : may be backed; counts are then streamed from its file, and not kept in memory
-        layer : counts, non-negative integers; X if None
-        spatial_key : obsm with coordinates (cell, 2 or 3), any unit; None for cells without positions
-        sample_key : obs naming the section of each cell; neighbours are found within it
-        batch_key : obs naming batches whose effect on expression is to be removed
-        labels_key : obs naming known types; the model does not see them, ``differential_expression`` compares them
+        adata : may be backed; counts are then read from its file in blocks
+        layer : layer with counts, non-negative integers (cell, gene); X if None
+        spatial_key : key in obsm of the coordinates, float (cell, 2 or 3), in any unit; None if there are none
+        sample_key : column of obs with the section of each cell; neighbours are within a section. One section if None
+        batch_key : column of obs with the batch of each cell, to be corrected for
+        labels_key : column of obs with known cell types. The model does not use them; they are the default groups of
+            ``differential_expression``
 
-        Genes marked in ``var["is_blank"]`` are left out of the model.
+        Raises
+        ------
+        InputError : if a key does not exist, names are not unique, or coordinates are not finite
         """
         verbs.refuse(others, "setup_anndata")
         setup = Setup(layer, spatial_key, sample_key, batch_key, labels_key)
@@ -149,7 +154,7 @@ class SpatialVAE:
 
     @property
     def history(self) -> dict[str, pd.DataFrame]:
-        """As scvi-tools gives it: each column of ``training_log``, by its name, as a frame over steps."""
+        """The columns of ``training_log``, each as a frame indexed by step, as in scvi-tools; empty before training."""
         if not self.is_trained:
             return {}
         by_step = self.training_log.set_index("step")
@@ -160,7 +165,10 @@ class SpatialVAE:
         return self.module.log_theta.device
 
     def to_device(self, device: str) -> None:
-        """Move the model to "cpu", "cuda:0", ...; training goes on there."""
+        """Move the model to the device "cpu", "gpu", "cuda:0", "mps", ...
+
+        Raises InputError if the device is unknown or cannot be used.
+        """
         self._to(verbs.device_of(device))
 
     def _to(self, device: torch.device) -> None:
@@ -169,7 +177,7 @@ class SpatialVAE:
             self.neighbours.to(device)
 
     def view_anndata_setup(self) -> None:
-        """Print what ``setup_anndata`` was told."""
+        """Print the size of the table and the arguments of ``setup_anndata``."""
         print(verbs.described(self.setup, self.adata.n_obs, len(self.genes), self.batch_names))
 
     @property
@@ -195,13 +203,24 @@ class SpatialVAE:
         early_stopping: bool = True,
         **others: Any,
     ) -> None:
-        """Train on the table given at the start; a second call goes on from where the first ended, without warm-up.
+        """Train on the table of the model. A second call continues the training, without warm-up.
 
-        ``training_log`` gets one row for every 100 steps. ``max_epochs`` is the same limit as ``max_steps`` in passes
-        over the table, ``train_size`` is 1 - ``held_out``, ``accelerator`` a device as in ``to_device``; without
-        ``early_stopping`` training goes on to its limit. For the others see ``training.Plan``. Held-out cells add
-        nothing to the training of parameters or to the niches of others; but the linear start has seen them, and
-        results come from all cells. To judge a model by cells that it has not seen, leave them out of the table.
+        ``training_log`` gets one row per 100 steps. Held-out cells are not used to train parameters or to infer the
+        niches of other cells, but the linear initialisation uses them, and results are computed from all cells. To
+        evaluate a model on unseen cells, leave these out of the table.
+
+        Parameters
+        ----------
+        max_epochs : largest number of passes over the table; replaces ``max_steps``
+        accelerator : device, as in ``to_device``; None or "auto" for the current one
+        train_size : 1 - ``held_out``
+        early_stopping : if False, train for ``max_steps``
+        max_steps, batch_size, learning_rate, warm_up, patience, held_out, seed : see ``training.Plan``
+
+        Raises
+        ------
+        InputError : if an argument is invalid
+        FloatingPointError : if the bound is not finite, also after restarts with a lower learning rate
         """
         verbs.refuse(others, "train")
         if accelerator is not None and accelerator != "auto":
@@ -212,7 +231,7 @@ class SpatialVAE:
             if value is not None:
                 check_count(name, value)
         if not 0 <= held_out < 1 or not learning_rate > 0:
-            wanted = "a share in [0, 1) and a positive rate"
+            wanted = "0 <= held_out < 1 and a positive learning_rate"
             raise InputError(f"held_out is {held_out} and learning_rate {learning_rate}; expected {wanted}")
         section, trained = self._read(None), self.is_trained
         plan = Plan(
@@ -272,15 +291,29 @@ class SpatialVAE:
         give_mean: bool = True,
         seed: int = 0,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """The embedding, float32 (cell, dim): niche then cell dimensions, or one of them ("niche", "cell").
+        """Return the embedding: posterior means of z_niche and z_cell.
 
-        These are posterior means: z_cell says what a cell is, and serves to find cell types; z_niche, the smooth part
-        of its first dimensions, what its surroundings are, and serves to find domains. Both are in the units of the
-        latents, in which cells vary by about 1. With ``return_dist`` means and variances of the posterior around its
-        mode are returned (``spatialvae.posterior``), of the same shape: slower, and closer to the posterior. Without
-        ``give_mean`` one draw from it is returned. ``indices``: rows of the table; all if None.
+        z_cell describes the cell and is used to find cell types; z_niche, the smooth part of its first dimensions,
+        describes the surroundings and is used to find domains. Both have a standard deviation of about 1 over cells.
 
-        ``adata`` may be a section that the model has never seen. Genes that it lacks count as not measured.
+        Parameters
+        ----------
+        adata : a table, which may be a new section; that of the model if None. Genes that it lacks count as not
+            measured
+        which : "niche", "cell" or "both", niche dimensions first
+        return_dist : return mean and variance of the posterior of the full model (``spatialvae.posterior``), which is
+            slower and more accurate
+        indices : rows of the table, or a mask; all if None
+        give_mean : if False, return one draw from the posterior
+        seed : seed of that draw
+
+        Returns
+        -------
+        float32 (cell, dim), or two such arrays, mean and variance, with ``return_dist``
+
+        Raises
+        ------
+        InputError : for an unknown ``which``, invalid ``indices``, or a table that cannot be used with the model
         """
         if which not in WHICH:
             raise InputError(f"which is {which!r}; expected one of {WHICH}")
@@ -339,21 +372,31 @@ class SpatialVAE:
         return_numpy: bool = False,
         seed: int = 0,
     ) -> pd.DataFrame | np.ndarray:
-        """Denoised expression (cell, gene): each gene's share of the molecules times ``library_size``.
+        """Return denoised expression: each gene's share of the molecules times ``library_size``.
 
         Parameters
         ----------
-        indices : rows of the table; all if None
-        transform_batch : decode every cell as if it were of this batch
-        library_size : a number, or "latent" for each cell's own total count: with ``measurement`` of the molecules that
-            were there, not of those that were called
-        n_samples : draws from the posterior; None for the value at the posterior means, which is faster
-        return_mean : over draws; otherwise an array (sample, cell, gene), which needs ``return_numpy``
+        indices : rows of the table, or a mask; all if None
+        transform_batch : batch to decode all cells in; each cell's own if None
+        gene_list : genes to return; all if None
+        library_size : a number, or "latent" for each cell's total count, or, with ``measurement``, for its number of
+            molecules before detection
+        n_samples : number of posterior draws; None for the value at the posterior mean of z_cell, which is faster
+        return_mean : return the mean over draws; if False, ``return_numpy`` must be True
+        return_numpy : return an array instead of a frame
+
+        Returns
+        -------
+        DataFrame (cell, gene), or float32 (cell, gene), or float32 (sample, cell, gene) without ``return_mean``
+
+        Raises
+        ------
+        InputError : for unknown genes or batches, or invalid arguments
         """
         if isinstance(library_size, str) and library_size != "latent":
             raise InputError(f"library_size is {library_size!r}; expected a number or 'latent'")
         if not return_mean and not return_numpy:
-            raise InputError("draws make an array, not a frame: pass return_numpy=True with return_mean=False")
+            raise InputError("return_mean=False returns a three-dimensional array: pass return_numpy=True with it")
         section, table = self._read(adata), self.adata if adata is None else adata
         columns, rows = self._columns(gene_list), self._rows(table, indices)
         batch = None if transform_batch is None else self._batch(transform_batch)
@@ -366,14 +409,16 @@ class SpatialVAE:
         return pd.DataFrame(value, index=table.obs_names[rows], columns=[self.genes[i] for i in columns])
 
     def get_loadings(self) -> pd.DataFrame:
-        """Of a linear decoder: how much the log share of each gene grows with each dimension of z_cell, (gene, dim).
+        """Return the change of each gene's log share per unit of each dimension of z_cell, for a linear decoder.
 
-        A constant added to a column changes no share; columns have mean zero, so that a loading is relative to the
-        geometric mean of all genes. Raises InputError for models with another decoder.
+        Returns a DataFrame (gene, dim). A constant added to a column does not change shares; columns are centred, so
+        that loadings are relative to the geometric mean of all genes.
+
+        Raises InputError if the decoder is not linear.
         """
         if not self.module.shape.linear_decoder:
             raise InputError(
-                "loadings are those of a linear decoder: make the model with linear_decoder=True, or see "
+                "the decoder of this model is not linear: create the model with linear_decoder=True, or use "
                 "spatialvae.interpret.latent_programs"
             )
         loadings = self.module.decoder.loadings.detach().cpu().numpy()
@@ -388,8 +433,12 @@ class SpatialVAE:
         give_mean: bool = True,
         seed: int = 0,
     ) -> dict[str, np.ndarray]:
-        """``mean``, ``dispersions`` and ``dropout`` of the counts' likelihood, (cell, gene) each, at the posterior
-        means or averaged over ``n_samples`` draws; (sample, cell, gene) without ``give_mean``."""
+        """Return the parameters of the likelihood of the counts, at the posterior mean of z_cell or from draws.
+
+        Returns ``mean``, ``dispersions`` (inverse dispersion, not for "poisson") and ``dropout`` (logits of additional
+        zeros, only for "zinb"): (cell, gene) each, averaged over ``n_samples`` posterior draws if it is given, or
+        (sample, cell, gene) without ``give_mean``. ``mean`` is that before additional zeros.
+        """
         section, rows = self._read(adata), self._rows(self.adata if adata is None else adata, indices)
         return verbs.likelihood_parameters(
             self.module, section, self._cell_draws(section, rows, n_samples, seed), give_mean
@@ -404,7 +453,10 @@ class SpatialVAE:
         correlation_type: str = "spearman",
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Correlations of genes over cells and draws of their denoised expression, (gene, gene)."""
+        """Return correlations of genes, (gene, gene), over cells and ``n_samples`` draws of denoised expression.
+
+        ``correlation_type`` is "spearman" or "pearson"; InputError is raised for others.
+        """
         drawn = self.get_normalized_expression(
             adata, indices, transform_batch, n_samples=n_samples, return_mean=False, return_numpy=True, seed=seed
         )
@@ -419,12 +471,16 @@ class SpatialVAE:
         given: AnnData | None = None,
         seed: int = 0,
     ) -> np.ndarray:
-        """Counts drawn anew for the cells of a table, int32 (cell, gene), or (cell, gene, sample) of several samples.
+        """Draw counts from the posterior predictive distribution of the cells of a table.
 
-        By default z is drawn from the posterior given the table's counts: what a second measurement of the same cells
-        would give. With ``given``, another table, nothing of ``adata`` is looked at but the cells' places and total
-        counts: z is drawn from what the cells of ``given`` say of these places, of all cells together if the model was
-        made with niche_encoder="field", else of each by itself.
+        By default the latents are drawn from their posterior given the counts of the table, as in a repeated
+        measurement of the same cells. With ``given``, another table, only the coordinates and total counts of
+        ``adata`` are used, and the latents are drawn given the counts of ``given``: jointly for all cells if
+        ``niche_encoder`` is "field", else independently for each cell.
+
+        Returns int32 (cell, gene), or (cell, gene, sample) if ``n_samples`` is greater than 1.
+
+        Raises InputError for invalid arguments, or for ``given`` with a model without coordinates.
         """
         section, table = self._read(adata), self.adata if adata is None else adata
         columns, rows = self._columns(gene_list), self._rows(table, indices)
@@ -446,15 +502,22 @@ class SpatialVAE:
         interval: float = 0.9,
         seed: int = 0,
     ) -> AnnData:
-        """Counts of genes that ``adata`` lacks, from those that it has and the neighbours.
+        """Impute counts of genes that ``adata`` lacks, from its other genes and the neighbours.
 
         Parameters
         ----------
-        gene_list : by default all genes of the model that the table lacks
-        interval : probability of the interval between ``layers["low"]`` and ``layers["high"]``, that counts drawn from
-            the posterior fall on either side of with equal probability
+        gene_list : genes to impute; by default all genes of the model that the table lacks
+        n_samples : number of posterior draws
+        interval : probability of the predictive interval, which has equal tails
 
-        Returns an AnnData with expected counts in X, as they would have been beside the counts that were measured.
+        Returns
+        -------
+        AnnData (cell, gene) with the expected counts in X, on the scale of the measured counts, and the bounds of the
+        interval in ``layers["low"]`` and ``layers["high"]``, float32 each
+
+        Raises
+        ------
+        InputError : if ``interval`` is not between 0 and 1, a gene is unknown, or there is no gene to impute
         """
         from anndata import AnnData
 
@@ -466,13 +529,17 @@ class SpatialVAE:
         missing = [gene for gene, absent in zip(self.genes, section.cells.missing, strict=True) if absent]
         columns = self._columns(missing if gene_list is None else gene_list)
         if not len(columns):
-            raise InputError("the table has all genes of the model; name those to impute in gene_list")
+            raise InputError("the table has all genes of the model; pass the genes to impute as gene_list")
         found = sampling.impute(self.module, section, columns, n_samples, interval, seed)
         var = pd.DataFrame(index=[self.genes[i] for i in columns])
         return AnnData(found.expected, adata.obs.copy(), var, layers={"low": found.low, "high": found.high})
 
     def sample_prior(self, n_cells: int, cells: str = "model", seed: int = 0) -> AnnData:
-        """``n_cells`` cells drawn from the model by themselves, each far from any other; see ``sample_tissue``."""
+        """Draw ``n_cells`` independent cells from the model, without positions; arguments as of ``sample_tissue``.
+        With ``cells="table"`` z_niche is drawn from the prior, z_cell from cells of the table with a similar niche.
+
+        Returns an AnnData with counts in X and the latents in ``obsm["X_spatialvae"]``.
+        """
         niche = sampling.niches_alone(self.module, n_cells, seed)
         return self._sampled(niche, None, cells, seed)
 
@@ -485,31 +552,55 @@ class SpatialVAE:
         cells: str = "model",
         seed: int = 0,
     ) -> AnnData:
-        """New cells at ``coordinates``: niches drawn from the field, cells from their niches, counts from the cells.
+        """Draw new cells at ``coordinates``.
+
+        With ``cells="model"`` only parameters are used, or the counts of cells that are ``given``::
+
+            z_niche ~ N(0, v (1 + r L)^-1)  [given counts],   z_cell ~ p(z_cell | z_niche),   x ~ p(x | z_cell, l)
+
+        With ``cells="table"`` the latents are a draw of the posterior of the cells of the model's table, (z_niche_c,
+        z_cell_c) of cell c, in a new arrangement::
+
+            p(a) = exp( sum_d c_d sum_{i ~ j} u_{a_i d} u_{a_j d} ) / Z,   x_i ~ p(x | z_cell_{a_i}, l_{a_i})
+
+        a_i is the cell at place i, i ~ j are edges of the graph of places, and u_c are z_cell_c and log l_c. c is such
+        that neighbours are on average as similar in each u_d as in the table (``arrangement``). Types of cells, total
+        counts and their frequencies are therefore those of the table; which cells are neighbours, and where domains
+        lie, is new. As many places as the table has cells take each cell once. With ``given``, niches are drawn from
+        the field, and each new cell has the z_cell of a cell of the table in a similar niche.
 
         Parameters
         ----------
-        coordinates : (cell, axis), in the unit of the model's table
-        samples : the section of each cell, one if None; neighbours are found within it
-        given : a table of cells that are held fixed: the field is drawn given their counts. Their sections are named in
-            ``samples`` as in their ``sample_key``
-        library_size : total counts (cell,); by default those of the cells of the model's table that are most alike in
-            z_cell, whose batches they take, too
-        cells : "model" for p(z_cell | z_niche) of the model; "table" for that of a cell of the model's table whose
-            niche is alike, so that there are the same types of cells
+        coordinates : float (cell, axis), in the unit of the model's table
+        samples : str (cell,), the section of each cell; one section if None. Neighbours are within a section
+        given : a table of fixed cells: the field is drawn given their counts. Its ``sample_key`` names sections as in
+            ``samples``
+        library_size : l, total counts, a number or (cell,); by default those of the cells of the model's table that the
+            latents are from, or that are the most similar in z_cell. Batches are always those of these cells
+        cells : "model" or "table"
 
-        Returns an AnnData with counts in X, ``obsm["X_spatialvae"]``, the latents that they come from, and places and
-        sections under the keys of the model.
+        Returns
+        -------
+        AnnData with counts in X, the latents in ``obsm["X_spatialvae"]``, and coordinates and sections under the keys
+        of the model
+
+        Raises
+        ------
+        InputError : for a model without coordinates, or invalid arguments
         """
         if self.setup.spatial_key is None:
-            raise InputError("a model without spatial_key knows no places; use sample_prior")
+            raise InputError("the model was set up without spatial_key and has no coordinates; use sample_prior")
         where = checked_coordinates(coordinates)
         names = np.full(len(where), "") if samples is None else np.asarray(samples).astype(str)
         if len(names) != len(where):
-            raise InputError(f"{len(names)} names of samples for {len(where)} places; expected one each")
-        known = None if given is None else (self._read(given), self._places(given))
-        niche = sampling.niches_at(self.module, (where, names), 1, seed, known)[0]
-        made = self._sampled(niche, library_size, cells, seed)
+            raise InputError(f"samples has {len(names)} values for {len(where)} coordinates; expected one for each")
+        if given is None and cells == "table":
+            found = sampling.table_rearranged(self.module, self._read(None), (where, names), seed)
+            made = self._made(*found, library_size, seed)
+        else:
+            known = None if given is None else (self._read(given), self._places(given))
+            niche = sampling.niches_at(self.module, (where, names), 1, seed, known)[0]
+            made = self._sampled(niche, library_size, cells, seed)
         made.obsm[self.setup.spatial_key] = where
         if self.setup.sample_key is not None:
             made.obs[self.setup.sample_key] = names
@@ -517,8 +608,6 @@ class SpatialVAE:
 
     def _sampled(self, niche: torch.Tensor, library_size: np.ndarray | None, cells: str, seed: int) -> AnnData:
         """Cells in ``niche`` (cell, D) and their counts."""
-        from anndata import AnnData
-
         if cells not in CELLS:
             raise InputError(f"cells is {cells!r}; expected one of {CELLS}")
         section = self._read(None)
@@ -526,8 +615,17 @@ class SpatialVAE:
             z = sampling.cells_of_model(self.module, niche, seed)
             like = sampling.cells_like(self.module, section, z, seed)
         else:
-            z, like = sampling.cells_of_table(self.module, section, niche, seed)
-        section = sampling.as_if(section, like, library_size)
+            like, z = sampling.cells_of_table(self.module, section, niche, seed)
+        return self._made(like, niche, z, library_size, seed)
+
+    def _made(
+        self, like: np.ndarray, niche: torch.Tensor, z: torch.Tensor, library_size: np.ndarray | None, seed: int
+    ) -> AnnData:
+        """A table of cells with latents ``niche`` (cell, D) and ``z`` (cell, dim), otherwise like the rows ``like``
+        (cell,) of the model's table."""
+        from anndata import AnnData
+
+        section = sampling.as_if(self._read(None), like, library_size)
         rows, rng = np.arange(len(niche)), np.random.default_rng([seed, 3])
         parts = minibatches(rows, ROWS_AT_ONCE)
         counts = [sp.csr_matrix(sampling.draw_counts(self.module, section, part, z[part], rng)) for part in parts]
@@ -554,32 +652,32 @@ class SpatialVAE:
         rows = np.asarray(indices)
         rows = np.flatnonzero(rows) if rows.dtype == bool and len(rows) == adata.n_obs else rows
         if not len(rows):
-            raise InputError("indices name no cell")
+            raise InputError("indices select no cell")
         if not np.issubdtype(rows.dtype, np.integer) or rows.min(initial=0) < 0 or rows.max(initial=0) >= adata.n_obs:
-            raise InputError(f"indices must be numbers of rows from 0 to {adata.n_obs - 1}, or a mask of all rows")
+            raise InputError(f"indices must be rows from 0 to {adata.n_obs - 1}, or a mask with one value per cell")
         return rows
 
     def _counted(
         self, section: Section, adata: AnnData | None, indices: Sequence[int] | np.ndarray | None
     ) -> np.ndarray:
-        """Those of ``indices`` whose cells have counts."""
+        """The rows among ``indices`` whose cells have counts."""
         rows = self._rows(self.adata if adata is None else adata, indices)
         return rows[section.cells.depth[rows] > 0]
 
     def _batch(self, name: str) -> int:
         if name not in self.batch_names:
-            raise InputError(f"transform_batch is {name!r}; the model knows {list(self.batch_names)}")
+            raise InputError(f"transform_batch is {name!r}; the model has the batches {list(self.batch_names)}")
         return self.batch_names.index(name)
 
     def _places(self, adata: AnnData) -> sampling.Places:
         if self.setup.spatial_key is None:
-            raise InputError("a model without spatial_key knows no neighbours; leave out given")
+            raise InputError("the model was set up without spatial_key: leave out given, which needs coordinates")
         return read_places(adata, self.setup)
 
     def _cell_draws(
         self, section: Section, rows: np.ndarray, n_samples: int | None, seed: int
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """z_cell (sample, row, dim) of parts of ``rows``; the posterior means where ``n_samples`` is None."""
+        """Yield parts of ``rows`` and their z_cell (sample, row, dim); the posterior means if ``n_samples`` is None."""
         if n_samples is None:
             z = self._means(section)[1]
             for part in minibatches(rows, ROWS_AT_ONCE):
@@ -604,19 +702,29 @@ class SpatialVAE:
         transform_batch: str | None = None,
         seed: int = 0,
     ) -> pd.DataFrame:
-        """Which genes differ between groups of cells: a row a gene with scvi-tools' columns (``differential``).
+        """Test which genes differ between groups of cells (``spatialvae.differential``).
 
         Parameters
         ----------
-        groupby : obs naming groups; the ``labels_key`` of ``setup_anndata`` if None
-        group1 : groups to compare, each by itself; all if None
-        group2 : what each is compared with; all other cells if None
+        groupby : column of obs with groups; the ``labels_key`` of ``setup_anndata`` if None
+        group1 : groups, each compared separately; all if None
+        group2 : reference group; all other cells if None
         idx1, idx2 : two groups as rows, masks or queries of obs, instead of the above
-        mode : "change" for ``P(|lfc| >= delta)``, lfc in log2; "vanilla" for P(lfc > 0)
-        fdr_target : expected share of wrong ones among the genes of ``is_de_fdr_...``
-        within : obs naming types; each type is compared by itself, between its cells in one group and the other (with
-            ``groupby`` the domains: what a niche does to cells of one type). Types without cells in both are left out
-        transform_batch : compare all cells as if they were of this batch; by default each as of its own
+        mode : "change" for ``P(|lfc| >= delta)``, with lfc in log2; "vanilla" for P(lfc > 0)
+        delta : smallest change of interest, in log2
+        fdr_target : expected false discovery rate of the genes called in ``is_de_fdr_...``
+        within : column of obs with cell types; cells of each type are compared between the groups separately (with
+            domains as ``groupby``, the effect of the niche on a type). Types without cells in both groups are left out
+        all_stats : add means of counts and shares of cells with counts
+        transform_batch : batch to decode all cells in; each cell's own if None
+
+        Returns
+        -------
+        DataFrame with one row per gene and comparison, and the columns of scvi-tools
+
+        Raises
+        ------
+        InputError : for keys, groups or batches that do not exist, groups without cells, or invalid arguments
         """
         section, table = self._read(adata), self.adata if adata is None else adata
         if within is not None:
@@ -630,13 +738,13 @@ class SpatialVAE:
     def get_elbo(
         self, adata: AnnData | None = None, seed: int = 0, indices: Sequence[int] | np.ndarray | None = None
     ) -> float:
-        """Mean evidence lower bound, nats a cell, from one draw of each latent."""
+        """Return the mean evidence lower bound, nats per cell, from one draw of each latent."""
         return float(self._terms(adata, seed, indices).sum(1).mean())
 
     def get_reconstruction_error(
         self, adata: AnnData | None = None, seed: int = 0, indices: Sequence[int] | np.ndarray | None = None
     ) -> float:
-        """Mean of -E_q log p(x | z), nats a cell, from one draw of each latent."""
+        """Return the mean of -E_q log p(x | z), nats per cell, from one draw of each latent."""
         return float(-self._terms(adata, seed, indices)[:, 0].mean())
 
     @overload
@@ -700,18 +808,24 @@ class SpatialVAE:
         return_error: bool = False,
         indices: Sequence[int] | np.ndarray | None = None,
     ) -> float | np.ndarray | tuple[float, float] | tuple[np.ndarray, np.ndarray]:
-        """Mean log p(x_i), nats a cell, by importance sampling (``spatialvae.evidence``).
+        """Return the mean of log p(x_i), nats per cell, estimated by importance sampling (``spatialvae.evidence``).
 
-        By default of each cell by itself, its neighbours unknown: to be compared with other models' marginal
-        likelihood of the same counts given the same library sizes. With ``given``, another table, log p(x_i | counts of
-        ``given``): what the cells of ``given`` in its sample say of its place is what is expected there, and nothing of
-        ``adata`` but its places is looked at before. Cells without counts are left out.
+        By default each cell is considered alone, without its neighbours; this is comparable with the marginal
+        likelihood of the same counts under other models, given the same library sizes. With ``given``, another table,
+        it is log p(x_i | counts of ``given``): the prior of z_cell is the prediction at the coordinates of cell i from
+        the cells of ``given`` in its section. Cells without counts are left out.
 
-        Without ``return_mean`` the value of each cell that has counts is returned, float64 (cell,). ``return_error``
-        adds its Monte Carlo error, one standard deviation, of the same shape. The value itself is a lower bound that
-        lies below log p(x_i) by about half the square of that error. ``indices``: rows of the table; all if None.
+        Parameters
+        ----------
+        n_mc_samples : importance samples per cell
+        return_mean : if False, return the value of each cell with counts, float64 (cell,)
+        return_error : also return the Monte Carlo error, one standard deviation, of the same shape. The expected value
+            of the estimate is lower than log p(x_i) by about half the square of the error of cell i
+        indices : rows of the table, or a mask; all if None
 
-        Raises InputError if ``given`` is asked of a model without positions.
+        Raises
+        ------
+        InputError : for ``given`` with a model without coordinates, or invalid arguments
         """
         check_count("n_mc_samples", n_mc_samples)
         section = self._read(adata)
@@ -724,11 +838,11 @@ class SpatialVAE:
         return (value, error) if return_error else value
 
     def _around(self, adata: AnnData, given: AnnData) -> neighbours.Surroundings:
-        """What is known of the places of ``adata`` from the counts of ``given`` alone."""
+        """What the counts of ``given`` say about the positions of ``adata``."""
         return neighbours.surroundings(self.module, self._places(adata), self._read(given), self._places(given))
 
     def _expected(self, adata: AnnData, given: AnnData) -> Callable[[np.ndarray], Mixture]:
-        """What is expected of z_cell of rows of ``adata`` from the counts of ``given`` alone."""
+        """A function from rows of ``adata`` to the distribution of their z_cell given the counts of ``given``."""
         around = self._around(adata, given)
 
         def expected(rows: np.ndarray) -> Mixture:
@@ -741,15 +855,22 @@ class SpatialVAE:
     def domains(
         self, k: int | None = None, adata: AnnData | None = None, seed: int = 0, smooth: bool = False
     ) -> np.ndarray:
-        """Find ``k`` spatial domains by a Gaussian mixture on the dimensions of z_cell that vary in space, averaged
-        over a cell and its 15 neighbours (on z_cell without coordinates).
+        """Find ``k`` spatial domains, by a Gaussian mixture of the dimensions of z_cell that vary in space, averaged
+        over each cell and its 15 nearest neighbours; without coordinates, of z_cell itself.
 
-        Without ``k`` the number is taken, 20 at most, whose domains come back most reliably from halves of the cells
-        (``analysis.most_stable``); ``uns["spatial_domain_number"]`` has their agreement for each number, and
-        ``plots.number_of_domains`` draws it. With ``smooth`` a Potts model of the labels on the graph decides with the
-        mixture (``potts.smooth_labels``); a cell's average and those of its nearest neighbours are taken for one
-        observation.
-        Writes ``obs["spatial_domain"]`` and ``obsm["spatial_domain_probability"]``; returns int64 labels (cell,).
+        Parameters
+        ----------
+        k : number of domains; if None, the most reproducible number between random halves of the cells, at most 20
+            (``analysis.most_stable``). The agreement for each number is then written to
+            ``uns["spatial_domain_number"]``; ``plots.number_of_domains`` draws it
+        smooth : combine the mixture with a Potts model of the labels on the graph (``potts.smooth_labels``). The log
+            probabilities of the mixture are divided by the number of cells in a neighbourhood, since averages over
+            overlapping neighbourhoods are not independent
+
+        Returns
+        -------
+        int64 (cell,), the labels, 0 the largest domain of the mixture. They are also written to
+        ``obs["spatial_domain"]``, and the probabilities to ``obsm["spatial_domain_probability"]``, float64 (cell, k).
         """
         target = self.adata if adata is None else adata
         section = self._read(adata)
@@ -757,7 +878,7 @@ class SpatialVAE:
         if graphs is not None:
             near, latent = graphs.wide.adjacency(), latent[:, : self.module.shape.n_niche]
             latent = (latent + near @ latent) / (1 + graphs.wide.degree)[:, None]
-        target.uns.pop(_keys.DOMAIN_NUMBER, None)  # of domains that are replaced
+        target.uns.pop(_keys.DOMAIN_NUMBER, None)  # it belongs to the domains that are replaced
         if k is None:
             target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latent, seed)
             k = analysis.most_stable(found)
@@ -772,11 +893,12 @@ class SpatialVAE:
         return labels
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
-        """Write ``model.safetensors`` and ``model.json`` into ``folder``; other files there stay as they are. With
-        ``save_anndata`` the table, too, as ``adata.h5ad``, so that ``load`` needs none.
+        """Write ``model.safetensors`` and ``model.json`` into ``folder``; other files in it are not changed.
 
-        Raises InputError if either is there already, unless ``overwrite``. Interrupted, it leaves the old model, or two
-        files that ``load`` tells apart.
+        With ``save_anndata`` the table is written as ``adata.h5ad``, so that ``load`` needs no table. If interrupted,
+        the folder contains the old model, or files that do not belong together, which ``load`` refuses.
+
+        Raises InputError if one of the files exists, unless ``overwrite``.
         """
         tensors = self.module.state_dict()
         if self.neighbours is not None:
@@ -799,17 +921,20 @@ class SpatialVAE:
         accelerator: str | None = None,
         niche_encoder: torch.nn.Module | None = None,
     ) -> Self:
-        """Read a saved model and give it a table with the same genes, the one it was trained on or another.
+        """Read a saved model.
 
-        ``adata`` needs no ``setup_anndata``; the model knows its keys. Without it the table is that of
-        ``save(save_anndata=True)``, or the one beside the model in the folder that ``spatialvae train`` wrote.
-        ``accelerator`` is the device to load to, as in ``to_device``. ``niche_encoder``: your own module, if the model
-        was made with one: files hold its parameters, and not its code.
+        Parameters
+        ----------
+        adata : a table with the same genes, that of the training or another; ``setup_anndata`` is not needed, since the
+            keys are saved with the model. By default the table of ``save(save_anndata=True)``, or ``table.h5ad`` in the
+            output folder of ``spatialvae train``
+        accelerator : device, as in ``to_device``; by default a GPU if there is one
+        niche_encoder : your own module, if the model was created with one: its parameters are saved, its code is not
 
         Raises
         ------
-        InputError : if the folder is not a whole model, the table lacks genes or keys that the model needs, or
-            ``niche_encoder`` is not what the model was made with
+        InputError : if the folder is not a complete model, the table lacks genes or keys that the model needs, or
+            ``niche_encoder`` does not match the model
         """
         about, tensors = saving.read(Path(folder))
         model = cls.__new__(cls)
@@ -835,7 +960,7 @@ class SpatialVAE:
         return model
 
     def _read(self, adata: AnnData | None, fresh: bool = False) -> Section:
-        """The section of a table; that of the model's own is made again when the table has changed."""
+        """The section of a table; that of the model's table is cached until the table changes."""
         if adata is None or adata is self.adata:
             seen = fingerprint(self.adata, self.setup)
             if fresh or seen != self._seen:
@@ -855,7 +980,8 @@ class SpatialVAE:
 
     @torch.no_grad()
     def _terms(self, adata: AnnData | None, seed: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
-        """(cell, 3): log likelihood and the two divergences, negative; of cells that have counts."""
+        """Terms of the bound (cell, 3), in nats, for cells with counts: log likelihood and minus the divergences of
+        z_cell and z_niche."""
         section = self._read(adata)
         generator = torch.Generator().manual_seed(seed)
         niche = self.module.solve(section.space, self.module.sites(section))
@@ -873,11 +999,11 @@ def _device() -> torch.device:
 
 
 def _own_encoder(folder: Path, saved: str, given: torch.nn.Module | None) -> torch.nn.Module | None:
-    """``given``, if it is what a model that was ``saved`` with a ``niche_encoder`` needs."""
+    """``given``, checked against the ``saved`` value of ``niche_encoder``."""
     if saved == OWN and given is None:
-        raise InputError(f"{folder} has a niche_encoder of your own: pass one like it to load(niche_encoder=)")
+        raise InputError(f"{folder} was created with a niche_encoder of your own: pass one to load(niche_encoder=)")
     if saved != OWN and given is not None:
-        raise InputError(f"{folder} was made with niche_encoder={saved!r}; leave out niche_encoder")
+        raise InputError(f"{folder} was created with niche_encoder={saved!r}; leave out niche_encoder")
     return given
 
 
@@ -893,7 +1019,7 @@ def _bar(steps: int, visible: bool) -> Any:
 
             def report(row: dict[str, float]) -> None:
                 bound = row.get("evidence_validation", row["elbo_train"])
-                progress.update(task, completed=row["step"], description=f"training, {bound:.2f} nats a cell")
+                progress.update(task, completed=row["step"], description=f"training, {bound:.2f} nats per cell")
 
             yield report
 

@@ -1,29 +1,29 @@
-r"""The model: tensors in, tensors out.
+r"""The model, on tensors.
 
-Of cell i, gene g and latent dimension d::
+For cell i, gene g and latent dimension d::
 
-    z_niche_.d ~ N(0, v_d (1 + r L)^-1)                a smooth field over the cells of a section, for each dimension d
-    z_cell_id  ~ N(z_niche_id, S_d), d <= D            what the cell is, given where it sits
-    z_cell_id  ~ N(0, S_d), d > D                      what does not depend on where it sits
+    z_niche_.d ~ N(0, v_d (1 + r L)^-1)                a smooth field over the cells of a section
+    z_cell_id  ~ N(z_niche_id, S_d), d <= D            the cell, given its niche
+    z_cell_id  ~ N(0, S_d), d > D                      dimensions that do not vary in space
     x_ig       ~ pi_ig [x = 0] + (1 - pi_ig) NB(l_i rho_ig / (1 - pi_ig), theta_g)
                                                        rho_i = softmax(decoder(z_cell_i, s_i))
                                                        logit pi_i linear in (z_cell_i, s_i)
 
-l_i is the total count, s_i the batch; only one of the likelihoods has additional zeros, in others pi is 0. Latents are
-directions of unit variance in which cells resemble their neighbours, the most spatial first, so that a niche is the
-smooth part of as many. Everything linear is given by ``LinearStart``.
+L is the Laplacian of the neighbour graph, l_i the total count and s_i the batch; pi is 0 except for "zinb". Latent
+dimensions are directions of unit variance, those that vary most in space first; z_niche is the smooth part of the first
+D. ``LinearStart`` gives the initial values and the parameters of the field.
 
-Afterwards a share of the cells is of types that the niche weights, in place of N(z_niche, S) (``celltypes``); what
-follows then is the approximate posterior of the bound.
+After training, a share of the cells is assigned to cell types, whose frequencies depend on the niche, instead of
+N(z_niche, S) (``celltypes``). What follows is the approximate posterior of the evidence lower bound.
 
-The encoder puts a Gaussian N(t_i; z_cell_i, 1 / Lambda_i) in place of each cell's likelihood. Given these the posterior
-of both latents is Gaussian, and exact. With g_id = 1 / (S_d + 1 / Lambda_id)::
+The encoder approximates the likelihood of each cell by a Gaussian N(t_i; z_cell_i, 1 / Lambda_i). Given these, the
+posterior of both latents is Gaussian and exact. With g_id = 1 / (S_d + 1 / Lambda_id)::
 
     z_niche_.d | t ~ N(m_d, P_d^-1),   P_d = (1 + r L) / v_d + diag(g_d),   P_d m_d = g_d t_d
 
-a sparse system that conjugate gradients solve for a whole section (``SpatialModule.solve``); z_cell given z_niche is a
-product of Gaussians cell by cell. Training alternates: niches given the encoder, the networks given niches.
-Posteriors under the whole model are those of ``spatialvae.posterior``.
+a sparse system that is solved for a whole section by conjugate gradients (``SpatialModule.solve``); z_cell given
+z_niche is a product of Gaussians for each cell. Training alternates between the niches given the encoder and the
+networks given the niches. ``spatialvae.posterior`` computes the posterior of the full model.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from spatialvae.measurement import Measurement
 from spatialvae.mixture import Mixture
 
 ROWS_AT_ONCE = 2048
-UNSEEN = -80.0  # logit of a gene that was not measured: a share that float32 still holds
-NOTHING = -30.0  # log precision of what a cell without counts says
-LEAST_DEPTH = 1e-6  # in place of a total count of zero, of which every likelihood is one
+UNSEEN = -80.0  # logit of a gene that was not measured: float32 still represents its share
+NOTHING = -30.0  # log precision of the likelihood of a cell without counts
+LEAST_DEPTH = 1e-6  # replaces a total count of zero: every likelihood is then one
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that fix the parameters."""
+    """Sizes and options that determine the shapes of the parameters."""
 
     n_genes: int
     n_batch: int
@@ -67,8 +67,8 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Niche:
-    """Posterior of z_niche of all cells of a section: ``mean`` and ``variance`` (cell, D), and each cell's part of the
-    divergence from the field, ``divergence`` (cell,), in nats."""
+    """Posterior of z_niche of all cells of a section: ``mean`` and ``variance`` (cell, D), and ``divergence`` (cell,),
+    each cell's contribution to the divergence from the prior, in nats."""
 
     mean: Tensor
     variance: Tensor
@@ -85,8 +85,9 @@ class Space:
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """A table as the model reads it. ``fill`` maps what is seen of log counts to genes that were not measured: weight
-    (seen, missing) and constant (missing,). ``measurement``: how molecules came to be counts, if that is modelled."""
+    """A table in the form that the model uses. ``depth`` float32 (cell,), total counts; ``batch`` int64 (cell,).
+    ``fill`` predicts the log counts of missing genes from those of measured genes: weight (measured, missing) and
+    constant (missing,). ``measurement``: detection efficiencies and wrong calls, if modelled."""
 
     cells: Cells
     graphs: Graphs | None
@@ -99,14 +100,14 @@ class Section:
 
 @dataclass(frozen=True, eq=False)
 class Sites:
-    """What cells' counts say of z_cell: ``target`` and ``log_precision`` (cell, dim)."""
+    """Gaussian approximation to the likelihoods of z_cell: ``target`` and ``log_precision`` (cell, dim)."""
 
     target: Tensor
     log_precision: Tensor
 
 
 class SpatialModule(nn.Module):
-    """All parameters, and the buffers that a new section needs to be embedded."""
+    """All parameters, and the buffers needed to embed a new section."""
 
     scale: Tensor
     mean: Tensor
@@ -119,7 +120,7 @@ class SpatialModule(nn.Module):
     spread: Tensor
 
     def __init__(self, shape: Shape, start: LinearStart | None = None) -> None:
-        """Without ``start`` the module is made of ones of the right shapes, to be filled from a file."""
+        """Without ``start``, parameters and buffers get placeholders of the right shapes, to be loaded from a file."""
         super().__init__()
         self.shape = shape
         start = start or _blank_start(shape)
@@ -147,14 +148,14 @@ class SpatialModule(nn.Module):
         self.decoder = Decoder(self.decode, self.decode @ shift.T, self.share.log(), hidden, zeros)
 
     def section(self, cells: Cells, graphs: Graphs | None) -> Section:
-        """Lay everything out that does not depend on parameters that are trained."""
+        """Prepare everything that does not depend on trained parameters."""
         space = None if graphs is None or not self.shape.n_niche else self.space(graphs)
         fill = self._fill(torch.from_numpy(cells.missing)) if cells.missing.any() else None
         depth = torch.from_numpy(np.maximum(cells.depth, np.float32(LEAST_DEPTH)))
         return Section(cells, graphs, space, depth, torch.from_numpy(cells.batches), fill, cells.measurement)
 
     def space(self, graphs: Graphs) -> Space:
-        """The field's graph. A cell without neighbours has the variance of one whose neighbours are not known."""
+        """The graph of the field. A cell without neighbours gets the mean prior variance of a cell in the field."""
         laplacian = laplacian_of(graphs.near.adjacency())
         excess = (1 / float(self.spread) - 1) / max(float(self.range), 1e-12)
         alone = np.where(laplacian.diagonal() == 0, excess, 0.0)
@@ -176,7 +177,8 @@ class SpatialModule(nn.Module):
         return torch.from_numpy(section.cells.counts.dense(rows)).to(self.mean.device)
 
     def encoded(self, section: Section, rows: np.ndarray, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the counts ``x`` (B, gene) of ``rows`` say of z_cell: target and log precision (B, dim)."""
+        """Target and log precision (B, dim) of the approximate likelihood of z_cell, from the counts ``x`` (B, gene)
+        of ``rows``."""
         index = torch.from_numpy(rows)
         depth, batch = section.depth[index].to(x.device), section.batch[index].to(x.device)
         scale = self.scale
@@ -195,7 +197,7 @@ class SpatialModule(nn.Module):
 
     @torch.no_grad()
     def sites(self, section: Section) -> Sites:
-        """Of all cells."""
+        """The approximate likelihoods of all cells, on the CPU."""
         found = torch.empty(2, section.cells.n_cells, self.shape.n_cell)
         for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE):
             for out, value in zip(found, self.encoded(section, rows, self.counts(section, rows)), strict=True):
@@ -206,11 +208,11 @@ class SpatialModule(nn.Module):
     def solve(
         self, space: Space | None, sites: Sites, known: np.ndarray | None = None, start: Tensor | None = None
     ) -> Niche:
-        """Posterior of z_niche given ``sites``, of cells that are ``known`` (cell,), by default all.
+        """Posterior of z_niche of all cells, given the ``sites`` of the cells that are ``known``, bool (cell,), all by
+        default. ``start`` (cell, D) is the initial guess of the mean.
 
-        The mean is exact (``field.TOLERANCE``). The divergence is that of a Gaussian whose precision takes g at its
-        mean over cells, and the variance is what follows for an average place (``spatialvae.posterior`` has each
-        place's own).
+        The mean is exact up to ``field.TOLERANCE``. Divergence and variance are approximated with g averaged over
+        cells (``spatialvae.posterior`` computes the variance of each cell).
         """
         n = len(sites.target)
         if space is None:
@@ -221,7 +223,7 @@ class SpatialModule(nn.Module):
         nodes, shares = space.measure
         prior = (1 + r * nodes)[:, None]
         after = prior + weight.mean(0)
-        others = 1 / (shares @ (1 / after)) - weight.mean(0)  # precision that comes from the field, at an average place
+        others = 1 / (shares @ (1 / after)) - weight.mean(0)  # mean precision that the field contributes at a cell
         alone = np.asarray(space.laplacian.sum(1)).reshape(-1, 1) > 0
         variance = v / (np.where(alone, 1 / float(self.spread), others) + weight)
         entropy = shares @ (prior / after - 1 + np.log(after / prior))
@@ -230,7 +232,7 @@ class SpatialModule(nn.Module):
         return Niche(*(torch.from_numpy(np.asarray(a, np.float32)) for a in (mean, variance, divergence)))
 
     def _system(self, sites: Sites, known: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """v g and t (cell, D) of the system for z_niche, v (D,) and r."""
+        """v g and t, (cell, D) each, of the system for z_niche; v (D,) and r."""
         d = self.shape.n_niche
         own = self.log_residual.detach()[:d].exp().cpu().double().numpy()
         v = self.smooth_variance.cpu().double().numpy()
@@ -241,7 +243,7 @@ class SpatialModule(nn.Module):
 
     @torch.no_grad()
     def cells_given(self, sites: Sites, niche: Niche) -> tuple[Tensor, Tensor]:
-        """Posterior mean and variance (cell, dim) of z_cell, the niche being as uncertain as ``niche`` says."""
+        """Posterior mean and variance (cell, dim) of z_cell, including the uncertainty of ``niche``."""
         own = self.log_residual.exp().cpu()
         prior_mean = self.prior_of_cells(niche.mean)[0]
         mean, log_variance = combined(sites.target, sites.log_precision, prior_mean, own)
@@ -251,7 +253,7 @@ class SpatialModule(nn.Module):
         return mean, variance
 
     def set_types(self, types: Types) -> None:
-        """Let z_cell given z_niche be distributed as ``types`` say."""
+        """Set the cell types, which define p(z_cell | z_niche)."""
         self.shape = replace(self.shape, n_types=len(types.bias))
         for name, value in vars(types).items():
             self.register_buffer(f"type_{name}", value.to(self.mean.device))
@@ -261,44 +263,45 @@ class SpatialModule(nn.Module):
         return Types(**{name: getattr(self, f"type_{name}") for name in Types.__annotations__})
 
     def cells_around(self, niche_mean: Tensor, niche_variance: Tensor) -> Mixture:
-        """How z_cell is distributed, (B, part, dim), in a Gaussian niche, (B, D) each."""
+        """Distribution of z_cell, (B, component, dim), if z_niche is Gaussian with mean and variance (B, D)."""
         return self.types.around((niche_mean, niche_variance), self.log_residual.exp())
 
     def cells_within(self, niche: Tensor) -> Mixture:
-        """How z_cell is distributed in a known ``niche`` (B, D)."""
+        """Distribution of z_cell given ``niche`` (B, D)."""
         return self.types.within(niche, self.log_residual.exp())
 
     def unknown_niche(self, n_cells: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance (cell, D) of z_niche of cells whose neighbours are not known."""
+        """Prior mean and variance (cell, D) of z_niche of single cells."""
         variance = self.niche_variance.expand(n_cells, -1)
         return torch.zeros_like(variance), variance
 
     def prior_of_cells(self, niche_mean: Tensor, niche_variance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean (B, dim) and variance (B, dim) or (dim,) of z_cell in a Gaussian niche, (B, D) each, without types."""
+        """Mean (B, dim) and variance (B, dim) of z_cell without types if z_niche is Gaussian, (B, D) each; the variance
+        is (dim,) for a known niche."""
         own, rest = self.log_residual.exp(), self.shape.n_cell - niche_mean.shape[1]
         mean = nn.functional.pad(niche_mean, (0, rest))
         return mean, own if niche_variance is None else own + nn.functional.pad(niche_variance, (0, rest))
 
     @property
     def niche_variance(self) -> Tensor:
-        """Variance (D,) of z_niche at a cell in the prior, its neighbours unknown: v spread."""
+        """Prior variance (D,) of z_niche of a single cell: v spread."""
         return self.smooth_variance * self.spread
 
     @property
     @torch.no_grad()
     def cell_variance(self) -> Tensor:
-        """Variance (dim,) of z_cell in the prior, whatever the niche, without types: v spread + S."""
+        """Prior variance (dim,) of z_cell of a single cell, without types: v spread + S (S where d > D)."""
         return self.prior_of_cells(self.niche_variance[None], self.niche_variance[None])[1][0]
 
     def logits(self, section: Section, rows: np.ndarray, z_cell: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of every gene's share of the calls of ``rows``, and of additional zeros or None, (B, gene)."""
+        """Logits of each gene's share of the counts of ``rows``, and logits of additional zeros or None, (B, gene)."""
         logits, logit_zero = self.decoder(z_cell, section.batch[torch.from_numpy(rows)].to(z_cell.device))
         if section.measurement is not None:
             logits = section.measurement.seen(logits)
         return logits, logit_zero
 
     def slopes(self, section: Section, rows: np.ndarray, z_cell: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Derivatives of ``logits`` by ``z_cell`` (B, dim): (B, gene, dim) each."""
+        """Derivatives of ``logits`` with respect to ``z_cell`` (B, dim): (B, gene, dim) each."""
         batch = section.batch[torch.from_numpy(rows)].to(z_cell.device)
         slopes, of_zero = self.decoder.slopes(z_cell, batch)
         if section.measurement is not None:
@@ -306,26 +309,26 @@ class SpatialModule(nn.Module):
         return slopes, of_zero
 
     def measured(self, section: Section, logits: Tensor) -> Tensor:
-        """``logits`` with those of genes that were not measured so low that they have no share."""
+        """``logits`` with those of genes that were not measured set so low that their share is zero."""
         if section.fill is None:
             return logits
         return logits.masked_fill(torch.from_numpy(section.cells.missing).to(logits.device), UNSEEN)
 
     def log_mean(self, section: Section, rows: np.ndarray, logits: Tensor, logit_zero: Tensor | None) -> Tensor:
-        """Log of the mean of Poisson or NB (B, gene), given the total of the genes that were measured; of the others,
-        what would have been counted beside them. With additional zeros it is the mean without these, so that the
-        expected counts add up to the total all the same."""
+        """Log mean (B, gene) of the Poisson or NB distribution of the counts. Those of measured genes sum to the total
+        count; those of missing genes are on the same scale. With zero inflation it is the mean before additional zeros,
+        scaled so that the expected counts still sum to the total."""
         total = self.measured(section, logits).logsumexp(-1, keepdim=True)
         log_mean = logits - total + section.depth[torch.from_numpy(rows)].to(logits.device).log()[:, None]
         return log_mean if logit_zero is None else log_mean + nn.functional.softplus(logit_zero)
 
     @property
     def bounded_log_theta(self) -> Tensor:
-        """Log inverse dispersion (gene,) as likelihoods use it."""
+        """Log inverse dispersion (gene,) as the likelihoods use it."""
         return self.log_theta.clamp(-8, 10)
 
     def log_likelihood(self, section: Section, rows: np.ndarray, x: Tensor, z_cell: Tensor) -> Tensor:
-        """log p(x | z_cell) of ``rows``, (B,): of the genes that were measured, given their total count."""
+        """log p(x | z_cell) of ``rows``, (B,), in nats: of the measured genes, given their total count."""
         depth = section.depth[torch.from_numpy(rows)].to(x.device)
         logits, logit_zero = self.logits(section, rows, z_cell)
         logits = self.measured(section, logits)
@@ -334,11 +337,11 @@ class SpatialModule(nn.Module):
         return likelihoods.negative_binomial_of_logits(x, logits, depth, self.bounded_log_theta, logit_zero)
 
     def noise(self, n_cells: int, generator: torch.Generator) -> Tensor:
-        """Standard normal numbers for one draw of both latents, (cell, niche and cell dimensions)."""
+        """Standard normal numbers for one draw of both latents, (cell, D + dim)."""
         return torch.randn(n_cells, self.shape.n_niche + self.shape.n_cell, generator=generator)
 
     def terms(self, section: Section, rows: np.ndarray, niche: Niche, noise: Tensor) -> loss.Terms:
-        """The three terms of the bound for ``rows``, with one draw of each latent made of ``noise`` (see ``noise``)."""
+        """The three terms of the bound for ``rows``, with one draw of each latent from ``noise`` (row, D + dim)."""
         device, index = self.mean.device, torch.from_numpy(rows)
         niche_noise, cell_noise = noise.to(device).split([self.shape.n_niche, self.shape.n_cell], 1)
         z_niche = niche.mean[index].to(device) + niche.variance[index].sqrt().to(device) * niche_noise
@@ -346,7 +349,7 @@ class SpatialModule(nn.Module):
         prior_mean, _ = self.prior_of_cells(z_niche)
         mean, log_variance = combined(*self.encoded(section, rows, x), prior_mean, self.log_residual.exp())
         z_cell, kl_cell = loss.draw_cell(mean, log_variance, prior_mean, self.log_residual, cell_noise)
-        if self.shape.n_types:  # the divergence from a mixture has no closed form: the same draw estimates it
+        if self.shape.n_types:  # the divergence from a mixture has no closed form: it is estimated from the same draw
             log_q = Mixture.gaussian(mean, log_variance.exp()).log_density(z_cell[:, None])
             prior = self.cells_around(z_niche, torch.zeros_like(z_niche))
             kl_cell = (log_q - prior.log_density(z_cell[:, None]))[:, 0]

@@ -1,24 +1,23 @@
-r"""What is expected of a cell before its own counts are looked at: message passing from its neighbours.
+r"""The distribution of z_cell given the counts of other cells: message passing from the neighbours.
 
-The field tells at the place of cell i, from the counts of other cells, which types are frequent there and where z_cell
-lies (``celltypes``): a mixture of parts p with weights w_ip, means m_ip and variances V_ip. Here both depend on the
-neighbours one by one, too::
+Given the counts of other cells, the field predicts z_cell at the position of cell i as a mixture of components p with
+weights w_ip, means m_ip and variances V_ip (``celltypes``). Here weights and means also depend on the individual
+neighbours::
 
     p(z_cell_i | others) = sum_p softmax_p(log w_ip + u_p + (U c_i)_p) N(z_cell_i; m_ip + a_p + A c_i, exp(e_p) V_ip)
 
-The context c_i is what a graph network makes of the neighbours' z_cell, as their own counts tell it. It works on stars:
-a node without features for the cell in question, nodes for its neighbours, and edges from those to it. No path leads
-from the counts of a cell to its own context, however many layers the network has. u, U, a, A
-and e are zero at the start.
+The context c_i is the output of a graph network on the neighbours' z_cell, each estimated from that neighbour's counts
+alone. The network runs on star graphs: a node without features for cell i, a node for each of its neighbours, and edges
+from the neighbours to cell i. The counts of a cell therefore cannot reach its own context, whatever the number of
+layers. u, U, a, A and e are initialised with zeros.
 
-What is maximised is the mean of log p(x_i | others) itself, with the likelihood of each cell held fixed as draws z_is
-from a wide Gaussian r_i around the mode, with weights (``evidence.weighted_draws``)::
+Training maximises the mean of log p(x_i | others). The likelihood of each cell is represented by fixed weighted draws
+z_is from a wide Gaussian r_i around the mode (``evidence.weighted_draws``)::
 
     log p(x_i | others) = log mean_s [ p(x_i | z_is) / r_i(z_is) p(z_is | others) ]
 
-The sum over cells is a pseudolikelihood (Besag 1975): each cell is predicted from the others, and encoder, decoder and
-field stay as the bound has made them. The field that a cell is predicted from is solved without a tenth of the section,
-the cell among it (``FOLDS``).
+The sum over cells is a pseudolikelihood (Besag 1975). Encoder, decoder and field are not changed. The field prediction
+of a cell is computed with the counts of a tenth of the section left out, including those of the cell (``FOLDS``).
 """
 
 from __future__ import annotations
@@ -45,21 +44,24 @@ from spatialvae.training import MOST_HELD, Plan, divided, threads_for
 
 CONVOLUTIONS = ("gatv2", "sage", "gin")
 ENCODERS = ("field", *CONVOLUTIONS)
-HIDDEN = 64  # columns of a context
+HIDDEN = 64  # size of the context
 HEADS = 4
-FOLDS = 10  # parts of a table, each predicted from the others
-MOST_CELLS = 20_000  # that are predicted: several times the number of parameters
-DRAWS = 16  # of each cell; 8 and 32 came to the same within 0.1 nats on one section
-LEARNING_RATE = 3e-3
+KERNELS = 8  # Gaussians of a distance; 16 differed by less than 0.02 nats on three sections
+FARTHEST = 2.0  # centre of the last, in mean distances between neighbours; 99 % of the distances are below 2.4
+FOLDS = 10  # each is predicted from the others
+MOST_CELLS = 20_000  # largest number of training cells: several times the number of parameters
+DRAWS = 16  # per cell; 8 and 32 differed by less than 0.1 nats on one section
+LEARNING_RATE = 1e-3  # 3e-3 lost 0.1 nats on tables of 1,000 cells and gained nothing on those of 2,000 to 4,000
 CHECK, PATIENCE, MOST_STEPS = 50, 500, 5000  # steps
 
 
 @dataclass(frozen=True, eq=False)
 class Surroundings:
-    """What is known of places from other cells.
+    """What other cells say about positions in the tissue.
 
-    ``mean`` and ``variance`` (place, D) of z_niche; ``index`` int64 (place, slot), rows of ``values`` or -1, and
-    ``distance`` (place, slot) in mean spacings of cells; ``values`` (cell, dim), what z_cell is by a cell's own counts.
+    ``mean`` and ``variance`` (position, D): z_niche given the other cells. ``index`` int64 (position, slot): the
+    neighbours as rows of ``values``, -1 in empty slots. ``distance`` float32 (position, slot): their distances in units
+    of the mean distance between neighbours. ``values`` (cell, dim): z_cell of each cell given its own counts.
     """
 
     mean: Tensor
@@ -69,15 +71,15 @@ class Surroundings:
     values: Tensor
 
     def of(self, rows: np.ndarray, device: torch.device) -> Surroundings:
-        """Those of ``rows`` alone, on ``device``."""
+        """The positions in ``rows``, on ``device``."""
         chosen = torch.from_numpy(rows)
         mean, variance = self.mean[chosen].to(device), self.variance[chosen].to(device)
         index, distance = self.index[chosen].to(device), self.distance[chosen].to(device)
         return Surroundings(mean, variance, index, distance, self.values)
 
     def stars(self) -> tuple[Tensor, Tensor, Tensor]:
-        """x (node, dim), the places first and zero; edge_index (2, edge) from neighbours to places; and edge_attr
-        (edge, 1), distances."""
+        """Star graphs: x (node, dim), the positions first, with zeros; edge_index int64 (2, edge), from neighbours to
+        positions; and edge_attr (edge, 1), distances."""
         place, slot = (self.index >= 0).nonzero(as_tuple=True)
         cells, node = self.index[place, slot].unique(return_inverse=True)
         values, n = self.values[cells.to(self.values.device)].to(self.index.device), len(self.index)
@@ -85,8 +87,16 @@ class Surroundings:
         return x, torch.stack([n + node, place]), self.distance[place, slot][:, None]
 
 
+def kernels(distance: Tensor) -> Tensor:
+    """Gaussian radial basis functions (edge, ``KERNELS``) of ``distance`` (edge, 1), centred from 0 to ``FARTHEST`` at
+    intervals of one standard deviation: a layer that is linear in them can be any smooth function of distance."""
+    centres = torch.linspace(0, FARTHEST, KERNELS, device=distance.device)
+    return torch.exp(-0.5 * ((distance - centres) * ((KERNELS - 1) / FARTHEST)) ** 2)
+
+
 class Convolution(nn.Module):
-    """One layer of messages: what each neighbour is, made nonlinear, and joined by a layer of torch_geometric."""
+    """One layer of message passing: a nonlinear map of each node's z_cell, then a layer of torch_geometric, with the
+    ``kernels`` of the distance as edge features."""
 
     def __init__(self, kind: str, dim: int) -> None:
         super().__init__()
@@ -94,25 +104,25 @@ class Convolution(nn.Module):
         self.kind = kind
         self.lift = nn.Sequential(nn.Linear(dim, HIDDEN), nn.ReLU())
         if kind == "gatv2":
-            self.join = layers.GATv2Conv(HIDDEN, HIDDEN // HEADS, HEADS, edge_dim=1, add_self_loops=False)
+            self.join = layers.GATv2Conv(HIDDEN, HIDDEN // HEADS, HEADS, edge_dim=KERNELS, add_self_loops=False)
         elif kind == "sage":
             self.join = layers.SAGEConv(HIDDEN, HIDDEN, root_weight=False)
         else:
             each = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN))
-            self.join = layers.GINEConv(each, edge_dim=1)
+            self.join = layers.GINEConv(each, edge_dim=KERNELS)
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor) -> Tensor:
         x = self.lift(x)
-        if self.kind == "sage":  # knows no distances
+        if self.kind == "sage":  # SAGEConv takes no edge attributes
             return F.relu(self.join(x, edge_index))
-        return F.relu(self.join(x, edge_index, edge_attr))
+        return F.relu(self.join(x, edge_index, kernels(edge_attr)))
 
 
 class NeighbourPrior(nn.Module):
-    """p(z_cell | others) of cells of ``n_cell`` dimensions; ``encoder`` (x, edge_index, edge_attr) -> context (node,
-    column).
+    """p(z_cell | others) for z_cell of ``n_cell`` dimensions; ``encoder`` maps (x, edge_index, edge_attr) to contexts
+    (node, column).
 
-    Raises InputError if ``encoder`` does not return a matrix with a row for each node.
+    Raises InputError if ``encoder`` does not return a matrix with one row per node.
     """
 
     def __init__(self, n_cell: int, encoder: nn.Module) -> None:
@@ -126,12 +136,12 @@ class NeighbourPrior(nn.Module):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Let nothing be said beyond the field."""
+        """Reset the parameters, so that the prior is that of the field alone."""
         for parameter in (*self.weights.parameters(), *self.shift.parameters(), self.moved, self.log_wider):
             parameter.zero_()
 
     def forward(self, around: Surroundings, field: Mixture) -> Mixture:
-        """Of the places ``around``; ``field`` is what the field alone says of them."""
+        """The distribution of z_cell at the positions ``around``, given that of the field alone, ``field``."""
         context = self.encoder(*around.stars())[: len(around.mean)]
         parts = slice(field.log_weight.shape[1])
         log_weight = torch.log_softmax(field.log_weight + self.weights(context)[:, parts], 1)
@@ -140,9 +150,10 @@ class NeighbourPrior(nn.Module):
 
 
 def prior_for(niche_encoder: str | nn.Module, module: SpatialModule) -> NeighbourPrior | None:
-    """What ``SpatialVAE(niche_encoder=)`` asks for: None for the field alone, as of a table without positions.
+    """The prior for the argument ``niche_encoder`` of ``SpatialVAE``; None for "field" and for a model without
+    coordinates.
 
-    Raises InputError for what is neither one of ``ENCODERS`` nor a module.
+    Raises InputError if ``niche_encoder`` is neither one of ``ENCODERS`` nor a module.
     """
     if not isinstance(niche_encoder, nn.Module) and niche_encoder not in ENCODERS:
         wanted = f"one of {ENCODERS} or a torch.nn.Module with forward(x, edge_index, edge_attr)"
@@ -157,7 +168,7 @@ def prior_for(niche_encoder: str | nn.Module, module: SpatialModule) -> Neighbou
 
 @torch.no_grad()
 def surroundings(module: SpatialModule, places: Places, section: Section, known: Places) -> Surroundings:
-    """Of ``places``, from the cells of ``section``, which sit at ``known``; without positions, nothing is known."""
+    """What the cells of ``section``, at positions ``known``, say about ``places``."""
     n, m = len(places[1]), section.cells.n_cells
     coordinates, samples = (np.concatenate(pair) for pair in zip(places, known, strict=True))
     graphs, sites = graphs_of(coordinates, samples), module.sites(section)
@@ -170,8 +181,9 @@ def surroundings(module: SpatialModule, places: Places, section: Section, known:
 
 
 def neighbours_among(graph: NeighbourGraph, samples: np.ndarray, known: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Index (cell, slot), -1 where a neighbour is not ``known`` (cell,), and distances in mean spacings of the cells
-    of each of ``samples`` (cell,)."""
+    """Neighbours of each cell as int64 (cell, slot), -1 where the slot is empty or the neighbour is not ``known``
+    (cell,), and distances float32 (cell, slot) in units of the mean distance between neighbours of the cell's sample
+    (``samples``, (cell,))."""
     code, there = np.unique(samples, return_inverse=True)[1], graph.index >= 0
     total = np.bincount(code, np.where(there, graph.distance, 0).sum(1))
     spacing = np.maximum(total / np.maximum(np.bincount(code, there.sum(1)), 1), 1e-12)
@@ -180,14 +192,14 @@ def neighbours_among(graph: NeighbourGraph, samples: np.ndarray, known: np.ndarr
 
 
 def own_values(module: SpatialModule, sites: Sites) -> Tensor:
-    """Posterior mean (cell, dim) of z_cell of cells that know of no other."""
+    """Posterior mean (cell, dim) of z_cell of each cell given its own counts alone."""
     return torch.sigmoid(sites.log_precision + module.cell_variance.cpu().log()) * sites.target
 
 
-@threads_for(0)  # matrices are small
+@threads_for(0)  # the matrices are small: one thread is fastest
 def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, plan: Plan) -> None:
-    """Fit types of cells and ``prior`` in place to the cells that ``plan`` trains on, until those it holds out are
-    explained no better."""
+    """Fit the cell types of ``module``, and ``prior``, in place to the training cells of ``plan``, until log p(x |
+    others) of the held-out cells stops improving."""
     rng, device = np.random.default_rng(plan.seed), module.mean.device
     held, rows = divided(section, plan, rng)
     sites = module.sites(section)
@@ -250,8 +262,9 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
 def _hidden_in_turn(
     module: SpatialModule, section: Section, sites: Sites, held: np.ndarray, rows: np.ndarray
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Mean and variance (cell, D) of z_niche of all cells of a section, and those of ``rows`` (in random order) where
-    they are a prediction: part by part is hidden, until there are enough. Nothing is ever known of ``held``."""
+    """Mean and variance (cell, D) of z_niche, and the part of ``rows`` (in random order) for which these are predicted
+    without the cell's own counts, fold by fold, until ``MOST_CELLS`` are reached. The counts of ``held`` are never
+    used."""
     known = np.ones(section.cells.n_cells, bool)
     known[held] = False
     niche = module.solve(section.space, sites, known)
@@ -269,17 +282,17 @@ def _hidden_in_turn(
 
 def _torch_geometric() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # on import, about torch.jit.script
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised by the import, about torch.jit.script
         import torch_geometric.nn
     return torch_geometric.nn
 
 
 def _width(encoder: nn.Module, dim: int) -> int:
-    """Columns of what ``encoder`` returns."""
+    """Number of columns that ``encoder`` returns."""
     device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
     x, edge_index, edge_attr = torch.zeros(2, dim), torch.tensor([[1], [0]]), torch.ones(1, 1)
     with torch.no_grad():
         out = encoder(x.to(device), edge_index.to(device), edge_attr.to(device))
     if out.ndim != 2 or len(out) != 2:
-        raise InputError(f"niche_encoder made {tuple(out.shape)} of 2 nodes; expected a matrix with a row for each")
+        raise InputError(f"niche_encoder returned shape {tuple(out.shape)} for 2 nodes; expected one row per node")
     return int(out.shape[1])

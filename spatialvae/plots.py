@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_LEGEND = 24
-MOST_COMPARED = 2000  # cells of a matrix of distances
+MOST_COMPARED = 2000  # cells in a matrix of distances
 MOST_EDGES = 60
 MOST_DRAWN = 200_000  # cells; more would overlap
 
 
 def training_curve(history: pd.DataFrame) -> Figure:
-    """Bound of training cells and evidence of held-out ones, and the divergence of z_cell, by step."""
+    """Lower bound of training cells and evidence of held-out cells, and the divergence of z_cell, by step."""
     figure, (left, right) = _figure(2)
     names = {"elbo_train": "training cells", "evidence_validation": "held-out cells, given their neighbours"}
     for column, label in names.items():
@@ -50,10 +50,10 @@ def latent_map(latent: np.ndarray, labels: np.ndarray | None = None, title: str 
 def domains_in_space(
     coordinates: np.ndarray, labels: np.ndarray, title: str = "Domains", like: np.ndarray | None = None
 ) -> Figure:
-    """Cells at their coordinates (cell, 2 or 3; the first two axes are drawn), coloured by ``labels``.
+    """Cells at their ``coordinates`` (cell, 2 or 3; the first two axes are drawn), coloured by ``labels`` (cell,).
 
-    With other labels (cell,) as ``like``, each label gets the colour of the one that it matches; matched pairs
-    share the most cells (Kuhn 1955).
+    With other labels ``like`` (cell,), labels get the colours of the one-to-one matching to ``like`` that shares the
+    most cells (Kuhn 1955).
     """
     figure, (axes,) = _figure(1)
     _scatter(axes, coordinates[:, :2], labels, like)
@@ -63,19 +63,19 @@ def domains_in_space(
 
 
 def number_of_domains(found: pd.DataFrame) -> Figure:
-    """Agreement of halves of the cells by number of domains, as ``analysis.stability`` gives it; bars: one standard
-    deviation over halvings."""
+    """Agreement between halves of the cells by number of domains, from ``analysis.stability``; error bars are one
+    standard deviation over halvings."""
     figure, (axes,) = _figure(1)
     axes.errorbar(found["k"], found["agreement"], found["spread"], marker="o", capsize=2)
-    axes.set(xlabel="domains", ylabel="adjusted Rand index of halves", title="How reliably domains come back")
+    axes.set(xlabel="domains", ylabel="adjusted Rand index of halves", title="Reproducibility of domains")
     return figure
 
 
 def latent_distances(latent: np.ndarray, labels: np.ndarray, seed: int = 0, title: str = "Latent space") -> Figure:
-    """Distances between cells in latent space, ordered by label, beside an embedding of them in the plane.
+    """Distances between cells in latent space, ordered by label, and a two-dimensional embedding of the cells.
 
-    latent (cell, dim), labels (cell,); at most 2,000 cells are drawn, chosen by ``seed``. The embedding is a latent
-    with two dimensions itself, UMAP (McInnes, Healy & Melville 2018) if umap-learn is installed, or else t-SNE.
+    ``latent`` float (cell, dim), ``labels`` (cell,); at most 2,000 random cells are drawn. The embedding is ``latent``
+    itself if it has two dimensions, else UMAP (McInnes, Healy & Melville 2018) if umap-learn is installed, else t-SNE.
     """
     from scipy.spatial.distance import cdist
 
@@ -98,7 +98,7 @@ def latent_distances(latent: np.ndarray, labels: np.ndarray, seed: int = 0, titl
     size = 8 if len(names) <= MAX_LEGEND else 5
     left.set_yticks(middles, names, fontsize=size)
     for text, colour in zip(left.get_yticklabels(), _colours(labels).values(), strict=True):
-        text.set_color((0.8 * colour[0], 0.8 * colour[1], 0.8 * colour[2]))  # a legend if the map has none
+        text.set_color((0.8 * colour[0], 0.8 * colour[1], 0.8 * colour[2]))  # serves as legend if the map has none
     left.set(xticks=[], title="Distance between cells in latent space")
     figure.colorbar(image, ax=left, shrink=0.7, label="Euclidean distance")
     where, name = _in_the_plane(latent, seed)
@@ -107,8 +107,9 @@ def latent_distances(latent: np.ndarray, labels: np.ndarray, seed: int = 0, titl
     return figure
 
 
-def couplings(table: pd.DataFrame, title: str = "Which types are neighbours") -> Figure:
-    """A matrix of couplings of ``potts.interactions``: red attract, blue repel; dots at an FDR of 5 %."""
+def couplings(table: pd.DataFrame, title: str = "Couplings of neighbouring types") -> Figure:
+    """Matrix of the couplings of ``potts.interactions``: red for attraction, blue for repulsion; dots mark an FDR below
+    5 %."""
     names = _in_order(np.unique(table[["label", "neighbour"]]))
     matrix, found = np.zeros((len(names), len(names))), np.zeros((len(names), len(names)), bool)
     for row in table.to_dict("records"):
@@ -124,13 +125,13 @@ def couplings(table: pd.DataFrame, title: str = "Which types are neighbours") ->
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
     axes.set_yticks(range(len(names)), names, fontsize=size)
     axes.set_title(title)
-    figure.colorbar(image, ax=axes, shrink=0.7, label="coupling, nats an edge")
+    figure.colorbar(image, ax=axes, shrink=0.7, label="coupling, nats per edge")
     return figure
 
 
 def dependence_graph(given: pd.DataFrame, alone: pd.DataFrame) -> Figure:
-    """Genes on a circle, joined if they depend on each other: given the neighbours (solid, red positive, blue
-    negative), or only without them (grey). The 60 strongest edges of each are drawn."""
+    """Graph of the edges between genes, of ``dependence.partial_correlations``: conditional on the neighbours (red
+    positive, blue negative), or only without them (grey). The 60 strongest edges of each table are drawn."""
     given, alone = given.head(MOST_EDGES), alone.head(MOST_EDGES)
     ends = pd.concat([given, alone])[["gene", "other"]]
     names = _along_edges(ends.to_numpy())
@@ -161,13 +162,13 @@ def dependence_graph(given: pd.DataFrame, alone: pd.DataFrame) -> Figure:
     axes.plot([], [], color="0.75", label="only without the neighbours")
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     axes.set(xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), aspect="equal")
-    axes.set_title("Genes that depend on each other given all others")
+    axes.set_title("Conditional dependence between genes")
     axes.axis("off")
     return figure
 
 
 def variance_bars(shares: pd.DataFrame, most: int = 30) -> Figure:
-    """Bars of ``dependence.variance_shares``: the genes that niche and neighbours explain best."""
+    """Bars of ``dependence.variance_shares``, for the genes of which niche and neighbours explain the largest share."""
     order = (shares["niche"] + shares["neighbours"]).sort_values(ascending=False).index[:most][::-1]
     shares = shares.loc[order]
     figure, (axes,) = _figure(1, max(len(shares) / 25, 0.8))
@@ -187,7 +188,7 @@ def variance_bars(shares: pd.DataFrame, most: int = 30) -> Figure:
 
 
 def effects(table: pd.DataFrame, most: int = 25) -> Figure:
-    """The most certain rows of ``dependence.neighbour_effects``; filled: found at an FDR of 10 %."""
+    """The first rows of ``dependence.neighbour_effects`` with 95 % intervals; filled markers at an FDR below 10 %."""
     rows = table.head(most).iloc[::-1]
     figure, (axes,) = _figure(1, max(len(rows) / 22, 0.6))
     error = np.abs(rows["effect"] / rows["t"].replace(0, np.nan))
@@ -200,12 +201,13 @@ def effects(table: pd.DataFrame, most: int = 25) -> Figure:
     axes.set_yticks(place, texts, fontsize=7)
     axes.axvline(0, color="0.3", lw=0.8)
     axes.set(xlabel="change of log counts")
-    figure.suptitle("Change with one more neighbour, 95 % intervals (filled: FDR 10 %)", fontsize=11)
+    figure.suptitle("Change per additional neighbour, 95 % intervals (filled: FDR below 10 %)", fontsize=11)
     return figure
 
 
 def programs_map(programs: pd.DataFrame, most: int = 40) -> Figure:
-    """``interpret.latent_programs``, (gene, dimension): the genes that change most, those of a dimension together."""
+    """Heat map of ``interpret.latent_programs`` (gene, dimension), for the genes that change most, grouped by
+    dimension."""
     change = programs.abs()
     programs = programs.loc[change.max(axis=1).sort_values(ascending=False).index[:most]]
     order = np.lexsort((-programs.abs().to_numpy().max(1), programs.abs().to_numpy().argmax(1)))
@@ -221,7 +223,7 @@ def programs_map(programs: pd.DataFrame, most: int = 40) -> Figure:
 
 
 def _along_edges(edges: np.ndarray) -> list[str]:
-    """Names in the order of a walk along ``edges`` (edge, 2), so that joined names are close."""
+    """Names in the order of a depth-first search along ``edges`` (edge, 2), so that connected names are close."""
     near: dict[str, list[str]] = {}
     for a, b in edges:
         near.setdefault(a, []).append(b)
@@ -263,7 +265,7 @@ def _figure(panels: int, scale: float = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _colours(labels: np.ndarray, like: np.ndarray | None = None) -> dict[str, tuple[float, ...]]:
-    """A colour for each label in order, or that of the label among ``like`` (cell,) that shares most cells with it."""
+    """A colour for each label, or that of the label among ``like`` (cell,) that it is matched to; grey if unmatched."""
     from matplotlib import colormaps
     from scipy.optimize import linear_sum_assignment
 

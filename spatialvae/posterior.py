@@ -1,22 +1,22 @@
-r"""Posteriors with their structure: what the encoder states dimension by dimension, with all correlations.
+r"""Posteriors of both latents with full covariances; those of the encoder are diagonal.
 
-The likelihood of each cell stands as a Gaussian with all correlations, of precision F_i and precision times mean h_i.
+The likelihood of z_cell of each cell is approximated by a Gaussian with precision F_i and precision times mean h_i.
 With the slopes J = d log mu / d z and the Fisher information w of a count about its log mean,
 
-    F = E J' diag(w) J,   h = F E z + E J' (x - mu) w / mu
+    F = <J' diag(w) J>,   h = F <z> + <J' (x - mu) w / mu>
 
-at a point (Laplace's approximation, from the mode) or, from there, averaged over the posterior of the cell itself, that
-of the Gaussian that is closest to it (Opper & Archambeau 2009): a posterior that knows that slopes change is not as
-narrow. Steps are halved for each cell until they raise its bound, whose expectations are over the same few draws each
-time. Logits of additional zeros add what is known of them: it is not seen which zeros these are, and what is missing is
-subtracted from what all would tell (Louis 1982).
+where < > is the value at the mode (Laplace's approximation) or, starting from there, the mean over the Gaussian that is
+closest to the posterior of the cell (Opper & Archambeau 2009). The latter is wider, since it accounts for the change of
+the slopes. Steps are halved for each cell until they raise its variational bound, which is computed from the same few
+draws each time. With zero inflation, it is not observed which zeros are additional: the information about their logits
+is the complete-data information less the missing information (Louis 1982).
 
-Of which type a cell is (``celltypes``) is expressed by ``Link``: z_cell given z_niche is N(c z_niche + o, E), with the
-moments that the mixture has given the shares of the cell in its parts. Integrating z_cell out then gives the niche of
-cell i the precision c^2 (1 + F E)^-1 F and the linear term c (1 + F E)^-1 (h - F o), of the first D dimensions. (E^-1 -
-E^-1 (F + E^-1)^-1 E^-1 is the same, but rounds to nothing where E is small.) To these the type adds what it says of the
-niche by its frequency there. Given the niche z_cell is Gaussian with precision F + E^-1, so that both latents of a
-whole section can be drawn together; draws of z_cell are then moved to p(z_cell | z_niche, x) itself (``hamiltonian``).
+The type of a cell (``celltypes``) enters through ``Link``: z_cell given z_niche is N(c z_niche + o, C), with the
+moments of the mixture weighted by the cell's probability of each component. With z_cell integrated out, the likelihood
+of z_niche has the precision c^2 (1 + F C)^-1 F and the linear term c (1 + F C)^-1 (h - F o), restricted to the first D
+dimensions. (C^-1 - C^-1 (F + C^-1)^-1 C^-1 is equal, but loses all digits if C is small.) The dependence of the type
+frequencies on the niche adds to both. Given z_niche, z_cell is Gaussian with precision F + C^-1, so that both latents
+of a whole section are drawn jointly; draws of z_cell are then corrected to p(z_cell | z_niche, x) (``hamiltonian``).
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ from spatialvae.hamiltonian import moved
 from spatialvae.mixture import Mixture
 from spatialvae.module import LEAST_DEPTH, Section, Sites, Space, SpatialModule
 
-ENTRIES = 2**21  # slopes (cell, gene, dim) or precisions (cell, type, dim, dim) that are held at a time
+ENTRIES = 2**21  # largest number of slopes (cell, gene, dim) or precisions (cell, type, dim, dim) in memory
 NEWTON_STEPS = 3
-HALVINGS = 3  # factor for a step that does not raise the posterior density, or the bound
-ROUNDS = 2  # of niches given cells and cells given niches
-AVERAGED, STEPS = 8, 2  # draws that slopes are averaged over, in pairs; steps in a round
-WEIGHED, WIDER = 64, 1.2  # importance samples that widths are compared with; their sd in units of the Gaussian's
-VARIANCE_DRAWS = 20  # of the niche: only a small part of its variance is not known exactly
+HALVINGS = 3  # at most, of a step that does not raise the posterior density or the bound
+ROUNDS = 2  # of updating cells given niches and niches given cells
+AVERAGED, STEPS = 8, 2  # draws that slopes are averaged over, in antithetic pairs; steps per round
+WEIGHED, WIDER = 64, 1.2  # importance samples for ``widening``; their sd relative to the Gaussian's
+VARIANCE_DRAWS = 20  # of the niche: only a small part of its variance is estimated from draws
 
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """z_cell given z_niche is N(``gain`` z_niche + ``offset``, diag ``own``); (cell, 1) and twice (cell, dim)."""
+    """z_cell given z_niche is N(``gain`` z_niche + ``offset``, diag ``own``); ``gain`` (cell, 1), the others
+    (cell, dim)."""
 
     gain: Tensor
     offset: Tensor
@@ -59,19 +60,21 @@ class Link:
         return Link(self.gain[index], self.offset[index], self.own[index])
 
     def mean(self, niche: Tensor) -> Tensor:
-        """Of z_cell (..., cell, dim) in ``niche`` (..., cell, D)."""
+        """Mean of z_cell (..., cell, dim) given ``niche`` (..., cell, D)."""
         return self.gain * F.pad(niche, (0, self.own.shape[1] - niche.shape[-1])) + self.offset
 
     def variance(self, niche_variance: Tensor) -> Tensor:
-        """Of z_cell (cell, dim) where z_niche has ``niche_variance`` (cell, D)."""
+        """Variance of z_cell (cell, dim) if z_niche has ``niche_variance`` (cell, D)."""
         return self.own + self.gain**2 * F.pad(niche_variance, (0, self.own.shape[1] - niche_variance.shape[1]))
 
 
 @dataclass(frozen=True, eq=False)
 class Expansion:
-    """Of a section: ``precision`` (cell, dim, dim) and ``linear`` (cell, dim) of the likelihood of z_cell, its ``link``
-    to z_niche, and what counts say of z_niche: ``weight`` (cell, D, D), its precision, and ``target`` (cell, D),
-    precision times mean."""
+    """Gaussian approximation to the likelihoods of a section.
+
+    ``precision`` (cell, dim, dim), F, and ``linear`` (cell, dim), h, of z_cell; ``link`` from z_niche to z_cell;
+    ``weight`` (cell, D, D), the precision, and ``target`` (cell, D), precision times mean, of z_niche.
+    """
 
     precision: Tensor
     linear: Tensor
@@ -82,11 +85,11 @@ class Expansion:
 
 @torch.no_grad()
 def expansion(module: SpatialModule, section: Section, sites: Sites) -> Expansion:
-    """Of all cells of a section, from what ``sites`` say in place of their likelihoods."""
+    """The expansion of all cells of a section, started from the encoder's approximation ``sites``."""
     niche, device, own = module.solve(section.space, sites), module.mean.device, module.log_residual.exp().cpu()
     (n, d), dim, mean = niche.mean.shape, len(own), niche.mean
     said = 1 / (own[:d] + (-sites.log_precision[:, :d]).exp())
-    outside = torch.maximum(1 / niche.variance - said, 1 / module.niche_variance.cpu())  # precision that others give
+    outside = torch.maximum(1 / niche.variance - said, 1 / module.niche_variance.cpu())  # precision from other cells
     weight, target = torch.diag_embed(said), said * sites.target[:, :d]
     precision = torch.diag_embed(sites.log_precision.exp())
     linear, link = (
@@ -120,8 +123,8 @@ def _likelihood(
     prior: tuple[Tensor, Tensor],
     climb: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``precision`` (B, dim, dim) and ``linear`` (B, dim) of the likelihoods of ``rows`` found anew, where z_cell has
-    the mean and variance ``prior`` (B, dim) before; ``climb``: from the mode."""
+    """Updated ``precision`` (B, dim, dim) and ``linear`` (B, dim) of the likelihoods of ``rows``, given the mean and
+    variance of the Gaussian ``prior`` of z_cell, (B, dim) each; ``climb``: start from the mode."""
     precision_before, pull = torch.diag_embed(1 / prior[1]), prior[0] / prior[1]
     curved = precision + precision_before
     z = torch.linalg.solve(curved, linear + pull)
@@ -134,8 +137,8 @@ def _likelihood(
 
 
 def spread(root: Tensor, noise: Tensor) -> Tensor:
-    """Independent ``noise`` (..., B, dim) of unit variance as draws of a Gaussian of mean 0, ``root`` (B, dim, dim)
-    being the Cholesky factor of its precision."""
+    """Draws (..., B, dim) of a Gaussian with mean 0 from standard normal ``noise`` (..., B, dim); ``root``
+    (B, dim, dim) is the Cholesky factor of its precision."""
     return torch.linalg.solve_triangular(root.mT, noise[..., None], upper=True)[..., 0]
 
 
@@ -148,9 +151,12 @@ def widening(
     prior_mean: Tensor,
     prior_variance: Tensor,
 ) -> Tensor:
-    """The factor (B, 1, 1), at most 1, for what the likelihood adds to ``precision``: of distances from ``mean`` in the
-    directions that it tells of, the mean square under N(``mean``, ``precision``^-1) over that of p(z_cell | x), from
-    importance samples. The closest Gaussian is narrower than what it stands for."""
+    """Factor (B, 1, 1), at most 1, for the likelihood's contribution T to ``precision``.
+
+    The Gaussian of ``refined`` is narrower than p(z_cell | x). The factor is the mean of d' T d over N(``mean``,
+    ``precision``^-1) divided by that over p(z_cell | x), estimated by importance sampling, with d the deviation of
+    z_cell from ``mean``.
+    """
     x, root = module.counts(section, rows), torch.linalg.cholesky(precision) / WIDER
     noise = torch.randn(WEIGHED, 1, mean.shape[1], generator=torch.Generator().manual_seed(1)).to(mean.device)
     off = spread(root, noise.expand(-1, len(mean), -1))
@@ -165,7 +171,7 @@ def widening(
 
 
 def link_of(module: SpatialModule, share: Tensor, niche: Tensor) -> Link:
-    """The moments of z_cell given z_niche, at ``niche`` (B, D), of cells that have ``share`` (B, part) in each part."""
+    """The link of cells with the probabilities ``share`` (B, component), with the variance at ``niche`` (B, D)."""
     own, types, alone = module.log_residual.exp(), module.types, share[:, :1]
     at, of_type = F.pad(niche, (0, len(own) - niche.shape[1])), share[:, 1:]
     offset = of_type @ types.mean
@@ -175,7 +181,8 @@ def link_of(module: SpatialModule, share: Tensor, niche: Tensor) -> Link:
 
 
 def log_evidence_of_parts(before: Mixture, precision: Tensor, linear: Tensor) -> Tensor:
-    """Log weight of each part times the integral of exp(-z'Fz / 2 + h'z) over it, (B, part)."""
+    """Log of the weight of each component of ``before`` times the mean of exp(-z'Fz / 2 + h'z) over it,
+    (B, component)."""
     curved = precision[:, None] + torch.diag_embed(1 / before.variance)
     pull = linear[:, None] + before.mean / before.variance
     root = torch.linalg.cholesky(curved)
@@ -188,7 +195,7 @@ def log_evidence_of_parts(before: Mixture, precision: Tensor, linear: Tensor) ->
 def of_niche(
     module: SpatialModule, precision: Tensor, linear: Tensor, link: Link, share: Tensor, niche: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What cells say of z_niche, around ``niche`` (B, D): weight (B, D, D) and target (B, D) of ``Expansion``."""
+    """The likelihood of z_niche, expanded at ``niche`` (B, D): weight (B, D, D) and target (B, D) of ``Expansion``."""
     d, outer = niche.shape[1], precision * link.own[:, None] + torch.eye(len(linear[0]), device=linear.device)
     rest = linear - (precision @ link.offset[..., None])[..., 0]
     found = torch.linalg.solve(outer, torch.cat([precision, rest[..., None]], -1))[:, :d]
@@ -198,7 +205,7 @@ def of_niche(
         size = of_type.sum(1, keepdim=True).clamp(min=1e-12)
         frequent = module.types.log_frequency(niche).exp()
         known = size[..., None] * (_covariance(frequent, slope) - _covariance(of_type / size, slope))
-        values, vectors = torch.linalg.eigh(known)  # less than nothing is not known
+        values, vectors = torch.linalg.eigh(known)  # negative eigenvalues are set to zero
         known = vectors @ (values.clamp(min=0)[..., None] * vectors.mT)
         weight = weight + known
         target = target + (known @ niche[..., None])[..., 0] + (of_type - size * frequent) @ slope
@@ -206,7 +213,7 @@ def of_niche(
 
 
 def _covariance(share: Tensor, slope: Tensor) -> Tensor:
-    """(B, D, D) of rows of ``slope`` (type, D) that are picked with probabilities ``share`` (B, type)."""
+    """Covariance (B, D, D) of the rows of ``slope`` (type, D) under the probabilities ``share`` (B, type)."""
     mean = share @ slope
     return torch.einsum("bk,kd,ke->bde", share, slope, slope) - mean[:, :, None] * mean[:, None]
 
@@ -215,7 +222,8 @@ def _covariance(share: Tensor, slope: Tensor) -> Tensor:
 def posterior(
     module: SpatialModule, section: Section, sites: Sites, seed: int = 0
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Mean and variance of z_niche (cell, D) and of z_cell (cell, dim), from what ``sites`` lead to."""
+    """Posterior mean and variance of z_niche, (cell, D) each, and of z_cell, (cell, dim) each; ``sites`` as in
+    ``expansion``."""
     found = expansion(module, section, sites)
     n, d = found.target.shape
     mean, covariance = _niche(module, section.space, found, seed)
@@ -226,7 +234,7 @@ def posterior(
         given = torch.linalg.inv(found.precision[index] + torch.diag_embed(1 / link.own))
         pull = found.linear[index] + link.mean(mean[index]) / link.own
         cell_mean[index] = (given @ pull[..., None])[..., 0]
-        pulled = (given * (link.gain / link.own)[:, None])[..., :d]  # by z_niche
+        pulled = (given * (link.gain / link.own)[:, None])[..., :d]  # d mean of z_cell / d z_niche
         added = torch.einsum("bcd,bde,bce->bc", pulled, covariance[index], pulled)
         cell_variance[index] = given.diagonal(dim1=1, dim2=2) + added
     return (mean, covariance.diagonal(dim1=1, dim2=2)), (cell_mean, cell_variance)
@@ -241,11 +249,13 @@ def latent_draws(
     seed: int = 0,
     found: Expansion | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """Draws from the posterior of a section: parts of ``rows``, z_niche (sample, row, D) and z_cell (sample, row, dim)
-    of them.
+    """Draws from the joint posterior of a section, in blocks of rows.
 
-    All cells of a draw belong to one draw of the whole section: what neighbours share is in it. ``found``, its
-    ``expansion``, is made if it is not given.
+    Yields a part of ``rows``, its z_niche (sample, row, D) and its z_cell (sample, row, dim). Each sample is one draw
+    of all cells of the section, so that the correlations of neighbours are included. ``found`` is the ``expansion`` of
+    the section, computed if None.
+
+    Raises InputError if ``n_samples`` is less than 1.
     """
     found, device = found or expansion(module, section, module.sites(section)), module.mean.device
     generator = torch.Generator().manual_seed(seed)
@@ -270,8 +280,10 @@ def _exact(
     root: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Draws of ``z_cell`` given those of ``niche``, (sample, row, dim) each, moved to p(z_cell | niche, x); ``root``
-    (row, dim, dim) of the precision of the Gaussian that they come from."""
+    """Draws of ``z_cell`` (sample, row, dim) given ``niche`` (sample, row, D), corrected to p(z_cell | niche, x).
+
+    ``root`` (row, dim, dim) is the Cholesky factor of the precision of the Gaussian that they are drawn from.
+    """
     x, device = module.counts(section, rows), module.mean.device
 
     def log_density(z: Tensor, prior: Mixture) -> Tensor:
@@ -291,7 +303,11 @@ def niche_draws(
     seed: int,
     rows: np.ndarray,
 ) -> Tensor:
-    """Draws of z_niche of ``rows``, (sample, row, D), given what counts say of it (``Expansion``; zero: the prior)."""
+    """Draws of z_niche of ``rows``, (sample, row, D), given ``weight`` and ``target`` of ``Expansion``; from the prior
+    if these are zero.
+
+    Raises InputError if ``n_samples`` is less than 1.
+    """
     if n_samples < 1:
         raise InputError(f"n_samples is {n_samples}; expected at least 1")
     out = torch.zeros(n_samples, len(rows), target.shape[1])
@@ -306,7 +322,7 @@ def niche_draws(
 
 
 def _scaled(module: SpatialModule, weight: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-    """sqrt(v), r and ``weight`` in units of sqrt(v), in which the field's precision is 1 + r L."""
+    """sqrt(v), r and ``weight`` for z_niche / sqrt(v), whose prior precision is 1 + r L."""
     sd = module.smooth_variance.sqrt().cpu().double().numpy()
     return sd, float(module.range), weight * sd[:, None] * sd
 
@@ -331,7 +347,7 @@ def _niche(module: SpatialModule, space: Space | None, found: Expansion, seed: i
 
 
 def expanded(module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor) -> tuple[Tensor, Tensor]:
-    """F (B, dim, dim) and h (B, dim) of the likelihood of ``rows`` expanded at ``z`` (B, dim)."""
+    """F (B, dim, dim) and h (B, dim) of the likelihood of ``rows``, expanded at ``z`` (B, dim)."""
     x, depth = module.counts(section, rows), section.depth[torch.from_numpy(rows)].to(z.device)
     logits, logit_zero = module.logits(section, rows, z)
     share = torch.softmax(module.measured(section, logits), -1)
@@ -343,7 +359,7 @@ def expanded(module: SpatialModule, section: Section, rows: np.ndarray, z: Tenso
         added = torch.sigmoid(logit_zero)
         mean, slopes = mean * (1 + logit_zero.exp()), slopes + added[..., None] * of_zero
         none = theta * torch.log(theta / (theta + mean))
-        counted = torch.where(x > 0, counted, torch.sigmoid(none - logit_zero))  # that a zero is not an additional one
+        counted = torch.where(x > 0, counted, torch.sigmoid(none - logit_zero))  # P(a zero is not additional)
     shrunk = torch.ones_like(mean) if module.shape.likelihood == "poisson" else theta / (mean + theta)
     gradient = ((x - mean) * shrunk * counted)[:, None] @ slopes
     information = slopes.transpose(1, 2) @ (slopes * (mean * shrunk * counted)[..., None])
@@ -358,8 +374,10 @@ def expanded(module: SpatialModule, section: Section, rows: np.ndarray, z: Tenso
 def climbed(
     module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor, prior_mean: Tensor, prior_variance: Tensor
 ) -> Tensor:
-    """``z`` (B, dim) moved towards the mode of p(z_cell | x), z_cell ~ N(prior_mean, diag prior_variance) before, by
-    damped Newton steps; (B, dim) each, the variance also (dim,)."""
+    """``z`` (B, dim) moved towards the mode of p(z_cell | x) by damped Newton steps.
+
+    The prior of z_cell is N(prior_mean, diag prior_variance), (B, dim) each; the variance may also be (dim,).
+    """
     x, precision_before = module.counts(section, rows), torch.diag_embed(prior_variance.reciprocal())
 
     def density(z: Tensor) -> Tensor:
@@ -389,8 +407,11 @@ def refined(
     prior_mean: Tensor,
     prior_variance: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The Gaussian N(``mean``, ``precision``^-1) of z_cell, (B, dim) and (B, dim, dim), moved towards the one that is
-    closest to p(z_cell | x), z_cell ~ N(prior_mean, diag prior_variance) before: (B, dim) each."""
+    """Mean (B, dim) and precision (B, dim, dim) of a Gaussian, moved towards the one that is closest to p(z_cell | x)
+    in Kullback-Leibler divergence.
+
+    The prior of z_cell is N(prior_mean, diag prior_variance), (B, dim) each.
+    """
     x, precision_before = module.counts(section, rows), torch.diag_embed(1 / prior_variance)
     half = torch.randn(AVERAGED // 2, 1, mean.shape[1], generator=torch.Generator().manual_seed(0)).to(mean.device)
     noise = torch.cat([half, -half]).expand(-1, len(mean), -1)
@@ -429,6 +450,6 @@ def refined(
 
 
 def blocks(module: SpatialModule, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """``rows`` in parts whose slopes, and precisions given each type, fit into memory."""
+    """``rows`` in blocks whose slopes, and precisions for each type, have at most ``ENTRIES`` entries."""
     dim, parts = module.shape.n_cell, 1 + module.shape.n_types
     return minibatches(rows, max(ENTRIES // (dim * max(module.shape.n_genes, parts * dim)), 1))

@@ -1,13 +1,14 @@
-r"""Potts models of labels, cell types or domains, on the graph of cells.
+r"""Potts models of labels (cell types or domains) on the neighbour graph.
 
     p(s) = exp(-H(s)) / Z,   -H(s) = sum_i  h_{s_i} . x_i  +  sum_{i ~ j} J_{s_i s_j}
 
-with one symmetric matrix J of couplings between labels, a field h_a of each label on covariates x_i of cells, and the
-sum over edges i ~ j, each counted once (Potts 1952; two labels: Ising). J_ab > 0: a and b are neighbours more often
-than their abundances predict, by a factor e^J_ab per edge. Adding a constant to J changes nothing, and J_ab + u_a + u_b
-is a field u_a times the degree of a cell: couplings are given with rows that sum to zero, and the degree is a covariate
-if it varies. Z is a sum over all labellings. The couplings are therefore fitted by Besag's (1975) pseudo-likelihood,
-the product of p(s_i | its neighbours), which is a multinomial regression on the neighbours' labels.
+with a symmetric matrix J of couplings between labels, a field h_a of each label on covariates x_i of cells, and a sum
+over edges i ~ j, each counted once (Potts 1952; with two labels, Ising). J_ab > 0 means that a and b are neighbours
+more often than their abundances predict, by a factor e^J_ab per edge. Adding a constant to J changes nothing, and
+adding u_a + u_b to J_ab is equivalent to a field u_a times the degree of a cell: couplings are therefore normalised to
+rows that sum to zero, and the degree is a covariate if it varies. Z is a sum over all labellings and cannot be
+computed. The couplings are fitted by the pseudo-likelihood of Besag (1975), the product of p(s_i | its neighbours),
+which is a multinomial regression on the neighbours' labels.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from scipy.stats import t as student
 from spatialvae.errors import InputError
 from spatialvae.inference import adjusted
 
-PRIOR_SD = 3.0  # of a parameter, in nats: keeps the couplings of pairs that never meet finite
-MOST_STEPS = 50  # of Newton
-TOLERANCE = 1e-8  # of the step, relative to a standard error
+PRIOR_SD = 3.0  # of a parameter, in nats: keeps the couplings of labels that are never neighbours finite
+MOST_STEPS = 50  # of Newton's method
+TOLERANCE = 1e-8  # of the squared Newton step in units of standard errors
 ROWS_AT_ONCE = 4096
 SMOOTHING_ROUNDS = 5
 
@@ -35,9 +36,9 @@ SMOOTHING_ROUNDS = 5
 class Potts:
     """A fitted model with K labels and P covariates.
 
-    ``couplings`` (K, K), symmetric with rows that sum to zero; ``fields`` (K, P), columns sum to zero; in nats, each
-    with standard errors; ``covariates`` (cell, P) that it was fitted with; ``log_likelihood``, the pseudo-likelihood;
-    ``freedom``, the degrees of freedom of the standard errors.
+    ``couplings`` (K, K), symmetric with rows that sum to zero, and ``fields`` (K, P), with columns that sum to zero, in
+    nats; their standard errors; ``covariates`` float64 (cell, P) of the fit; ``log_likelihood``, the log
+    pseudo-likelihood; ``freedom``, the degrees of freedom of the standard errors.
     """
 
     couplings: np.ndarray
@@ -55,22 +56,25 @@ def fit_potts(
     covariates: np.ndarray | None = None,
     blocks: np.ndarray | None = None,
 ) -> Potts:
-    """Fit couplings and fields by maximum pseudo-likelihood, with standard errors that count dependence.
+    """Fit couplings and fields by maximum pseudo-likelihood, with standard errors that account for dependence.
 
-    The score u_i of cell i has mean zero given all other cells; so scores of cells that are not neighbours are not
-    correlated, and the variance of their sum is V = sum of u_i u_j' over equal cells and over edges, both ways. With it
-    the covariance of the estimate is Godambe's H^-1 V H^-1. That holds in large tables if the model is right. Where
-    labels also depend on what the model does not know, gradients of a tissue, scores correlate further; V is then
-    the sum over ``blocks`` of the squares of their scores, and few wide blocks are safer than many.
+    The score u_i of cell i has mean zero given all other cells. Scores of cells that are not neighbours are therefore
+    uncorrelated, and the variance of their sum is V, the sum of u_i u_j' over i = j and over edges in both directions.
+    The covariance of the estimate is Godambe's H^-1 V H^-1, for large tables and if the model is correct. If labels
+    also depend on something that is not in the model, such as gradients in the tissue, scores are correlated over
+    longer distances; V is then the sum over ``blocks`` of the squares of their summed scores. A few wide blocks are
+    safer than many.
 
     Parameters
     ----------
     labels : int (cell,), 0 to K - 1, each of which occurs
-    adjacency : (cell, cell), symmetric, zeros and ones
-    covariates : float (cell, P), what fields act on; by default ones and, where it varies, the degree less its mean
-    blocks : int (cell,), from 0, as of ``inference.spatial_blocks``; without them the model is taken to be right
+    adjacency : sparse (cell, cell), symmetric, zeros and ones
+    covariates : float (cell, P); by default ones and, if it varies, the degree less its mean
+    blocks : int (cell,), from 0, as of ``inference.spatial_blocks``; if None, the model is assumed to be correct
 
-    Raises InputError for fewer than 2 labels, labels that do not occur, or a graph that is not symmetric.
+    Raises
+    ------
+    InputError : for fewer than 2 labels, labels that do not occur, or a graph that is not symmetric
     """
     labels = np.asarray(labels)
     _check(labels, adjacency)
@@ -102,8 +106,11 @@ def fit_potts(
 
 
 def interactions(model: Potts, names: Sequence[str]) -> pd.DataFrame:
-    """One row per pair of labels: ``coupling`` in nats per edge, ``error``, ``low`` and ``high`` (95 %), ``p_value``
-    (two-sided, of no coupling) and ``fdr`` (Benjamini & Hochberg 1995), strongest first."""
+    """Table of couplings, with one row per pair of labels, strongest first.
+
+    Columns: ``label``, ``neighbour``, ``coupling`` in nats per edge, its standard ``error``, ``low`` and ``high`` (95 %
+    interval), ``p_value`` (two-sided, of no coupling) and ``fdr`` (Benjamini & Hochberg 1995).
+    """
     a, b = np.triu_indices(len(names))
     coupling, error = model.couplings[a, b], np.maximum(model.coupling_errors[a, b], 1e-300)
     p = 2 * student.sf(np.abs(coupling / error), model.freedom)
@@ -132,16 +139,21 @@ def sample_potts(
     start: np.ndarray | None = None,
     clusters: bool = False,
 ) -> np.ndarray:
-    """Labels int32 (cell,) after ``sweeps`` of Gibbs sampling, or of Swendsen & Wang's (1987) where ``clusters``.
+    """Draw labels by ``sweeps`` of Gibbs sampling, or of Swendsen & Wang (1987) with ``clusters``: int32 (cell,).
 
-    Clusters mix where couplings are strong. Bonds carry the part of the couplings by which each label prefers itself to
-    any other; the rest acts between clusters (partial decoupling, Higdon 1998).
+    Cluster updates mix faster if couplings are strong. Bonds represent the excess of each label's coupling to itself
+    over all couplings between labels; the remaining couplings act between clusters (partial decoupling, Higdon 1998).
 
     Parameters
     ----------
-    couplings : float (K, K), symmetric
+    couplings : float (K, K), symmetric, in nats
     fields : float (cell, K), h_a . x_i of each cell: ``model.covariates @ model.fields.T``
-    start : int (cell,); without it the labels are drawn from the fields alone
+    adjacency : sparse (cell, cell), symmetric, zeros and ones
+    start : int (cell,), initial labels; if None, drawn from the fields alone
+
+    Raises
+    ------
+    InputError : if couplings are not symmetric or fields have another shape
     """
     from spatialvae import _potts_kernels as kernels
 
@@ -168,16 +180,16 @@ def log_partition(
     chains: int = 100,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """log Z and its standard error, nats, by annealed importance sampling (Neal 2001).
+    """log Z and its standard error, in nats, by annealed importance sampling (Neal 2001).
 
-    Couplings grow in ``steps`` from zero, where Z is known, to their value; each of the ``chains`` gives an unbiased
-    estimate of Z. Arguments as of ``sample_potts``.
+    Couplings are increased in ``steps`` from zero, where Z is known, to their values. Each of the ``chains`` gives an
+    unbiased estimate of Z. Other arguments as of ``sample_potts``.
     """
     from spatialvae import _potts_kernels as kernels
 
     couplings, fields, indptr, indices = _arrays(couplings, fields, adjacency)
     weight = kernels.annealed(fields, couplings, indptr, indices, steps, chains, np.random.default_rng(seed))
-    relative = np.exp(weight - logsumexp(weight) + np.log(chains))  # of mean 1
+    relative = np.exp(weight - logsumexp(weight) + np.log(chains))  # their mean is 1
     value = float(logsumexp(fields, 1).sum() + logsumexp(weight) - np.log(chains))
     return value, float(relative.std(ddof=1) / np.sqrt(chains))
 
@@ -185,14 +197,16 @@ def log_partition(
 def smooth_labels(
     log_odds: np.ndarray, adjacency: sp.csr_array, sweeps: int = 200, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Labels of cells from their own evidence and from a Potts model of neighbours.
+    """Combine the log-likelihoods of labels of each cell with a Potts model of the labels of neighbours.
 
-    p(s | y) is prop. to exp(sum_i log_odds_i,s_i + J sum_{i ~ j} [s_i = s_j]); J is fitted by pseudo-likelihood to the
-    labels that it gives, in turns (Besag 1986), and probabilities are means over Gibbs sweeps.
+    p(s | y) is proportional to exp(sum_i log_odds_i,s_i + J sum_{i ~ j} [s_i = s_j]). J and the labels are updated in
+    turns: J by pseudo-likelihood given the labels (Besag 1986), labels by their marginal probabilities, which are means
+    over Gibbs sweeps.
 
     Parameters
     ----------
-    log_odds : float (cell, K), log p(y_i | label), up to a constant for each cell
+    log_odds : float (cell, K), log p(y_i | label) up to a constant for each cell, in nats
+    adjacency : sparse (cell, cell), symmetric, zeros and ones
 
     Returns
     -------
@@ -215,7 +229,7 @@ def smooth_labels(
 
 
 def _one_coupling(labels: np.ndarray, adjacency: sp.csr_array, k: int) -> float:
-    """The coupling of equal neighbours in a model with free abundances, by pseudo-likelihood."""
+    """The coupling J of equal labels, by pseudo-likelihood, in a model with a free field for each label."""
     from scipy.optimize import minimize
 
     own = np.eye(k)[labels]
@@ -236,7 +250,7 @@ def _check(labels: np.ndarray, adjacency: sp.csr_array) -> None:
         raise InputError(f"{len(labels)} labels for a graph of {adjacency.shape[0]} cells; expected one for each cell")
     counts = np.bincount(labels)
     if len(counts) < 2 or (counts == 0).any():
-        raise InputError(f"labels occur {counts.tolist()} times; expected two or more, each at least once")
+        raise InputError(f"labels occur {counts.tolist()} times; expected at least two labels, each at least once")
     if abs(adjacency - adjacency.T).sum() > 0:
         raise InputError("the graph is not symmetric; expected every edge in both directions")
 
@@ -248,8 +262,8 @@ def _default_covariates(adjacency: sp.csr_array) -> np.ndarray:
 
 
 def _basis(k: int, n_covariates: int) -> np.ndarray:
-    """The map from free parameters to (K, K + P) couplings and fields, flattened: orthonormal columns."""
-    contrasts = np.linalg.qr(np.c_[np.ones((k, 1)), np.eye(k)[:, 1:]])[0][:, 1:]  # (K, K - 1), of sum zero
+    """The linear map from free parameters to couplings and fields (K, K + P), flattened, with orthonormal columns."""
+    contrasts = np.linalg.qr(np.c_[np.ones((k, 1)), np.eye(k)[:, 1:]])[0][:, 1:]  # (K, K - 1), columns sum to zero
     columns = []
     for a in range(k - 1):
         for b in range(a, k - 1):
@@ -265,7 +279,7 @@ def _basis(k: int, n_covariates: int) -> np.ndarray:
 def _objective(
     theta: np.ndarray, basis: np.ndarray, own: np.ndarray, z: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Log pseudo-likelihood with its prior, gradient and negative Hessian, in the free parameters."""
+    """Log pseudo-likelihood plus log prior, its gradient and its negative Hessian, in the free parameters."""
     k, q = own.shape[1], z.shape[1]
     logs = log_softmax(z @ (basis @ theta).reshape(k, q).T, 1)
     p = np.exp(logs)
@@ -282,7 +296,7 @@ def _objective(
 
 
 def _scores(theta: np.ndarray, basis: np.ndarray, own: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Derivatives of each cell's log pseudo-likelihood by the free parameters, (cell, parameter)."""
+    """Derivatives of each cell's log pseudo-likelihood with respect to the free parameters, (cell, parameter)."""
     k, q = own.shape[1], z.shape[1]
     rest = own - np.exp(log_softmax(z @ (basis @ theta).reshape(k, q).T, 1))
     parts = [slice(first, first + ROWS_AT_ONCE) for first in range(0, len(z), ROWS_AT_ONCE)]
@@ -304,7 +318,7 @@ def _arrays(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     couplings = np.ascontiguousarray(couplings, float)
     if not np.array_equal(couplings, couplings.T):
-        raise InputError("couplings are not symmetric; J_ab and J_ba are one number")
+        raise InputError("couplings are not symmetric; expected J_ab = J_ba")
     if fields.shape != (adjacency.shape[0], len(couplings)):
         wanted = (adjacency.shape[0], len(couplings))
         raise InputError(f"fields have shape {fields.shape}; expected (cell, label) = {wanted}")

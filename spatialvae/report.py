@@ -1,4 +1,4 @@
-"""The report of a training: one self-contained HTML file."""
+"""The report of a trained model, as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -26,26 +26,32 @@ if TYPE_CHECKING:
 
 WIDE_INCHES = 8.0
 DIMENSIONS_SHOWN = 12
-SETS_SHOWN = 3  # a program
-OTHERS = {  # files that other commands write into the folder: heading, file, caption
+SETS_SHOWN = 3  # per program
+OTHERS = {  # files that other commands write into the folder: heading and caption
     "evidence.png": ("Evidence", "Evidence of models for held-out cells (spatialvae evaluate)"),
     "checks.png": (
         "Predictive checks",
-        "Counts drawn from the model, and counts measured (spatialvae evaluate --model)",
+        "Statistics of counts drawn from the model against those of the measured counts (spatialvae evaluate --model)",
     ),
     "couplings.png": (
         "Neighbouring types",
-        "Couplings of types: red attract, blue repel; dots at an FDR of 5 %",
+        "Red: neighbours more often than expected; blue: less often; dots: FDR below 5 % (spatialvae neighbours)",
     ),
-    "edges.png": ("Genes that depend on each other", "Given all other genes and the neighbours"),
-    "variance.png": ("What neighbours do", "What explains the expression of a gene"),
-    "neighbour_effects.png": ("What neighbours do", "Cells of one type, close by, with more neighbours of another"),
+    "edges.png": (
+        "Conditional dependence between genes",
+        "Given all other genes and the neighbours (spatialvae dependence)",
+    ),
+    "variance.png": ("Effects of neighbours", "Shares of the variance of expression explained in held-out cells"),
+    "neighbour_effects.png": (
+        "Effects of neighbours",
+        "Change of expression with the number of neighbours of another type, between nearby cells of one type",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as PNG in base64, with its caption; a wide one fills a row."""
+    """A figure as base64-encoded PNG, with its caption; a wide one takes a full row."""
 
     png: str
     caption: str
@@ -71,15 +77,25 @@ class Section:
 
 
 def write_report(folder: Path, model: SpatialVAE, labels: str | None = None, gene_sets: Path | None = None) -> Path:
-    """Write FOLDER/report.html from the results of ``spatialvae train`` and other commands in the folder, atomically.
+    """Write FOLDER/report.html from the results of ``spatialvae train`` and other commands in the folder.
+
+    The file is replaced atomically.
 
     Parameters
     ----------
-    model : loaded with the table of the folder, which has its embedding
-    labels : obs to compare domains with
-    gene_sets : GMT file; programs are then named by the sets that rise in them
+    folder : output folder of ``spatialvae train``
+    model : the model, loaded with the embedded table of the folder
+    labels : column of obs to compare domains with
+    gene_sets : GMT file; programs are annotated with the sets that are enriched among increasing genes
 
-    Raises InputError for labels that the table does not have and for a file that is not GMT.
+    Returns
+    -------
+    The path of the report
+
+    Raises
+    ------
+    InputError : if the folder has no readable run.json, the table has no such ``labels``, or ``gene_sets`` is not a GMT
+        file
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -88,7 +104,7 @@ def write_report(folder: Path, model: SpatialVAE, labels: str | None = None, gen
         elbo, source = float(run["figures"]["elbo"]), Path(run["input"]["path"]).name
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{folder}/run.json cannot be read ({error}); run `spatialvae train` into this folder"
+            f"{folder}/run.json cannot be read ({error}); expected the output folder of `spatialvae train`"
         ) from error
     sets = None if gene_sets is None else interpret.read_gmt(gene_sets)
     known = None if labels is None else _names(model, labels)
@@ -109,14 +125,14 @@ def write_report(folder: Path, model: SpatialVAE, labels: str | None = None, gen
 
 
 def picture(figure: Figure, caption: str) -> Picture:
-    """Render a figure."""
+    """Render a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return Picture(_base64(buffer.getvalue()), caption, figure.get_figwidth() > WIDE_INCHES)
 
 
 def table_of(frame: pd.DataFrame) -> Table:
-    """A data frame with rounded numbers."""
+    """A table of a data frame, with numbers rounded to three digits."""
 
     def text(value: Any) -> str:
         return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -135,9 +151,9 @@ def _names(model: SpatialVAE, key: str) -> np.ndarray:
 
 def _training(model: SpatialVAE, elbo: float) -> Section:
     shape, steps = model.module.shape, int(model.training_log["step"].iloc[-1])
-    text = f"{steps:,} steps. {shape.n_cell} dimensions describe the cell (z_cell)"
-    text += f", the first {shape.n_niche} of them vary in space (z_niche)." if shape.n_niche else "."
-    text += f" The lower bound on the evidence is {elbo:.2f} nats per cell."
+    text = f"{steps:,} steps. The latent space of cells (z_cell) has {shape.n_cell} dimensions"
+    text += f", of which the first {shape.n_niche} vary in space (z_niche)." if shape.n_niche else "."
+    text += f" The evidence lower bound (ELBO) is {elbo:.2f} nats per cell."
     return Section("Training", [text], figures=[picture(plots.training_curve(model.training_log), "Training, by step")])
 
 
@@ -148,16 +164,16 @@ def _maps(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> li
     cell = model.get_latent_representation(which="cell")
     latent = [picture(plots.latent_map(cell, shown, "z_cell"), "First two principal components of z_cell")]
     if shown is not None:
-        caption = "Distances between cells in z_cell, ordered, beside a map of them"
+        caption = "Distances between cells in z_cell, ordered by label, and a two-dimensional embedding of the cells"
         latent = [picture(plots.latent_distances(cell, shown, title="z_cell"), caption)]
     sections = [Section("Latent space", figures=latent)]
     if found is None or key is None:
         return sections
     places = np.asarray(adata.obsm[key])
-    figures = [picture(plots.domains_in_space(places, found, like=known), "Domains, found without labels")]
+    figures = [picture(plots.domains_in_space(places, found, like=known), "Domains, found without using labels")]
     if _keys.DOMAIN_NUMBER in adata.uns:
         drawn = plots.number_of_domains(adata.uns[_keys.DOMAIN_NUMBER])
-        figures.append(picture(drawn, "Agreement of domains found in halves of the cells, by their number"))
+        figures.append(picture(drawn, "Agreement between domains found in random halves of the cells, by number"))
     sizes = pd.Series(found).value_counts().rename_axis("domain").reset_index(name="cells")
     text, tables = [f"{len(sizes)} domains."], []
     if known is not None:
@@ -165,8 +181,8 @@ def _maps(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> li
 
         figures.append(picture(plots.domains_in_space(places, known, str(labels)), f"{labels} in the table"))
         text.append(
-            f"With {labels} they agree to an ARI of {adjusted_rand_score(known, found):.3f} and an NMI of "
-            f"{normalized_mutual_info_score(known, found):.3f}."
+            f"Agreement with {labels}: adjusted Rand index (ARI) {adjusted_rand_score(known, found):.3f}, normalised "
+            f"mutual information (NMI) {normalized_mutual_info_score(known, found):.3f}."
         )
     programs = interpret.domain_programs(log_expression(_counts(model)), found, list(model.genes))
     if programs.shape[1]:
@@ -189,12 +205,12 @@ def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> 
     near = section.graphs.near
     far, length = float(np.median(near.distance[near.index >= 0])), float(reach["range"].iloc[0])
     text = [
-        f"The surroundings of a cell vary over {length / far:.0f} times the distance of neighbouring cells "
-        f"({float(f'{length:.3g}'):,g} in the unit of the coordinates): the correlation length of the fitted field. "
-        "First table: the share of each dimension's variance that is in the niche."
+        f"The correlation length of the niche is {float(f'{length:.3g}'):,g} in the unit of the coordinates, "
+        f"{length / far:.0f} times the median distance between neighbours. First table: the share of z_niche in the "
+        "variance of each dimension."
     ]
     shares = reach.set_index("dimension")[["niche_share"]].T.reset_index(names="")
-    tables = [table_of(shares.replace("niche_share", "niche's share"))]
+    tables = [table_of(shares.replace("niche_share", "niche share"))]
     answers = {} if known is None or labels is None else {labels: known}
     if _keys.DOMAIN in model.adata.obs:
         answers["domain"] = _names(model, _keys.DOMAIN)
@@ -202,7 +218,10 @@ def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> 
         niche, cell = (model.get_latent_representation(which=which) for which in ("niche", "cell"))
         blocks = spatial_blocks(section.cells.coordinates, 25, section.cells.samples)
         tables.append(table_of(interpret.disentanglement(niche, cell, answers, blocks)))
-        text.append("Second: balanced accuracy of predicting labels from z_niche, z_cell and both, in held-out blocks.")
+        text.append(
+            "Second table: balanced accuracy of predicting labels from z_niche, z_cell and both, in held-out blocks of "
+            "the tissue."
+        )
     return [Section("Niches", text, tables)]
 
 
@@ -211,7 +230,8 @@ def _programs(model: SpatialVAE, sets: dict[str, frozenset[str]] | None) -> Sect
     shown = programs.iloc[:, :DIMENSIONS_SHOWN]
     table = interpret.top_genes(shown)
     text = (
-        "Genes whose share rises and falls most with each dimension; niche dimensions are the smooth part of the first."
+        "Genes whose share increases and decreases most with each dimension of z_cell. z_niche is the smooth part of "
+        "the first dimensions and has the same programs."
     )
     if sets is not None:
         rising = [interpret.ranked_enrichment(shown[name], sets) for name in shown]
@@ -219,7 +239,7 @@ def _programs(model: SpatialVAE, sets: dict[str, frozenset[str]] | None) -> Sect
             ", ".join(each.loc[(each["fdr"] < 0.05) & (each["auc"] > 0.5), "set"].head(SETS_SHOWN)) for each in rising
         ]
     figure = plots.programs_map(shown)
-    return Section("Gene programs", [text], [table_of(table)], [picture(figure, "Change of log share for one unit")])
+    return Section("Gene programs", [text], [table_of(table)], [picture(figure, "Change of log share per unit")])
 
 
 def _of_others(folder: Path) -> list[Section]:

@@ -1,10 +1,11 @@
-r"""Draws from a fitted model: of expression and counts of cells that were seen, of genes that were not measured, and
-of new tissue::
+r"""Draws from a fitted model: expression and counts of measured cells, counts of genes that were not measured, and
+new tissue::
 
-    seen cells   z_niche, z_cell ~ p( . | all counts)       (``posterior.latent_draws``)
-    new places   z_niche ~ N(0, v (1 + r L)^-1), also given the counts of cells that are held fixed,
-                 z_cell ~ p( . | z_niche) (``celltypes``), or as in a cell of the table whose niche is alike
-    both         x ~ p(x | z_cell, total count)             (``module``)
+    measured cells  z_niche, z_cell ~ p( . | all counts)    (``posterior.latent_draws``)
+    new positions   z_niche ~ N(0, v (1 + r L)^-1), optionally given the counts of fixed cells;
+                    z_cell ~ p( . | z_niche) (``celltypes``), or that of a cell of the table with a similar niche; or
+                    both latents of the table's cells in a new arrangement (``arrangement``)
+    both            x ~ p(x | z_cell, total count)          (``module``)
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from spatialvae import likelihoods
+from spatialvae.arrangement import arranged
 from spatialvae.data import graphs_of, minibatches
 from spatialvae.errors import InputError
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, SpatialModule
 from spatialvae.posterior import expansion, latent_draws, niche_draws
 
-CANDIDATES = 30  # cells of the table, the nearest in z_niche, one of which lends a new cell its z_cell
-MOST_COMPARED = 5000  # cells of the table, one of which lends a new cell its total count
+CANDIDATES = 30  # nearest cells of the table in z_niche, from one of which a new cell takes its z_cell
+MOST_COMPARED = 5000  # cells of the table, from one of which a new cell takes its total count
 
-Places = tuple[np.ndarray, np.ndarray]  # coordinates (cell, axis) and names of samples (cell,)
+Places = tuple[np.ndarray, np.ndarray]  # coordinates (cell, axis) and sample names (cell,)
 
 
 @dataclass(frozen=True, eq=False)
 class Imputed:
-    """Of genes that were not measured, float32 (cell, gene) each: what is expected, and the bounds of an interval."""
+    """Imputed counts, float32 (cell, gene) each: the expected counts and the bounds of the predictive interval."""
 
     expected: np.ndarray
     low: np.ndarray
@@ -41,8 +43,8 @@ class Imputed:
 
 @torch.no_grad()
 def expected_counts(module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of counts (row, gene) given ``z`` (row, dim) and total counts, but for additional zeros, and the
-    probability of these."""
+    """Mean counts (row, gene) given ``z`` (row, dim) and total counts, before zero inflation, and the probability of
+    additional zeros, (row, gene) or (), 0, without zero inflation."""
     logits, logit_zero = module.logits(section, rows, z)
     zero = torch.zeros(()) if logit_zero is None else torch.sigmoid(logit_zero)
     return module.log_mean(section, rows, logits, logit_zero).exp(), zero
@@ -61,7 +63,10 @@ def draw_counts(
 def predictive(
     module: SpatialModule, section: Section, rows: np.ndarray, n_samples: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Draws of counts from the posterior of ``section``: parts of ``rows``, and int32 (sample, row, gene) of them."""
+    """Counts drawn from the posterior predictive distribution of ``section``, in blocks of rows.
+
+    Yields a part of ``rows`` and its counts, int32 (sample, row, gene).
+    """
     rng = np.random.default_rng([seed, 1])
     for part, _, z_cell in latent_draws(module, section, rows, n_samples, seed):
         yield part, np.stack([draw_counts(module, section, part, z, rng) for z in z_cell])
@@ -69,8 +74,8 @@ def predictive(
 
 @torch.no_grad()
 def shares(module: SpatialModule, section: Section, rows: np.ndarray, z: Tensor, batch: int | None) -> np.ndarray:
-    """Each gene's share of the molecules that were there, float32 (row, gene), given ``z`` (row, dim); as if of
-    ``batch``, by default each cell's own."""
+    """Each gene's share of the molecules, before detection, float32 (row, gene), given ``z`` (row, dim); decoded as
+    ``batch``, or as each cell's own batch if None."""
     codes = section.batch[torch.from_numpy(rows)] if batch is None else torch.full((len(rows),), batch)
     return torch.softmax(module.decoder(z, codes.to(z.device))[0], -1).cpu().numpy()
 
@@ -82,8 +87,12 @@ def expression(
     library_size: float | None,
     batch: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Shares times ``library_size``, or if None times how many molecules of a cell were called (were there, where that
-    is modelled), from draws of z_cell (sample, row, dim) of parts of rows: those parts, and (sample, row, gene)."""
+    """Normalised expression, in blocks of rows: each gene's share times ``library_size``.
+
+    If ``library_size`` is None, shares are multiplied by the cell's total count, or, with a measurement model, by its
+    number of molecules before detection. ``draws`` yields rows and z_cell (sample, row, dim). Yields rows and float32
+    (sample, row, gene).
+    """
     for rows, z_cell in draws:
         share = np.stack([shares(module, section, rows, z, batch) for z in z_cell])
         size: np.ndarray | float = section.cells.depth[rows][:, None] if library_size is None else library_size
@@ -95,8 +104,10 @@ def expression(
 def impute(
     module: SpatialModule, section: Section, genes: np.ndarray, n_samples: int, interval: float, seed: int
 ) -> Imputed:
-    """Counts of ``genes`` (column,) beside the counts that were measured; draws of counts end outside ``interval`` with
-    equal probability on either side."""
+    """Impute the counts of ``genes`` (column,) in all cells, from ``n_samples`` posterior draws.
+
+    The interval has probability ``interval`` and equal tails.
+    """
     n, rng = section.cells.n_cells, np.random.default_rng([seed, 1])
     expected, low, high = np.zeros((3, n, len(genes)), np.float32)
     ends = [(1 - interval) / 2, (1 + interval) / 2]
@@ -117,7 +128,7 @@ def niches_at(
     seed: int,
     given: tuple[Section, Places] | None = None,
 ) -> Tensor:
-    """Draws of z_niche at ``places``, (sample, place, D), from the prior or given the counts of a section elsewhere."""
+    """Draws of z_niche at ``places``, (sample, place, D), from the prior or given the counts of another section."""
     n, d = len(places[1]), module.shape.n_niche
     weight, target = np.zeros((n, d, d)), np.zeros((n, d))
     if given is not None:
@@ -129,14 +140,14 @@ def niches_at(
 
 
 def niches_alone(module: SpatialModule, n_cells: int, seed: int) -> Tensor:
-    """Draws of z_niche of ``n_cells`` cells that know nothing of each other, (cell, D)."""
+    """Independent draws of z_niche from its prior at a single cell, (cell, D)."""
     noise = torch.randn(n_cells, module.shape.n_niche, generator=torch.Generator().manual_seed(seed))
     return noise * module.niche_variance.sqrt().cpu()
 
 
 @torch.no_grad()
 def cells_of_model(module: SpatialModule, niche: Tensor, seed: int) -> Tensor:
-    """z_cell, (..., cell, dim), drawn from the model in ``niche`` (..., cell, D)."""
+    """Draws of z_cell (..., cell, dim) from p(z_cell | z_niche), given ``niche`` (..., cell, D)."""
     generator = torch.Generator().manual_seed(seed + 1)
     parts = niche.reshape(-1, niche.shape[-1]).to(module.mean.device).split(ROWS_AT_ONCE)
     drawn = [module.cells_around(part, torch.zeros_like(part)).draw(1, generator)[0] for part in parts]
@@ -152,8 +163,8 @@ def predictive_at(
     seed: int,
     given: tuple[Section, Places],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same where nothing of ``rows`` is known but ``places`` and total counts, and counts of cells elsewhere
-    (``given``)."""
+    """As ``predictive``, from the positions and total counts of ``rows`` and the counts of other cells, ``given``;
+    all cells are drawn jointly."""
     here = places[0][rows], places[1][rows]
     z_cell = cells_of_model(module, niches_at(module, here, n_samples, seed, given), seed)
     rng = np.random.default_rng([seed, 1])
@@ -170,7 +181,10 @@ def predictive_of(
     seed: int,
     expected: Callable[[np.ndarray], Mixture],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The same where z_cell of rows is drawn from what is ``expected`` of it, of each cell by itself."""
+    """As ``predictive``, with z_cell of each cell drawn independently from the mixture ``expected(rows)``.
+
+    Raises InputError if ``n_samples`` is less than 1.
+    """
     if n_samples < 1:
         raise InputError(f"n_samples is {n_samples}; expected at least 1")
     rng, generator = np.random.default_rng([seed, 1]), torch.Generator().manual_seed(seed)
@@ -179,18 +193,25 @@ def predictive_of(
         yield part, np.stack([draw_counts(module, section, part, z, rng) for z in z_cell])
 
 
-def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed: int) -> tuple[Tensor, np.ndarray]:
-    """z_cell (cell, dim) in ``niche`` (cell, D), each that of a cell of ``section`` in one draw of its posterior; and
-    the rows of these cells.
+def latents_of_table(module: SpatialModule, section: Section, seed: int) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Rows of the cells of ``section`` that have counts, and one draw of their posterior: z_niche (row, D) and z_cell
+    (row, dim). Draws of all cells are one of the aggregate posterior (Tomczak & Welling 2018, who use it as a prior):
+    unlike a Gaussian, it preserves the cell types of the section."""
+    rows = np.flatnonzero(section.cells.depth > 0)
+    drawn = [(niche[0].cpu(), z[0]) for _, niche, z in latent_draws(module, section, rows, 1, seed)]
+    niche, z = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    return rows, niche, z
 
-    This is the aggregate posterior (Tomczak & Welling 2018, who use it as a prior) given the niche: a cell of the
-    section is picked with the density of N(z_niche of the same draw, S) there. (Posterior means of z_niche would not
-    do: they are closer together the less is known, so that cells with few counts were picked too rarely.) Cells in
-    which the Gaussian of the model sees one cloud keep to their types.
+
+def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed: int) -> tuple[np.ndarray, Tensor]:
+    """Rows (cell,) of cells of ``section`` for new cells in ``niche`` (cell, D), and their z_cell (cell, dim).
+
+    Cell j of the section is picked with a probability proportional to the density at ``niche`` of N(z_niche_j, S), with
+    z_niche_j of the same draw of the posterior. (Posterior means of z_niche are not used: they are shrunk more the
+    fewer the counts, so that cells with few counts would be picked too rarely.)
     """
-    rng, rows = np.random.default_rng([seed, 2]), np.flatnonzero(section.cells.depth > 0)
-    drawn = [(n[0].cpu(), z[0]) for _, n, z in latent_draws(module, section, rows, 1, seed)]
-    there, z = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    rng = np.random.default_rng([seed, 2])
+    rows, there, z = latents_of_table(module, section, seed)
     if niche.shape[1]:
         sd, k = (0.5 * module.log_residual[: niche.shape[1]]).exp().detach().cpu(), min(CANDIDATES, len(rows))
         distance, near = cKDTree((there / sd).numpy()).query((niche / sd).numpy(), k)
@@ -198,12 +219,27 @@ def cells_of_table(module: SpatialModule, section: Section, niche: Tensor, seed:
         chosen = near[np.arange(len(niche)), (rng.gumbel(size=near.shape) - 0.5 * distance**2).argmax(1)]
     else:
         chosen = rng.integers(len(rows), size=len(niche))
-    return z[torch.from_numpy(chosen)], rows[chosen]
+    return rows[chosen], z[torch.from_numpy(chosen)]
+
+
+def table_rearranged(
+    module: SpatialModule, section: Section, places: Places, seed: int
+) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Rows of the cells of ``section`` that are put at ``places``, with their z_niche (place, D) and z_cell (place,
+    dim): a new arrangement of the section's cells, in which neighbours are as similar in z_cell and in the logarithm of
+    the total count as in the section (``arrangement``)."""
+    assert section.graphs is not None
+    rows, niche, z = latents_of_table(module, section, seed)
+    near = section.graphs.near.adjacency()[rows][:, rows]
+    features = np.column_stack([z.cpu().numpy(), np.log(section.cells.depth[rows])]).astype(float)
+    order = arranged(features, near, graphs_of(*places).near.adjacency(), np.random.default_rng([seed, 2]))
+    index = torch.from_numpy(order)
+    return rows[order], niche[index], z[index.to(z.device)]
 
 
 def cells_like(module: SpatialModule, section: Section, z: Tensor, seed: int) -> np.ndarray:
-    """For each of ``z`` (cell, dim) the row of the cell of ``section`` that is nearest in units of the prior of z_cell;
-    of large sections, among some."""
+    """For each row of ``z`` (cell, dim) the row of the nearest cell of ``section``, in units of the prior standard
+    deviation of z_cell; among ``MOST_COMPARED`` random cells at most."""
     rows = np.flatnonzero(section.cells.depth > 0)
     rows = np.random.default_rng([seed, 4]).permutation(rows)[:MOST_COMPARED]
     sites, sd = module.sites(section), module.cell_variance.sqrt().cpu()
@@ -212,8 +248,11 @@ def cells_like(module: SpatialModule, section: Section, z: Tensor, seed: int) ->
 
 
 def as_if(section: Section, like: np.ndarray, depth: np.ndarray | None) -> Section:
-    """What new cells are drawn as: with total counts ``depth`` (cell,), or else those of the rows ``like`` (cell,) of
-    ``section``, and with the batches of these. All genes are measured."""
+    """The section of new cells, with the batches and total counts of the rows ``like`` (cell,) of ``section``, or with
+    total counts ``depth`` (cell,). All genes count as measured.
+
+    Raises InputError if ``depth`` is not positive and finite.
+    """
     chosen = torch.from_numpy(like)
     size = section.depth[chosen]
     if depth is not None:

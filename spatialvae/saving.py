@@ -1,4 +1,5 @@
-"""A model's files: ``model.safetensors`` with its tensors, ``model.json`` with all else, and its table on request."""
+"""The files of a model: ``model.safetensors`` with its tensors, ``model.json`` with everything else, and optionally its
+table."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from spatialvae.errors import InputError
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 7
+FORMAT = 8
 FILES = ("model.json", "model.safetensors")
 TABLE = "adata.h5ad"
 
@@ -24,14 +25,17 @@ Tensors = dict[str, torch.Tensor]
 
 
 def write(folder: Path, about: About, tensors: Tensors, table: AnnData | None, overwrite: bool) -> None:
-    """Write the files of a model that ``about`` describes; see ``SpatialVAE.save``."""
+    """Write the files of a model; see ``SpatialVAE.save``.
+
+    Raises InputError if ``folder`` is not a folder, or if a file exists, unless ``overwrite``.
+    """
     from safetensors.torch import save_file
 
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; name one for the model's files")
+        raise InputError(f"{folder} is not a folder; expected one for the files of the model")
     there = [name for name in (*FILES, *([] if table is None else [TABLE])) if (folder / name).exists()]
     if there and not overwrite:
-        raise InputError(f"{folder} has a {there[0]} already; pass overwrite=True to replace it")
+        raise InputError(f"{folder} already contains {there[0]}; pass overwrite=True to replace it")
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with whole(folder / "model.safetensors") as part:
         save_file(tensors, part)
@@ -44,7 +48,7 @@ def write(folder: Path, about: About, tensors: Tensors, table: AnnData | None, o
 
 
 def read(folder: Path) -> tuple[About, Tensors]:
-    """What ``write`` was given. Raises InputError if ``folder`` is not a whole model of this version."""
+    """Read the files of a model. Raises InputError if ``folder`` is not a complete model of this version."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -58,24 +62,24 @@ def read(folder: Path) -> tuple[About, Tensors]:
         raise InputError(f"{folder} cannot be read: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise InputError(
-            f"{folder}/model.json is not of format {FORMAT}, which this version reads; train the model again"
+            f"{folder}/model.json is not of format {FORMAT}, the one that this version reads; train the model again"
         )
     if about.get("sha256") != _digest(folder / "model.safetensors"):
-        raise InputError(f"{folder}: model.safetensors is not the file that model.json tells of; save the model again")
+        raise InputError(f"{folder}: model.safetensors does not match its checksum in model.json; save the model again")
     return about, tensors
 
 
 def read_table(folder: Path) -> AnnData:
-    """The table beside a model. Raises InputError if there is none, or it cannot be read."""
+    """Read the table saved with a model. Raises InputError if there is none, or if it cannot be read."""
     import anndata
 
     paths = [folder / TABLE, folder.parent / "table.h5ad"]
     there = [path for path in paths if path.is_file()]
     if not there:
-        raise InputError(f"{folder} has no {TABLE}: pass the table as adata, or save(..., save_anndata=True) before")
+        raise InputError(f"{folder} has no {TABLE}: pass the table as adata, or save with save_anndata=True")
     try:
         return anndata.read_h5ad(there[0])
-    except Exception as error:  # h5py and anndata raise many kinds for what is not a table
+    except Exception as error:  # h5py and anndata raise many kinds of errors for invalid files
         raise InputError(f"{there[0]} cannot be read as an AnnData file: {error}") from error
 
 

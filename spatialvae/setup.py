@@ -1,4 +1,4 @@
-"""The keys of coordinates, samples and batches in an AnnData, and their validated reading."""
+"""The keys of the data in an AnnData, and functions that read and check coordinates, samples and batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup:
-    """The keys of the data in an AnnData, and whether the model includes the measurement."""
+    """The keys of the data in an AnnData, and whether detection is modelled (``measurement``)."""
 
     layer: str | None = None
     spatial_key: str | None = "spatial"
@@ -28,7 +28,7 @@ class Setup:
 
     @property
     def keys(self) -> dict[str, str | None]:
-        """The keys: all fields but ``measurement``."""
+        """All fields except ``measurement``."""
         return {name: value for name, value in asdict(self).items() if name != "measurement"}
 
     def write(self, adata: AnnData) -> None:
@@ -43,7 +43,7 @@ class Setup:
 
 
 def read_places(adata: AnnData, setup: Setup) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (cell, axis) and name of the sample (cell,) of each cell of a table with coordinates."""
+    """Coordinates float64 (cell, axis) and sample names str (cell,) of a table with coordinates."""
     coordinates = read_coordinates(adata, setup.spatial_key)
     assert coordinates is not None
     codes, names = read_codes(adata, setup.sample_key)
@@ -54,7 +54,7 @@ def read_coordinates(adata: AnnData, key: str | None) -> np.ndarray | None:
     if key is None:
         return None
     if key not in adata.obsm:
-        raise InputError(f"no {key!r} in obsm, which has {', '.join(sorted(adata.obsm)) or 'nothing'}")
+        raise InputError(f"no {key!r} in obsm; it has {', '.join(sorted(adata.obsm)) or 'no arrays'}")
     return checked_coordinates(adata.obsm[key], f"obsm[{key!r}]", adata.obs_names)
 
 
@@ -62,7 +62,7 @@ def check_key(adata: AnnData, key: str | None) -> None:
     if key is None:
         return
     if not isinstance(key, str) or key not in adata.obs:
-        raise InputError(f"no column {key!r} in obs, which has {', '.join(sorted(adata.obs)) or 'none'}")
+        raise InputError(f"no column {key!r} in obs; it has {', '.join(sorted(adata.obs)) or 'no columns'}")
     if adata.obs[key].isna().any():
         raise InputError(f"obs[{key!r}] is missing for {int(adata.obs[key].isna().sum())} cells")
 
@@ -78,9 +78,9 @@ def read_codes(adata: AnnData, key: str | None) -> tuple[np.ndarray, tuple[str, 
 def checked_coordinates(
     coordinates: np.ndarray, where: str = "the array of coordinates", names: Sequence[str] | None = None
 ) -> np.ndarray:
-    """``coordinates`` as float64 (cell, 2 or 3), all finite.
+    """``coordinates`` as float64 (cell, 2 or 3), checked to be finite.
 
-    Raises InputError naming ``where`` and the first bad cell, by its name among ``names`` or by its row.
+    Raises InputError, naming ``where`` and the first invalid cell, by its name in ``names`` or by its row.
     """
     coordinates = np.asarray(coordinates, float)
     if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):

@@ -13,10 +13,10 @@ from spatialvae.data import minibatches
 from spatialvae.distributed import Team, team_of_processes
 from spatialvae.module import Niche, Section, SpatialModule
 
-AVERAGED = 300  # steps whose parameters are averaged (Polyak & Juditsky 1992): noise of single steps cancels
+AVERAGED = 300  # steps over which parameters are averaged (Polyak & Juditsky 1992), which reduces their noise
 CHECK = 100  # steps between two evaluations of held-out cells
-SMOOTHED = 3  # evaluations whose mean is compared: a single one follows the noise of the last steps
-MOST_HELD = 2000  # held-out cells that are evaluated: enough to know their mean to a tenth of a nat
+SMOOTHED = 3  # evaluations whose mean decides on stopping: a single one is too noisy
+MOST_HELD = 2000  # held-out cells that are evaluated: the error of their mean is about 0.1 nats
 LEAST_BATCHES = 8  # minibatches in an epoch, so that a small table has enough steps
 CLIP = 100.0  # largest norm of a gradient
 RESTARTS = 2  # of a run that diverged or collapsed, each with a third of the learning rate
@@ -28,12 +28,13 @@ Report = Callable[[Row], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train; everything is counted in steps, whatever the size of the table.
+    """How to train; durations are in steps, whatever the size of the table.
 
-    ``warm_up`` steps raise the weight of the KL term from 0 to 1; training stops after ``max_steps``, or ``patience``
-    steps without better evidence on the ``held_out`` share of cells, and the best parameters are kept. Those that are
-    evaluated and kept are running averages of the last steps'. ``weight_decay`` is the precision of a Gaussian prior of
-    all parameters, which counts once for the table and not for each cell, so that small tables are regularised most.
+    The weight of the KL terms is raised from 0 to 1 over ``warm_up`` steps. Training stops after ``max_steps``, or
+    after ``patience`` steps without better evidence of the ``held_out`` share of cells, and the best parameters are
+    kept. The parameters that are evaluated and kept are running averages over the last steps. ``weight_decay`` is the
+    precision of a Gaussian prior of all parameters; it counts once per table, not per cell, so that small tables are
+    regularised most.
     """
 
     max_steps: int = 20_000
@@ -46,16 +47,17 @@ class Plan:
     seed: int = 0
 
     def fitted_to(self, n_cells: int) -> Plan:
-        """The same with minibatches that leave a table of ``n_cells`` at least ``LEAST_BATCHES`` of them."""
+        """The same plan, with minibatches small enough that ``n_cells`` cells make at least ``LEAST_BATCHES``."""
         return replace(self, batch_size=int(np.clip(n_cells // LEAST_BATCHES, 1, self.batch_size)))
 
 
 def train(module: SpatialModule, section: Section, plan: Plan, report: Report) -> list[Row]:
-    """Fit ``module`` in place; return one row per ``CHECK`` steps, with which ``report`` is also called.
+    """Fit ``module`` in place; return one row per ``CHECK`` steps, and call ``report`` with each.
 
-    A run whose bound becomes non-finite, or that ends with no dimension of z_cell in use, is restarted.
+    A run is restarted with a lower learning rate if its bound becomes non-finite or if it ends with no dimension of
+    z_cell in use.
 
-    Raises FloatingPointError if no run keeps a finite bound.
+    Raises FloatingPointError if the bound becomes non-finite in the last restart.
     """
     start = {name: value.clone() for name, value in module.state_dict().items()}
     with threads_for(plan.batch_size * module.shape.n_genes), team_of_processes() as team:
@@ -75,7 +77,7 @@ def train(module: SpatialModule, section: Section, plan: Plan, report: Report) -
 
 @contextmanager
 def threads_for(work: int) -> Iterator[None]:
-    """Use as many of PyTorch's threads as minibatches of ``work`` counts keep busy.
+    """Limit PyTorch's threads to the number that minibatches of ``work`` counts can use.
 
     On a shared machine, set fewer (``OMP_NUM_THREADS``): threads that wait for busy cores are slower than one thread.
     """
@@ -88,7 +90,7 @@ def threads_for(work: int) -> Iterator[None]:
 
 
 def divided(section: Section, plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that are held out and rows that are trained on, of cells with counts; ``rng`` of the plan's seed."""
+    """Rows of held-out and of training cells, among cells with counts, each in ascending order."""
     order = rng.permutation(np.flatnonzero(section.cells.depth > 0))
     n_held = int(plan.held_out * len(order))
     return np.sort(order[:n_held]), np.sort(order[n_held:])
@@ -113,13 +115,13 @@ class _Run:
         self.niche = self.solved(None)
 
     def solved(self, before: Niche | None) -> Niche:
-        """The posterior of the niche, without held-out cells."""
+        """The posterior of the niches, given the training cells."""
         sites = self.module.sites(self.section)
         return self.module.solve(self.section.space, sites, self.known, None if before is None else before.mean)
 
     def step(self, rows: np.ndarray) -> None:
         """One step of the optimiser on ``rows``."""
-        # every process draws the noise of all, so that results do not depend on their number
+        # every process draws the noise of the whole minibatch: results do not depend on the number of processes
         noise = self.module.noise(len(rows), self.generator)
         part = slice(self.team.rank, None, self.team.size)
         self.gradient.zero_()
@@ -157,7 +159,7 @@ def _train(module: SpatialModule, section: Section, plan: Plan, report: Report, 
     history: list[Row] = []
     best, kept, since = -np.inf, run.average.clone(), 0
     epoch = -(-len(run.rows) // plan.batch_size)
-    wait = renewal = max(CHECK, epoch)  # steps until niches are found again: the less the encoder moves, the longer
+    wait = renewal = max(CHECK, epoch)  # steps until niches are updated; the interval doubles as the encoder converges
     looked = 0
     module.train()
     while run.steps < plan.max_steps and since < plan.patience:
@@ -187,7 +189,7 @@ def _train(module: SpatialModule, section: Section, plan: Plan, report: Report, 
 
 
 def flattened(module: SpatialModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join all parameters, as views, in one tensor with one gradient: the optimiser then has one step."""
+    """Make all parameters views of one tensor with one gradient, so that the optimiser updates a single tensor."""
     each = list(module.parameters())
     flat = torch.nn.utils.parameters_to_vector(each).detach().requires_grad_()
     gradient = flat.grad = torch.zeros_like(flat)
@@ -202,12 +204,12 @@ def flattened(module: SpatialModule) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def evaluate(module: SpatialModule, section: Section, rows: np.ndarray, niche: Niche, seed: int) -> Row:
-    """Mean terms over ``rows`` in nats per cell, and how many latent dimensions are in use.
+    """Mean terms of the bound over ``rows``, in nats per cell, and the number of latent dimensions in use.
 
     ``niche`` is the posterior at the positions of ``rows`` given other cells, so that the evidence, log likelihood less
-    divergence of z_cell, is a bound on log p(x_i | others). A dimension is in use if its posterior mean varies between
-    cells by more than a hundredth of its prior's variance. The same noise is drawn each time, so that steps can be
-    compared.
+    divergence of z_cell, is a lower bound on log p(x_i | others). A dimension is in use if the variance of its
+    posterior mean over cells exceeds a hundredth of its prior variance. The same noise is drawn each time, so that
+    steps can be compared.
     """
     module.eval()
     generator = torch.Generator().manual_seed(seed)

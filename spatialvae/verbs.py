@@ -1,4 +1,4 @@
-"""Compatibility with scvi-tools: advice on arguments that are named differently, and return values of its methods."""
+"""Compatibility with scvi-tools: advice on arguments with other names, and the return values of its methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INSTEAD = {
     "datamodule": "for tables larger than memory, use a backed AnnData",
     "devices": "start one process per device with torchrun",
     "dispersion": "there is one inverse dispersion per gene",
-    "dropout_rate": "weights have a Gaussian prior instead",
+    "dropout_rate": "parameters have a Gaussian prior instead",
     "early_stopping_patience": "use patience=, in steps",
     "enable_progress_bar": "use progress=",
     "latent_distribution": "latents are normal",
@@ -37,16 +37,16 @@ INSTEAD = {
 
 
 def refuse(given: Mapping[str, Any], where: str) -> None:
-    """Raise InputError for unknown arguments of ``where``, with the name to use instead if there is one."""
+    """Raise InputError if ``given``, unknown arguments of ``where``, is not empty; the message says what to use."""
     for name in given:
         advice = INSTEAD.get(name, "see its documentation")
         raise InputError(f"{where} has no argument {name!r}: {advice}")
 
 
 def device_of(accelerator: str) -> torch.device:
-    """The device that ``accelerator`` ("cpu", "gpu", "cuda", "cuda:1", "mps") names.
+    """The device with the name ``accelerator``: "cpu", "gpu", "cuda", "cuda:1", "mps".
 
-    Raises InputError for unknown names and devices that do not exist.
+    Raises InputError for unknown names and devices that cannot be used.
     """
     try:
         device = torch.device("cuda" if accelerator == "gpu" else accelerator)
@@ -75,8 +75,9 @@ def likelihood_parameters(
     draws: Iterator[tuple[np.ndarray, torch.Tensor]],
     give_mean: bool,
 ) -> dict[str, np.ndarray]:
-    """``mean`` of counts, ``dispersions`` (inverse, gene) and, of "zinb", ``dropout``, logits of additional zeros:
-    (cell, gene), the mean over draws of z_cell, or (sample, cell, gene) of each draw."""
+    """``mean`` of counts before additional zeros, ``dispersions`` (inverse dispersion, not for "poisson") and
+    ``dropout`` (logits of additional zeros, for "zinb"): (cell, gene), averaged over draws of z_cell, or
+    (sample, cell, gene) without ``give_mean``."""
     means: list[np.ndarray] = []
     zeros: list[np.ndarray] = []
     for rows, z_cell in draws:
@@ -95,7 +96,7 @@ def likelihood_parameters(
 
 
 def correlations(values: np.ndarray, kind: str, genes: list[str]) -> pd.DataFrame:
-    """Of genes over the rows of ``values`` (row, gene): "spearman" or "pearson", (gene, gene)."""
+    """Correlations (gene, gene) over the rows of ``values`` (row, gene); ``kind`` is "spearman" or "pearson"."""
     if kind not in ("spearman", "pearson"):
         raise InputError(f"correlation_type is {kind!r}; expected 'spearman' or 'pearson'")
     if kind == "spearman":

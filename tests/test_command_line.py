@@ -23,7 +23,7 @@ from merfish.transcripts import read_transcripts
 
 
 def call(monkeypatch, *arguments):
-    """Exit code of ``merfish arguments``."""
+    """Return the exit code of ``merfish arguments``."""
     monkeypatch.setattr(sys, "argv", ["merfish", *map(str, arguments)])
     try:
         cli.main()
@@ -109,7 +109,10 @@ def test_decode_a_file(monkeypatch, tmp_path, book, suffix):
     ("arguments", "message"),
     [
         (["decode", "{tmp}/none.npy", "--codebook", "{book}", "--out", "{tmp}/out"], "none.npy"),
-        (["decode", "{tmp}/short.npy", "--codebook", "{book}", "--out", "{tmp}/out"], "15 bits, the codebook has 16"),
+        (
+            ["decode", "{tmp}/short.npy", "--codebook", "{book}", "--out", "{tmp}/out"],
+            "15 bits, but the codebook has 16",
+        ),
         (["run", "{tmp}/nowhere", "--out", "{tmp}/out"], "nowhere"),
         (["run", "{tmp}", "--out", "{tmp}/out", "--fov", "1;2"], "expected numbers and ranges"),
         (["run", "{tmp}", "--out", "{tmp}/out", "--workers", "2", "--scheduler", "tcp://x"], "exclude each other"),
@@ -168,7 +171,7 @@ def test_whole_file_replaces_a_folder_whole(tmp_path):
 
 
 def commands(app):
-    """Name and click command of every command of a command line."""
+    """Return name and click command of every command of a command line."""
     group = typer.main.get_command(app)
     stack = [((), group)]
     while stack:

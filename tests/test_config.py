@@ -1,4 +1,4 @@
-"""Parameters of a run: what is refused, and why."""
+"""Parameters of a run: rejected values, and their messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("smoothing: 1e9", "smoothing: .*less than or equal to 10"),
         ("background: 1e9", "background: .*less than or equal to 100"),
         ("smoothing: 2\nbackground: 2", "background: 2 px must be at least 1.1 times smoothing, 2 px"),
-        ("smoothing: 3", "background: 2 px must be .* smoothing 0.7 and background 2 where they are not given"),
+        ("smoothing: 3", "background: 2 px must be .* the defaults of spots are smoothing 0.7 and background 2"),
         ("background: .5", "background: 0.5 px must be"),
         ("method: spots\nmethod: pixels", "'method' appears twice"),
         (BOMB, r"aliases \(\*a\) are not allowed"),
@@ -67,7 +67,7 @@ def test_read_config__of_nothing_is_the_defaults(tmp_path):
 
 @pytest.mark.parametrize("smoothing", [LEAST_SIGMA, 1.0, 10.0])
 def test_filter__works_at_the_limits_of_what_may_be_asked(smoothing):
-    """A spot as wide as the filter's stays the highest place, at its place, and its height is far above rounding."""
+    """A spot as wide as the filter's remains the highest peak, at its position, with a height far above rounding."""
     background = smoothing * LEAST_RATIO if smoothing > LEAST_SIGMA else 100.0
     y, x = np.mgrid[-60:61, -60:61]
     spot = 1000 * np.exp(-(y**2 + x**2) / (2 * max(smoothing, 1.0) ** 2)) + 100

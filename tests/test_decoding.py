@@ -258,7 +258,7 @@ def test_decode__returns_the_full_schema_for_an_empty_field():
 @pytest.mark.parametrize(
     ("stack", "message"),
     [
-        (np.zeros((15, 8, 8), np.uint16), "15 bits, the codebook has 16"),
+        (np.zeros((15, 8, 8), np.uint16), "15 bits, but the codebook has 16"),
         (np.zeros((16, 8), np.uint16), r"expected \(bit, y, x\)"),
         (np.zeros((16, 8, 8), complex), "complex128"),
         (np.zeros((16, 0, 8), np.uint16), "empty"),

@@ -23,7 +23,7 @@ def render(x, y, top, shape):
 
 @pytest.fixture(scope="module")
 def crowd():
-    """300 x 300 px with lone spots on a lattice, and pairs 2.6 px apart."""
+    """Simulate 300 x 300 px with single spots on a lattice, and pairs 2.6 px apart."""
     rng = np.random.default_rng(0)
     lattice = np.stack(np.meshgrid(np.arange(15, 290, 20.0), np.arange(15, 290, 20.0)), -1).reshape(-1, 2)
     x, y = (lattice + rng.uniform(-2, 2, lattice.shape)).T
@@ -103,3 +103,18 @@ def test_share_light_equals_the_reference():
     kernels.share_light(image, 30, kernels.Spots(x, y, top), np.arange(6), SHAPE, 1, 0.0)
     assert top == pytest.approx(heights, abs=1e-5)
     assert image == pytest.approx(left, abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_find_near_equals_the_reference(n):
+    rng = np.random.default_rng(n)
+    (x, y), (px, py) = rng.uniform(0, 30, (2, n)), rng.uniform(0, 40, (2, 300))
+    near = np.empty(300, bool)
+    kernels.find_near(x, y, px, py, 2.0, near)
+    assert near.any()
+    assert near.tolist() == [bool((np.hypot(x - a, y - b) < 2.0).any()) for a, b in zip(px, py, strict=True)]
+
+
+def test_the_tables_of_a_spot_reach_to_the_corners_of_its_square():
+    assert 2 * SHAPE.reach**2 * SHAPE.bins + 1 < len(SHAPE.profile)
+    assert not SHAPE.profile[round(SHAPE.reach**2 * SHAPE.bins) :].any()

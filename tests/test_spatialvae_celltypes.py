@@ -10,8 +10,8 @@ from spatialvae.celltypes import Observed, Types
 
 @pytest.fixture(scope="module")
 def planted():
-    """Two types in two dimensions, of which the first is rare on the left and frequent on the right of the niche, and a
-    tenth of the cells around their niche."""
+    """Two types in two dimensions; the first is rare for low and frequent for high values of the niche. A tenth of the
+    cells have no type."""
     slope = torch.tensor([[2.0], [-2.0]])
     mean, variance = torch.tensor([[3.0, 0.0], [-1.0, 2.0]]), torch.tensor([[0.3, 0.2], [0.1, 0.4]])
     return Types(torch.tensor(0.9), torch.tensor([0.5, -0.5]), slope, mean, variance)
@@ -22,7 +22,7 @@ UNKNOWN = torch.zeros(1, 1), torch.full((1, 1), 0.6)
 
 
 def cells_of(types, n, seed):
-    """Cells whose z is known, in niches that are known nearly."""
+    """Cells with known z, in niches that are known almost exactly."""
     generator = torch.Generator().manual_seed(seed)
     niche = UNKNOWN[1].sqrt() * torch.randn(n, 1, generator=generator)
     sure = torch.full((n, 1), 1e-4)

@@ -87,7 +87,7 @@ def test_two_processes_train_the_model_that_one_trains(table, tmp_path):
         subprocess.run([*command, *train, "--out", str(tmp_path / out)], check=True, capture_output=True, timeout=120)
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
-        # types and what neighbours say are fitted to the rest, and take rounding further
+        # types and the neighbour prior are fitted to the other parameters and amplify rounding errors
         least = 2e-2 if name.startswith("neighbours.") else 1e-3 if name.startswith("type_") else 1e-5
         np.testing.assert_allclose(two[name], value, rtol=1e-3, atol=least, err_msg=name)
     histories = [pd.read_csv(tmp_path / name / "history.csv")["elbo_train"] for name in ("one", "two")]

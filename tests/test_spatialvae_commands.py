@@ -36,7 +36,7 @@ def test_neighbours_and_dependence__write_tables_and_figures(monkeypatch, capsys
     assert run(monkeypatch, "neighbours", table, "--labels", "type", "--out", tmp_path) == 0
     couplings = pd.read_csv(tmp_path / "couplings.csv")
     assert set(zip(couplings["label"], couplings["neighbour"], strict=True)) == {("p", "p"), ("p", "q"), ("q", "q")}
-    assert "0 of 3 pairs" in capsys.readouterr().out  # types were drawn without regard to neighbours
+    assert "0 of 3 pairs" in capsys.readouterr().out  # types are independent of neighbours
     assert run(monkeypatch, "dependence", table, "--labels", "type", "--out", tmp_path) == 0
     shares = pd.read_csv(tmp_path / "variance.csv").set_index("gene")
     assert shares["type"].idxmax() == "a"
@@ -56,7 +56,7 @@ def test_report_and_plot__of_a_trained_folder(monkeypatch, capsys, tmp_path, tab
     page = (out / "report.html").read_text()
     for heading in ("Training", "Latent space", "Domains", "Niches", "Gene programs", "Neighbouring types"):
         assert f"<h2>{heading}</h2>" in page
-    assert "://" not in page  # nothing is loaded from elsewhere
+    assert "://" not in page  # the page loads nothing from the network
     figure = tmp_path / "latent.png"
     assert run(monkeypatch, "plot", "latent", out / "table.h5ad", "--labels", "type", "--out", figure) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -94,12 +94,12 @@ def test_backed_table__names_a_wrong_count_far_down(kind, tmp_path):
         SpatialVAE(backed)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is not told here")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
 def test_backed_table__leaves_no_temporary_file(tmp_path, monkeypatch):
     in_memory = table()
     in_memory.write_h5ad(tmp_path / "cells.h5ad")
     SpatialVAE.setup_anndata(in_memory)
-    SpatialVAE(in_memory)  # torch-geometric writes code of its own, once
+    SpatialVAE(in_memory)  # torch-geometric writes generated code to a temporary file once
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 

@@ -29,7 +29,7 @@ def test_read_cortex__cells_genes_and_types(tmp_path):
 
 
 def test_read_cortex__says_where_the_layout_differs(tmp_path):
-    with pytest.raises(InputError, match=r"row 2 is of .*'well'.*expected 'group #'"):
+    with pytest.raises(InputError, match=r"row 2 has .*'well'.*expected 'group #'"):
         read_cortex(write_cortex(tmp_path / "x.txt", ["tissue", "well", *CORTEX_ROWS[2:]]))
     cut = write_cortex(tmp_path / "y.txt")
     cut.write_text(cut.read_text()[:-4])

@@ -10,7 +10,7 @@ from spatialvae.inference import spatial_blocks
 
 
 def chain(seed, n=1500, depth=10.0, alone=4, blocks=40):
-    """A -> B -> C, and D of the neighbours acts on A and on C; ``alone`` others. Counts, graph, blocks."""
+    """Counts, graph and blocks: A -> B -> C, D of the neighbours affects A and C, and ``alone`` independent genes."""
     rng = np.random.default_rng(seed)
     places = rng.uniform(0, 50, (n, 2))
     graph = knn_graph(places, 6).adjacency(symmetric=True)
@@ -37,7 +37,7 @@ def test_partial_correlations__chain_with_a_confounder_in_the_neighbours():
         assert {frozenset("AB"), frozenset("BC")} <= found
         wrong += frozenset("AC") in found
         alone = edges(dependence.partial_correlations(counts, blocks, None, size, names, seed=seed))
-        assert frozenset("AC") in alone  # what neighbours do looks like an edge to who does not know them
+        assert frozenset("AC") in alone  # without the neighbours, their effect appears as an edge
     assert wrong == 0
 
 
@@ -46,7 +46,7 @@ def test_partial_correlations__noise_of_counting_does_not_join():
     hub = rng.normal(size=3000)
     logs = np.c_[hub, 0.8 * hub + 0.6 * rng.normal(size=3000), 0.8 * hub + 0.6 * rng.normal(size=3000)]
     logs = np.hstack([logs, rng.normal(size=(3000, 5))])
-    counts = rng.poisson(np.exp(np.r_[0.0, 3, 3, 2, 2, 2, 2, 2] + 0.7 * logs))  # the hub is poorly measured
+    counts = rng.poisson(np.exp(np.r_[0.0, 3, 3, 2, 2, 2, 2, 2] + 0.7 * logs))  # the hub has few counts
     plain = np.linalg.inv(np.corrcoef(np.log1p(counts).T))
     assert -plain[1, 2] / np.sqrt(plain[1, 1] * plain[2, 2]) > 0.2
     found = edges(
@@ -103,7 +103,7 @@ def test_neighbour_effects__p_values_are_level_without_effects():
 
 
 def test_neighbour_effects__smooth_expression_is_no_effect():
-    """Patches of types, and of expression that are narrower than a block but know nothing of types."""
+    """Patches of types, and independent patches of expression that are narrower than a block."""
     p = []
     for seed in range(6):
         rng = np.random.default_rng(seed)
@@ -148,7 +148,7 @@ def test_partial_correlations__says_what_is_wrong(counts, message):
 
 
 def test_neighbour_effects__of_the_one_type_that_is_met():
-    """Pairs of a and b, far from others: a cell's only neighbour is of the other type, or there is none."""
+    """Isolated pairs of a and b, and single cells: a cell has one neighbour, of the other type, or none."""
     rng = np.random.default_rng(0)
     n = 600
     places = np.repeat(rng.uniform(0, 1000, (n // 2, 2)), 2, 0)
@@ -162,5 +162,5 @@ def test_neighbour_effects__of_the_one_type_that_is_met():
 
 def test_neighbour_effects__says_when_types_hardly_meet():
     counts, types, graph, places = tissue(0, 0, n=100)
-    with pytest.raises(InputError, match="no two types meet"):
+    with pytest.raises(InputError, match="no two types are neighbours"):
         dependence.neighbour_effects(counts.astype(float), types, graph, places, list("abc"), list("abcdefghijkl"))

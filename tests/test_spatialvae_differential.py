@@ -16,7 +16,7 @@ SCVI = {
 
 
 def simulated(seed, n=400, genes=120, changed=0.3):
-    """Three types of cells; of each type 30 % of the genes change. Returns the table and the true log2 expression."""
+    """Three cell types, each with changes of 30 % of the genes. Returns the table and the true log2 expression."""
     rng = np.random.default_rng(seed)
     kind = rng.integers(3, size=n)
     change = rng.normal(0, 1, (3, genes)) * (rng.random((3, genes)) < changed)
@@ -44,7 +44,7 @@ def trained():
 
 
 def test_shrunk__has_the_posterior_of_a_known_prior():
-    """Half of the changes are 0, half N(0, 1): false discoveries are as many as stated, intervals hold."""
+    """Half of the changes are 0, half N(0, 1): the false discovery rate and the coverage of intervals are as stated."""
     rng = np.random.default_rng(0)
     truth = rng.normal(size=4000) * (rng.random(4000) < 0.5)
     variance = rng.uniform(0.02, 0.5, truth.shape)

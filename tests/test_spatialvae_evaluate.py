@@ -14,7 +14,7 @@ from spatialvae.mixture import Mixture
 
 
 def linear_gaussian(cells=40, genes=12, dim=8, seed=0):
-    """x = W z + noise of variance 0.5, z ~ N(centre, diag variance): the posterior and log p(x) by algebra."""
+    """x = W z + noise of variance 0.5, z ~ N(centre, diag variance): posterior and log p(x) in closed form."""
     rng = np.random.default_rng(seed)
     weight, centre = rng.normal(size=(genes, dim)), rng.normal(size=(cells, dim))
     variance = rng.uniform(0.3, 2, (cells, dim))
@@ -64,7 +64,7 @@ def test_evidence__stated_error_is_that_of_repeated_estimates():
 
 
 def table(n=150, genes=8, seed=0):
-    """Cells whose type is that of their half of the plane; counts spread much more than Poisson's."""
+    """Cells of one type in each half of the plane, with strongly overdispersed counts."""
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, 100, (n, 2))
     rate = np.where((xy[:, :1] > 50) == (np.arange(genes) % 2), 12.0, 3.0)
@@ -87,7 +87,7 @@ def test_compare__prefers_the_likelihood_and_the_neighbours_that_made_the_table(
     assert poisson["difference"] < -3 * poisson["difference_error"]
     figure = comparison.evidence_plot(found)
     assert figure.axes[0].get_yticklabels()[0].get_text() == "nb, 3 dimensions"
-    with pytest.raises(InputError, match="3 of 150 cells; expected 10"):
+    with pytest.raises(InputError, match="3 of 150 cells; expected at least 10"):
         comparison.compare(adata, ["nb"], [3], held_out=0.02)
 
 

@@ -31,7 +31,7 @@ def test_solve__gives_the_posterior_mean_of_dense_algebra(section):
 def test_posterior_covariance__has_the_diagonal_of_the_dense_inverse(section):
     _, _, laplacian = section
     rng = np.random.default_rng(2)
-    weight = rng.gamma(1, 2, (150, 2)) * (rng.random((150, 1)) < 0.8)  # cells that say nothing among them
+    weight = rng.gamma(1, 2, (150, 2)) * (rng.random((150, 1)) < 0.8)  # some cells have no information
     blocks = field.posterior_covariance(laplacian, 9.0, weight[..., None] * np.eye(2), rng, 200)
     found = np.einsum("idd->id", blocks)
     for d in range(2):

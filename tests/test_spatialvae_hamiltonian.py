@@ -8,7 +8,7 @@ from spatialvae.hamiltonian import moved
 
 
 def test_moved__turns_a_gaussian_into_skewed_posteriors():
-    """exp(z) ~ Gamma(a), turned: started from Laplace's approximation, draws have the exact mean and variance."""
+    """exp(z) ~ Gamma(a), rotated: started from Laplace's approximation, draws have the exact mean and variance."""
     shape, n = torch.tensor([1.0, 3.0, 20.0]), 40_000
     turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
 

@@ -11,7 +11,7 @@ from spatialvae.inference import spatial_blocks
 
 
 def waves():
-    """300 cells whose first three genes follow a wave in space."""
+    """300 cells, in which the first three genes follow a wave in space."""
     rng = np.random.default_rng(0)
     places = rng.uniform(0, 100, (300, 2))
     rate = np.exp(1 + np.outer(np.sin(places[:, 0] / 20), [1, 1, -1, 0, 0, 0]) + 0.3 * rng.normal(size=(300, 6)))
@@ -57,7 +57,7 @@ def test_linear_decoder__log_shares_are_linear_in_its_loadings(tmp_path, likelih
     shares = np.log(made.get_normalized_expression(transform_batch="left", return_numpy=True))
     linear = made.get_latent_representation(which="cell") @ loadings.to_numpy().T
     for values in (shares, linear):
-        values -= values.mean(1, keepdims=True)  # what shares do not tell
+        values -= values.mean(1, keepdims=True)  # shares do not depend on a constant
     np.testing.assert_allclose(np.diff(shares, axis=0), np.diff(linear, axis=0), atol=1e-4)
     programs = interpret.latent_programs(made)
     np.testing.assert_allclose(programs - programs.mean(0), loadings, atol=1e-5)

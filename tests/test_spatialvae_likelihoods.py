@@ -33,7 +33,7 @@ def test_negative_binomial__gradients(counts):
 
 def test_zero_inflated__matches_mixture(counts):
     x, log_mu, log_theta = counts
-    x, log_mu = x[2:], log_mu[2:]  # the probability of a thousand is zero in floating point
+    x, log_mu = x[2:], log_mu[2:]  # the probability of a count of 1000 underflows
     logit = torch.full_like(x, -0.7)
     pi = torch.sigmoid(logit)
     t, mu = log_theta.exp().numpy(), log_mu.exp().numpy()

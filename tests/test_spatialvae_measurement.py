@@ -11,8 +11,8 @@ from spatialvae.measurement import Measurement
 
 
 def measured_tissue(n=800, genes=40, seed=0):
-    """Four types of cells in two domains; molecules that were there in layers["there"], of which a decoder calls 30 to
-    90 %, and wrong calls that fall on genes unevenly, in proportion to all calls of a cell."""
+    """Four cell types in two domains. Of the molecules, in layers["there"], 30 to 90 % are called; there are wrong
+    calls, in proportion to the calls of a cell and unevenly distributed over genes."""
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, 100, (n, 2))
     kind = 2 * (xy[:, 0] > 50) + (rng.random(n) < 0.5)
@@ -66,7 +66,7 @@ def test_slopes__are_the_derivatives_of_what_is_seen(trained):
 
 
 def error(estimate, truth):
-    """Root of the mean squared error over cells and genes, of square roots, in which counts have one variance."""
+    """Root mean squared error over cells and genes, of square roots, which stabilise the variance of counts."""
     return np.sqrt(np.mean((np.sqrt(estimate) - np.sqrt(truth)) ** 2))
 
 

@@ -257,7 +257,7 @@ def test_model__in_three_dimensions_with_a_cell_alone_in_its_section():
 
 
 def test_marginal_likelihood__matches_draws_from_the_prior():
-    """Two genes leave one dimension of each latent: the plain average over the prior converges."""
+    """With two genes, each latent has one dimension, so that the plain average over the prior converges."""
     table = tissue(60, genes=2)
     SpatialVAE.setup_anndata(table)
     model = SpatialVAE(table)
@@ -371,7 +371,7 @@ def test_save__leaves_other_files_and_asks_before_it_replaces(trained, tmp_path)
     _, model = trained
     (tmp_path / "notes.txt").write_text("mine")
     model.save(tmp_path)
-    with pytest.raises(InputError, match=r"has a model\.json already; pass overwrite=True"):
+    with pytest.raises(InputError, match=r"already contains model\.json; pass overwrite=True"):
         model.save(tmp_path)
     model.save(tmp_path, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -380,7 +380,7 @@ def test_save__leaves_other_files_and_asks_before_it_replaces(trained, tmp_path)
 
 
 def test_batch_shifts__are_not_composition():
-    """Two types in shares of 9:1 in one batch and 1:9 in the other: the difference of means is mostly composition."""
+    """Two types with ratios of 9:1 in one batch and 1:9 in the other: their means differ mostly in composition."""
     rng = np.random.default_rng(0)
     batch = np.repeat([0, 1], 400)
     kind = rng.random(800) < np.where(batch == 0, 0.1, 0.9)

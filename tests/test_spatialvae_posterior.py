@@ -46,7 +46,7 @@ def test_slopes__are_the_derivatives_of_logits(hidden):
 
 
 def test_expanded__has_the_gradient_of_the_likelihood():
-    """Of ZINB; a gene that was not measured tells nothing."""
+    """For ZINB; a gene that was not measured contributes nothing."""
     start = LinearStart(
         1.0, np.zeros(5), np.eye(5), np.eye(5), np.zeros((1, 5)), np.ones(5), 1.0, np.full(5, 0.2), None
     )
@@ -68,7 +68,8 @@ def test_expanded__has_the_gradient_of_the_likelihood():
 
 @pytest.fixture(params=[False, True], ids=["gaussian", "types"])
 def two_genes(request):
-    """One latent, 12 cells without places of which the last has no counts, and a linear decoder: integrals are sums."""
+    """12 cells without coordinates, the last without counts, with one latent dimension and a linear decoder, so that
+    integrals can be computed on a grid."""
     shape = Sizes(2, 1, 1, 0, 4, "nb")
     loading = np.array([[0.8], [-0.8]])
     start = LinearStart(1.0, np.zeros(2), loading, loading, np.zeros((1, 1)), np.ones(1), 1.0, np.full(2, 0.5), None)
@@ -105,7 +106,7 @@ def test_posterior__matches_integration_over_one_latent(two_genes):
         expected = (weight * grid).sum()
         assert mean[i, 0].item() == pytest.approx(expected.item(), abs=0.08)
         ratio.append(variance[i, 0].item() / (weight * (grid - expected) ** 2).sum().item())
-    tolerance = 0.35 if module.shape.n_types else 0.15  # a cell that may be of two types has two modes
+    tolerance = 0.35 if module.shape.n_types else 0.15  # the posterior of a cell that may be of two types is bimodal
     np.testing.assert_allclose(ratio, 1, atol=tolerance)
     assert np.mean(ratio) == pytest.approx(1, abs=tolerance / 2)
 
@@ -126,7 +127,7 @@ def test_evidence_and_bound__are_those_of_integration_over_one_latent(two_genes)
 
 
 def test_covers__what_the_model_has_drawn():
-    """One strong latent in a curved decoder, of few counts: the mode and its curvature alone would not do."""
+    """One strong latent, a nonlinear decoder and few counts: Laplace's approximation at the mode alone would fail."""
     module = decoder_of_few_counts()
     truth = torch.randn(3000, 2, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

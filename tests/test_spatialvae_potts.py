@@ -12,7 +12,7 @@ from spatialvae.graph import knn_graph
 
 
 def lattice(rows, columns, torus=False):
-    """4-connected grid."""
+    """Adjacency matrix of a 4-connected grid."""
     at = np.arange(rows * columns).reshape(rows, columns)
     pairs = [(at[:-1], at[1:]), (at[:, :-1], at[:, 1:])]
     if torus:
@@ -83,7 +83,7 @@ def test_fit_potts__maximises_the_pseudo_likelihood_of_free_symmetric_couplings(
     model = potts.fit_potts(labels, adjacency)
     near = adjacency @ np.eye(3)[labels]
 
-    def unpacked(theta):  # any symmetric couplings: 7 free numbers, as many as couplings of sum zero, fields and degree
+    def unpacked(theta):  # any symmetric couplings: 7 free numbers, as many as zero-sum couplings, fields and degree
         pairs = np.zeros((3, 3))
         pairs[np.triu_indices(3)] = np.r_[theta[:5], 0]
         return pairs + np.triu(pairs, 1).T, np.r_[theta[5:], 0]
@@ -136,7 +136,7 @@ def test_smooth_labels__mends_isolated_errors_and_keeps_borders():
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"), [([0, 2, 2, 0], "occur"), ([0, 0, 0, 0], "two or more"), ([0, 1], "graph of 4 cells")]
+    ("labels", "message"), [([0, 2, 2, 0], "occur"), ([0, 0, 0, 0], "at least two"), ([0, 1], "graph of 4 cells")]
 )
 def test_fit_potts__says_what_is_wrong_with_labels(labels, message):
     with pytest.raises(InputError, match=message):
@@ -167,6 +167,6 @@ def test_fit_potts__blocks_count_gradients_that_the_model_does_not_know():
         fits = [potts.fit_potts(labels, adjacency, blocks=b) for b in (None, inference.spatial_blocks(places, 25))]
         off.append([(fit.couplings / fit.coupling_errors)[np.triu_indices(3, 1)] for fit in fits])
         assert fits[1].freedom == 24
-    spread = np.array(off).std(axis=(0, 2))  # three pairs alike by symmetry: they differ by error alone
+    spread = np.array(off).std(axis=(0, 2))  # the three pairs are equivalent by symmetry
     assert spread[1] < spread[0]
     assert spread[1] < 1.5

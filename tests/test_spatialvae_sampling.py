@@ -10,7 +10,7 @@ from spatialvae import InputError, SpatialVAE, likelihoods, posterior, sampling
 
 
 def tissue(n=300, genes=10, seed=0):
-    """A smooth gradient of two programs over the plane, in cells of uneven depth; counts are negative binomial."""
+    """Cells of varying depth whose expression varies smoothly in the plane, with negative binomial counts."""
     rng = np.random.default_rng(seed)
     xy = rng.uniform(0, 100, (n, 2))
     program = np.sin(xy[:, 0] / 15) + 0.4 * rng.normal(size=n)
@@ -75,7 +75,7 @@ def test_expression__from_draws_covers_the_truth_and_keeps_its_shapes(trained):
         model.get_normalized_expression(n_samples=2, return_mean=False)
     with pytest.raises(InputError, match="n_samples is 0"):
         model.posterior_predictive_sample(n_samples=0)
-    with pytest.raises(InputError, match="indices name no cell"):
+    with pytest.raises(InputError, match="indices select no cell"):
         model.get_normalized_expression(indices=np.zeros(300, bool))
     with pytest.raises(InputError, match="rows from 0 to 299"):
         model.get_normalized_expression(indices=[300])
@@ -104,7 +104,7 @@ def test_predictive_intervals__hold_the_counts_of_held_out_cells(trained):
     drawn = model.posterior_predictive_sample(fresh, n_samples=200, given=known).astype(float)
     noise = np.random.default_rng(0).random(drawn.shape[:2])
     x = fresh.X.toarray()[..., None]
-    rank = (drawn < x).mean(-1) + noise * (drawn == x).mean(-1)  # uniform, if the draws are right
+    rank = (drawn < x).mean(-1) + noise * (drawn == x).mean(-1)  # uniform if the draws are correct
     assert 0.86 < ((rank > 0.05) & (rank < 0.95)).mean() < 0.94
 
 
@@ -118,7 +118,7 @@ def test_impute__finds_missing_genes_within_their_interval(trained):
         assert np.corrcoef(found.X[:, i], truth[:, i])[0, 1] > 0.6
     assert found.X.sum() == pytest.approx(truth.sum(), rel=0.1)
     inside = (found.layers["low"] <= truth) & (truth <= found.layers["high"])
-    assert 0.87 < inside.mean() < 0.98  # bounds are whole numbers: they hold more than 90 %
+    assert 0.87 < inside.mean() < 0.98  # bounds are whole numbers: intervals contain more than 90 %
     with pytest.raises(InputError, match="has all genes"):
         model.impute(table)
 
@@ -142,8 +142,21 @@ def test_sample_tissue__is_smooth_and_follows_cells_held_fixed(trained):
     np.testing.assert_allclose(alone[:, d:].var(0), expected, rtol=0.1)
 
 
+def test_sample_tissue__rearranges_the_cells_of_the_table(trained):
+    table, model = trained
+    made = model.sample_tissue(table.obsm["spatial"], cells="table")
+    depth = np.asarray(table.X.sum(1)).ravel()
+    near = sampling.cKDTree(table.obsm["spatial"]).query(table.obsm["spatial"], 2)[1][:, 1]
+    z = made.obsm["X_spatialvae"][:, model.module.shape.n_niche]
+    assert len(np.unique(z)) == table.n_obs
+    known = model.get_latent_representation(which="cell")[:, 0]
+    assert np.corrcoef(z, z[near])[0, 1] == pytest.approx(np.corrcoef(known, known[near])[0, 1], abs=0.15)
+    assert abs(np.corrcoef(z, known)[0, 1]) < 0.5  # it lies elsewhere
+    assert made.X.sum() == pytest.approx(depth.sum(), rel=0.03)
+
+
 def test_sample_tissue__has_the_types_of_the_table():
-    """Two types far apart, side by side all over the tissue."""
+    """Two distinct types, intermixed over the whole tissue."""
     rng, rate = np.random.default_rng(0), np.where(np.arange(10) % 2, 30.0, 2.0)
     kind = rng.random(300) < 0.5
     table = tissue()

@@ -20,7 +20,7 @@ from merfish.decoding.overlap import halos
 from merfish.decoding.peaks import Fit
 from merfish.decoding.psf import psf_sigma
 from merfish.imaging._kernels import median_of
-from merfish.imaging.normalize import NoiseMap, locate_peaks, weighted_median
+from merfish.imaging.normalize import NoiseMap, locate_peaks, typical_height, weighted_median
 from merfish.imaging.preprocess import Bandpassed
 from merfish.simulate import Imaging, match_calls, score_calls
 from merfish.stack import decode_all
@@ -171,7 +171,7 @@ def test_clusters_are_the_connected_peaks(n_planes):
     x, y, bit = rng.uniform(0, 40, n), rng.uniform(0, height * n_planes - 1, n), rng.integers(0, 3, n)
     y = np.minimum(y, np.floor(y / height) * height + height - 1)
     fits = [Fit(x[bit == k], y[bit == k], np.ones((bit == k).sum()), None, None) for k in range(3)]
-    scene = make_scene(fits, np.zeros((3, height * n_planes, 41), np.int8), height, sigma, np.zeros((3, 2)))
+    scene = make_scene(fits, np.zeros((3, height * n_planes, 41), np.int8), height, sigma, np.zeros((3, 2, 3)))
     expected = reference.clusters(scene.px, scene.py, scene.pb, RADIUS * sigma, CELL * sigma, height)
     assert {frozenset(np.flatnonzero(scene.cluster == k).tolist()) for k in np.unique(scene.cluster)} == expected
     assert sorted(scene.seeds.tolist()) == list(range(n))
@@ -210,13 +210,23 @@ def test_noise_map_equals_the_reference(size):
     assert noise.sigmas == pytest.approx(1.4826 * sigmas, rel=1e-6)
 
 
+def test_noise_is_interpolated_between_tiles():
+    rng = np.random.default_rng(0)
+    noise = NoiseMap(*rng.random((2, 3, 4, 5), np.float32), 40, (10, 12))
+    x, y = rng.uniform(0, 59, 100), rng.integers(0, 3, 100) * 40 + rng.uniform(0, 39, 100)
+    places = [y // 40, (y % 40 + 0.5) / 10 - 0.5, (x + 0.5) / 12 - 0.5]
+    assert noise.level(x, y) == pytest.approx(ndimage.map_coordinates(noise.medians, places, order=1, mode="nearest"))
+    assert noise.sigma(x, y) == pytest.approx(ndimage.map_coordinates(noise.sigmas, places, order=1, mode="nearest"))
+
+
 def test_weigh_pairs_equals_the_reference():
     rng = np.random.default_rng(0)
     a, b = np.sort(np.argsort(rng.random((50, 4)), axis=1)[:, :2], axis=1).T.copy()
-    step, shift = rng.normal(0, 1, (50, 2)), rng.normal(0, 1, (4, 2))
-    links, pull = np.empty((4, 4)), np.empty((4, 2))
-    totals = weigh_pairs(step, a, b, shift, 0.3, 0.8, 0.02, links, pull)
-    expected = reference.weigh_pairs(step, a, b, shift, 0.3, 0.8, 0.02)
+    step, warp = rng.normal(0, 1, (50, 2)), rng.normal(0, 1, (4, 2, 3))
+    place = np.column_stack([np.ones(50), rng.uniform(-1, 1, (50, 2))])
+    links, pull = np.empty((4, 4, 3, 3)), np.empty((4, 2, 3))
+    totals = weigh_pairs(step, place, a, b, warp, 0.3, 0.8, 0.02, links, pull)
+    expected = reference.weigh_pairs(step, place, a, b, warp, 0.3, 0.8, 0.02)
     for got, want in zip((links, pull, *totals), expected, strict=True):
         assert got == pytest.approx(want)
 
@@ -225,6 +235,15 @@ def test_weighted_median_is_not_moved_by_many_small_values():
     heights = np.concatenate([np.full(50, 10.0), np.full(200, 0.5)])
     assert weighted_median(heights) == 10.0
     assert np.median(heights) == 0.5
+
+
+def test_typical_height_is_not_set_by_a_few_bright_pixels():
+    heights = np.concatenate([np.random.default_rng(0).lognormal(0, 0.3, 600), np.full(50, 40.0)])
+    assert weighted_median(heights) == 40.0
+    assert typical_height(heights) == pytest.approx(weighted_median(heights[:600]), rel=0.2)
+    assert typical_height(heights[:600]) == weighted_median(heights[:600])
+    dim = np.concatenate([heights[:150], np.full(400, 0.05)])  # rings of molecules out of focus
+    assert typical_height(dim) == weighted_median(dim)
 
 
 def test_radius_fits_the_grid():
@@ -248,8 +267,22 @@ def test_bit_shifts_are_those_put_in(density):
     y, x = (place[molecule] + true[bit] + rng.normal(0, 0.08, (len(bit), 2))).T
     found = bit_shifts(x, y, np.zeros(len(x), int), bit, 16, 1.35)
     assert found.shift == pytest.approx(true, abs=0.06)
+    assert not found.warp[:, :, 1:].any()  # noise is not taken for a stretch
     none = bit_shifts(x[:0], y[:0], bit[:0], bit[:0], 16, 1.35)
     assert not none.shift.any()
+
+
+def test_bit_shifts_follow_a_stretch():
+    rng = np.random.default_rng(3)
+    n, true = 1500, np.concatenate([rng.normal(0, 0.4, (16, 2, 1)), rng.normal(0, 0.003, (16, 2, 2))], axis=2)
+    true -= true.mean(axis=0)
+    place = rng.uniform(0, 400, (n, 2))
+    molecule, bit = np.nonzero(BOOK.words[rng.integers(BOOK.n_words, size=n)] & (rng.random((n, 16)) > 0.1))
+    terms = np.column_stack([np.ones(len(bit)), place[molecule]])
+    moved = place[molecule] + np.einsum("pat,pt->pa", true[bit], terms) + rng.normal(0, 0.08, (len(bit), 2))
+    found = bit_shifts(moved[:, 1], moved[:, 0], np.zeros(len(bit), int), bit, 16, 1.35)
+    corners = np.array([[1, y, x] for y in (0, 400) for x in (0, 400)])
+    assert found.warp @ corners.T == pytest.approx(true @ corners.T, abs=0.1)
 
 
 def test_shares_are_drawn_to_the_mean_as_far_as_bits_are_alike():

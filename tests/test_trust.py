@@ -1,4 +1,4 @@
-"""Runs into a folder that something happened to: other inputs, other routes, damage, kills, a full disk."""
+"""Runs into a folder whose state has changed: other inputs, other workers, damage, kills, a full disk."""
 
 from __future__ import annotations
 
@@ -133,13 +133,13 @@ def other_positions(experiment):
     "change", [rename_gene, swap_words, other_pixel_size, flip, other_image, swap_fields, other_positions]
 )
 def test_run_again__after_a_change_equals_a_fresh_run(experiment, out, tmp_path, change):
-    shutil.rmtree(out / results.FIELDS / "fov_0001")  # some fields are done, one is not
+    shutil.rmtree(out / results.FIELDS / "fov_0001")  # one field is missing, the others are done
     why = change(experiment)
     merfish.run(experiment, out=out)
     merfish.run(experiment, out=tmp_path / "fresh")
     assert contents(out) == contents(tmp_path / "fresh")
     if why:
-        assert f"made again ({why}" in log_of(out) or f", {why}" in log_of(out)
+        assert f"recomputed ({why}" in log_of(out) or f", {why}" in log_of(out)
 
 
 def test_run_again__other_parameters_make_again_what_depends_on_them(raw, out, tmp_path):
@@ -148,7 +148,7 @@ def test_run_again__other_parameters_make_again_what_depends_on_them(raw, out, t
     assert len(calls_of(out)) > len(calls_of(out)[lambda table: table["probability"] > 0.9])
     assert (out / results.FIELDS / "fov_0000" / folder.RECORD).stat().st_mtime_ns == before
     merfish.run(raw, out=out, config=RunConfig(method="pixels"))
-    assert "fields 0-2: made again (calibration, parameters)" in log_of(out)
+    assert "fields 0-2: recomputed (calibration, parameters)" in log_of(out)
     merfish.run(raw, out=tmp_path / "fresh", config=RunConfig(method="pixels"))
     assert contents(out) == contents(tmp_path / "fresh")
 
@@ -203,7 +203,7 @@ def test_decode_and_run_keep_out_of_each_other_s_folders(raw, done, tmp_path):
 
 
 def darken(experiment, fovs):
-    """Fields without molecules: noise in the bits, beads as they were."""
+    """Make fields without molecules: noise in the bits, unchanged beads."""
     rng = np.random.default_rng(0)
     for path in (path for fov in fovs for path in experiment.glob(f"merfish_{fov:03d}_*.tif")):
         images = tifffile.imread(path)
@@ -217,7 +217,7 @@ def test_calibration__fields_count_for_what_they_show(experiment, tmp_path):
     darken(experiment, [first])
     merfish.run(experiment, out=tmp_path / "out", config=RunConfig(normalization_fields=1))
     surveyed = results.read_run(tmp_path / "out")["calibration"]["surveyed"]
-    assert "spots a bit" in surveyed[str(first)]
+    assert "spots in the median bit" in surveyed[str(first)]
     assert sum(reason == "" for reason in surveyed.values()) == 1
     assert set(calls_of(tmp_path / "out")["fov"]) == {0, 1, 2} - {first}
 
@@ -321,7 +321,7 @@ def test_run_again__makes_damaged_records_again(raw, done, out, name, damage):
     spoil(path, damage)
     merfish.run(raw, out=out)
     assert contents(out) == contents(done)
-    assert "field 1: made again (damaged on disk)" in log_of(out)
+    assert "field 1: recomputed (damaged on disk)" in log_of(out)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
@@ -491,7 +491,7 @@ def test_processes__a_worker_that_dies_costs_one_field_at_most(tmp_path):
         assert dict(run_map(works.square, range(5))) == {k: k**2 for k in range(5)}
         found = dict(run_map(works.faulty, range(6)))
         assert found[1] == Failure("bad data")
-        assert found[2] == Failure("its worker died 3 times: killed, or out of memory")
+        assert found[2] == Failure("its worker died 3 times (killed, or out of memory)")
         assert found[3].reason == "ZeroDivisionError: a mistake"
         assert "works.py" in found[3].traceback
         assert [found[k] for k in (0, 4, 5)] == [0, 4, 5]

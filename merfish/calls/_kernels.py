@@ -1,4 +1,4 @@
-"""Loops over pairs of calls."""
+"""Kernels on pairs of calls."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from merfish._jit import kernel
 
 @kernel
 def settle_pairs(i, j, taken_a, taken_b, settled):
-    """Greedy matching: go through pairs i, j (pair,), best first, and accept each whose two ends are both still free.
+    """Match greedily: accept each of the pairs i, j (pair,), best first, whose members are not taken yet.
 
-    taken_a, taken_b: bool, one for each end, False at first; settled (pair,) bool is filled.
+    taken_a, taken_b: bool, one for each possible i and j, False on entry. out: settled (pair,) bool, accepted pairs.
     """
     for k in range(len(i)):
         settled[k] = not (taken_a[i[k]] or taken_b[j[k]])

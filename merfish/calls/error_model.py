@@ -16,11 +16,11 @@ LEVEL = 1.96  # normal quantile of a 95 % interval
 
 @dataclass(frozen=True, eq=False)
 class WordTally:
-    """Numbers of calls of each word, (word,), and of errors of each bit, (bit,); tallies of fields add up.
+    """Numbers of calls of each word, (word,), and of errors of each bit, (bit,); tallies of fields are additive.
 
-    found, kept, kept_exact: int64, calls before and after filtering, and those of the latter without bit errors. right:
-    float64, sum of the probabilities of the kept. exact: float64, sum of the probabilities of all without bit errors;
-    lost, gained: the same for those that differ from their word in this bit only.
+    found, kept, kept_exact: int64, calls before filtering, after filtering, and after filtering without bit errors.
+    right: float64, sum of the probabilities of the kept calls. exact: float64, sum of the probabilities of all calls
+    without bit errors; lost, gained: the same of the calls that differ from their word in this bit only.
     """
 
     found: np.ndarray
@@ -35,7 +35,7 @@ class WordTally:
 def tally_words(
     word: np.ndarray, shown: np.ndarray, probability: np.ndarray, kept: np.ndarray, codebook: Codebook
 ) -> WordTally:
-    """Count rated calls: word int (call,), shown uint64, probability float of being right, kept bool."""
+    """Count calls: word int, shown uint64, probability float of being right, kept bool; all (call,)."""
     n = codebook.n_words
     error = shown ^ codebook.codes[word]
     exact = error == 0
@@ -55,7 +55,7 @@ def tally_words(
 
 
 def add_word_tallies(tallies: Sequence[WordTally], codebook: Codebook) -> WordTally:
-    """The tally of the calls of all fields, added in their order."""
+    """Sum of the tallies of all fields, added in their order."""
     none = np.empty(0, np.int64)
     empty = tally_words(none, none.astype(np.uint64), none, none.astype(bool), codebook)
     return WordTally(*(sum(getattr(t, field.name) for t in (empty, *tallies)) for field in fields(WordTally)))
@@ -67,10 +67,10 @@ def bit_error_rates(tally: WordTally, codebook: Codebook) -> pd.DataFrame:
     Molecules that lost only this bit are compared with those without errors: nearly all of both are found, so their
     ratio is p / (1 - p), independently of molecules with more errors (Moffitt et al. 2016). The same holds for those
     that gained only this bit. Peaks hidden by a neighbour count as lost, chance neighbours as gained: the rates are
-    those of the images, which in crowds are slightly above those of the chemistry.
+    those of the images, which are slightly above those of the chemistry if molecules are crowded.
 
-    Every call found is weighted by its probability to be right, so that molecules with errors, which are less certain,
-    are not left out.
+    Every call found is weighted by its probability of being right, so that molecules with errors, which are less
+    certain, are included.
     Returns one row for each bit: bit, lost, lost_low, lost_high, gained, gained_low, gained_high; NaN without data.
     """
     rows = []
@@ -82,7 +82,7 @@ def bit_error_rates(tally: WordTally, codebook: Codebook) -> pd.DataFrame:
 
 
 def wilson(hits: float, others: float) -> tuple[float, float, float]:
-    """Share of hits among hits and others, with Wilson's 95 % interval; NaN if there are none."""
+    """Fraction of hits among hits and others, with Wilson's 95 % interval; NaN if there are none."""
     n = hits + others
     if not n > 0:
         return np.nan, np.nan, np.nan
@@ -93,10 +93,10 @@ def wilson(hits: float, others: float) -> tuple[float, float, float]:
 
 
 def misidentification_rate(n_blank: float, n_calls: float, blank_share: float) -> tuple[float, float, float]:
-    """Share of wrong calls, from the blanks among them alone, with its 95 % interval.
+    """Fraction of calls that are wrong, estimated from the number of blanks alone, with its 95 % interval.
 
-    blank_share: of wrong calls, see `merfish.calls.filtering.blank_share`. NaN without blanks in the codebook, or
-    without calls.
+    blank_share: fraction of the wrong calls that are blanks, see `merfish.calls.filtering.blank_share`. NaN without
+    blanks in the codebook, or without calls.
     """
     if not blank_share:
         return np.nan, np.nan, np.nan
@@ -107,10 +107,10 @@ def misidentification_rate(n_blank: float, n_calls: float, blank_share: float) -
 def held_out_rate(
     halves: tuple[Tally, Tally], evidence: Evidence, blank_share: float, rate: float
 ) -> tuple[float, float, float]:
-    """The misidentification rate, with its interval, that filtering for ``rate`` reaches on held-out calls.
+    """Misidentification rate, with its 95 % interval, of held-out calls that are filtered for ``rate``.
 
-    Each half of the calls is rated by the blanks of the other half; blank_share: of wrong calls. NaN if a half has no
-    calls.
+    The odds of each half of the calls are fitted to the other half. blank_share: see `misidentification_rate`. NaN if a
+    half has no calls.
     """
     n_blank = n_calls = 0
     for one, other in (halves, halves[::-1]):
@@ -123,7 +123,7 @@ def held_out_rate(
     return misidentification_rate(n_blank, n_calls, blank_share)
 
 
-FEWEST_SPIKES = 50  # the standard error of a share of 0.8 is then 0.06
+FEWEST_SPIKES = 50  # the standard error of a fraction of 0.8 is then 0.06
 
 
 def word_statistics(
@@ -133,19 +133,18 @@ def word_statistics(
     spike_word: np.ndarray | None = None,
     spike_kept: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """Statistics of each word, one row each: calls, confidence, and the share of its molecules that is detected.
+    """Statistics of each word, one row each: calls, confidence, and detection efficiency.
 
-    blank_share: of wrong calls, see `merfish.calls.filtering.blank_share`. spike_word int, spike_kept bool (spike,):
-    words of molecules that were added to the images, and whether they were found and kept (see
-    `merfish.simulate.spikes`).
+    blank_share: see `misidentification_rate`. spike_word int, spike_kept bool (spike,): words of molecules that were
+    added to the images, and whether they were found and kept (see `merfish.simulate.spikes`).
 
     confidence_ratio: exact calls over exact and corrected ones (Chen et al. 2015; for blanks, the value expected by
-    chance); misidentification_rate: expected share of wrong ones among the kept; its interval is that of all words,
-    which share the blanks; detection_efficiency: probability that a molecule of this word is found and kept. The
-    differences between words follow from the rates of their bits: the number of molecules is that of exact calls over
-    the probability of no error. This is too high where spots overlap, because molecules hidden by several neighbours
-    are not counted; all words are therefore scaled to the share of the added molecules that is kept, if there are at
-    least `FEWEST_SPIKES`.
+    chance). misidentification_rate: expected fraction of wrong calls among those kept; the interval has the relative
+    width of that of all words, which share the blanks. detection_efficiency: probability that a molecule of this word
+    is found and kept. The differences between words follow from the error rates of their bits: the number of molecules
+    is the number of exact calls over the probability of no error. This efficiency is too high where spots overlap,
+    because molecules hidden by several neighbours are not counted; all words are therefore scaled by the fraction of
+    the added molecules that is kept, if there are at least `FEWEST_SPIKES`.
     """
     rates = bit_error_rates(tally, codebook)
     lost, gained = (np.nan_to_num(rates[name].to_numpy()) for name in ("lost", "gained"))

@@ -1,8 +1,8 @@
 """Filter calls at a chosen misidentification rate, which is estimated from the blanks.
 
-Nothing here needs all calls of an experiment at once: `tally_calls` bins those of one field by the features that
-separate right calls from wrong ones, tallies add up over fields, and `fit_log_odds` and `threshold_at_rate` work on the
-sum.
+No function needs all calls of an experiment at once: `tally_calls` bins those of one field by the features that
+separate right calls from wrong ones, tallies are summed over fields, and `fit_log_odds` and `threshold_at_rate` work on
+the sum.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from merfish.config import MISIDENTIFICATION_RATE
 
 MAX_LOG_ODDS = 12.0
 FEW_CALLS = 1.0  # prior number of molecules of a gene: a few calls must not decide which words are confused
-SETTLING = 10  # alternations between the molecules of each word and its wrong calls; they settle to 1 % in half as many
-FEWEST_BLANKS = 10  # called; with fewer the 95 % interval of the rate spans more than a factor of 3
+SETTLING = 10  # alternations between the molecules of each word and its wrong calls; half as many converge to 1 %
+FEWEST_BLANKS = 10  # blanks called; with fewer the 95 % interval of the rate spans more than a factor of 3
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """Features that separate right calls from wrong ones, and their prior.
 
-    steps: (feature,) width of a tally's bins, too small to change the odds noticeably. prior: (1 + feature,)
-    expected log odds of being wrong if all features are 0, and their change for each unit of a feature; weight: about
-    the number of blanks needed to outweigh the slopes of the prior, its constant weighs one quarter. unchecked:
-    (1 + feature,) log odds used if the codebook has no blanks. fair: whether the decoder takes care that its wrong
-    calls are blanks as often as genes, whatever the abundances.
+    steps: (feature,) bin widths of a tally, too small to change the odds noticeably. prior: (1 + feature,) expected log
+    odds of being wrong if all features are 0, and their change for each unit of a feature. weight: approximate number
+    of blanks needed to outweigh the slopes of the prior; its constant has a quarter of this weight. unchecked:
+    (1 + feature,) log odds used if the codebook has no blanks. fair: whether a wrong call of the decoder is as likely
+    to be a given blank as a given gene, whatever the abundances.
     """
 
     steps: tuple[float, ...]
@@ -41,12 +41,13 @@ class Evidence:
     fair: bool = True
 
 
-HALF = 0.5  # of a molecule's usual height; calls dimmer than that are often light that others leave
-# The decoder's own log odds of being wrong, which are nearly right, and how much dimmer than `HALF` a call is, as a
-# logarithm. Priors are from simulated fields of 0.003-0.03 molecules a pixel with known truth, in one and five planes.
+HALF = 0.5  # of a typical molecule's height; dimmer calls are often residual light of other molecules
+# The decoder's own log odds of being wrong, which are nearly calibrated, and the log ratio of `HALF` to the intensity
+# of dimmer calls. Priors are from simulated fields of 0.003-0.03 molecules per pixel with known truth, in one and five
+# planes.
 POSTERIOR = Evidence(steps=(0.02, 0.02), prior=(0.0, 0.9, 3.0), weight=64.0, unchecked=(0.0, 0.9, 3.0))
 # Patches of pixels: log area, distance, log intensity, corrected bits. The odds without blanks are from patches of
-# `pixels` and `hamming` on simulated fields of 0.003-0.03 molecules a pixel without blanks, with known truth.
+# `pixels` and `hamming` in simulated fields of 0.003-0.03 molecules per pixel without blanks, with known truth.
 PATCHES = Evidence(
     steps=(0.05, 0.02, 0.1, 1.0),
     prior=(-3.5, -0.8, 4.0, 0.0, 2.0),
@@ -66,10 +67,10 @@ class Tally:
 
 
 def call_features(calls: pd.DataFrame) -> tuple[np.ndarray, Evidence]:
-    """Features (call, feature) float64 of a transcript table, and their kind.
+    """Features (call, feature) float64 of a transcript table, and their description.
 
-    If the decoder gives a probability, the features are its log odds of being wrong, and the logarithm of how much
-    dimmer the call is than `HALF`; otherwise log area, distance, log intensity and corrected bits (2 = more).
+    If the decoder gives a probability, the features are its log odds of being wrong, and the log ratio of `HALF` to the
+    intensity, at least 0; otherwise log area, distance, log intensity and corrected bits (at most 2).
     """
     stated = calls["probability"].to_numpy(float)
     light = np.log(np.maximum(calls["intensity"].to_numpy(float), 1e-2))
@@ -87,7 +88,7 @@ def call_features(calls: pd.DataFrame) -> tuple[np.ndarray, Evidence]:
 
 
 def tally_calls(features: np.ndarray, is_blank: np.ndarray, evidence: Evidence) -> Tally:
-    """Count calls, features (call, feature) and is_blank (call,) bool, in bins of the evidence's steps."""
+    """Count calls in bins of the steps of the evidence; features (call, feature), is_blank (call,) bool."""
     return _counted(np.rint(features / evidence.steps).astype(np.int64), is_blank, np.ones(len(is_blank)), evidence)
 
 
@@ -108,11 +109,12 @@ def _counted(bins: np.ndarray, blanks: np.ndarray, calls: np.ndarray, evidence: 
 
 
 def blank_share(found: np.ndarray, codebook: Codebook, evidence: Evidence) -> float:
-    """Share of the wrong calls that are expected to be blanks; 0 without blanks. found: (word,) number of calls.
+    """Expected fraction of blanks among the wrong calls; 0 without blanks. found: (word,) number of calls.
 
-    With a fair decoder it is the share of blanks among the words. Otherwise a molecule that is called wrongly gets, in
-    most cases, one of the words nearest to its own, each as often: what blanks get depends on the abundances of the
-    genes near them. These are the calls without the wrong ones, whose number follows from the blanks called.
+    With a fair decoder it is the fraction of blanks among the words. Otherwise a wrong call usually has one of the
+    words nearest to the true one, each with equal probability, so that the wrong calls of blanks depend on the
+    abundances of the genes near them. These abundances are the calls minus the wrong ones, whose number follows from
+    the blanks called.
     """
     blank = codebook.is_blank
     if evidence.fair or not blank.any() or blank.all():
@@ -144,10 +146,10 @@ def fit_log_odds(tally: Tally, blank_fraction: float, evidence: Evidence) -> np.
     """Fit the log odds of a call being wrong, (1 + feature,): a constant and the change for each unit of a feature.
 
     A call that is wrong with probability p is a blank with probability p times ``blank_fraction``, see `blank_share`
-    (Moffitt et al. 2016 use it bin by bin). p is a logistic function of the features, which needs far fewer parameters
+    (used bin by bin in Moffitt et al. 2016). p is a logistic function of the features, which needs far fewer parameters
     than bins.
 
-    Without blanks in the codebook, the unchecked odds of the evidence are returned.
+    Returns the unchecked odds of the evidence if the codebook has no blanks, and its prior if there are no calls.
     """
     if blank_fraction <= 0:
         return np.array(evidence.unchecked)
@@ -168,7 +170,7 @@ def fit_log_odds(tally: Tally, blank_fraction: float, evidence: Evidence) -> np.
 def _wrong_given_blanks(
     design: np.ndarray, tally: Tally, blank_fraction: float, prior: np.ndarray, weight: float
 ) -> np.ndarray:
-    """Logistic regression of a hidden label: P(wrong) = s(design @ slope), P(blank) = blank_fraction * P(wrong).
+    """Logistic regression of a latent label: P(wrong) = s(design @ slope), P(blank) = blank_fraction * P(wrong).
 
     Fisher scoring with a normal prior; the first column of ``design`` is the constant. Returns the slopes.
     """
@@ -178,7 +180,7 @@ def _wrong_given_blanks(
     for _ in range(100):
         wrong = _logistic(design @ slope)
         blank = blank_fraction * wrong
-        # if the codebook has blanks only, every call is one, whatever the odds
+        # if the codebook has only blanks, every call is a blank, whatever the odds
         rest = np.maximum(1 - blank, 1e-12)
         gradient = design.T @ ((tally.blanks - tally.calls * blank) * (1 - wrong) / rest)
         gradient -= stiffness * (slope - prior)
@@ -206,9 +208,9 @@ def _logistic(log_odds: np.ndarray) -> np.ndarray:
 
 
 def threshold_at_rate(tally: Tally, odds: np.ndarray, rate: float) -> float:
-    """The log odds of being wrong up to which calls are kept, so that the expected share of wrong ones is ``rate``.
+    """Largest log odds of being wrong of the calls to keep, such that the expected fraction of wrong ones is ``rate``.
 
-    The result is the largest set of most probable calls with at most that share; -inf if there is none.
+    The calls kept are the largest set of most probable calls with at most that fraction; -inf if there is none.
     """
     level = log_odds_wrong(tally.values, odds)
     order = np.argsort(level, kind="stable")
@@ -217,12 +219,12 @@ def threshold_at_rate(tally: Tally, odds: np.ndarray, rate: float) -> float:
     n = int(np.searchsorted(share, rate, side="right"))
     if n == len(level):
         return np.inf
-    # half-way to the first bin that is left out: calls of a bin lie on both sides of its centre
+    # half-way to the first bin that is excluded: calls of a bin lie on both sides of its centre
     return float((level[n - 1] + level[n]) / 2) if n else -np.inf
 
 
 def keep_at_rate(probability_wrong: np.ndarray, rate: float = MISIDENTIFICATION_RATE) -> np.ndarray:
-    """The largest set of most probable calls whose expected share of wrong ones is at most ``rate``; (call,) bool."""
+    """Largest set of most probable calls whose expected fraction of wrong ones is at most ``rate``; (call,) bool."""
     order = np.argsort(probability_wrong, kind="stable")
     share = np.cumsum(probability_wrong[order], dtype=float) / np.arange(1, len(order) + 1)
     keep = np.zeros(len(order), bool)
@@ -232,7 +234,7 @@ def keep_at_rate(probability_wrong: np.ndarray, rate: float = MISIDENTIFICATION_
 
 
 def learn_odds(calls: pd.DataFrame, codebook: Codebook) -> tuple[np.ndarray, float]:
-    """The result of `fit_log_odds` for a transcript table, and that of `blank_share`."""
+    """Results of `fit_log_odds` and of `blank_share` for a transcript table."""
     features, evidence = call_features(calls)
     tally = tally_calls(features, calls["is_blank"].to_numpy(bool), evidence)
     share = blank_share(np.bincount(calls["barcode_id"], minlength=codebook.n_words), codebook, evidence)
@@ -240,22 +242,22 @@ def learn_odds(calls: pd.DataFrame, codebook: Codebook) -> tuple[np.ndarray, flo
 
 
 def with_odds(calls: pd.DataFrame, odds: np.ndarray) -> pd.DataFrame:
-    """A copy of a transcript table whose ``probability``, that each call is right, follows from log odds."""
+    """Copy of a transcript table with ``probability``, that a call is right, from the result of `fit_log_odds`."""
     return calls.assign(probability=(1 - probability_wrong(call_features(calls)[0], odds)).astype(np.float32))
 
 
 def rate_calls(calls: pd.DataFrame, codebook: Codebook) -> pd.DataFrame:
-    """Set ``probability``, that each call is right, in a copy of a transcript table, corrected by its blanks."""
+    """Copy of a transcript table with ``probability``, that a call is right, calibrated by the blanks."""
     return with_odds(calls, learn_odds(calls, codebook)[0])
 
 
 def keep_calls(calls: pd.DataFrame, rate: float = MISIDENTIFICATION_RATE) -> pd.DataFrame:
-    """The rated calls that may be kept at a misidentification rate, in their order."""
+    """Keep the calls of a table with calibrated ``probability`` at a misidentification rate, in their order."""
     return calls[keep_at_rate(1 - calls["probability"].to_numpy(float), rate)].reset_index(drop=True)
 
 
 def few_blanks(n_called: int, blanks_in_book: bool = True) -> str | None:
-    """A message about a misidentification rate that rests on few blanks; None if there are enough."""
+    """Message about a misidentification rate that is based on few blanks; None if there are enough."""
     if not blanks_in_book:
         return "the codebook has no blanks: the rate is the decoder's own estimate and has not been checked"
     if n_called >= FEWEST_BLANKS:

@@ -1,4 +1,4 @@
-"""Whether the images fit the codebook, judged from the calls."""
+"""Test whether the images fit the codebook, based on the calls."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from merfish.calls.error_model import wilson
 from merfish.codebook import Codebook
 from merfish.errors import CodebookMisfit
 
-LIKELY = 0.5  # posterior above which a call is counted
-FEWEST_CALLS = 100  # found; fewer are not judged
-# Simulated fields of ten kinds (densities, glow, shifts, rates, weak signal, distances 1 to 4) and two real ones,
-# decoded with their own codebook and with its bits reordered. By the blanks, 0 to 17 % of the likely calls are wrong
-# with the right codebook and 30 to 150 % with a wrong one; 10 to 90 % of all calls are likely with the right codebook,
-# 1 to 61 % with a wrong one; 20 to 95 % of these have no bit error with the right codebook, and 1 to 30 % with a wrong
-# one of distance 4.
+LIKELY = 0.5  # posterior above which a call is likely
+FEWEST_CALLS = 100  # calls found; with fewer there is no verdict
+# From simulated fields of ten kinds (densities, autofluorescence, shifts, error rates, weak signal, distances 1 to 4)
+# and two real ones, decoded with their own codebook and with its bits reordered. As estimated from the blanks, 0 to
+# 17 % of the likely calls are wrong with the right codebook and 30 to 150 % with a wrong one; 10 to 90 % of all calls
+# are likely with the right codebook, 1 to 61 % with a wrong one; 20 to 95 % of these have no bit error with the right
+# codebook, and 1 to 30 % with a wrong one of distance 4.
 MOST_WRONG = 0.25
 FEW_LIKELY, HARDLY_ANY = 0.45, 0.05
 FEW_EXACT = 0.18
@@ -25,7 +25,7 @@ FEW_EXACT = 0.18
 
 @dataclass(frozen=True)
 class FitCounts:
-    """Calls found, calls more likely right than wrong, and of these the blanks and those without bit errors."""
+    """Numbers of calls found, of calls more likely right than wrong, and of blanks and exact calls among the latter."""
 
     found: int = 0
     likely: int = 0
@@ -45,9 +45,9 @@ class FitCounts:
 class Verdict:
     """fits: False if the calls contradict the codebook, True if they support it or are too few.
 
-    wrong, wrong_low, wrong_high: share of the likely calls that are wrong by the blanks, with its 95 % interval, NaN
-    without blanks. likely: share of likely calls among all found; exact: share of these without bit errors.
-    cause: what to check first, empty if the codebook fits.
+    wrong, wrong_low, wrong_high: fraction of the likely calls that are wrong, estimated from the blanks, with its 95 %
+    interval; NaN without blanks. likely: fraction of likely calls among all found; exact: fraction of these without bit
+    errors. cause: what to check first, empty if the codebook fits.
     """
 
     fits: bool
@@ -60,7 +60,7 @@ class Verdict:
 
 
 def count_fit(calls: pd.DataFrame) -> FitCounts:
-    """The counts of some calls found by `spots`, with the decoder's own posterior: not yet rated by the blanks.
+    """Count calls by the posterior of the decoder `spots`, before it is calibrated by the blanks.
 
     Calls without a posterior, from other decoders, are ignored.
     """
@@ -72,10 +72,10 @@ def count_fit(calls: pd.DataFrame) -> FitCounts:
 
 
 def codebook_fits(counts: FitCounts, codebook: Codebook, dead_bits: tuple[str, ...] = ()) -> Verdict:
-    """Judge from calls, summed over fields, whether the images fit the codebook.
+    """Decide from the counts of calls, summed over fields, whether the images fit the codebook.
 
-    A wrong codebook finds words by chance: blanks as often as genes, few of them likely, almost none without errors.
-    dead_bits: names of bits without molecules, which are then the most likely cause.
+    With a wrong codebook, words are found by chance: blanks as often as genes, few likely calls, and almost none
+    without errors. dead_bits: names of bits without molecules, which are then the most likely cause.
     """
     blank_share = float(codebook.is_blank.mean())
     likely, exact = counts.likely / max(counts.found, 1), counts.exact / max(counts.likely, 1)
@@ -102,9 +102,9 @@ def refuse_misfit(verdict: Verdict) -> None:
     """Raise CodebookMisfit if the calls contradict the codebook."""
     if verdict.fits:
         return
-    by_blanks = "" if np.isnan(verdict.wrong) else f"by the blanks {min(verdict.wrong, 1):.0%} of those are wrong, "
+    by_blanks = "" if np.isnan(verdict.wrong) else f"{min(verdict.wrong, 1):.0%} are wrong as judged by the blanks and "
     raise CodebookMisfit(
         f"the images do not fit the codebook: {verdict.likely:.0%} of the molecules found are more likely right than "
-        f"wrong, {by_blanks}{verdict.exact:.0%} have no bit error. Check {verdict.cause}. No table is written; "
-        "with a misidentification rate of 1, every call is written anyway"
+        f"wrong; of these, {by_blanks}{verdict.exact:.0%} have no bit error. Check {verdict.cause}. No table is "
+        "written; with a misidentification rate of 1, every call is written anyway"
     )

@@ -1,4 +1,4 @@
-"""Duplicates: a molecule seen by two overlapping fields is counted once."""
+"""Duplicates: a molecule detected in two overlapping fields is counted once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIELD_RADIUS = 0.3  # micrometre; registration and stage error, below the distan
 
 @dataclass(frozen=True, eq=False)
 class Sightings:
-    """Kept calls of a field, (molecule,): word int, global x, y (micrometre), distance from the edge of the field."""
+    """Kept calls of a field, (molecule,): word int, global x, y (micrometre), distance to the edge of the field."""
 
     fov: int
     word: np.ndarray
@@ -25,11 +25,11 @@ class Sightings:
 
 
 def seen_better_elsewhere(own: Sightings, others: Iterable[Sightings]) -> np.ndarray:
-    """Find molecules of a field that another field shows as well, and better; (molecule,) bool.
+    """Mark the molecules of a field that are also in another field, where they are kept; (molecule,) bool.
 
     Molecules with the same word in two fields within 0.3 micrometre are one; the one farther from the edge of its field
-    is kept, at equal distance that of the lower field. Each pair of fields is compared separately and symmetrically, so
-    that what is dropped in one is kept in the other.
+    is kept, at equal distance that of the field with the lower number. Pairs of fields are compared separately and
+    symmetrically, so that a molecule dropped from one field is kept in the other.
     """
     worse = np.zeros(len(own.word), bool)
     for other in others:
@@ -44,9 +44,9 @@ def seen_better_elsewhere(own: Sightings, others: Iterable[Sightings]) -> np.nda
 
 
 def pair_up(a: Sightings, b: Sightings) -> tuple[np.ndarray, np.ndarray]:
-    """Match rows of a and b that are one molecule, (pair,) each.
+    """Match rows of a and b that are the same molecule; return the rows of each, (pair,) int64.
 
-    The closest pairs are matched first, and each molecule takes part in one, so that two real neighbours are not
+    The closest pairs are matched first, and each molecule is matched at most once, so that two real neighbours are not
     both dropped.
     """
     near_a, near_b = _common(a, b)

@@ -1,7 +1,7 @@
-"""True positions of fields, from the molecules that neighbouring fields share.
+"""Corrected positions of fields, from the molecules that neighbouring fields share.
 
-A stage stops some micrometres from the position that it reports. Molecules in the overlap of two fields give the offset
-between the two; the positions that agree best with all overlaps and with the stage follow by least squares.
+The position of a stage differs from the reported one by some micrometres. Molecules in the overlap of two fields give
+the offset between them; the positions that agree best with all offsets and with the stage follow by least squares.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from scipy.sparse.linalg import spsolve
 from scipy.spatial import KDTree
 from scipy.special import gammaln
 
-MOST_ERROR = 10.0  # micrometre along each axis, between two fields; errors of stages are a few
-BIN = 0.25  # micrometre, of the search
+MOST_ERROR = 10.0  # micrometre along each axis, between two fields; stage errors are a few micrometres
+BIN = 0.25  # micrometre, of the histogram of offsets
 FEWEST_SHARED = 5  # molecules shared by two linked fields
-LOG_CHANCE = np.log(1e-4)  # probability that chance links two fields
-NEAR = 0.4  # micrometre; molecules that agree on an offset are closer to it
+LOG_CHANCE = np.log(1e-4)  # largest probability that two fields are linked by chance
+NEAR = 0.4  # micrometre; largest residual of a pair of molecules that agrees with an offset
 FLOOR = 0.02  # micrometre; distortion of images limits the agreement of offsets
 FEWEST_STAGE_ERROR = 0.1  # micrometre; lower limit of a stage's error
-MANY = 30  # molecules of both fields in their overlap by the stage: some should be the same
-CONTRADICTION = 0.5  # micrometre; links that disagree more with all others are wrong
+MANY = 30  # molecules of each field in the overlap given by the stage; with so many, some should be the same
+CONTRADICTION = 0.5  # micrometre; a link with a larger residual is wrong
 
 
 @dataclass(frozen=True, eq=False)
 class Stitching:
     """Positions of all fields, (fov, 2) x, y in micrometre: as reported by the stage, and corrected; and the links.
 
-    links: one row for each pair of linked fields: a, b (rows of positions), dx, dy (micrometre: how much farther b is
-    from a than by the stage), shared (molecules), error (micrometre, standard error), used (False: it contradicts the
-    others), residual (micrometre, after the correction). untied: number of overlaps in which both
-    fields show many molecules, but not the same ones.
+    links: one row for each pair of linked fields: a, b (rows of positions), dx, dy (micrometre, displacement of b
+    relative to a that is not reported by the stage), shared (molecules), error (micrometre, standard error), used
+    (False: it contradicts the others), residual (micrometre, after the correction). untied: number of overlaps in which
+    both fields have many molecules, but share too few.
     """
 
     said: np.ndarray
@@ -46,12 +46,12 @@ class Stitching:
 
     @property
     def stage_error(self) -> float:
-        """Rms error of a field's position along one axis, micrometre, from the links; NaN without any."""
+        """Root mean square error of a field's position along one axis, micrometre, from the links; NaN without any."""
         steps = self.links.loc[self.links["used"], ["dx", "dy"]].to_numpy(float)
         return float(np.sqrt((steps**2).mean() / 2)) if len(steps) else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; the stage error is None if it is not known."""
+        """Convert to values for JSON; the stage error is None if it is unknown."""
         error = self.stage_error if self.links["used"].any() else None
         places = {"said": self.said.tolist(), "positions": self.positions.tolist()}
         return {**places, "stage_error": error, "links": self.links.to_dict("list"), "untied": self.untied}
@@ -70,8 +70,7 @@ class FieldPlaces:
 class Links:
     """Links of a field with later ones.
 
-    rows: of each linked pair a, b, dx, dy, shared, error, as in `Stitching.links`. untied: overlaps in which both
-    fields show many molecules, but not the same ones.
+    rows: a, b, dx, dy, shared, error of each linked pair, as in `Stitching.links`. untied: as in `Stitching`.
     """
 
     rows: list[tuple[int, int, float, float, int, float]]
@@ -83,8 +82,8 @@ def overlapping_fields(
 ) -> dict[int, list[int]]:
     """For each field, the other fields that may overlap with it, sorted.
 
-    positions: (fov, 2) x, y, indexed by field; size: (x, y) of a field; beyond: largest gap
-    between two such fields; all in micrometre.
+    positions: (fov, 2) x, y, indexed by field; size: (x, y) of a field; beyond: largest gap between two such fields;
+    all in micrometre.
     """
     known = np.array(sorted(fovs), int)
     near: dict[int, list[int]] = {int(fov): [] for fov in known}
@@ -124,7 +123,7 @@ def link_field(
 def _seen_by(
     places: FieldPlaces, own: np.ndarray, other: np.ndarray, size: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Words and positions (molecule, 2) that another field may show too, and how many it shows by the stage."""
+    """Words and positions (molecule, 2) of molecules that may be in another field, and how many are by the stage."""
     place = np.column_stack([places.x, places.y]) + own
     off = np.abs(place - other - np.array(size) / 2) - np.array(size) / 2
     near = (off <= MOST_ERROR).all(axis=1)
@@ -144,10 +143,11 @@ def stitch(positions: np.ndarray, links: Sequence[Links]) -> Stitching:
 def shared_offset(
     word_a: np.ndarray, place_a: np.ndarray, word_b: np.ndarray, place_b: np.ndarray
 ) -> tuple[np.ndarray, int, float] | None:
-    """Offset of the same molecules in b relative to a: (x, y), their number, standard error; None if by chance.
+    """Offset (x, y) of the molecules in b relative to a, number of shared molecules, and standard error.
 
-    word: (molecule,); place: (molecule, 2) micrometre. Of all offsets up to 10 micrometres along each axis, the one
-    on which most molecules with the same word agree is refined as their robust mean.
+    word: (molecule,); place: (molecule, 2) x, y in micrometre. Of all offsets up to 10 micrometre along each axis, the
+    one on which most molecules with the same word agree is refined as their robust mean. None if it is explained by
+    chance.
     """
     if min(len(word_a), len(word_b)) < FEWEST_SHARED:
         return None
@@ -172,13 +172,13 @@ def shared_offset(
 
 
 def _vote(steps: np.ndarray) -> np.ndarray | None:
-    """The bin with most steps (pair, 2), if chance does not explain so many."""
+    """Median of the steps (pair, 2) in the most populated bin; None if chance explains their number."""
     n = int(2 * MOST_ERROR / BIN)
     limits = (-MOST_ERROR, MOST_ERROR)
     votes, _, _ = np.histogram2d(steps[:, 0], steps[:, 1], bins=n, range=(limits, limits))
     here = ndimage.uniform_filter(votes, 3, mode="constant") * 9
     best = np.unravel_index(np.argmax(here), here.shape)
-    # genes cluster in cells, so chance pairs cluster at small steps: compare with the surroundings
+    # genes cluster in cells, so chance pairs cluster at small steps: compare with the neighbouring bins
     wide = ndimage.uniform_filter(votes, 21, mode="reflect")[best] * 21**2
     mean = max(9 * (wide - here[best]) / (21**2 - 9), 0.1)
     count = here[best]
@@ -193,7 +193,7 @@ def solve_positions(positions: np.ndarray, links: pd.DataFrame) -> tuple[np.ndar
     """Positions (fov, 2) that agree best with links and stage, and the links with columns used and residual.
 
     Links are weighted by their errors, the stage by its error as estimated from the links. Links that contradict the
-    others are left out, the worst first.
+    others are excluded, the worst first.
     """
     a, b = links["a"].to_numpy(int), links["b"].to_numpy(int)
     steps = links[["dx", "dy"]].to_numpy(float)

@@ -9,10 +9,10 @@ from merfish._jit import kernel
 
 @kernel
 def flood(level, mask, n_levels, labels):
-    """Grow the labels over the mask, lowest levels first, connected by sides; a pixel takes the first that reaches it.
+    """Grow labels over a mask in order of increasing level; a pixel takes the first label that reaches it by its sides.
 
-    level (z, y, x) integers from 0 to n_levels - 1; mask (z, y, x) bool; labels (z, y, x) int32, 0 where unknown,
-    updated. Each level has a queue, in which pixels wait in the order in which they were reached.
+    level: (z, y, x) integers from 0 to n_levels - 1. mask: (z, y, x) bool. labels: (z, y, x) int32, 0 for unlabelled
+    pixels, updated in place. Each level has a queue, in which pixels wait in the order in which they were reached.
     """
     depth, height, width = level.shape
     following = np.full(level.size, -1, np.int32)
@@ -54,7 +54,7 @@ def flood(level, mask, n_levels, labels):
 
 @kernel
 def uniform(labels, reach, out):
-    """Whether all pixels at most ``reach`` away along both axes have the same label; out bool (y, x)."""
+    """Fill out, bool (y, x): whether all pixels at most ``reach`` away along both axes have the same label."""
     height, width = labels.shape
     for y in range(height):
         for x in range(width):

@@ -1,4 +1,4 @@
-"""Assign molecules to cells, and count them."""
+"""Assign molecules to cells and count them."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 OUTSIDE = -1
 NO_CELL = np.iinfo(np.int64).max  # larger than any cell_id
-MOST_SQUARES = 1 << 15  # squares along each side of a grid, at most
+MOST_SQUARES = 1 << 15  # most squares along each side of a grid
 
 
 def assign_cells(x: np.ndarray, y: np.ndarray, polygons: np.ndarray, cell_ids: np.ndarray) -> np.ndarray:
-    """Find the cell that each molecule lies in.
+    """Find the cell that contains each molecule.
 
-    x, y (molecule,) and polygons (cell,) of shapely geometries in the same unit; cell_ids (cell,) integers.
-    Returns (molecule,) int64, -1 outside every cell. Cells include their borders; where they overlap or touch,
-    the molecule goes to the smallest cell_id, whatever the order of the cells. Molecules at NaN are outside.
+    x, y (molecule,) and polygons (cell,) of shapely geometries in the same unit; cell_ids (cell,) integers. Returns
+    int64 (molecule,), -1 outside every cell. Cells include their borders; where they overlap or touch, the molecule
+    is assigned to the smallest cell_id, in any order of the cells. Molecules at NaN are outside.
 
-    Raises InputError if lengths differ or a cell_id is negative or occurs twice.
+    Raises InputError if lengths differ, or a cell_id is negative or not unique.
     """
     polygons, cell_ids = np.asarray(polygons, dtype=object), np.asarray(cell_ids, dtype=np.int64)
     if len(polygons) != len(cell_ids):
-        raise InputError(f"{len(polygons)} polygons do not fit {len(cell_ids)} cell ids")
+        raise InputError(f"{len(polygons)} polygons, but {len(cell_ids)} cell ids")
     if len(np.unique(cell_ids)) != len(cell_ids) or (cell_ids < 0).any():
-        raise InputError("cell ids must be unique and not negative")
+        raise InputError("cell ids must be unique and non-negative")
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     molecule, row = _in_boxes(x, y, shapely.bounds(polygons).reshape(-1, 4))
     shapely.prepare(polygons)
     inside = shapely.intersects_xy(polygons[row], x[molecule], y[molecule])
-    shapely.destroy_prepared(polygons)  # a kilobyte and more each
+    shapely.destroy_prepared(polygons)  # a kilobyte or more each
     cell = np.full(len(x), NO_CELL, dtype=np.int64)
     np.minimum.at(cell, molecule[inside], cell_ids[row[inside]])
     cell[cell == NO_CELL] = OUTSIDE
@@ -50,7 +50,7 @@ def assign_cells(x: np.ndarray, y: np.ndarray, polygons: np.ndarray, cell_ids: n
 
 
 def _in_boxes(x: np.ndarray, y: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (pair,), (pair,) of a molecule and a box (box, 4), x, y, x, y, that contains it, borders included.
+    """Return pairs (pair,), (pair,) of a molecule and a box (box, 4), x, y, x, y, that contains it, borders included.
 
     Molecules are sorted by the squares of a grid, row by row, so that the molecules in a box form one contiguous range
     per row of the grid. Boxes of NaN contain nothing.
@@ -81,7 +81,7 @@ def _in_boxes(x: np.ndarray, y: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarr
 
 
 def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Enumerate the integers from each begin (range,) to its end (exclusive): the index of the range, and the integer.
+    """Enumerate the integers from each begin (range,) to its end (exclusive): index of the range, and integer.
 
     >>> ranges(np.array([3, 7]), np.array([5, 8]))
     (array([0, 0, 1]), array([3, 4, 7]))
@@ -94,14 +94,14 @@ def ranges(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def count_table(transcripts: pd.DataFrame, cells: pd.DataFrame, codebook: Codebook) -> AnnData:
     """Count the molecules of each word in each cell.
 
-    transcripts: barcode_id and cell_id, one row per molecule, -1 = in no cell. cells: cell_id, center_x,
-    center_y (micrometre) and any other columns; all but the geometry go to ``obs``.
+    transcripts: barcode_id and cell_id, one row per molecule, -1 outside cells. cells: cell_id, center_x, center_y
+    (micrometres) and any other columns; all but the geometry are copied to ``obs``.
 
-    Returns an AnnData with X (cell, word) CSR int32, a row for every cell, including those without molecules;
+    Returns an AnnData with X (cell, word) CSR int32, with a row for every cell, including those without molecules;
     ``obs`` indexed by cell_id as text, with n_transcripts; ``var`` indexed by gene, with is_blank;
-    ``obsm["spatial"]`` (cell, 2) micrometre.
+    ``obsm["spatial"]`` (cell, 2) in micrometres.
 
-    Raises InputError for a cell_id that is not in ``cells`` or a barcode_id that is not in the codebook.
+    Raises InputError for a cell_id that is not in ``cells``, or a barcode_id that is not in the codebook.
     """
     from anndata import AnnData
     from scipy.sparse import coo_array, csr_matrix
@@ -127,17 +127,17 @@ def count_table(transcripts: pd.DataFrame, cells: pd.DataFrame, codebook: Codebo
 
 
 def cell_obs(cells: pd.DataFrame) -> pd.DataFrame:
-    """Cells, without their geometry, as ``obs`` of a table of counts: indexed by cell_id as text."""
+    """Return cells without their geometry as ``obs`` of a count table, indexed by cell_id as text."""
     return cells.set_index(pd.Index(cells["cell_id"].to_numpy(np.int64).astype(str), name=None))
 
 
 def word_var(codebook: Codebook) -> pd.DataFrame:
-    """The words of a codebook as ``var`` of a table of counts."""
+    """Return the words of a codebook as ``var`` of a count table."""
     return pd.DataFrame({"is_blank": codebook.is_blank}, index=pd.Index(codebook.names, name="gene"))
 
 
 def write_cells(cells: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Write a table of cells as GeoParquet with ``geometry`` (shapely, micrometre) as WKB, atomically."""
+    """Write a table of cells as GeoParquet with ``geometry`` (shapely, micrometres) as WKB, atomically."""
     wkb = shapely.to_wkb(np.asarray(cells["geometry"], dtype=object))
     table = pa.Table.from_pandas(cells.assign(geometry=wkb), preserve_index=False)
     with whole_file(path) as part:
@@ -145,15 +145,15 @@ def write_cells(cells: pd.DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 def read_cells(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read what `write_cells` wrote; ``geometry`` comes back as shapely geometries.
+    """Read what `write_cells` wrote, with ``geometry`` as shapely geometries.
 
-    Raises InputError if the file cannot be read or has no cell_id or geometry.
+    Raises InputError if the file cannot be read, or has no cell_id or geometry.
     """
     try:
         table = pd.read_parquet(path)
         table["geometry"] = shapely.from_wkb(table["geometry"].to_numpy())
     except KeyError as error:
-        raise InputError(f"{path}: expected a column geometry (WKB, micrometre)") from error
+        raise InputError(f"{path}: expected a column geometry (WKB, micrometres)") from error
     except (OSError, ValueError, TypeError, shapely.errors.GEOSException) as error:
         raise InputError(f"{path}: cannot be read as a table of cells: {error}") from error
     if "cell_id" not in table:

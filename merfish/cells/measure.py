@@ -1,4 +1,4 @@
-"""The cells of one field: their outlines, and measurements of stains in each."""
+"""The cells of one field: their outlines, and measurements of the stains in each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from merfish.cells.stacks import nearest_plane, stack, thickness
 from merfish.cells.volume import plane_outlines, segment_planes
 from merfish.errors import InputError
 
-# nuclei (y, x), cytoplasm (y, x) or None, micrometre a pixel -> labels (y, x)
+# nuclei (y, x), cytoplasm (y, x) or None, micrometres per pixel -> labels (y, x)
 Segmenter = Callable[[np.ndarray, np.ndarray | None, float], np.ndarray]
 
 
@@ -35,11 +35,11 @@ Segmenter = Callable[[np.ndarray, np.ndarray | None, float], np.ndarray]
 class FieldCells:
     """Cells of a field.
 
-    outlines: (cell,) polygons, pixels, the centre of the first pixel at 0, or stacks of them (`merfish.cells.stacks`).
-    measured: one row per cell: ``nucleus``, the share of its area in a nucleus, and ``depth``, micrometre.
+    outlines: (cell,) polygons in pixels, with the centre of the first pixel at 0, or stacks (`merfish.cells.stacks`).
+    measured: one row per cell: ``nucleus``, the fraction of its area in a nucleus, and ``depth`` in micrometres.
     labels: int32 (y, x), or (z, y, x) for stacks, of blocks of pixels; label k + 1 is row k of the other attributes.
-    nuclei: bool, shape of ``labels``, blocks in nuclei. block: side of a block, pixel. heights: of the planes of
-    stacks, micrometre.
+    nuclei: bool, shape of ``labels``, whether each block is in a nucleus. block: side of a block in pixels. heights: of
+    the planes of stacks, in micrometres.
     """
 
     outlines: np.ndarray
@@ -50,14 +50,14 @@ class FieldCells:
     heights: np.ndarray | None = None
 
     def mean(self, image: np.ndarray) -> np.ndarray:
-        """Mean over each cell, float64 (cell,), of an image (y, x) or of the planes (z, y, x) of one."""
+        """Return the mean over each cell, float64 (cell,), of an image (y, x) or of planes (z, y, x)."""
         planes = shrink(image.reshape(-1, *image.shape[-2:]), self.block)
         if planes.shape != self.labels.shape:
             planes = np.broadcast_to(planes.mean(axis=0), self.labels.shape)
         return mean_of_labels(planes, self.labels, len(self.outlines))
 
     def in_nucleus(self, x: np.ndarray, y: np.ndarray, height: np.ndarray) -> np.ndarray:
-        """Whether positions x, y (pixel), height (micrometre; ignored for flat cells) lie in a nucleus, bool."""
+        """Return whether positions x, y (pixels), height (µm, ignored for flat cells) lie in a nucleus, bool."""
         row, column = (
             np.clip(((place + 0.5) // self.block).astype(int), 0, side - 1)
             for place, side in zip((y, x), self.nuclei.shape[-2:], strict=True)
@@ -68,7 +68,7 @@ class FieldCells:
 
 
 def column_name(stain: str) -> str:
-    """The name of a stain as part of the name of a column, in which AnnData allows no slash."""
+    """Return the name of a stain as a part of a column name, in which AnnData allows no slash."""
     return stain.replace("/", "_")
 
 
@@ -79,14 +79,14 @@ def find_cells(
     microns_per_pixel: float,
     segmenter: Segmenter | None = None,
 ) -> FieldCells:
-    """Find the cells of a field, and how deep they reach.
+    """Find the cells of a field and their depths.
 
-    nuclei, cytoplasm: planes (z, y, x) of stains in register, any real dtype. Outlines are those of the brightest plane
-    of each pixel: a cell has one outline, and cells do not lie above each other. heights: (z,) micrometre, ascending,
-    of the planes of ``cytoplasm``, or of ``nuclei`` where there is none. segmenter: called with the same arguments
-    instead of `merfish.cells.segmentation.segment`.
+    nuclei, cytoplasm: planes (z, y, x) of registered stains, any real dtype. Cells are segmented in the brightest plane
+    of each pixel: a cell has one outline, and cells do not lie above each other. heights: (z,) in micrometres,
+    ascending, of the planes of ``cytoplasm``, or of ``nuclei`` without it. segmenter: called instead of
+    `merfish.cells.segmentation.segment`, with the same arguments.
 
-    Raises InputError for images with NaN, and if ``segmenter`` returns anything but labels of the same shape.
+    Raises InputError for images with NaN, and if ``segmenter`` does not return labels of the same shape.
     """
     flat = nuclei.max(axis=0), None if cytoplasm is None else cytoplasm.max(axis=0)
     check_images(*flat, microns_per_pixel)
@@ -118,13 +118,13 @@ def find_cells(
 def find_stacked_cells(
     nuclei: np.ndarray, cytoplasm: np.ndarray | None, heights: np.ndarray, microns_per_pixel: float
 ) -> FieldCells:
-    """As `find_cells`, for cells that may lie above each other: each has an outline in every plane that shows it.
+    """Find cells that may lie above each other: each has an outline in every plane that shows it; see `find_cells`.
 
     nuclei, cytoplasm: (z, y, x) with the same planes, at ``heights``.
     """
     if len(nuclei) != len(heights):
         raise InputError(
-            f"stacked_cells: expected nuclei in the {len(heights)} planes of the cytoplasm, got {len(nuclei)} planes"
+            f"stacked_cells: expected nuclei in the {len(heights)} planes of the cytoplasm, got {len(nuclei)}"
         )
     for k, plane in enumerate(nuclei):
         check_images(plane, None if cytoplasm is None else cytoplasm[k], microns_per_pixel)
@@ -141,7 +141,7 @@ def find_stacked_cells(
 
 
 def seen_from_above(labels: np.ndarray, n: int) -> np.ndarray:
-    """Number of pixels (y, x) at which any plane has each label (z, y, x) from 1 to ``n``, int64 (label,)."""
+    """Count the pixels (y, x) at which any plane has each label (z, y, x) from 1 to ``n``, int64 (label,)."""
     size = np.zeros(n, np.int64)
     for label, box in enumerate(find_objects(labels), start=1):
         if box is not None:
@@ -150,9 +150,9 @@ def seen_from_above(labels: np.ndarray, n: int) -> np.ndarray:
 
 
 def in_blocks(labels: np.ndarray, block: int) -> tuple[np.ndarray, list[int]]:
-    """Labels at the centres of blocks of pixels, int32, renumbered from 1, and the original label of each.
+    """Sample labels at the centres of blocks, int32, renumbered from 1; also returns the original label of each.
 
-    A label that contains no centre of a block is too small for a cell and is dropped.
+    Labels that contain no centre of a block are too small for a cell and are dropped.
     """
     beyond = [(0, -side % block) for side in labels.shape]
     sampled = np.pad(labels, beyond, mode="edge")[block // 2 :: block, block // 2 :: block]
@@ -161,7 +161,7 @@ def in_blocks(labels: np.ndarray, block: int) -> tuple[np.ndarray, list[int]]:
 
 
 def no_cells(shape: tuple[int, ...], microns_per_pixel: float) -> FieldCells:
-    """A field of shape (y, x) in which cells cannot be found."""
+    """Return the result for a field of shape (y, x) in which cells cannot be found."""
     block = block_size(microns_per_pixel)
     blocks = tuple(-(-side // block) for side in shape)
     measured = pd.DataFrame({"nucleus": np.empty(0), "depth": np.empty(0)})
@@ -169,11 +169,11 @@ def no_cells(shape: tuple[int, ...], microns_per_pixel: float) -> FieldCells:
 
 
 def depths(planes: np.ndarray, labels: np.ndarray, heights: np.ndarray, microns_per_pixel: float, n: int) -> np.ndarray:
-    """Mean depth of each cell over its area, micrometre, float64 (cell,), from the planes in which it is stained.
+    """Return the mean depth of each cell over its area in micrometres, float64 (cell,), from the planes that show it.
 
-    planes: stain (z, y, x); labels (y, x) up to ``n``. A pixel is stained in a plane if it is at least half as bright
-    as the median of the cell's pixels in their brightest planes. The thickness of planes is that of `thickness`. With
-    a single plane, every cell has depth `DEPTH`.
+    planes: stain (z, y, x). labels: (y, x) from 1 to ``n``. A pixel is stained in a plane if it is at least half as
+    bright as the median of the cell's pixels in their brightest planes. The planes have the thickness from `thickness`.
+    With a single plane, every cell has the depth `DEPTH`.
     """
     if len(planes) == 1:
         return np.full(n, DEPTH)
@@ -185,7 +185,7 @@ def depths(planes: np.ndarray, labels: np.ndarray, heights: np.ndarray, microns_
 
 
 def mean_of_labels(image: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
-    """Mean of an image over each label from 1 to ``n``, float64 (label,), NaN for labels without pixels.
+    """Return the mean of an image over each label from 1 to ``n``, float64 (label,), NaN for labels without pixels.
 
     Image and labels have the same shape, (y, x) or (z, y, x).
     """
@@ -196,12 +196,12 @@ def mean_of_labels(image: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
 
 
 def check_labels(labels: object, shape: tuple[int, ...]) -> np.ndarray:
-    """Labels that a segmenter returned, numbered from 1 without gaps. Raises InputError for anything else."""
+    """Return the labels of a segmenter, numbered from 1 without gaps. Raises InputError for anything but labels."""
     if not isinstance(labels, np.ndarray) or labels.shape != shape or labels.dtype.kind not in "iub":
         got = f"{labels.dtype} {labels.shape}" if isinstance(labels, np.ndarray) else type(labels).__name__
         raise InputError(f"segmenter: expected labels, an array of integers of shape {shape} (y, x), got {got}")
     if labels.size and labels.min() < 0:
-        raise InputError(f"segmenter: expected labels of at least 0 (background), got {labels.min()}")
+        raise InputError(f"segmenter: expected non-negative labels (0: background), got {labels.min()}")
     _, dense = np.unique(np.append(labels, 0), return_inverse=True)
     return np.asarray(dense[:-1].reshape(shape).astype(np.int32))
 

@@ -21,21 +21,21 @@ from merfish.cells.counts import ranges
 from merfish.cells.segmentation import CELL_AREA
 from merfish.cells.stacks import footprints, largest_polygons, planes, stack
 
-SAME_CELL = 0.4  # intersection over union above which outlines of two fields are one cell
-MOSTLY_WITHIN = 0.6  # share of an outline within another that makes it a fragment of that cell
-NEARLY_WHOLE = 0.8  # share of a cell above which an outline is taken for the whole cell
-DEPTH = 1.0  # micrometre, depth of a cell where a single plane was imaged
+SAME_CELL = 0.4  # intersection over union above which outlines of two fields are the same cell
+MOSTLY_WITHIN = 0.6  # fraction of an outline within another that makes it a fragment of that cell
+NEARLY_WHOLE = 0.8  # fraction of a cell above which an outline is taken for the whole cell
+DEPTH = 1.0  # micrometres; depth of cells imaged in a single plane
 _MERGED = ["cell", "fov", "geometry"]
 NO_LINKS = np.empty((0, 4), np.int64)
 
 
 def in_stage_frame(outlines: np.ndarray, position: np.ndarray, microns_per_pixel: float) -> np.ndarray:
-    """Outlines (outline,) in pixels, x, y, as micrometres; position: x, y of the field's first pixel centre."""
+    """Transform outlines (outline,) from pixels to micrometres; position: x, y of the centre of the first pixel."""
     return np.asarray(shapely.transform(outlines, lambda xy: xy * microns_per_pixel + position), dtype=object)
 
 
 def field_frame(position: np.ndarray, shape: tuple[int, int], microns_per_pixel: float) -> shapely.Polygon:
-    """The area that a field of shape (y, x) covers, micrometre."""
+    """Return the area that a field of shape (y, x) covers, in micrometres."""
     low = np.asarray(position) - 0.5 * microns_per_pixel
     high = low + np.array(shape)[::-1] * microns_per_pixel
     return shapely.box(*low, *high)
@@ -44,10 +44,10 @@ def field_frame(position: np.ndarray, shape: tuple[int, int], microns_per_pixel:
 def same_cells(
     a: np.ndarray, b: np.ndarray, frame_a: shapely.Polygon, frame_b: shapely.Polygon
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of outlines of two fields (micrometre) that show one cell.
+    """Return the rows of outlines of two fields (in micrometres) that show the same cell.
 
-    Two outlines are one cell if they are mutual best matches in the area that both fields cover, with an intersection
-    over union above 0.4 (over all planes of stacks), or if one lies mostly within the other.
+    Two outlines show the same cell if they are mutual best matches in the area that both fields cover, with an
+    intersection over union above 0.4 (over all planes of stacks), or if one lies mostly within the other.
     """
     i, j = shapely.STRtree(b).query(a)
     common = shapely.intersection(frame_a, frame_b)
@@ -68,11 +68,11 @@ def _best(row: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class CellNumbers:
-    """Which cell each outline belongs to, all outlines listed field by field.
+    """The cell of each outline, with the outlines of all fields in order.
 
     fovs: (fov,) sorted. first: (fov + 1,) row of the first outline of each field. cell: (outline,) int64, cells
     numbered from 0 in the order of their first outlines. home: (cell,) int64, index in ``fovs`` of the field of that
-    first outline, which never decreases. order: (outline,) rows sorted by cell; start: (cell + 1,) where each begins.
+    first outline, non-decreasing. order: (outline,) rows sorted by cell; start: (cell + 1,) where each cell begins.
     """
 
     fovs: np.ndarray
@@ -83,18 +83,18 @@ class CellNumbers:
     start: np.ndarray
 
     def at_home(self, fov: int) -> np.ndarray:
-        """The cells whose home is a field, sorted."""
+        """Return the cells whose home is the given field, sorted."""
         k = np.searchsorted(self.fovs, fov)
         return np.arange(*np.searchsorted(self.home, [k, k + 1]))
 
     def homes(self, fovs: Sequence[int]) -> list[int]:
-        """The home fields of all cells that have outlines in some fields."""
+        """Return the home fields of all cells that have outlines in the given fields."""
         k = np.searchsorted(self.fovs, fovs)
         cells = [self.cell[self.first[i] : self.first[i + 1]] for i in k]
         return self.fovs[np.unique(self.home[np.concatenate(cells)])].tolist() if cells else []
 
     def members(self, cells: np.ndarray) -> pd.DataFrame:
-        """The outlines of some cells (sorted), by cell, field and outline: columns cell, fov, outline."""
+        """Return the outlines of some cells (sorted) by cell, field and outline: columns cell, fov, outline."""
         rows = self.order[ranges(self.start[cells], self.start[cells + 1])[1]]
         k = np.searchsorted(self.first, rows, side="right") - 1
         return pd.DataFrame({"cell": self.cell[rows], "fov": self.fovs[k], "outline": rows - self.first[k]})
@@ -103,7 +103,7 @@ class CellNumbers:
 def number_cells(n_outlines: Mapping[int, int], links: np.ndarray) -> CellNumbers:
     """Number the cells of all fields.
 
-    n_outlines: of each field. links: (link, 4) int64, field, outline, field, outline of one cell, each.
+    n_outlines: of each field. links: (link, 4) int64, each field, outline, field, outline of the same cell.
     """
     fovs = np.array(sorted(n_outlines), np.int64)
     first = np.concatenate([[0], np.cumsum([n_outlines[int(fov)] for fov in fovs])]).astype(np.int64)
@@ -121,11 +121,11 @@ def number_cells(n_outlines: Mapping[int, int], links: np.ndarray) -> CellNumber
 
 
 def merge_outlines(members: pd.DataFrame, geometry: np.ndarray, measured: pd.DataFrame) -> pd.DataFrame:
-    """Merge the outlines of each cell (micrometre) into one geometry, in the order of cells.
+    """Merge the outlines of each cell (in micrometres) into one geometry, in the order of cells.
 
-    members: cell, fov, outline, sorted by cell; geometry: (outline,) of each row; measured: means over its area. If the
+    members: cell, fov, outline, sorted by cell. geometry: (outline,) of each row. measured: means over its area. If the
     largest outline covers nearly all of a cell, the cell keeps its shape and means; a cell that is cut by the border of
-    every field is the union of its outlines, with means weighted by area. Returns columns cell, fov (of the largest
+    every field is the union of its outlines, with area-weighted means. Returns columns cell, fov (of the largest
     outline), geometry, and those of ``measured``.
     """
     area = shapely.area(geometry)
@@ -155,9 +155,10 @@ def trim_overlaps(cells: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
 
     Cells that are stacks of outlines are compared plane by plane, and may lie above each other.
 
-    cells: as `merge_outlines` returns them. others: all cells that may touch them, including themselves. The overlap of
-    two cells goes to the larger one, or to the one of the lower number if their areas are equal. Returns cell_id int64
-    (number + 1), fov, center_x, center_y (micrometre), area (square), geometry, and the other columns of ``cells``.
+    cells: as returned by `merge_outlines`. others: all cells that may touch them, including themselves. The overlap of
+    two cells goes to the larger one, or to the one with the lower number if their areas are equal. Returns cell_id
+    int64 (number + 1), fov, center_x, center_y (micrometres), area (square micrometres), geometry, and the other
+    columns of ``cells``.
     """
     geometry, rival = cells["geometry"].to_numpy(object).copy(), others["geometry"].to_numpy(object)
     number, rival_number = cells["cell"].to_numpy(), others["cell"].to_numpy()

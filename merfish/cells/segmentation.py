@@ -10,34 +10,34 @@ from shapely import Polygon
 from merfish.cells._kernels import flood, uniform
 from merfish.errors import InputError
 
-# Lengths in micrometre, areas in square micrometre.
-BLOCK = 0.25  # cells need no finer images
-SMOOTHING = 0.25  # sigma: well below a nucleus, well above camera noise
-NEIGHBOURHOOD = 12.0  # over which illumination may change, and within which brightness is compared
-NUCLEUS_AREA = (5.0, 400.0)  # smaller is debris, larger is not one nucleus
+# Lengths in micrometres, areas in square micrometres.
+BLOCK = 0.25  # pixel size that resolves cells
+SMOOTHING = 0.25  # sigma: much smaller than a nucleus, large enough to suppress camera noise
+NEIGHBOURHOOD = 12.0  # over which the illumination may change, and within which brightness is compared
+NUCLEUS_AREA = (5.0, 400.0)  # smaller objects are debris, larger ones are not a single nucleus
 CELL_AREA = (15.0, 4000.0)
-NUCLEUS_RADIUS = 1.8  # the centres of two nuclei are at least this far apart
-REACH = 8.0  # how far a cell may extend beyond its nucleus
-REACH_UNSTAINED = 2.5  # the same where no stain shows the cytoplasm
-GAP = 1.0  # widest dark line between cells that counts as a line
+NUCLEUS_RADIUS = 1.8  # minimum distance between the centres of two nuclei
+REACH = 8.0  # maximum extension of a cell beyond its nucleus
+REACH_UNSTAINED = 2.5  # the same without a stain of the cytoplasm
+GAP = 1.0  # half the maximum width of a dark line between cells
 NECK = 0.35  # half the width of the narrowest bridge that joins two pieces
-MIN_CONTRAST = 10.0  # of anything stained over its surround, in sigma of the smoothed noise
-MIN_BRIGHTNESS = 0.15  # of anything stained, as a share of the 95th percentile of its neighbourhood
-EDGE_LEVEL = 0.5  # an edge lies at this share of a cell's own brightness
+MIN_CONTRAST = 10.0  # minimum contrast of stained pixels over their surround, in sigma of the smoothed noise
+MIN_BRIGHTNESS = 0.15  # minimum brightness of stained pixels, as a fraction of the 95th percentile of the neighbourhood
+EDGE_LEVEL = 0.5  # brightness at the edge of a cell, as a fraction of its own brightness
 LEVELS = 1024  # steps of the watershed
 
 
 def segment(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> np.ndarray:
-    """Segment cells: nuclei from their stain, then outwards to where the cytoplasm's stain ends.
+    """Segment cells: find nuclei in their stain, and grow them to the edge of the cytoplasm's stain.
 
-    nuclei, cytoplasm: images (y, x) of any real dtype, in register; without ``cytoplasm`` each nucleus is
-    widened by 2.5 micrometre. Brightness may be in any unit and change slowly over the field. Cells are found
-    in blocks of pixels of about 0.25 micrometre (see `block_size`), so that outlines are as fine as that.
+    nuclei, cytoplasm: registered images (y, x) of any real dtype; without ``cytoplasm``, each nucleus is widened by 2.5
+    micrometres. Brightness may be in any unit and change slowly over the field. Cells are found in blocks of pixels of
+    about 0.25 micrometres (see `block_size`), which limits the resolution of their outlines.
 
-    Returns labels int32 (y, x), 0 = background, 1... in the order of first pixels; each cell is one piece
-    without holes. A field without nuclei gives zeros.
+    Returns labels int32 (y, x): 0 is background, cells are numbered from 1 by their first pixels; each cell is one
+    piece without holes. A field without nuclei gives zeros.
 
-    Raises InputError for images that are not two-dimensional, differ in shape or hold NaN, or a scale <= 0.
+    Raises InputError for images that are not two-dimensional, differ in shape or contain NaN, or a scale <= 0.
     """
     check_images(nuclei, cytoplasm, microns_per_pixel)
     size = block_size(microns_per_pixel)
@@ -48,12 +48,12 @@ def segment(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel:
 
 
 def block_size(microns_per_pixel: float) -> int:
-    """Side of the blocks of pixels in which cells are found: about 0.25 micrometre, at least a pixel."""
+    """Return the side of the blocks in which cells are found, in pixels: about 0.25 micrometres, at least one pixel."""
     return max(int(BLOCK / microns_per_pixel + 0.5), 1)
 
 
 def shrink(image: np.ndarray, size: int) -> np.ndarray:
-    """Means (..., y, x) float32 over square blocks of pixels of an image; its last row and column fill up blocks."""
+    """Average an image (..., y, x) over square blocks, float32; its last row and column are repeated to fill blocks."""
     if size == 1:
         return np.asarray(image, np.float32)
     beyond = [(0, 0)] * (image.ndim - 2) + [(0, -side % size) for side in image.shape[-2:]]
@@ -65,7 +65,7 @@ def shrink(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def grow_cells(seeds: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> np.ndarray:
-    """Label cells, int32 (y, x): nuclei, labelled alike, grown to where the cytoplasm's stain (y, x) ends."""
+    """Grow labelled nuclei to the edge of the cytoplasm's stain (y, x); returns labels, int32 (y, x)."""
     from skimage.segmentation import expand_labels
 
     if cytoplasm is None:
@@ -83,7 +83,7 @@ def grow_cells(seeds: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixe
 
 
 def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
-    """Label nuclei, int32 (y, x): what is bright against its surround, touching nuclei separated at the waist."""
+    """Label nuclei, int32 (y, x): regions brighter than their surround; touching nuclei are separated at the waist."""
     signal, mask = _stained(image, microns_per_pixel)
     labels = label_nuclei(mask, microns_per_pixel)
     labels[signal < EDGE_LEVEL * levels(signal, labels, 75)[labels]] = 0
@@ -91,7 +91,7 @@ def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
 
 
 def label_nuclei(mask: np.ndarray, microns_per_pixel: float) -> np.ndarray:
-    """Label nuclei in a mask (y, x) of what is stained, int32, parted at the waist."""
+    """Label nuclei in a mask of stained pixels (y, x), int32; touching nuclei are separated at the waist."""
     from skimage.feature import peak_local_max
 
     depth = ndimage.distance_transform_edt(ndimage.binary_fill_holes(mask))
@@ -104,7 +104,7 @@ def label_nuclei(mask: np.ndarray, microns_per_pixel: float) -> np.ndarray:
 
 
 def watershed(height: np.ndarray, seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Grow seeds, int32 (y, x) or (z, y, x), over the mask from low to high, in 1,024 steps of equal height.
+    """Grow seeds, int32 (y, x) or (z, y, x), over the mask by increasing height, in 1,024 steps of equal height.
 
     Pixels are connected by their sides.
     """
@@ -119,7 +119,7 @@ def watershed(height: np.ndarray, seeds: np.ndarray, mask: np.ndarray) -> np.nda
 
 
 def check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixel: float) -> None:
-    """Raise InputError for arrays that are not images (y, x), differ in shape or hold NaN, or a scale <= 0."""
+    """Raise InputError for arrays that are not images (y, x), differ in shape or contain NaN, or a scale <= 0."""
     if not microns_per_pixel > 0:
         raise InputError(f"microns_per_pixel must be positive, got {microns_per_pixel}")
     for name, image in (("nuclei", nuclei), ("cytoplasm", cytoplasm)):
@@ -128,23 +128,23 @@ def check_images(nuclei: np.ndarray, cytoplasm: np.ndarray | None, microns_per_p
         if image.ndim != 2 or not image.size or image.shape != nuclei.shape:
             raise InputError(f"{name}: expected an image (y, x) of shape {nuclei.shape[-2:]}, got {image.shape}")
         if not np.isfinite(image).all():
-            raise InputError(f"{name}: the image holds NaN or infinite values")
+            raise InputError(f"{name}: the image contains NaN or infinite values")
 
 
 def brightness(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
-    """An image (y, x) float32, smoothed by 0.25 micrometre, over its local background."""
+    """Return an image (y, x) float32, smoothed by 0.25 micrometres, minus its local background."""
     smooth = ndimage.gaussian_filter(image, SMOOTHING / microns_per_pixel)
     return smooth - _neighbourhood(smooth, 0, microns_per_pixel)
 
 
 def _stained(image: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness over the local background, float32 (y, x), and a mask of what is stained at all."""
+    """Return the brightness over the local background, float32 (y, x), and a mask of stained pixels."""
     signal = brightness(image, microns_per_pixel)
     return signal, signal > _threshold(image, signal, microns_per_pixel)
 
 
 def stain_threshold(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
-    """The brightness over the local background, float32 (y, x), above which an image (y, x) is stained."""
+    """Return the brightness over the local background, float32 (y, x), above which an image (y, x) is stained."""
     return _threshold(image, brightness(image, microns_per_pixel), microns_per_pixel)
 
 
@@ -157,19 +157,19 @@ def _threshold(image: np.ndarray, signal: np.ndarray, microns_per_pixel: float) 
 
 
 def _neighbourhood(image: np.ndarray, percentile: float, microns_per_pixel: float) -> np.ndarray:
-    """A smooth map (y, x) of a percentile of ``image`` within ``NEIGHBOURHOOD`` of each pixel.
+    """Return a smooth map (y, x) of a percentile of ``image`` within ``NEIGHBOURHOOD`` of each pixel.
 
-    Taken over the darkest pixels (percentile 0) or the medians of blocks of 1.6 micrometre.
+    Computed from the darkest pixels (percentile 0) or the medians of blocks of 1.6 micrometres.
     """
     step = max(round(1.6 / microns_per_pixel), 1)
     blocks = np.pad(image, [(0, -size % step) for size in image.shape], mode="edge")
     blocks = blocks.reshape(blocks.shape[0] // step, step, blocks.shape[1] // step, step)
-    # A speck smaller than a block must not set the scale, but the background may be as narrow as a gap between cells.
+    # A speck smaller than a block must not affect the result, but background may be as narrow as a gap between cells.
     coarse = blocks.min(axis=(1, 3)) if percentile == 0 else np.median(blocks, axis=(1, 3))
     radius = NEIGHBOURHOOD / (step * microns_per_pixel)
     coarse = ndimage.percentile_filter(coarse, percentile, size=2 * round(radius) + 1)
     coarse = ndimage.gaussian_filter(coarse, radius / 2.0)
-    for axis, size in enumerate(image.shape):  # linear between the middles of blocks
+    for axis, size in enumerate(image.shape):  # linear between the centres of blocks
         place = np.clip((np.arange(size) + 0.5) / step - 0.5, 0, coarse.shape[axis] - 1)
         below = np.minimum(place.astype(int), max(coarse.shape[axis] - 2, 0))
         share = np.expand_dims((place - below).astype(np.float32), 1 - axis)
@@ -179,7 +179,7 @@ def _neighbourhood(image: np.ndarray, percentile: float, microns_per_pixel: floa
 
 
 def levels(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndarray:
-    """A percentile of ``signal``, any shape, over each label, float32 (label + 1,); zero for the background."""
+    """Return a percentile of ``signal``, of any shape, over each label, float32 (label + 1,); 0 for the background."""
     level = np.zeros(labels.max() + 1, np.float32)
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
@@ -188,10 +188,10 @@ def levels(signal: np.ndarray, labels: np.ndarray, percentile: float) -> np.ndar
 
 
 def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: float) -> np.ndarray:
-    """Keep the largest piece of each label, fill its holes, drop sizes out of range, number 1... by first pixel.
+    """Keep the largest piece of each label, fill its holes, drop sizes out of range, renumber from 1 by first pixel.
 
     Pieces joined by a neck narrower than twice ``NECK`` are separated. Cells cut by the border of the field may be a
-    quarter as large, because a neighbouring field sees the rest.
+    quarter as large, because a neighbouring field shows the rest.
     """
     smallest, largest = (limit / microns_per_pixel**2 for limit in area)
     height, width = labels.shape
@@ -219,20 +219,20 @@ def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: floa
 
 
 def largest_part(mask: np.ndarray) -> np.ndarray:
-    """The largest part of a mask (y, x) or (z, y, x) that is connected by sides."""
+    """Return the largest part of a mask (y, x) or (z, y, x) that is connected by sides."""
     parts, number = ndimage.label(mask)
     return parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if number > 1 else mask
 
 
 def outlines(labels: np.ndarray, size: int = 1, shape: tuple[int, ...] | None = None) -> dict[int, Polygon]:
-    """Outline each label of a label image (y, x) as one valid polygon, by label.
+    """Outline each label of a label image (y, x) as one valid polygon; returns polygons by label.
 
-    Coordinates are pixels (x, y), the centre of the first pixel at 0; the outline runs half-way between the
-    centres of pixels inside and outside, so that its area is that of the pixels less half a pixel, and
-    neighbours share their border. Only the largest piece of a label is outlined; its holes are kept.
+    Coordinates are pixels (x, y), with the centre of the first pixel at 0. The outline runs half-way between the
+    centres of pixels inside and outside, so that its area is that of the pixels minus half a pixel, and neighbours
+    share their border. Only the largest piece of a label is outlined; its holes are kept.
 
-    size: pixels along the side of the blocks that ``labels`` is an image of (see `block_size`); then the outline
-    runs half-way between the centres of blocks, and ends at the border of the pixels' image, ``shape`` (y, x).
+    size: side, in pixels, of the blocks that ``labels`` is an image of (see `block_size`); the outline then runs
+    half-way between the centres of blocks, and ends at the border of the image of pixels, ``shape`` (y, x).
     """
     from skimage.measure import find_contours
 
@@ -256,6 +256,6 @@ def outlines(labels: np.ndarray, size: int = 1, shape: tuple[int, ...] | None = 
 
 
 def largest_polygon(geometry: shapely.Geometry) -> Polygon:
-    """The largest polygon in a geometry of any type; empty if there is none."""
+    """Return the largest polygon in a geometry of any type, empty if there is none."""
     parts = [part for part in shapely.get_parts(geometry) if isinstance(part, Polygon)]
     return max(parts, key=lambda part: part.area, default=Polygon())

@@ -1,4 +1,4 @@
-"""3-D segmentation of cells that may lie above each other: labels (z, y, x) and their outlines in each plane."""
+"""3-D segmentation of cells that may lie above each other: labels (z, y, x), and outlines in each plane."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from merfish.cells.segmentation import (
     watershed,
 )
 
-VALLEY = 0.75  # a plane darker than this share of brighter ones above and below it lies between two nuclei
-OVERLAP = 0.5  # share of the smaller of two outlines in neighbouring planes that one nucleus has in common
+VALLEY = 0.75  # a plane darker than this fraction of brighter planes above and below it separates two nuclei
+OVERLAP = 0.5  # overlap of two outlines of one nucleus in neighbouring planes, as a fraction of the smaller one
 
 
 def segment_planes(
     nuclei: np.ndarray, cytoplasm: np.ndarray | None, heights: np.ndarray, microns_per_pixel: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Segment cells in space: labels of cells and, with the same numbers, of their nuclei, int32 (z, y, x).
+    """Segment cells in 3-D; returns labels of cells and, with the same numbers, of their nuclei, int32 (z, y, x).
 
-    nuclei, cytoplasm: planes (z, y, x) of stains in register, pixels of about 0.25 micrometre; heights: (z,)
-    micrometre, ascending, evenly spaced. Nuclei are found in each plane and linked; a dark plane separates those above
-    each other. Cells grow from them to where the cytoplasm's stain ends; neighbours are separated along the dark line
-    between them in a plane, else half-way between their nuclei. A cell is one piece without holes in any plane.
+    nuclei, cytoplasm: planes (z, y, x) of registered stains, with pixels of about 0.25 micrometres. heights: (z,) in
+    micrometres, ascending, evenly spaced. Nuclei are found in each plane and linked; a dark plane separates nuclei
+    above each other. Cells grow from them to the edge of the cytoplasm's stain; neighbours are separated along the dark
+    line between them in a plane, else half-way between their nuclei. A cell is one piece, without holes in any plane.
     """
     sampling = (float(np.median(np.diff(heights))) if len(heights) > 1 else 1.0, microns_per_pixel, microns_per_pixel)
     seeds = segment_nuclei(nuclei, microns_per_pixel)
@@ -48,7 +48,7 @@ def segment_planes(
         size = 2 * round(GAP / microns_per_pixel) + 1
         filled = ndimage.grey_closing(signal, size=(1, size, size))
         reach = distance / REACH
-        # nuclei are dark in this stain, which must not look like a border between cells
+        # nuclei are dark in this stain, which must not be mistaken for a border between cells
         height = np.where(seeds > 0, 0.0, 1.0 - signal / np.maximum(filled, 1e-6)) + 0.5 * reach
         labels = watershed(height, seeds, (stained & (reach <= 1.0)) | (seeds > 0))
         labels[(signal < EDGE_LEVEL * levels(signal, labels, 50)[labels]) & (seeds == 0)] = 0
@@ -57,7 +57,7 @@ def segment_planes(
 
 
 def segment_nuclei(planes: np.ndarray, microns_per_pixel: float) -> np.ndarray:
-    """Label nuclei, int32 (z, y, x): found in each plane and linked between planes."""
+    """Label nuclei, int32 (z, y, x): found in each plane, and linked between planes."""
     signal, stained = _stained(planes, microns_per_pixel)
     stained &= signal >= VALLEY * between(signal)
     single = np.zeros(planes.shape, np.int32)
@@ -70,7 +70,7 @@ def segment_nuclei(planes: np.ndarray, microns_per_pixel: float) -> np.ndarray:
 
 
 def between(signal: np.ndarray) -> np.ndarray:
-    """The lower of the brightest planes of an image (z, y, x) at or above and at or below each of its pixels."""
+    """Return the lower of the maxima of an image (z, y, x) over the planes at or above, and at or below, each pixel."""
     above = np.maximum.accumulate(signal[::-1])[::-1]
     return np.minimum(np.maximum.accumulate(signal), above)
 
@@ -92,12 +92,12 @@ def link(labels: np.ndarray) -> np.ndarray:
     same = (common == best[0, low]) & (common == best[1, high]) & (common > OVERLAP * np.minimum(size[low], size[high]))
     links = coo_array((np.ones(same.sum(), bool), (low[same], high[same])), shape=(n + 1, n + 1))
     chain = connected_components(links, directed=False)[1].astype(np.int32)
-    # background, 0, is linked to nothing and so is component 0
+    # background, 0, is linked to nothing and therefore is component 0
     return np.asarray(chain[labels])
 
 
 def plane_outlines(labels: np.ndarray, n: int, size: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Outlines (cell, plane) in pixels of labels (z, y, x) from 1 to ``n``, empty in planes without the label.
+    """Return outlines (cell, plane) in pixels of labels (z, y, x) from 1 to ``n``, empty in planes without the label.
 
     size, shape: as in `merfish.cells.segmentation.outlines`.
     """
@@ -109,7 +109,7 @@ def plane_outlines(labels: np.ndarray, n: int, size: int, shape: tuple[int, ...]
 
 
 def _stained(planes: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness of planes (z, y, x) over the local background, float32, and a mask of stained pixels in each.
+    """Return the brightness of planes (z, y, x) over the local background, float32, and a mask of stained pixels.
 
     The threshold is that of the maximum projection, so that planes with only blur from other planes have no mask.
     """
@@ -120,8 +120,8 @@ def _stained(planes: np.ndarray, microns_per_pixel: float) -> tuple[np.ndarray, 
 def _tidy(labels: np.ndarray, area: tuple[float, float], microns_per_pixel: float) -> np.ndarray:
     """Keep the largest piece of each label (z, y, x), fill its holes in each plane, drop labels of implausible size.
 
-    area: of the widest plane, square micrometre; cells that the border of the field cuts may be a quarter as large.
-    Labels are renumbered from 1 in the same order.
+    area: range in the widest plane, in square micrometres; cells cut by the border of the field may be a quarter as
+    large. Labels are renumbered from 1 in the same order.
     """
     smallest, largest = (limit / microns_per_pixel**2 for limit in area)
     out, number = np.zeros(labels.shape, np.int32), 0

@@ -1,6 +1,6 @@
-"""The loops of decoding: plain arrays in, ``out`` arrays filled.
+"""Kernels of the pixel decoders; they take plain arrays and fill the ``out`` arrays.
 
-Stacks come as (bit, row, x): planes of a field are laid one below the other, row = z * height + y.
+Stacks are (bit, row, x): the planes of a field follow each other along the rows, row = z * height + y.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import numpy as np
 
 from merfish._jit import kernel, parallel_kernel, prange
 
-_BLOCK = 1024  # pixels whose values of all bits fit into the first-level cache of a core
-_GROUP = 64  # pixels that are searched together
-_LANES = 16  # float32 in a vector register of current processors; results do not depend on it
+_BLOCK = 1024  # pixels; their values in all bits fit into the L1 cache
+_GROUP = 64  # pixels searched at once
+_LANES = 16  # float32 values in a vector register of current processors; results do not depend on it
 
 
 class Model(NamedTuple):
-    """What the nearest word of a pixel depends on.
+    """Parameters of the search for the nearest word of a pixel.
 
-    offset, gain: (bit,) float32; value = (stack - offset) * gain, negative values count as 0.
-    bits: (word, place) int64, those that are on, padded with the number of bits to a multiple of 4.
-    scale: (word,) float32, 1 / sqrt(weight). min_magnitude, min_cosine: float32, below which a pixel has no word.
+    offset, gain: (bit,) float32; value = (stack - offset) * gain, negative values are set to 0.
+    bits: (word, place) int64, indices of the on-bits, padded with the number of bits to a multiple of 4.
+    scale: (word,) float32, 1 / sqrt(weight). min_magnitude, min_cosine: float32; a pixel below either gets no word.
     """
 
     offset: np.ndarray
@@ -34,7 +34,7 @@ class Model(NamedTuple):
 
 @parallel_kernel
 def decode_rows(stack, model, word, distance, magnitude):
-    """Nearest word of each pixel vector by the angle between them; stack (bit, row, x), model a `Model`.
+    """Find the nearest word of each pixel vector by angle; stack (bit, row, x), model a `Model`.
 
     out: word (row, x) int32, -1 = none; distance (row, x) float32 between unit vectors; magnitude (row, x) float32,
     Euclidean norm of the pixel vector.
@@ -53,9 +53,9 @@ def decode_rows(stack, model, word, distance, magnitude):
 
 @kernel
 def decode_block(values, model, word, distance, magnitude):
-    """Nearest word of the first pixels of ``values`` (bit, x) float32, as many as ``word`` (x,) has; see `decode_rows`.
+    """Decode the first ``len(word)`` pixels of ``values`` (bit, x) float32, which is overwritten; see `decode_rows`.
 
-    Pixels whose magnitude is too small are left out of the search, the others are searched together.
+    Pixels below the minimum magnitude are skipped; the others are searched in groups.
     """
     n_bits, n = len(model.gain), len(word)
     squares = np.zeros(n, np.float32)
@@ -92,11 +92,11 @@ def decode_block(values, model, word, distance, magnitude):
 
 @kernel
 def nearest_of_all(pixels, bits, scale, n, nearest, best):
-    """The word whose cosine to each of the first ``n`` pixels (bit + 1, lane) is largest, the first of several.
+    """Find the word of largest cosine to each of the first ``n`` pixels (bit + 1, lane); ties go to the first word.
 
-    The last row of the pixels is 0; bits and scale are those of a `Model`. out: nearest (lane,) int32, best (lane,)
-    float32, the cosine times the pixel's norm. Every word is compared, for many pixels at once and without a
-    branch, which is far faster than comparing only the likely words of each pixel.
+    The last row of ``pixels`` is 0; bits and scale are those of a `Model`. out: nearest (lane,) int32; best (lane,)
+    float32, the cosine times the norm of the pixel. All words are compared, for many pixels at once and without a
+    branch, which is much faster than comparing only the likely words of each pixel.
     """
     total = np.empty(n, np.float32)
     for lane in range(n):
@@ -122,9 +122,11 @@ def nearest_of_all(pixels, bits, scale, n, nearest, best):
 
 @parallel_kernel
 def look_up_rows(stack, level, words, distances, magnitudes, word, distance, magnitude):
-    """Binarise each pixel and look its bits up: stack (bit, row, x) with level (bit,) of its dtype, at most 16 bits.
+    """Binarise each pixel and look up its bits in tables.
 
-    words int32, distances and magnitudes float32 (2 ** bit,) by observed bits; out, all (row, x), of the same dtypes.
+    stack (bit, row, x), at most 16 bits; level (bit,) of its dtype.
+    words int32, distances and magnitudes float32: (2 ** bit,), indexed by the observed bits.
+    out: word, distance, magnitude (row, x), of the dtypes of the tables.
     """
     n_bits, n_rows, width = stack.shape
     for row in prange(n_rows):
@@ -158,7 +160,7 @@ def binarise_rows(stack, threshold, code):
 
 @kernel
 def popcount(value):
-    """Number of bits that are on in a uint64."""
+    """Number of set bits of a uint64."""
     count = 0
     while value != np.uint64(0):
         value &= value - np.uint64(1)
@@ -168,10 +170,10 @@ def popcount(value):
 
 @parallel_kernel
 def nearest_words(observed, codes, word, distance, ambiguous):
-    """Nearest of ``codes`` (word,) to each of ``observed`` (n,), both uint64, by Hamming distance.
+    """Find the nearest of ``codes`` (word,) to each of ``observed`` (n,), both uint64, by Hamming distance.
 
     out: word (n,) int32, the first of the nearest; distance (n,) int16; ambiguous (n,) bool, true where another
-    word is as near.
+    word has the same distance.
     """
     for i in prange(len(observed)):
         best = 65
@@ -192,7 +194,7 @@ def nearest_words(observed, codes, word, distance, ambiguous):
 
 @kernel
 def root_of(parent, i):
-    """The root of an item in a forest, whose paths are halved."""
+    """Root of item ``i`` in a union-find forest, with path halving."""
     while parent[i] != i:
         parent[i] = parent[parent[i]]
         i = parent[i]
@@ -201,11 +203,11 @@ def root_of(parent, i):
 
 @kernel
 def label_components(word, height, label):
-    """8-connected components of equal word, plane by plane.
+    """Label the 8-connected components of equal word in each plane.
 
-    word (row, x) int, negative = background; rows of one plane are ``height`` long.
-    out: label (row, x) int32, 0 = background, then 1... in the order of first pixels. Returns the number of
-    components. Two passes with union-find; the smaller label wins, so that the order is that of the scan.
+    word (row, x) int, negative = background; a plane has ``height`` rows.
+    out: label (row, x) int32, 0 = background, then 1, 2, ... in scan order of the first pixels. Returns the number of
+    components. Two passes with union-find; a union keeps the smaller label, which preserves the scan order.
     """
     n_rows, width = word.shape
     parent = np.zeros(1024, np.int32)
@@ -255,10 +257,10 @@ def label_components(word, height, label):
 
 @kernel
 def measure_components(label, word, distance, weight, height, out):
-    """Sums over the pixels of each component.
+    """Measure each component.
 
-    label, word, distance, weight (row, x). out (component, 7) float64, filled with word, plane, y, x (weighted
-    centroid), area, mean and minimum distance.
+    label, word, distance, weight: (row, x). out (component, 7) float64: word, plane, y and x of the weighted centroid
+    (pixel), area (pixels), mean and minimum distance.
     """
     n_rows, width = label.shape
     mass = np.zeros(len(out))
@@ -286,7 +288,7 @@ def measure_components(label, word, distance, weight, height, out):
 
 @kernel
 def sum_components(label, image, out):
-    """Sum of an image (row, x) over the pixels of each component of ``label`` (row, x), out (component,) float64."""
+    """Sum an image (row, x) over the pixels of each component of ``label`` (row, x); out (component,) float64."""
     out[:] = 0.0
     for row in range(label.shape[0]):
         for x in range(label.shape[1]):

@@ -1,4 +1,4 @@
-"""The loops of the joint fit of peaks: plain arrays in, ``out`` arrays filled."""
+"""Kernels of the joint fit of peaks; they take plain arrays and fill the ``out`` arrays."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from typing import NamedTuple
 import numpy as np
 
 from merfish._jit import kernel
+from merfish.decoding._spot_kernels import fill_grid
 
 
 class Shape(NamedTuple):
-    """What a spot looks like, and how its place is fitted.
+    """Radial profile of a spot, and parameters of the fit of its position.
 
-    profile (bin,): height of a spot 1 high by its squared distance from the centre, in ``bins`` a square pixel; fall
-    (bin,): by how much it falls a pixel, over the distance. core: pixel, radius of the fit. stiffness: holds a spot
-    whose place is poorly determined. most_step: pixel, of a place in one step.
+    profile (bin,): a spot of height 1 by squared distance from its centre, ``bins`` bins per square pixel. fall (bin,):
+    negative slope of the profile divided by the distance, per square pixel. reach: pixel, radius of the profile; both
+    tables are 0 from there to the corners of a square around it. core: pixel, radius of the fit. stiffness: regularises
+    a poorly determined position. most_step: pixel, largest change of a position in one step.
     """
 
     profile: np.ndarray
     fall: np.ndarray
     bins: float
+    reach: float
     core: float
     stiffness: float
     most_step: float
 
 
 class Spots(NamedTuple):
-    """Spots of one bit: x, y (rows), top (spot,) float64."""
+    """Spots of one bit: x, y (rows) and height ``top``, all (spot,) float64."""
 
     x: np.ndarray
     y: np.ndarray
@@ -35,24 +38,16 @@ class Spots(NamedTuple):
 
 @kernel
 def at(profile, place):
-    """Linearly interpolated value of a table (bin,); 0 beyond its end."""
-    i = int(place)
-    if i + 1 >= len(profile):
-        return 0.0
-    return profile[i] + (place - i) * (profile[i + 1] - profile[i])
-
-
-@kernel
-def reach_of(shape):
-    """Radius beyond which a spot has no light, pixel."""
-    return np.sqrt((len(shape.profile) - 1) / shape.bins)
+    """Interpolate a table (bin,) linearly at an index ``place`` within it."""
+    i = np.uint32(place)  # unsigned: not counted from the end
+    return profile[i] + (place - i) * (profile[i + np.uint32(1)] - profile[i])
 
 
 @kernel
 def add_spot(image, first_row, last_row, x, y, height, shape):
-    """Add a spot to the rows of its plane in an image (row, x) float32."""
+    """Add a spot to an image (row, x) float32, within the rows of its plane."""
     profile, bins = shape.profile, shape.bins
-    reach = reach_of(shape)
+    reach = shape.reach
     for row in range(max(first_row, int(np.ceil(y - reach))), min(last_row, int(y + reach)) + 1):
         for column in range(max(0, int(np.ceil(x - reach))), min(image.shape[1] - 1, int(x + reach)) + 1):
             square = (row - y) ** 2 + (column - x) ** 2
@@ -61,9 +56,9 @@ def add_spot(image, first_row, last_row, x, y, height, shape):
 
 @kernel
 def refit_spot(image, first_row, last_row, x, y, height, shape):
-    """New x, y, height of a spot, fitted by least squares within the core to what the other spots leave.
+    """Refit a spot by least squares within its core, to the residual of the other spots; return x, y and height.
 
-    image (row, x): the light that no spot explains. The place is updated by a linear approximation.
+    image (row, x): the residual of all spots. The position is updated by one linearised step.
     """
     profile, bins, core = shape.profile, shape.bins, shape.core
     pp = px = py = xx = xy = yy = vp = vx = vy = 0.0
@@ -105,11 +100,11 @@ def refit_spot(image, first_row, last_row, x, y, height, shape):
 
 @kernel
 def fit_spots(image, plane_height, spots, fresh, shape, sweeps, settled):
-    """Fit spots jointly: ``sweeps`` times, each in turn to what the others leave.
+    """Fit spots jointly: in each of ``sweeps`` sweeps, fit each spot in turn to the residual of the others.
 
-    image (row, x) float32, the light that no spot explains, and the `Spots` are updated; the light of spots from
-    ``fresh`` on is still in the image. A spot whose height, and whose place in pixels, would change by ``settled`` at
-    most stays as it is.
+    image (row, x) float32, the residual, and the `Spots` are updated; spots from index ``fresh`` on have not been
+    subtracted from the image yet. A spot is left unchanged if its height and its position (pixel) would change by at
+    most ``settled``.
     """
     x, y, top = spots
     for i in range(fresh, len(x)):
@@ -129,9 +124,9 @@ def fit_spots(image, plane_height, spots, fresh, shape, sweeps, settled):
 
 @kernel
 def draw_spot(image, plane_height, x, y, radius, shape, box, out):
-    """A spot 1 high, pixel by pixel, within ``radius``, into ``out`` (row, column); returns the sum of its squares.
+    """Draw a spot of height 1, cut off at ``radius``, into ``out`` (row, column); return its sum of squares.
 
-    box: (4,) int64 out, the pixels of the image that these are: first row, end of rows, first column, end of columns.
+    box: (4,) int64 out, the region of the image: first row, end of rows, first column, end of columns.
     """
     profile, bins = shape.profile, shape.bins
     first_row = int(y) // plane_height * plane_height
@@ -150,15 +145,15 @@ def draw_spot(image, plane_height, x, y, radius, shape, box, out):
 
 @kernel
 def share_light(image, plane_height, spots, chosen, shape, sweeps, settled):
-    """Fit the heights of the ``chosen`` spots at fixed places, each in turn to what the others leave.
+    """Fit the heights of the ``chosen`` spots at fixed positions, each in turn to the residual of the others.
 
-    image and spots as for `fit_spots`; the light of all spots has been subtracted from the image. A height that would
-    change by ``settled`` at most stays as it is; sweeps end when all do.
+    image and spots as in `fit_spots`; all spots have been subtracted from the image. A height that would change by at
+    most ``settled`` is left unchanged; the sweeps end when no height changes.
     """
     x, y, top = spots
     core = shape.core
-    reach = reach_of(shape)
-    # each spot, and its core, 1 high, pixel by pixel: the same in every sweep
+    reach = shape.reach
+    # each spot and its core, drawn at height 1: the same in every sweep
     whole = np.empty((len(chosen), int(2 * reach) + 2, int(2 * reach) + 2))
     middle = np.empty((len(chosen), int(2 * core) + 2, int(2 * core) + 2))
     box, inner = np.empty((len(chosen), 4), np.int64), np.empty((len(chosen), 4), np.int64)
@@ -190,8 +185,31 @@ def share_light(image, plane_height, spots, chosen, shape, sweeps, settled):
 
 @kernel
 def add_spots(image, plane_height, spots, shape):
-    """Add spots to an image (row, x), each to its plane."""
+    """Add spots to an image (row, x), each within its plane."""
     x, y, top = spots
     for i in range(len(x)):
         first = int(y[i]) // plane_height * plane_height
         add_spot(image, first, first + plane_height - 1, x[i], y[i], top[i], shape)
+
+
+@kernel
+def find_near(x, y, px, py, radius, near):
+    """Which places (px, py) (place,) have one of the points (x, y) (point,) closer than ``radius``; all at least 0.
+
+    out: near (place,) bool.
+    """
+    width, height = 0.0, 0.0
+    for i in range(len(x)):
+        width, height = max(width, x[i]), max(height, y[i])
+    cell = max(radius, np.sqrt(width * height / max(len(x), 1)))  # about a point in each
+    n_across, n_down = int(width / cell) + 1, int(height / cell) + 1
+    start, order = np.empty(n_across * n_down + 1, np.int64), np.empty(len(x), np.int64)
+    fill_grid(x, y, cell, n_across, start, order)
+    for k in range(len(px)):
+        near[k] = False
+        first, last = max(int((px[k] - radius) / cell), 0), min(int((px[k] + radius) / cell), n_across - 1)
+        if first > last:
+            continue
+        for row in range(max(int((py[k] - radius) / cell), 0), min(int((py[k] + radius) / cell), n_down - 1) + 1):
+            for i in order[start[row * n_across + first] : start[row * n_across + last + 1]]:
+                near[k] |= (x[i] - px[k]) ** 2 + (y[i] - py[k]) ** 2 < radius * radius

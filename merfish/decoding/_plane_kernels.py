@@ -1,19 +1,20 @@
-"""The loop over the planes of the spot decoder: plain arrays in, ``out`` array filled."""
+"""Kernel that measures molecules in adjacent planes; takes plain arrays and fills the ``out`` array."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from merfish._jit import parallel_kernel, prange
+from merfish.decoding._alignment_kernels import shift_at
 from merfish.decoding._spot_kernels import nearest_peak, sample
 
 
 @parallel_kernel
 def light_by_plane(x, y, bits, scene, out):
-    """Mean height of each molecule's bits at its place in the plane below, in its own and in the plane above.
+    """Mean height of each molecule over its bits, in the plane below, in its own plane and in the plane above.
 
-    x, y (rows), bits (molecule,) uint64: the bits looked at. scene: peaks and light, see `_spot_kernels.Scene`; without
-    a peak the light is taken. out: (molecule, 3) float64, NaN where there is no plane, and without bits.
+    x, y (rows), bits (molecule,) uint64: the bits to average. scene: see `_spot_kernels.Scene`; a bit has the height of
+    its nearest peak or, without one, of the residual. out: (molecule, 3) float64, NaN without a plane or without bits.
     """
     height = scene.height
     n_bits, n_rows = scene.light.shape[0], scene.light.shape[1]
@@ -33,7 +34,8 @@ def light_by_plane(x, y, bits, scene, out):
                     if i >= 0:
                         total += scene.pa[i]
                     else:
-                        v, u = row + scene.shift_y[bit], x[m] + scene.shift_x[bit]
+                        down, across = shift_at(scene.warp, bit, row - first, x[m])
+                        v, u = row + down, x[m] + across
                         total += scene.step * sample(scene.light[bit], v, u, first, first + height - 1)
             if n:
                 out[m, k] = total / n

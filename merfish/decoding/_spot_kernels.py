@@ -1,4 +1,4 @@
-"""The loops of the spot decoder: plain arrays in, ``out`` arrays filled."""
+"""Kernels of the spot decoder; they take plain arrays and fill the ``out`` arrays."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from merfish._jit import kernel, parallel_kernel, prange
+from merfish.decoding._alignment_kernels import shift_at
 from merfish.decoding._kernels import root_of
 
 
 @kernel
 def fill_grid(x, y, cell, n_across, start, order):
-    """Sort points into square cells: start (cells + 1,) int64 and order (point,) int64 list the points cell by cell."""
+    """Sort points into square cells of side ``cell``; out: start (cells + 1,), order (point,) int64, see `group`."""
     place = np.empty(len(x), np.int64)
     for i in range(len(x)):
         place[i] = int(y[i] / cell) * n_across + int(x[i] / cell)
@@ -22,7 +23,7 @@ def fill_grid(x, y, cell, n_across, start, order):
 
 @kernel
 def group(label, start, order):
-    """List items by label (item,) int64: those of label k are order[start[k]:start[k + 1]], in increasing order."""
+    """Group items by label (item,) int64: those of label k are order[start[k]:start[k + 1]], in increasing order."""
     start[:] = 0
     for i in range(len(label)):
         start[label[i] + 1] += 1
@@ -48,7 +49,7 @@ def in_steps(image, step, out):
 
 @kernel
 def sample(image, y, x, first_row, last_row):
-    """Linearly interpolated value of an image (row, x); outside, that of the nearest edge."""
+    """Interpolate an image (row, x) linearly at y, x, which are clipped to its columns and to the given rows."""
     width = image.shape[1]
     y = min(max(y, first_row), last_row)
     x = min(max(x, 0.0), width - 1.0)
@@ -61,23 +62,20 @@ def sample(image, y, x, first_row, last_row):
     return upper * (1 - v) + lower * v
 
 
-SAME_SPOT = 0.83  # of the radius: a spot's peak in the next plane is closer than this to its place
-TAIL_PLANES = 2  # up to which a spot out of focus leaves peaks
-# of a spot's height, for each plane away: peaks around it that are lower are its own light. Without it a molecule's
-# wide light in the next planes is called once more, or hides what is there.
-TAIL = 0.7
+SAME_SPOT = 0.83  # relative to the radius; peaks of one spot in adjacent planes are closer than this
 
 
 class Scene(NamedTuple):
-    """Peaks of all bits and the light that they do not explain; see `merfish.decoding.spots`.
+    """Peaks of all bits and the residual images; see `merfish.decoding.spots`.
 
-    px, py (rows), pa, pb, pz (peak,): place, height, bit, and depth in planes. start, order, cell, n_across: their
-    grid (see `fill_grid`).
-    radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, what
-    no peak explains, in units of ``step``. shift_y, shift_x (bit,): how far a bit's image lies from the peaks' places.
+    px, py (rows), pa, pb, pz (peak,): position, height, bit, and depth in planes, cell by cell of a grid: start,
+    cell and n_across, see `fill_grid`. order (peak,) int64: their numbers in the fits, bit by bit.
+    radius: pixel, at most ``cell``; the peaks of a molecule lie within it of its centre. light (bit, row, x) int8, the
+    residual in units of ``step``. warp (bit, 2, 3): shift of each bit's image relative to the peaks, see `shift_at`.
     height: rows of a plane. cluster (peak,) int64: peaks of different clusters are never linked, see `find_clusters`.
-    seeds (peak,) int64: the peaks, cluster by cluster; part (part + 1,) int64: where parts of whole clusters begin in
-    them, which are worked on in parallel.
+    seeds (peak,) int64: the peaks, cluster by cluster; part (part + 1,) int64: the start of each part in ``seeds``.
+    Parts consist of whole clusters and are processed in parallel. tail, tail_planes, depth_step: see
+    `merfish.decoding.planes.Focus`.
     """
 
     px: np.ndarray
@@ -92,17 +90,19 @@ class Scene(NamedTuple):
     radius: float
     light: np.ndarray
     step: float
-    shift_y: np.ndarray
-    shift_x: np.ndarray
+    warp: np.ndarray
     height: int
     cluster: np.ndarray
     seeds: np.ndarray
     part: np.ndarray
+    tail: float
+    tail_planes: int
+    depth_step: float
 
 
 @kernel
 def find_clusters(scene, reach):
-    """Connected clusters of peaks, into the scene's ``cluster``, from 0 in the order of the grid; returns their number.
+    """Number the connected clusters of peaks, in grid order, in the scene's ``cluster``; return how many there are.
 
     Peaks closer than ``reach`` (pixel) in one plane are connected, and so are those that one spot may leave in several
     planes, see `take_tails`.
@@ -112,25 +112,24 @@ def find_clusters(scene, reach):
     parent = np.arange(len(px))
     for i in range(len(px)):
         plane = int(py[i]) // height
-        for away in range(TAIL_PLANES + 1):
+        for away in range(scene.tail_planes + 1):
             x, y = px[i], py[i] + away * height
             if y >= n_rows:
                 break
             near = reach if away == 0 else cell
             left, right = (max(int((x - near) / cell), 0), min(int((x + near) / cell), n_across - 1))
-            # in its own plane, a peak above is connected by that one
+            # within its plane, a peak in a row of cells above has been connected already
             for r in range(int(y / cell) if away == 0 else max(int((y - near) / cell), 0), int((y + near) / cell) + 1):
                 if r * n_across >= n_cells:
                     break
-                for k in range(scene.start[r * n_across + left], scene.start[r * n_across + right + 1]):
-                    j = scene.order[k]
+                for j in range(scene.start[r * n_across + left], scene.start[r * n_across + right + 1]):
                     if (px[j] - x) ** 2 + (py[j] - y) ** 2 >= near * near or int(py[j]) // height != plane + away:
                         continue
                     if away == 0 or pb[j] == pb[i]:
                         parent[root_of(parent, j)] = root_of(parent, i)
     count = 0
     number = np.full(len(px), -1)
-    for i in scene.order:
+    for i in range(len(px)):
         root = root_of(parent, i)
         if number[root] < 0:
             number[root] = count
@@ -141,7 +140,7 @@ def find_clusters(scene, reach):
 
 @kernel
 def nearest_peak(scene, x, y, bit):
-    """The peak of a bit nearest to a place within `SAME_SPOT` of the radius and in its plane, or -1."""
+    """Peak of a bit nearest to x, y (rows), in the same plane and within `SAME_SPOT` times the radius, or -1."""
     start, n_across = scene.start, scene.n_across
     n_cells = len(start) - 1
     plane = int(y) // scene.height
@@ -151,8 +150,7 @@ def nearest_peak(scene, x, y, bit):
         for c in range(column - 1, column + 2):
             if r < 0 or c < 0 or c >= n_across or r * n_across + c >= n_cells:
                 continue
-            for k in range(start[r * n_across + c], start[r * n_across + c + 1]):
-                i = scene.order[k]
+            for i in range(start[r * n_across + c], start[r * n_across + c + 1]):
                 if scene.pb[i] != bit or int(scene.py[i]) // scene.height != plane:
                     continue
                 d = (scene.px[i] - x) ** 2 + (scene.py[i] - y) ** 2
@@ -162,12 +160,11 @@ def nearest_peak(scene, x, y, bit):
 
 
 class Classes(NamedTuple):
-    """What a candidate may be: a word of the book, nothing, or an object that is bright in every bit.
+    """Classes of a candidate: the words of the codebook, then nothing, then an object that is bright in every bit.
 
-    ratio (bit, bin): log of how much likelier an observation is where the bit is on than where it is off.
-    log_prior (class,). bits (class, place) uint8, weight (class,) int64: on-bits; on (class, bit) uint8.
-    Words come first; the last class but one is nothing, the last an object that is bright in every bit. dim (step,):
-    log of how much likelier a candidate is of that brightness if it is nothing, see `step_of`.
+    ratio (bit, bin): log likelihood ratio of an observation, bit on to bit off. log_prior (class,). bits (class, place)
+    uint8, weight (class,) int64: indices and number of the on-bits; on (class, bit) uint8. dim (step,): log likelihood
+    ratio of the candidate's brightness, nothing to something, see `step_of`.
     """
 
     ratio: np.ndarray
@@ -179,7 +176,7 @@ class Classes(NamedTuple):
 
 
 class Views(NamedTuple):
-    """The surroundings of each peak while no peak is taken, see `observe`.
+    """Observation around each peak while no peak is taken, see `observe`.
 
     members (peak, bit) int32; seen (peak, bit) uint8; centre (peak, 3): x, y and brightness.
     """
@@ -191,14 +188,14 @@ class Views(NamedTuple):
 
 @kernel
 def observe(seed, scene, taken, members, seen):
-    """Find the nearest free peak of each bit around a peak, and classify what each bit shows.
+    """Find the nearest free peak of each bit around a seed peak, and bin the observation of each bit.
 
-    scene: a `Scene`; taken (peak,) bool. out: members (bit,) int32, peak or -1; seen (bit,) uint8: bin of what is
-    observed, see `bin_of`. Peaks of other clusters are ignored. Returns centre x, y and brightness,
-    the mean height of the members, without the weakest and the brightest if there are four or more.
+    scene: a `Scene`; taken (peak,) bool. out: members (bit,) int32, peak or -1; seen (bit,) uint8, bin of the
+    observation, see `bin_of`. Peaks of other clusters are ignored. Returns x, y (rows) of the centre, and the
+    brightness: the mean height of the members, excluding the lowest and the highest if there are four or more.
     """
     px, py, pa, pb, pz = scene.px, scene.py, scene.pa, scene.pb, scene.pz
-    start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
+    start, cell, n_across = scene.start, scene.cell, scene.n_across
     radius, height, cluster = scene.radius, scene.height, scene.cluster
     n_bits = len(members)
     n_cells = len(start) - 1
@@ -216,8 +213,7 @@ def observe(seed, scene, taken, members, seen):
         for r in range(max(row - 1, 0), row + 2):
             if r * n_across >= n_cells:
                 break
-            for k in range(start[r * n_across + left], start[r * n_across + right + 1]):
-                i = order[k]
+            for i in range(start[r * n_across + left], start[r * n_across + right + 1]):
                 d = (px[i] - cx) ** 2 + (py[i] - cy) ** 2
                 if d >= radius * radius or cluster[i] != cluster[seed] or py[i] < first_row or py[i] >= end_row:
                     continue
@@ -256,10 +252,10 @@ def observe(seed, scene, taken, members, seen):
         i = members[bit]
         if i >= 0:
             d = np.sqrt((px[i] - cx) ** 2 + (py[i] - cy) ** 2)
-            seen[bit] = bin_of(d / radius, pa[i] / bright, abs(pz[i] - cz))
+            seen[bit] = bin_of(d / radius, pa[i] / bright, abs(pz[i] - cz) / scene.depth_step)
         else:
-            y, x = cy + scene.shift_y[bit], cx + scene.shift_x[bit]
-            v = scene.step * sample(scene.light[bit], y, x, first_row, end_row - 1)
+            down, across = shift_at(scene.warp, bit, cy - first_row, cx)
+            v = scene.step * sample(scene.light[bit], cy + down, cx + across, first_row, end_row - 1)
             shown = bin_of(-1.0, v / bright, 0.0)
             if used[bit] < radius * radius:
                 shown += N_EMPTY * (1 + int(np.sqrt(used[bit]) / radius * N_USED))
@@ -267,47 +263,46 @@ def observe(seed, scene, taken, members, seen):
     return cx, cy, bright
 
 
-LOOKS = 3  # steps towards the centre of a candidate
-PULL = 0.1  # of the radius squared: twice the variance of the weight of a peak by its distance from the centre
+LOOKS = 3  # iterations of the centre of a candidate
+PULL = 0.1  # relative to the radius squared; twice the variance of a peak's weight as a Gaussian of its distance
 NEGLIGIBLE = -36.0  # log odds below the rounding error of 1
 
-# Bins of depth, of distance and of height of a peak, and of brightness of a place without one.
+# numbers of bins: of depth, distance and height of a peak; without a peak, of brightness and of distance of a taken one
 N_DEPTH, N_NEAR, N_HEIGHT, N_EMPTY, N_USED = 3, 6, 8, 10, 3
 N_PEAK = N_DEPTH * N_NEAR * N_HEIGHT
 N_BINS = N_PEAK + N_EMPTY * (1 + N_USED)
-DEPTH_STEP = 0.25  # planes
 LOWEST_LOG_HEIGHT, LOG_HEIGHT_STEP = -1.6, 0.4
 LOWEST_EMPTY, EMPTY_STEP = -0.1, 0.12
-# a place at least half as bright as the molecule shows the bit, even if its peak is hidden in a neighbour's
+# a position at least half as bright as the molecule counts as on, although its peak is hidden by a neighbour
 HIDDEN = int((0.5 - LOWEST_EMPTY) / EMPTY_STEP)
 
 
 @kernel
 def bin_of(near, height, depth):
-    """Bin of an observation: a peak at ``near`` (share of the radius) of relative height, or (near < 0) no peak.
+    """Bin of an observation: a peak at distance ``near``, relative to the radius, or no peak (near < 0).
 
-    depth: of the peak relative to the candidate, planes, at least 0.
+    height: relative to the candidate's brightness. depth: planes, distance of the peak from the candidate, at least 0.
     """
     if near >= 0:
         a = int(np.floor((np.log(max(height, 1e-6)) - LOWEST_LOG_HEIGHT) / LOG_HEIGHT_STEP))
-        place = min(int(depth / DEPTH_STEP), N_DEPTH - 1) * N_NEAR + min(int(near * N_NEAR), N_NEAR - 1)
+        place = min(int(depth), N_DEPTH - 1) * N_NEAR + min(int(near * N_NEAR), N_NEAR - 1)
         return place * N_HEIGHT + min(max(a, 0), N_HEIGHT - 1)
     return N_PEAK + min(max(int((height - LOWEST_EMPTY) / EMPTY_STEP), 0), N_EMPTY - 1)
 
 
-N_STEPS = 8  # of a candidate's brightness, e^-1.6 to e^1.2 of a molecule's
+N_STEPS = 8  # bins of a candidate's brightness, from e^-1.6 to e^1.6 of a molecule's; the outer two are open
 
 
 @kernel
 def step_of(bright):
-    """Step of a candidate's brightness."""
+    """Bin of a candidate's brightness."""
     step = int(np.floor((np.log(max(bright, 1e-6)) - LOWEST_LOG_HEIGHT) / LOG_HEIGHT_STEP))
     return min(max(step, 0), N_STEPS - 1)
 
 
 @kernel
 def best_class(seen, bright, classes, score):
-    """Log posterior odds of each class (class,) into ``score``; returns the best."""
+    """Write the unnormalised log posterior of each class into ``score`` (class,); return the best class."""
     ratio, bits, weight = classes.ratio, classes.bits, classes.weight
     best, top, nothing = 0, -np.inf, len(weight) - 2
     says = np.empty(len(seen))
@@ -325,14 +320,23 @@ def best_class(seen, bright, classes, score):
     return best
 
 
-class Calls(NamedTuple):
-    """One round of calls; each has the number of the peak that it started from.
+@kernel
+def alike(views, i, j):
+    """Whether two peaks look the same to `best_class`."""
+    for bit in range(views.seen.shape[1]):
+        if views.seen[i, bit] != views.seen[j, bit]:
+            return False
+    return step_of(views.centre[i, 2]) == step_of(views.centre[j, 2])
 
-    called (peak,) bool: whether there is one. table (peak, 5): x, y, brightness, score, log odds against all other
-    classes. evidence (peak, 2) uint64: word, its bits that are wrong. owner (peak,) int64: call that has the peak, or
-    -1. For each part of the scene: share (part, class): posterior of each class, summed over candidates; shows
-    (part, 2, bit, bin): how often each bit showed what, where there is something, weighted by the posterior that the
-    bit is off, and on; light (part, 2, step): how often nothing, and something, was how bright.
+
+class Calls(NamedTuple):
+    """Calls of one round, each at the index of the peak from which it started.
+
+    called (peak,) bool: whether there is a call. table (peak, 5): x, y, brightness, score, log odds against all other
+    classes. evidence (peak, 2) uint64: word, and its bits that are wrong. owner (peak,) int64: call that took the peak,
+    or -1. Sums over the candidates of each part of the scene: share (part, class), posterior of each class; shows
+    (part, 2, bit, bin), observations, weighted by the posterior that there is something and the bit is off, and on;
+    light (part, 2, step), brightnesses, weighted by the posterior of nothing, and of something.
     """
 
     called: np.ndarray
@@ -346,17 +350,16 @@ class Calls(NamedTuple):
 
 @kernel
 def called_before(cx, cy, word, seed, scene, calls):
-    """Whether a call of the same word and cluster lies within the radius: then these peaks are left over from it."""
+    """Whether a call of the same word and cluster lies within the radius; these peaks then belong to that molecule."""
     owner, table, evidence = calls.owner, calls.table, calls.evidence
-    start, order, cell, n_across = scene.start, scene.order, scene.cell, scene.n_across
+    start, cell, n_across = scene.start, scene.cell, scene.n_across
     n_cells = len(start) - 1
     row, column = int(cy / cell), int(cx / cell)
     left, right = max(column - 1, 0), min(column + 1, n_across - 1)
     for r in range(max(row - 1, 0), row + 2):
         if r * n_across >= n_cells:
             break
-        for k in range(start[r * n_across + left], start[r * n_across + right + 1]):
-            i = order[k]
+        for i in range(start[r * n_across + left], start[r * n_across + right + 1]):
             if scene.cluster[i] != scene.cluster[seed] or owner[i] < 0 or evidence[owner[i], 0] != word:
                 continue
             if (table[owner[i], 0] - cx) ** 2 + (table[owner[i], 1] - cy) ** 2 < scene.radius * scene.radius:
@@ -381,16 +384,15 @@ def observe_all(scene, free, views):
 
 @kernel
 def changed(seed, scene, taken):
-    """Whether a peak that `observe` may look at is taken."""
-    px, py, cell, n_across, start, order = (scene.px, scene.py, scene.cell, scene.n_across, scene.start, scene.order)
+    """Whether any peak that `observe` may reach from ``seed`` is taken."""
+    px, py, cell, n_across, start = (scene.px, scene.py, scene.cell, scene.n_across, scene.start)
     n_cells = len(start) - 1
     x, y, reach = px[seed], py[seed], 2 * scene.radius
     left, right = (max(int((x - reach) / cell), 0), min(int((x + reach) / cell), n_across - 1))
     for r in range(max(int((y - reach) / cell), 0), int((y + reach) / cell) + 1):
         if r * n_across >= n_cells:
             break
-        for k in range(start[r * n_across + left], start[r * n_across + right + 1]):
-            i = order[k]
+        for i in range(start[r * n_across + left], start[r * n_across + right + 1]):
             if taken[i] and (px[i] - x) ** 2 + (py[i] - y) ** 2 < reach * reach:
                 return True
     return False
@@ -400,12 +402,13 @@ def changed(seed, scene, taken):
 def take_tails(peak, scene, taken):
     """Take the weaker peaks that the same spot leaves, out of focus, in the planes below and above.
 
-    These are weaker peaks at its place, and within a cell of it those below `TAIL` of its height for each plane away.
+    These are all weaker peaks at its position and, within the side of a cell, those weaker by a factor of ``tail`` for
+    each plane of distance.
     """
     x, y, bit, height = scene.px[peak], scene.py[peak], scene.pb[peak], scene.height
     n_rows, cell, n_across = scene.light.shape[1], scene.cell, scene.n_across
     column = int(x / cell)
-    for away in range(-TAIL_PLANES, TAIL_PLANES + 1):
+    for away in range(-scene.tail_planes, scene.tail_planes + 1):
         row = y + away * height
         if away == 0 or row < 0 or row >= n_rows:
             continue
@@ -414,12 +417,11 @@ def take_tails(peak, scene, taken):
             for c in range(max(column - 1, 0), min(column + 2, n_across)):
                 if r * n_across + c >= len(scene.start) - 1:
                     continue
-                for k in range(scene.start[r * n_across + c], scene.start[r * n_across + c + 1]):
-                    i = scene.order[k]
+                for i in range(scene.start[r * n_across + c], scene.start[r * n_across + c + 1]):
                     if scene.pb[i] != bit or int(scene.py[i]) // height != plane:
                         continue
                     apart = (scene.px[i] - x) ** 2 + (scene.py[i] - row) ** 2
-                    share = 1.0 if apart < (SAME_SPOT * scene.radius) ** 2 else TAIL ** abs(away)
+                    share = 1.0 if apart < (SAME_SPOT * scene.radius) ** 2 else scene.tail ** abs(away)
                     if apart < cell * cell and scene.pa[i] < share * scene.pa[peak]:
                         taken[i] = True
 
@@ -433,16 +435,19 @@ def call_part(scene, part, views, classes, explained, taken, out):
     nothing = n_classes - 2
     members = np.empty(n_bits, np.int32)
     seen = np.empty(n_bits, np.uint8)
-    score = np.empty(n_classes)
+    score, odds = np.empty(n_classes), np.empty(n_classes)
     is_on = np.empty(n_bits)
-    heap = [(0.0, -1)]
+    heap = [(0.0, -1, -1)]  # of equal scores, that of the first peak of the fits comes first
+    best, before = nothing, -1
     for seed in scene.seeds[scene.part[part] : scene.part[part + 1]]:
-        best = best_class(views.seen[seed], views.centre[seed, 2], classes, score)
+        if before < 0 or not alike(views, seed, before):  # the peaks of a molecule often are
+            best = best_class(views.seen[seed], views.centre[seed, 2], classes, score)
+        before = seed
         if best != nothing:
-            heap.append((-score[best], seed))
+            heap.append((-score[best], scene.order[seed], seed))
     heapq.heapify(heap)
     while len(heap) > 0:
-        negative, seed = heapq.heappop(heap)
+        negative, _, seed = heapq.heappop(heap)
         if seed < 0 or taken[seed]:
             continue
         if changed(seed, scene, taken):
@@ -452,21 +457,22 @@ def call_part(scene, part, views, classes, explained, taken, out):
             cx, cy, bright = (views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2])
         best = best_class(seen, bright, classes, score)
         if score[best] < -negative - 1e-9:
-            heapq.heappush(heap, (-score[best], seed))
+            heapq.heappush(heap, (-score[best], scene.order[seed], seed))
             continue
         if called_before(cx, cy, best, seed, scene, out):
             taken[seed] = True
             continue
         others = 0.0
         for w in range(n_classes):
-            if w != best and score[w] - score[best] > NEGLIGIBLE:
-                others += np.exp(score[w] - score[best])
+            odds[w] = np.exp(score[w] - score[best]) if score[w] - score[best] > NEGLIGIBLE else 0.0
+            if w != best:
+                others += odds[w]
         is_on[:] = 0.0
         something = 1.0
         for w in range(n_classes):
-            if score[w] - score[best] <= NEGLIGIBLE:
+            if odds[w] == 0.0:
                 continue
-            posterior = np.exp(score[w] - score[best]) / (1.0 + others)
+            posterior = odds[w] / (1.0 + others)
             share[w] += posterior
             if w == nothing:
                 something -= posterior
@@ -516,9 +522,9 @@ def call_all(scene, views, classes, explained, taken, out):
     """Call molecules, in each cluster the most certain first, each from peaks that no other call has taken.
 
     scene, views, classes: see `Scene`, `Views` and `Classes`. Peaks around which nothing is likelier than any word are
-    not called. A call takes the peaks of its word's bits, and others within ``explained`` px, which are its errors. An
-    object that is bright in every bit takes its peaks, but is not a call. taken (peak,) bool, all False at first;
-    out: `Calls`, nothing called and all sums 0 at first. The calls do not depend on how many threads there are.
+    not called. A call takes the peaks of its word's on-bits, and other peaks within ``explained`` pixels, which are its
+    errors. An object that is bright in every bit takes its peaks but is not a call. taken (peak,) bool, all False on
+    entry; out: `Calls`, nothing called and all sums 0 on entry. The calls do not depend on the number of threads.
     """
     for part in prange(len(scene.part) - 1):
         call_part(scene, part, views, classes, explained, taken, out)

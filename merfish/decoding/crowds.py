@@ -1,4 +1,4 @@
-"""Crowded molecules: peaks that several molecules share are fitted at the positions given by their other bits."""
+"""Crowded molecules: peaks that several molecules share are fitted at the positions given by the other bits."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from scipy.spatial import cKDTree
 
 from merfish._jit import map_bits
 from merfish.decoding import _spot_kernels as kernels
+from merfish.decoding.alignment import shifts_at
 from merfish.decoding.candidates import LIGHT_STEP, Called
 from merfish.decoding.peaks import Fit, share_peaks
 
-CROWDED = 2.5  # sigmas of the PSF; molecules this close are fitted together: their spots overlap
+CROWDED = 2.5  # sigmas of the PSF; molecules closer than this overlap and are fitted together
 
 
 def crowded_pairs(table: np.ndarray, height: int, sigma: float) -> np.ndarray:
@@ -22,17 +23,17 @@ def crowded_pairs(table: np.ndarray, height: int, sigma: float) -> np.ndarray:
 
 
 def crowded_share(called: Called, height: int, sigma: float) -> float:
-    """Share of calls that are more likely right than wrong and make a pair with another such call."""
+    """Fraction of calls that are more likely right than wrong and overlap with another such call."""
     likely = called.table[called.table[:, 4] > 0]
     return len(np.unique(crowded_pairs(likely, height, sigma))) / max(len(called.table), 1)
 
 
-def refit(fits: list[Fit], called: Called, shift: np.ndarray, left: np.ndarray, height: int, sigma: float) -> list[Fit]:
-    """Peaks of every bit, with those of crowded molecules fitted at the molecules' positions.
+def refit(fits: list[Fit], called: Called, warp: np.ndarray, left: np.ndarray, height: int, sigma: float) -> list[Fit]:
+    """Refit the peaks of crowded molecules in every bit, starting from the molecules' positions.
 
-    Two molecules closer than the width of a spot have one common peak in bits that they share. Their positions are
-    known from the bits that they do not share. shift: (bit, 2) of the bits, pixel. left (bit, row, x) int8, the
-    residual in steps of `LIGHT_STEP`, is updated.
+    Two molecules closer than the width of a spot have a single peak in the bits that they share. Their positions are
+    known from the bits that they do not share. warp: see `BitShifts`. left (bit, row, x) int8, the residual in units of
+    `LIGHT_STEP`, is updated. sigma: of the PSF, pixel.
     """
     pairs = crowded_pairs(called.table, height, sigma)
     ends = np.cumsum([0, *(len(fit.x) for fit in fits)])
@@ -48,8 +49,9 @@ def refit(fits: list[Fit], called: Called, shift: np.ndarray, left: np.ndarray, 
         near = np.flatnonzero(chosen)
         if fit.profile is None or not len(near):
             return fit
-        mx = np.clip(x[near] + shift[bit, 1], 0, left.shape[2] - 1)
-        my = np.clip(y[near] + shift[bit, 0], first[near], first[near] + height - 1)
+        down, across = shifts_at(warp, bit, y[near] - first[near], x[near])
+        mx = np.clip(x[near] + across, 0, left.shape[2] - 1)
+        my = np.clip(y[near] + down, first[near], first[near] + height - 1)
         image = left[bit] * np.float32(LIGHT_STEP)
         fit = share_peaks(image, height, fit, chosen[owner] & (owner >= 0), mx, my, sigma)
         kernels.in_steps(image, LIGHT_STEP, left[bit])

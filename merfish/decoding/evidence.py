@@ -1,8 +1,8 @@
 """Evidence of a bit: distributions of its observations if the bit is on or off in the word.
 
-Both are learnt by expectation-maximisation. The shapes of the distributions of observations with and without a peak
-are shared by all bits; the share of observations with a peak is estimated for each bit, shrunk to the mean of all bits
-as far as they are alike.
+Both are learnt by expectation-maximisation. Observations are divided into those that favour an on-bit and those that
+favour an off-bit. The distributions within the two groups are shared by all bits; the fraction of the first group is
+estimated for each bit, shrunk towards the mean of all bits according to how similar the bits are.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from merfish.codebook import Codebook
 from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding.pixels import on_bits
 
-# where the histograms start from: Chen et al. 2015, and peaks located to 0.16 sigma of the PSF
+# initial histograms: error rates of Chen et al. 2015, and peaks located to 0.16 sigma of the PSF
 START_LOST, START_GAINED, START_SIGMA, START_SPREAD, START_CROWD = 0.10, 0.04, 0.15, 0.3, 0.04
-START_DEPTH = (0.8, 0.15, 0.05)  # of a molecule's own peaks, by how far they seem away from its depth
-START_NOTHING, START_EVERYTHING = 0.3, 0.001  # share of candidates
-# how alike the abundances of genes may be: shapes of a gamma distribution, from nearly all in one gene to all equal
+START_DEPTH = (0.8, 0.15, 0.05)  # fractions of a molecule's peaks by their apparent distance from it in depth
+START_NOTHING, START_EVERYTHING = 0.3, 0.001  # fractions of the candidates
+# shape of the gamma distribution of gene abundances, from nearly all molecules in one gene to equal abundances
 ALIKE = np.geomspace(0.1, 100.0, 31)
-START_WEIGHT = 20.0  # calls that the initial values count for
-MOST_ALIKE = 1e4  # observations that the mean of all bits counts for, at most
-FEWEST_ALIKE = 10.0  # and at least
+START_WEIGHT = 20.0  # weight of the initial values, in calls
+MOST_ALIKE = 1e4  # largest weight of the mean of all bits, in observations
+FEWEST_ALIKE = 10.0  # and smallest
 
 
 def start_classes(codebook: Codebook, live: np.ndarray) -> kernels.Classes:
-    """Initial classes; live (bit,) bool, False for dead bits, which give no evidence."""
+    """Initial classes; live: (bit,) bool, False for dead bits, which give no evidence."""
     share = np.full(codebook.n_words + 2, (1 - START_NOTHING - START_EVERYTHING) / codebook.n_words)
     share[-2:] = START_NOTHING, START_EVERYTHING
     off, on = start_histograms()
@@ -38,7 +38,7 @@ def learn_classes(
 ) -> kernels.Classes:
     """Update the classes from a round of calls.
 
-    share (class,), shows (2, bit, bin) and light (2, step): see `_spot_kernels.call_molecules`.
+    share (class,), shows (2, bit, bin) and light (2, step): see `merfish.decoding._spot_kernels.Calls`.
     """
     n_words = codebook.n_words
     abundance = word_abundance(share[:n_words], codebook.is_blank)
@@ -62,16 +62,16 @@ def _classes(
     weight = np.append(weights, (0, words.shape[1]))
     log_prior = np.log(share)
     if (words.min(axis=1) == 1).any():
-        log_prior[-1] = -np.inf  # a word of the book
+        log_prior[-1] = -np.inf  # the codebook has a word with all bits on
     return kernels.Classes(ratio * live[:, None], dim, log_prior, bits, weight, on)
 
 
 def word_abundance(share: np.ndarray, is_blank: np.ndarray) -> np.ndarray:
-    """Share of each word (word,) among molecules; the blanks are spread over the abundances that genes have.
+    """Relative abundance of each word (word,); blanks are given the abundances of genes, evenly spread.
 
-    share: (word,) posterior summed over candidates. With abundances of their own, blanks would get almost no
-    wrong calls. This way wrong calls are as likely for a blank as for a gene, however they depend on abundance: the
-    blanks' share of the wrong calls is their share of the words.
+    share: (word,) posterior summed over candidates. With abundances of their own, blanks would get almost no wrong
+    calls. With those of genes, a wrong call is as likely for a blank as for a gene, however it depends on abundance:
+    blanks are the same fraction of the wrong calls as of the words.
     """
     abundance = share + likeness(share[~is_blank] if not is_blank.all() else share)
     n_blanks = int(is_blank.sum())
@@ -82,10 +82,10 @@ def word_abundance(share: np.ndarray, is_blank: np.ndarray) -> np.ndarray:
 
 
 def likeness(count: np.ndarray) -> float:
-    """Shape of the gamma distribution of abundances, from the counts of words (word,): the likeliest of `ALIKE`.
+    """Maximum-likelihood shape of the gamma distribution of abundances, among `ALIKE`; count: (word,).
 
-    It is the prior count of each word with which its abundance is estimated best: with few molecules, chance must not
-    make a gene look abundant. Counts are negative binomial then.
+    Counts are then negative binomial. The shape is the pseudocount with which the abundance of a word is estimated
+    best: with few molecules, chance must not make a gene look abundant.
     """
     mean = max(float(count.mean()), 1e-9)
     shape = ALIKE[:, None]
@@ -101,7 +101,7 @@ def bit_log_ratio(shows: np.ndarray) -> np.ndarray:
     start = np.array(start_histograms())
     pooled = shows.sum(axis=1) + START_WEIGHT * start
     shape = pooled / pooled.sum(axis=1, keepdims=True)
-    speaks = shape[1] > shape[0]  # for a spot of this molecule
+    speaks = shape[1] > shape[0]  # observations that favour an on-bit
     log_probability = []
     for counts, common in zip(shows, shape, strict=True):
         for_it = counts[:, speaks].sum(axis=1)
@@ -113,7 +113,7 @@ def bit_log_ratio(shows: np.ndarray) -> np.ndarray:
 
 
 def shrunk_shares(hits: np.ndarray, total: np.ndarray, mean: float) -> np.ndarray:
-    """Share of hits of each bit (bit,), shrunk to ``mean`` as far as the bits are alike: a beta-binomial by moments."""
+    """Fraction of hits of each bit (bit,), shrunk towards ``mean`` by a beta-binomial model fitted by moments."""
     some = total > 0
     share = hits[some] / total[some]
     chance = mean * (1 - mean)
@@ -124,7 +124,7 @@ def shrunk_shares(hits: np.ndarray, total: np.ndarray, mean: float) -> np.ndarra
 
 
 def start_histograms() -> tuple[np.ndarray, np.ndarray]:
-    """Initial distributions of observations of bits off and on in the word, (bin,) each, from published error rates."""
+    """Initial distributions of the observations of off-bits and of on-bits, (bin,) each, from published error rates."""
     edges = np.linspace(0, 1, kernels.N_NEAR + 1)  # radius
     near = np.diff(-np.exp(-(edges**2) / (2 * START_SIGMA**2)))
     accidental = np.pi * np.diff(edges**2) * START_CROWD

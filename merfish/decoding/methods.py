@@ -1,4 +1,4 @@
-"""The decoders by name, and the filter of each."""
+"""The decoders by name, each with its band-pass filter."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Finder = Callable[[Rows, Codebook, Normalization, int], pd.DataFrame]
 
 
 def find_by_pixels(stack: Rows, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
-    """Molecules as patches of pixels nearest to one word, by angle."""
+    """Find molecules as patches of pixels whose nearest word by angle is the same."""
     pixels = decode_soft(stack, codebook, normalization)
     return _patches(pixels, stack, codebook, normalization, height)
 
 
 def find_by_hamming(stack: Rows, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
-    """Molecules as patches of pixels whose binarised bits match a word up to a correctable error."""
+    """Find molecules as patches of pixels whose binarised bits match a word up to a correctable error."""
     pixels = decode_hard(stack, codebook, normalization)
     calls = _patches(pixels, stack, codebook, normalization, height)
     # the distance is in bits, not an angle
@@ -58,9 +58,9 @@ def _patches(
 
 
 def find_by_spots(stack: Rows, codebook: Codebook, normalization: Normalization, height: int) -> pd.DataFrame:
-    """Molecules as spots linked across bits; ``probability`` is the posterior of the word."""
+    """Find molecules as spots linked across bits; ``probability`` is the posterior of the word."""
     found = decode_spots(stack, codebook, normalization, height=height, sigma=psf_sigma(stack, height))
-    whole = np.flatnonzero(~splinters(found.word, found.x, found.y, found.plane, found.intensity))
+    whole = np.flatnonzero(~splinters(found.word, found.x, found.y, found.plane, found.intensity, found.tail_planes))
     places = (found.word[whole], found.x[whole], found.y[whole], found.plane[whole])
     keep = whole[once(*places, found.intensity[whole])[0]]
     return transcript_table(
@@ -101,22 +101,25 @@ def method_named(name: str) -> Method:
 def decode_filtered(
     stack: np.ndarray | Bandpassed, codebook: Codebook, normalization: Normalization, *, method: str = DEFAULT_METHOD
 ) -> pd.DataFrame:
-    """Find all molecules in a filtered stack (bit, y, x) or (bit, z, y, x), neither rated nor filtered."""
+    """Find all molecules in a filtered stack (bit, y, x) or (bit, z, y, x); calls are neither calibrated nor filtered.
+
+    Raises InputError for an unknown method.
+    """
     rows, height = in_rows(stack)
     return method_named(method).find(rows, codebook, normalization, height)
 
 
 def check_stack(stack: np.ndarray, codebook: Codebook) -> None:
-    """Raise InputError unless ``stack`` is (bit, [z,] y, x), real, finite, and has the codebook's bits."""
+    """Raise InputError unless ``stack`` is (bit, [z,] y, x), not empty, real, finite, and has the codebook's bits."""
     if stack.ndim not in (3, 4):
         raise InputError(f"the stack has shape {stack.shape}; expected (bit, y, x) or (bit, z, y, x)")
     if not (np.issubdtype(stack.dtype, np.floating) or np.issubdtype(stack.dtype, np.integer)):
-        raise InputError(f"the stack is of {stack.dtype}, expected integers or floats")
+        raise InputError(f"the stack has dtype {stack.dtype}; expected integers or floats")
     if stack.shape[0] != codebook.n_bits:
-        raise InputError(f"the stack has {stack.shape[0]} bits, the codebook has {codebook.n_bits}")
+        raise InputError(f"the stack has {stack.shape[0]} bits, but the codebook has {codebook.n_bits}")
     if not all(stack.shape):
         raise InputError(f"the stack is empty: shape {stack.shape}")
     if np.issubdtype(stack.dtype, np.floating):
         for bit, name in enumerate(codebook.bit_names):
             if not np.isfinite(stack[bit].sum(dtype=np.float64)):
-                raise InputError(f"bit {bit + 1} ({name}) of the stack has NaN or infinite values")
+                raise InputError(f"bit {bit + 1} ({name}) of the stack contains NaN or infinite values")

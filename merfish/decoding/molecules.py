@@ -1,4 +1,4 @@
-"""Decoded pixels to molecules: one row for each connected patch of one word."""
+"""Molecules from decoded pixels: one for each connected patch of pixels of one word."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from merfish.decoding.pixels import HALF_HEIGHT, DecodedPixels
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed
 
-MIN_AREA = 3  # pixels; one or two are more often noise or the rim of another molecule
+MIN_AREA = 3  # pixels; smaller patches are more often noise or the rim of another molecule
 
 
 @dataclass(frozen=True, eq=False)
 class Molecules:
     """Measurements of each molecule; all arrays (molecule,), spectrum (molecule, bit).
 
-    word: int32, row of the codebook. x, y: float64 pixel, centroid weighted by brightness. plane: int32.
-    area: int32 pixels. distance, min_distance: float32, mean and smallest over the pixels.
-    spectrum: float32, mean normalised value of each bit. intensity: float32, mean over the word's on-bits.
+    word: int32, row of the codebook. x, y: float64 pixel, centroid weighted by magnitude. plane: int32.
+    area: int32 pixels. distance, min_distance: float32, mean and minimum over the pixels.
+    spectrum: float32, mean normalised value of each bit. intensity: float32, mean of the spectrum over the on-bits.
     shown: uint64, the bits that are on in the spectrum.
     """
 
@@ -47,9 +47,9 @@ def extract_molecules(
     height: int,
     min_area: int = MIN_AREA,
 ) -> Molecules:
-    """8-connected components of pixels with the same word within each plane.
+    """Measure the 8-connected components of pixels with the same word within each plane.
 
-    stack: (bit, plane * height, x), as it was decoded. Components of fewer than ``min_area`` pixels are dropped.
+    stack: (bit, plane * height, x), as decoded. Components of fewer than ``min_area`` pixels are dropped.
     """
     label = np.empty(pixels.word.shape, np.int32)
     count = _kernels.label_components(pixels.word, height, label)
@@ -84,10 +84,10 @@ def extract_molecules(
 
 
 def shown_bits(spectrum: np.ndarray, on: np.ndarray) -> np.ndarray:
-    """Which bits a molecule shows, (molecule, bit) bool: above half the height of its word's brighter on-bits.
+    """Bits that a molecule shows, (molecule, bit) bool: those above half the median of its word's on-bits.
 
-    spectrum: (molecule, bit) float; on: (molecule, bit) bool, the word. The height is the median over on-bits,
-    which is robust to one lost bit out of three or more.
+    spectrum: (molecule, bit) float; on: (molecule, bit) bool, the word. The median is robust to one lost bit out of
+    three or more.
     """
     height = np.nanmedian(np.where(on, spectrum, np.nan), axis=1, keepdims=True)
     return spectrum > HALF_HEIGHT * height

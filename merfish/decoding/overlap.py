@@ -1,4 +1,4 @@
-"""Duplicates within a field: molecules seen in neighbouring planes, and rims or fragments of a molecule."""
+"""Duplicates within a field: molecules detected in adjacent planes, and rims or fragments of a molecule."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from scipy.spatial import cKDTree
 PLANE_RADIUS = 1.5  # pixel; a molecule's position changes little from plane to plane
 HALO_RADIUS = 5.0  # pixel; radius of the rings and rims of a bright molecule
 HALO_SHARE = 1 / 3  # relative to the molecule's mass; other molecules are rarely that much weaker
-# pixel; between planes a spot is wide and may be fitted as several spots this far apart
+# pixel; a molecule between planes is out of focus and may be fitted as several spots, at most this far apart
 SPLINTER_RADIUS = 3.0
 # relative to the brightest fragment. Of simulated calls in five planes this removes a third to a half of the wrong ones
-# and up to 1 % of the right ones; half of it, or twice as far, is worse
+# and up to 1 % of the right ones; half this value, or twice the radius, is worse
 SPLINTER_SHARE = 0.7
-SPLINTER_PLANES = 2  # away, at most
 HALO_PLANES = 1
 
 
@@ -30,11 +29,13 @@ def same_molecule_pairs(word: np.ndarray, x: np.ndarray, y: np.ndarray, radius: 
 def merge_planes(
     word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, brightness: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge molecules with the same word in neighbouring planes, within 1.5 px.
+    """Merge molecules with the same word in adjacent planes, within 1.5 px.
 
     All arrays (molecule,); x, y pixel. Returns keep, indices of the brightest member of each molecule in increasing
     order, and z (kept,) float32, the plane index averaged by brightness.
     """
+    if not plane.any():
+        return np.arange(len(word)), plane.astype(np.float32)
     i, j = same_molecule_pairs(word, x, y, PLANE_RADIUS)
     neighbours = np.abs(plane[i] - plane[j]) == 1
     group = _groups(len(word), i[neighbours], j[neighbours])
@@ -47,23 +48,25 @@ def merge_planes(
 
 
 def halos(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """Which patches are rims or rings of a brighter molecule of the same word; (molecule,) bool.
+    """Mark the patches that are rims or rings of a brighter molecule of the same word; (molecule,) bool.
 
-    A patch is one if there is another of its word within 5 px, in the same or the next plane, with more than three
-    times its mass (brightness times area). All arrays (molecule,); x, y pixel.
+    These have another patch of their word within 5 px, in the same or an adjacent plane, with more than three times
+    their mass (brightness times area). All arrays (molecule,); x, y pixel.
     """
     return _outshone(word, x, y, plane, mass, HALO_RADIUS, HALO_SHARE, HALO_PLANES)
 
 
-def splinters(word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """Which spots are fragments of an out-of-focus molecule between planes; (molecule,) bool, none in one plane.
+def splinters(
+    word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, light: np.ndarray, planes: int
+) -> np.ndarray:
+    """Mark the spots that are fragments of a molecule out of focus between planes; (molecule,) bool.
 
-    A spot is one if there is another of its word within 3 px, at most two planes away, and it has less than 0.7 of
-    that one's brightness. All arrays (molecule,); x, y pixel.
+    These have another spot of their word within 3 px, at most ``planes`` away, and less than 0.7 of its brightness. In
+    a single plane there are none. All arrays (molecule,); x, y pixel.
     """
     if not plane.any():
         return np.zeros(len(word), bool)
-    return _outshone(word, x, y, plane, light, SPLINTER_RADIUS, SPLINTER_SHARE, SPLINTER_PLANES)
+    return _outshone(word, x, y, plane, light, SPLINTER_RADIUS, SPLINTER_SHARE, planes)
 
 
 def _outshone(
@@ -76,7 +79,7 @@ def _outshone(
     share: float,
     reach: int,
 ) -> np.ndarray:
-    """Which have below ``share`` of the mass of another of their word within ``radius`` in up to ``reach`` planes."""
+    """Mark those with less than ``share`` of the mass of one of their word within ``radius`` and ``reach`` planes."""
     i, j = same_molecule_pairs(word, x, y, radius)
     near = np.abs(plane[i] - plane[j]) <= reach
     weak, strong = np.where(mass[i] < mass[j], (i, j), (j, i))[:, near]
@@ -88,9 +91,9 @@ def _outshone(
 def once(
     word: np.ndarray, x: np.ndarray, y: np.ndarray, plane: np.ndarray, mass: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Count each molecule of a field once: drop `halos`, and merge its detections in several planes.
+    """Keep each molecule of a field once: drop `halos`, and merge its detections in several planes.
 
-    All arrays (molecule,). Returns keep and z as `merge_planes` does.
+    All arrays (molecule,); x, y pixel. Returns keep and z as `merge_planes` does.
     """
     whole = np.flatnonzero(~halos(word, x, y, plane, mass))
     keep, z = merge_planes(word[whole], x[whole], y[whole], plane[whole], mass[whole])

@@ -1,4 +1,4 @@
-"""Pixel vectors to words: soft (angle to the nearest word) and hard (Hamming error correction)."""
+"""Words of pixel vectors: soft (nearest word by angle) and hard (Hamming error correction)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from merfish.decoding import _kernels
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed
 
-# a pixel belongs to a molecule down to half of its height
+# a pixel belongs to a molecule down to half the molecule's height
 HALF_HEIGHT = 0.5
-STRIP = 128  # rows that are filtered at once if the whole stack is not kept
+STRIP = 128  # rows filtered at once if the filtered stack is not kept
 TABLE_BITS = 16  # bits up to which a table of all observable words is smaller and faster than a search
 
 
@@ -32,7 +32,7 @@ class DecodedPixels:
     magnitude: np.ndarray
 
     def part(self, rows: slice) -> DecodedPixels:
-        """Some of the rows, to be filled."""
+        """View of some rows, to be filled."""
         return DecodedPixels(self.word[rows], self.distance[rows], self.magnitude[rows])
 
 
@@ -64,10 +64,11 @@ def decode_soft(
     max_distance: float | None = None,
     min_magnitude: float | None = None,
 ) -> DecodedPixels:
-    """Nearest word of each pixel by the Euclidean distance between unit vectors.
+    """Find the nearest word of each pixel by the Euclidean distance between unit vectors.
 
     stack: (bit, row, x) real; normalised by ``normalization`` on the fly.
-    max_distance, min_magnitude: derived from the codebook's smallest weight when not given.
+    max_distance, min_magnitude: by default `distance_threshold` and `magnitude_threshold` of the codebook's smallest
+    weight. A pixel farther from every word, or of smaller norm, gets no word.
     """
     weight = int(codebook.weights.min())
     max_distance = distance_threshold(weight) if max_distance is None else max_distance
@@ -83,7 +84,7 @@ def decode_soft(
 def search_model(
     codebook: Codebook, normalization: Normalization, max_distance: float, min_magnitude: float
 ) -> _kernels.Model:
-    """The codebook as `decode_soft`'s kernels search it."""
+    """The codebook in the form that the kernels of `decode_soft` search."""
     on, weights = on_bits(codebook)
     bits = np.full((len(on), -(-on.shape[1] // 4) * 4), codebook.n_bits)
     bits[:, : on.shape[1]] = np.where(np.arange(on.shape[1]) < weights[:, None], on, codebook.n_bits)
@@ -98,7 +99,7 @@ def search_model(
 
 
 def strips(stack: np.ndarray | Bandpassed) -> Iterator[tuple[slice, np.ndarray]]:
-    """Iterate over blocks of rows of all bits; an array, which is in memory anyway, is one block."""
+    """Iterate over blocks of rows of all bits; an array, which is in memory, is a single block."""
     n_rows = stack.shape[1]
     step = n_rows if isinstance(stack, np.ndarray) else STRIP
     for first in range(0, n_rows, step):
@@ -107,10 +108,11 @@ def strips(stack: np.ndarray | Bandpassed) -> Iterator[tuple[slice, np.ndarray]]
 
 
 def decode_hard(stack: np.ndarray | Bandpassed, codebook: Codebook, normalization: Normalization) -> DecodedPixels:
-    """Binarise each bit at half of its molecules' height and correct errors by Hamming distance.
+    """Binarise each bit at half the height of a molecule and correct errors by Hamming distance.
 
-    With minimum distance d of the codebook, up to (d - 1) // 2 wrong bits are corrected and everything farther,
-    or equally far from two words, is refused: for d = 4 distance 0 is exact, 1 is corrected, 2 is detected.
+    stack: (bit, row, x) real, not normalised. With minimum distance d of the codebook, up to (d - 1) // 2 wrong bits
+    are corrected; pixels farther from every word, or equally far from two words, are rejected. For d = 4, distance 0 is
+    exact, 1 is corrected and 2 is detected.
     """
     threshold = np.where(
         normalization.scale > 0, normalization.background + HALF_HEIGHT * normalization.scale, np.inf
@@ -122,7 +124,7 @@ def decode_hard(stack: np.ndarray | Bandpassed, codebook: Codebook, normalizatio
 
 
 class CodeLookup:
-    """Nearest word of observed bits; refused (-1) if the code cannot correct them."""
+    """Nearest word of observed bits; -1 if the code cannot correct them."""
 
     def __init__(self, codebook: Codebook) -> None:
         self.codes = codebook.codes
@@ -134,7 +136,7 @@ class CodeLookup:
             self.table_magnitude = np.sqrt(bits.astype(np.float32))
 
     def __call__(self, observed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """observed: uint64 of any shape. Returns word int32 (-1 = refused) and distance float32, bits, same shape."""
+        """Look up uint64 bits of any shape; return word int32 (-1 = rejected) and distance float32 in bits."""
         if self.table is not None:
             word, distance = self.table
             return word[observed], distance[observed]
@@ -143,7 +145,7 @@ class CodeLookup:
         return word[inverse].reshape(observed.shape), distance[inverse].reshape(observed.shape)
 
     def rows(self, stack: np.ndarray, threshold: np.ndarray, out: DecodedPixels) -> None:
-        """Decode a stack (bit, row, x), bits on above ``threshold`` (bit,) float32, into ``out``."""
+        """Decode a stack (bit, row, x) into ``out``; bits above ``threshold`` (bit,) float32 are on."""
         if self.table is not None:
             level = _level(threshold, stack.dtype)
             _kernels.look_up_rows(
@@ -165,7 +167,7 @@ class CodeLookup:
 
 
 def _level(threshold: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Equivalent thresholds in the dtype of integer images, which are compared faster."""
+    """Equivalent thresholds in the dtype of the images; integers are compared faster."""
     if not np.issubdtype(dtype, np.integer):
         return threshold.astype(dtype)
     limits = np.iinfo(dtype)

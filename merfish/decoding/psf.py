@@ -1,4 +1,4 @@
-"""Width of the point spread function, from the spots of a band-passed stack."""
+"""Width of the point spread function (PSF), measured on the spots of a band-passed stack."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from merfish.imaging.normalize import NoiseMap, locate_peaks
 from merfish.imaging.preprocess import Bandpassed
 
 USUAL_SIGMA = 1.35  # pixel; the width for which the filters of `merfish.config` are given; used if there are few spots
-RANGE = (0.6, 5.0)  # pixel; narrower is a single pixel, wider is not a spot
-CLEAR = 8.0  # height of the spots that are used, relative to the noise
+RANGE = (0.6, 5.0)  # pixel; a narrower peak is a single pixel, a wider one is not a spot
+CLEAR = 8.0  # minimum height of the spots that are used, relative to the noise
 FEWEST_SPOTS = 30
-MOST_SPOTS = 500  # spots of a bit; the brighter half, so that dim neighbours and noise have little influence
-SIDE = 512  # pixel, of the centre of the field
+MOST_SPOTS = 500  # spots of a bit, of the brighter half: dim neighbours and noise then have little influence
+SIDE = 512  # pixel, of the region at the centre of the field that is measured
 STEP = 0.25  # pixel, of the profile
 
 
@@ -26,9 +26,10 @@ def psf_sigma(
 ) -> float:
     """Sigma of the PSF in pixel, the median over bits.
 
-    stack: (bit, plane * height, x), band-passed; ``filters`` says how, in pixel, where it is an array.
-    The radius at which the median profile of clear spots falls to half its top is that of a Gaussian of this sigma,
-    averaged over pixels and filtered in the same way.
+    stack: (bit, plane * height, x), band-passed. filters: sigmas of smoothing and background of the band-pass, pixel;
+    used only if ``stack`` is an array. Sigma is that of the Gaussian which, integrated over pixels and band-passed in
+    the same way, falls to half its maximum at the same radius as the median profile of the clear spots. It is
+    `USUAL_SIGMA` if no bit has enough spots.
     """
     if isinstance(stack, Bandpassed) and stack.sigma is not None:
         return stack.sigma
@@ -45,7 +46,7 @@ def psf_sigma(
 
 @lru_cache
 def _half_radii(smoothing: float, background: float) -> tuple[np.ndarray, np.ndarray]:
-    """A table of `expected_half_radius`: sigmas and radii."""
+    """Table of `expected_half_radius`: radii and sigmas, pixel."""
     sigmas = np.linspace(*RANGE, 100)
     return np.array([expected_half_radius(sigma, smoothing, background) for sigma in sigmas]), sigmas
 
@@ -61,7 +62,7 @@ def middle(stack: np.ndarray | Bandpassed, height: int) -> np.ndarray | Bandpass
 
 
 def half_radius(image: np.ndarray) -> float:
-    """Radius (pixel) at which the spots of a filtered image (y, x) fall to half; NaN with too few spots."""
+    """Radius (pixel) at which the spots of a filtered image (y, x) fall to half their maximum; NaN if there are few."""
     noise = NoiseMap.of(image, len(image))
     x, y, top = locate_peaks(image, len(image), CLEAR * noise.least)
     margin = int(RANGE[1]) + 2
@@ -75,7 +76,7 @@ def half_radius(image: np.ndarray) -> float:
     columns = np.rint(x[chosen]).astype(int)[:, None, None] + around
     place = np.hypot(rows - y[chosen, None, None], columns - x[chosen, None, None]) / STEP
     share = image[rows, columns] / top[chosen, None, None]
-    bin_of = np.rint(place).astype(int).ravel()
+    bin_of = np.rint(place).astype(np.int16).ravel()
     order = np.argsort(bin_of, kind="stable")
     ends = np.searchsorted(bin_of[order], np.arange(int(RANGE[1] / STEP) + 1))
     values = share.ravel()[order]
@@ -84,7 +85,7 @@ def half_radius(image: np.ndarray) -> float:
 
 
 def expected_half_radius(sigma: float, smoothing: float, background: float) -> float:
-    """Radius (pixel) at which a Gaussian spot of ``sigma``, averaged over pixels and band-passed, falls to half."""
+    """Radius (pixel) at which a Gaussian spot, integrated over pixels and band-passed, falls to half its maximum."""
     radius = np.arange(0, 3 * RANGE[1], STEP)
     near, far = (sigma**2 + 1 / 12 + width**2 for width in (smoothing, background))
     profile = np.exp(-(radius**2) / (2 * near)) / near - np.exp(-(radius**2) / (2 * far)) / far
@@ -92,7 +93,7 @@ def expected_half_radius(sigma: float, smoothing: float, background: float) -> f
 
 
 def _crossing(radius: np.ndarray, profile: np.ndarray) -> float:
-    """Where a profile first falls below a half, linear between its points; NaN if nowhere."""
+    """Radius at which a profile first falls below one half, interpolated linearly; NaN if it does not."""
     known = np.isfinite(profile)
     radius, profile = radius[known], profile[known]
     below = np.flatnonzero(profile < 0.5)

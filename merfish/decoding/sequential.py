@@ -9,17 +9,17 @@ from merfish.decoding.peaks import fit_peaks
 from merfish.decoding.psf import psf_sigma
 from merfish.imaging.normalize import NoiseMap, peak_normalization
 
-SPOT_SIGMAS = 6.0  # height of a spot over the noise around it: no other bit confirms it
-SPOT_HEIGHT = 0.2  # and over a typical spot's height
-SAME_SPOT = 1.5  # sigmas of the PSF, within which peaks of neighbouring planes are one spot
+SPOT_SIGMAS = 6.0  # minimum height of a spot relative to the local noise, since no other bit confirms it
+SPOT_HEIGHT = 0.2  # and relative to the height of a typical spot
+SAME_SPOT = 1.5  # sigmas of the PSF; peaks of adjacent planes closer than this are one spot
 SPOT_DTYPE = np.dtype([("x", "f4"), ("y", "f4"), ("z", "f4"), ("height", "f4")])
 
 
 def find_molecules(planes: np.ndarray) -> np.ndarray:
-    """Molecules of a gene imaged by itself.
+    """Find the molecules of a gene that is imaged by itself.
 
-    planes: (z, y, x) float32, band-passed. Returns `SPOT_DTYPE` (molecule,): x, y in pixel and z in planes, of the
-    plane that shows it best; height in units of a typical spot. A spot that neighbouring planes show is one.
+    planes: (z, y, x) float32, band-passed. Returns `SPOT_DTYPE` (molecule,): x, y in pixel; z, the index of the plane
+    in which the spot is brightest; height in units of a typical spot. A spot seen in adjacent planes counts once.
     """
     n_planes, height, width = planes.shape
     scale = peak_normalization(planes[None])
@@ -38,7 +38,7 @@ def find_molecules(planes: np.ndarray) -> np.ndarray:
 
 
 def brighter_beside(spots: np.ndarray, radius: float) -> np.ndarray:
-    """Which spots, `SPOT_DTYPE`, have a brighter one within ``radius`` pixel in the next plane; bool (spot,)."""
+    """Mark the spots, `SPOT_DTYPE`, with a brighter one within ``radius`` pixels in an adjacent plane; (spot,) bool."""
     place = np.column_stack([spots["x"], spots["y"]])
     worse = np.zeros(len(spots), bool)
     for plane in range(int(spots["z"].max(initial=0))):

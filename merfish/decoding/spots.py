@@ -1,12 +1,12 @@
-"""Whole spots to words: localise spots in each bit, link them across bits, and score the words of each candidate.
+"""Spot decoder: localise spots in each bit, link them across bits, and score the words of each candidate.
 
 A molecule is one object seen in several bits. Around a peak, the nearest free peak of each bit is collected. The
 observation of a bit (a peak, its distance from the centre and its brightness relative to the others; or no peak, and
 the brightness there) is scored by its likelihood ratio between bits that are on in the word and bits that are off. The
-two distributions include everything that happens to a bit (1->0 and 0->1 errors, chance neighbours, peaks hidden by a
-neighbour). They are learnt from the data, with the abundances of words, by expectation-maximisation: calls, weighted by
-their posterior, refill the histograms. Within a round the most certain molecule is called first and takes its peaks;
-the others are scored again without them.
+two distributions include all sources of error (1->0 and 0->1 errors, chance neighbours, peaks hidden by a neighbour).
+They are learnt from the data, with the abundances of words, by expectation-maximisation: the histograms are estimated
+again from the candidates, weighted by their posterior. Within a round the most certain molecule is called first and
+takes its peaks; the others are scored again without them.
 """
 
 from __future__ import annotations
@@ -29,21 +29,25 @@ from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed
 
 ROUNDS = 3  # of expectation-maximisation
-REFITS = 2  # fits of the peaks of crowded molecules; at 0.01 a pixel, a third adds 0.002 to the recall
-CROWDED_REFITS = 4  # in crowded images; these two add 0.006 to the recall at 0.03 a pixel, and 0.02 at 0.1
-# of calls, likely molecules beside likely ones in crowded images: 0.51 at 0.03 a pixel, 0.73 at 0.1. At 0.02 in cells
-# that glow (0.39), and in real images where most calls are background (0.05), more refits find fewer molecules
+# refits of the peaks of crowded molecules; at 0.01 molecules per pixel, a third adds 0.002 to the recall
+REFITS = 2
+# in crowded images; the additional two add 0.006 to the recall at 0.03 molecules per pixel, and 0.02 at 0.1
+CROWDED_REFITS = 4
+# `crowded_share` above which an image is crowded. It is 0.51 at 0.03 molecules per pixel and 0.73 at 0.1. At 0.02 in
+# autofluorescent cells (0.39), and in real images where most calls are background (0.05), more refits find fewer
+# molecules.
 CROWDED_SHARE = 0.45
-BAND = 64.0  # of rows that are learnt from together, sigmas of the PSF
+BAND = 64.0  # height of a band of rows from which distributions are learnt, sigmas of the PSF
 LEARN_PEAKS = 20_000  # peaks of all bits; about a thousand molecules, hundreds in each bit
 
 
 class Spots(NamedTuple):
     """Molecules called; arrays (molecule,).
 
-    word: int32. x, y: float64 pixel, y within the plane. plane: int32, where it is brightest. z: float32 in planes,
-    interpolated from its brightness in the adjacent planes. intensity: float32, mean height of its peaks.
-    log_odds: float64, of the word against all other words. errors: uint64, the bits that differ from the word.
+    word: int32, row of the codebook. x, y: float64 pixel, y within the plane. plane: int32, in which it is brightest.
+    z: float32 in planes, interpolated from the brightness in the adjacent planes. intensity: float32, mean height of
+    the peaks. log_odds: float64, of the word against all other classes. errors: uint64, the bits that differ from the
+    word. tail_planes: see `merfish.decoding.planes.Focus`.
     """
 
     word: np.ndarray
@@ -54,6 +58,7 @@ class Spots(NamedTuple):
     intensity: np.ndarray
     log_odds: np.ndarray
     errors: np.ndarray
+    tail_planes: int
 
 
 def decode_spots(
@@ -61,7 +66,8 @@ def decode_spots(
 ) -> Spots:
     """Call molecules from whole spots.
 
-    After the first calls, the peaks of molecules that are close together are fitted again, and all are called again.
+    After the first calls, the peaks of molecules that are close together are fitted again, and all molecules are called
+    again.
 
     stack: (bit, plane * height, x) real, band-passed; normalised here by ``normalization``. sigma: of the PSF, pixel.
     Deterministic: the same input gives the same calls.
@@ -71,18 +77,18 @@ def decode_spots(
     shifts = measure_shifts(fits, height, sigma)
     live = normalization.gain > 0  # a dead bit is no evidence for or against any word
     classes = start_classes(codebook, live)
-    some = make_scene(_some(fits, sigma), left, height, sigma, shifts.shift)
+    some = make_scene(_some(fits, sigma), left, height, sigma, shifts.warp)
     views = look(some)
     for _ in range(ROUNDS):
         called = call(some, views, classes, sigma)
         classes = learn_classes(codebook, live, called.share, called.shows, called.light)
-    scene = make_scene(fits, left, height, sigma, shifts.shift)
+    scene = make_scene(fits, left, height, sigma, shifts.warp)
     if len(scene.px) > len(some.px):
         called = call(scene, look(scene), classes, sigma)
     for _ in range(CROWDED_REFITS if crowded_share(called, height, sigma) > CROWDED_SHARE else REFITS):
         classes = learn_classes(codebook, live, called.share, called.shows, called.light)
-        fits = refit(fits, called, shifts.shift, left, height, sigma)
-        scene = make_scene(fits, left, height, sigma, shifts.shift)
+        fits = refit(fits, called, shifts.warp, left, height, sigma)
+        scene = make_scene(fits, left, height, sigma, shifts.warp)
         called = call(scene, look(scene), classes, sigma)
     return _molecules(called, scene, codebook)
 
@@ -99,14 +105,15 @@ def _molecules(called: Called, scene: kernels.Scene, codebook: Codebook) -> Spot
         light_by_plane(table[:, 0], table[:, 1], bits, scene, light)
         z = depth(light, plane)
     return Spots(
-        word, table[:, 0], table[:, 1] - plane * height, plane, z, table[:, 2].astype(np.float32), table[:, 4], errors
-    )
+        word, table[:, 0], table[:, 1] - plane * height, plane, z, table[:, 2].astype(np.float32), table[:, 4], errors,
+        scene.tail_planes,
+    )  # fmt: skip
 
 
 def gather_peaks(
     stack: np.ndarray | Bandpassed, normalization: Normalization, height: int, sigma: float, left: np.ndarray
 ) -> list[Fit]:
-    """Peaks of every bit; writes their residual to ``left`` (bit, row, x) int8, in steps of `LIGHT_STEP`."""
+    """Fit the peaks of every bit; write the residual to ``left`` (bit, row, x) int8, in units of `LIGHT_STEP`."""
 
     def one_bit(bit: int) -> Fit:
         image = np.array(stack[bit], np.float32, copy=isinstance(stack, np.ndarray))
@@ -120,7 +127,7 @@ def gather_peaks(
 
 
 def _some(fits: list[Fit], sigma: float) -> list[Fit]:
-    """About `LEARN_PEAKS` peaks in evenly spaced bands of rows: enough to learn the distributions in a large field."""
+    """About `LEARN_PEAKS` peaks in evenly spaced bands of rows; enough to learn the distributions of a large field."""
     every = sum(len(fit.x) for fit in fits) // LEARN_PEAKS
     if every < 2:
         return fits
@@ -132,7 +139,7 @@ def _some(fits: list[Fit], sigma: float) -> list[Fit]:
 
 
 def measure_shifts(fits: list[Fit], height: int, sigma: float) -> BitShifts:
-    """Shifts of the bits of a field, from their peaks."""
+    """Estimate the shifts of the bits of a field from their peaks."""
     x, y, _, bit = joined(fits)
     plane = (y / height).astype(np.int64)
     return bit_shifts(x, y - plane * height, plane, bit, len(fits), sigma)

@@ -1,1 +1,1 @@
-"""Import from and export to the formats of other tools, one module per format: ``read_*`` and ``write_*``."""
+"""Import from and export to the formats of other tools; one module per format, with ``read_*`` and ``write_*``."""

@@ -1,4 +1,4 @@
-"""The loops that trace label images: plain arrays in, outputs filled."""
+"""Kernels that trace the outlines of label images."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from merfish._jit import kernel
 
 @kernel
 def find_corners(rows, label, y, x):
-    """Find the corners of areas of equal labels; returns their number, and writes as many as the outputs hold.
+    """Find the corners of regions of equal labels; returns their number, and stores as many as the outputs can hold.
 
-    rows (row, column) of integers, 0 = outside. label, y, x (corner,) are filled; the corner y, x lies between the
-    pixels y, x and y + 1, x + 1. An area that touches itself at a corner has two corners there.
+    rows: (row, column) integers, 0 = outside. label, y, x: (corner,) outputs; corner y, x lies between the pixels y, x
+    and y + 1, x + 1. A region that touches itself at a corner has two corners there.
     """
     n = 0
     for i in range(rows.shape[0] - 1):
         for j in range(rows.shape[1] - 1):
             a, b, c, d = rows[i, j], rows[i, j + 1], rows[i + 1, j], rows[i + 1, j + 1]
             if (a == b and c == d) or (a == c and b == d):
-                continue  # inside an area, or on a straight edge
+                continue  # inside a region, or on a straight edge
             for k in range(4):
                 value = rows[i + k // 2, j + k % 2]
                 if value == 0 or (k > 0 and value == a) or (k > 1 and value == b) or (k > 2 and value == c):
-                    continue  # outside, or met before
+                    continue  # outside, or already processed
                 pixels = int(a == value) + int(b == value) + int(c == value) + int(d == value)
                 corners = 1
                 if pixels == 2:
@@ -35,11 +35,11 @@ def find_corners(rows, label, y, x):
 
 @kernel
 def follow(across, along, order, ring):
-    """Walk from corner to corner along the edges until every ring is closed; returns the number of rings.
+    """Follow the edges from corner to corner until every ring is closed; returns the number of rings.
 
-    across, along (corner,) are the corners at the other end of the horizontal and of the vertical edge of each. order
-    (corner,) is filled with the corners in the order of the walk, ring (corner,) with the number of each one's ring;
-    ring is -1 everywhere before.
+    across, along: (corner,) corners at the other end of the horizontal and of the vertical edge of each corner. order:
+    (corner,) output, corners in the order in which they are visited. ring: (corner,) output, number of the ring of each
+    corner; must be -1 on input.
     """
     n = n_rings = 0
     for start in range(len(across)):

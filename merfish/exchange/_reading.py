@@ -1,4 +1,4 @@
-"""Helpers of the readers: find files, check columns, read counts as CSR, build the AnnData table."""
+"""Helper functions of the readers: find files, check columns, read counts as CSR, build the AnnData table."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from merfish.errors import InputError
 if TYPE_CHECKING:
     from anndata import AnnData
 
-CHUNK_VALUES = 1 << 24  # values of a dense count table that are held in memory at a time
+CHUNK_VALUES = 1 << 24  # values of a dense count table in memory at a time
 
 
 def find_file(folder: Path, *patterns: str) -> Path:
-    """The file that matches the first pattern with any match. Raises InputError for no match or several."""
+    """Return the file that matches the first pattern with any match. Raises InputError for no match or several."""
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a folder with {' or '.join(patterns)}")
     for pattern in patterns:
@@ -38,7 +38,7 @@ def find_file(folder: Path, *patterns: str) -> Path:
 
 @contextmanager
 def understood(path: Path, what: str) -> Iterator[None]:
-    """Turn errors of pandas and Arrow in reading a file into an InputError that names the file."""
+    """Convert errors of pandas and Arrow on reading a file to an InputError that names the file."""
     try:
         yield
     except InputError:
@@ -48,7 +48,7 @@ def understood(path: Path, what: str) -> Iterator[None]:
 
 
 def separator(path: Path) -> str:
-    """The separator by suffix: comma for .csv, tab for .tsv and .txt; compressed files too."""
+    """Return the separator for a suffix: comma for .csv, tab for .tsv and .txt, compressed or not."""
     return "," if ".csv" in path.suffixes else "\t"
 
 
@@ -71,7 +71,7 @@ def read_columns(path: Path, columns: Sequence[str], **options: Any) -> pd.DataF
 
 
 def numbers(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
-    """Columns as float64 (row, column). Raises InputError naming column and row of a value that is not a number."""
+    """Return columns as float64 (row, column). Raises InputError naming column and row of a non-numeric value."""
     found = np.empty((len(table), len(columns)))
     for k, name in enumerate(columns):
         found[:, k] = pd.to_numeric(table[name], errors="coerce")
@@ -83,12 +83,12 @@ def numbers(path: Path, table: pd.DataFrame, columns: Sequence[str]) -> np.ndarr
 
 
 def _plain(value: Any) -> str:
-    """A NumPy scalar as a message shows it."""
+    """Format a NumPy scalar for a message."""
     return shown(np.asarray(value).item())
 
 
 def names_of(path: Path, column: Iterable[Any], what: str = "cell") -> pd.Index:
-    """Names as text. Raises InputError for a name that appears twice."""
+    """Return names as text. Raises InputError for a name that appears twice."""
     names = pd.Index([name.decode() if isinstance(name, bytes) else str(name) for name in column], dtype=object)
     if not names.is_unique:
         raise InputError(f"{path}: {what} {names[names.duplicated()][0]!r} appears twice")
@@ -98,7 +98,7 @@ def names_of(path: Path, column: Iterable[Any], what: str = "cell") -> pd.Index:
 def read_counts(path: Path, index: Sequence[str] = ()) -> tuple[pd.DataFrame, pd.Index, csr_matrix]:
     """Read a dense count table: its index columns, the names of the other columns, and counts as CSR (row, column).
 
-    index: columns that do not hold counts; by default the first. The file is read in blocks of rows. Raises InputError
+    index: columns that contain no counts, by default the first. The file is read in blocks of rows. Raises InputError
     naming row and column of a value that is not a count.
     """
     with understood(path, "a table of counts"):
@@ -138,15 +138,16 @@ def count_adata(
 ) -> AnnData:
     """Build the table that every reader returns.
 
-    counts: (cell, feature) int32. obs, var: indexed by name. spatial: (cell, 2 or 3), micrometre. ``var["is_blank"]``
-    marks control features; ``uns`` holds the source of the table and the unit. Raises InputError if there are no cells.
+    counts: (cell, feature) int32. obs, var: indexed by name. spatial: (cell, 2 or 3) in micrometres.
+    ``var["is_blank"]`` marks control features; ``uns`` contains the source of the table and the unit. Raises InputError
+    if there are no cells.
     """
     from anndata import AnnData
 
     if not len(obs):
         raise InputError(f"{path}: no cell has both counts and coordinates")
     obs = obs.loc[:, ~obs.columns.duplicated()].copy()
-    for name in obs.select_dtypes(object):  # mixed values cannot be written
+    for name in obs.select_dtypes(object):  # HDF5 cannot store columns of mixed types
         obs[name] = obs[name].map(lambda value: value.decode() if isinstance(value, bytes) else str(value))
     adata = AnnData(X=counts, obs=obs, var=var, obsm={"spatial": np.asarray(spatial, np.float64)})
     adata.uns["source"] = source
@@ -155,7 +156,7 @@ def count_adata(
 
 
 def matched(path: Path, names: pd.Index, other: Path, places: pd.Index) -> np.ndarray:
-    """Row of the coordinates of each name. Raises InputError if a name has none."""
+    """Return the row of the coordinates of each name. Raises InputError if a name has none."""
     row = places.get_indexer(names)
     if (row < 0).any():
         missing = names[row < 0]

@@ -11,9 +11,9 @@ from merfish.exchange.run import transcript_tables, write_tables
 
 
 def write_baysor(run: Path, out: Path) -> None:
-    """Write the molecules of a run as CSV: transcript_id, x, y, z (micrometre), gene, fov, and cell, 0 = none.
+    """Write the molecules of a run as CSV: transcript_id, x, y, z (micrometres), gene, fov, and cell, 0 = none.
 
-    ``baysor run -x x -y y -z z -g gene OUT :cell`` takes the cells as prior segmentation. Blanks are included as genes.
+    ``baysor run -x x -y y -z z -g gene OUT :cell`` uses the cells as prior segmentation. Blanks are included as genes.
     """
     write_tables(out, (_molecules(table) for table in transcript_tables(run)))
 

@@ -1,7 +1,7 @@
-"""Cellpose's ``_seg.npy``, a pickled dictionary: the masks are read without executing anything.
+"""Read the masks of Cellpose's ``_seg.npy``, a pickled dictionary, without executing code.
 
-Unpickling calls whatever a file names. Here the opcodes of the pickle are interpreted on plain values only: names and
-calls remain descriptions, and the only call that is recognised is NumPy's constructor of an array.
+Unpickling calls any function that a file names. Here the opcodes of the pickle are interpreted on plain values only:
+names and calls remain descriptions, and the only call that is evaluated is NumPy's constructor of an array.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ARRAY = "_reconstruct"
 
 @dataclass
 class _Call:
-    """A call that the pickle requests, and the state that it would give the result; neither is executed."""
+    """A call that the pickle requests, and the state that it would set on the result; neither is executed."""
 
     name: str
     arguments: Any
@@ -32,9 +32,9 @@ class _Call:
 
 
 def read_seg_npy(path: str | os.PathLike[str]) -> np.ndarray:
-    """The masks (y, x) or (z, y, x) of a file that Cellpose's interface or ``--save_npy`` wrote.
+    """Read the masks (y, x) or (z, y, x) from a file written by Cellpose's interface or ``--save_npy``.
 
-    Raises InputError, which says how to save masks otherwise, for a file of another build.
+    Raises InputError, with advice to save the masks in another format, for a file with a different structure.
     """
     path = Path(path)
     try:
@@ -48,7 +48,7 @@ def read_seg_npy(path: str | os.PathLike[str]) -> np.ndarray:
             dtype = read_header(file)[2]
             if dtype != np.dtype(object):
                 raise InputError(
-                    f"{path}: a plain array of {dtype}, not Cellpose's dictionary; rename the file without _seg"
+                    f"{path}: a plain array of {dtype}, not Cellpose's dictionary; remove _seg from the file name"
                 )
             content = _array_items(_follow(file.read()))
         masks = next(value["masks"] for value in content if isinstance(value, dict) and "masks" in value)
@@ -57,19 +57,19 @@ def read_seg_npy(path: str | os.PathLike[str]) -> np.ndarray:
         raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    except Exception as error:  # any error that a broken pickle can cause
-        raise InputError(f"{path}: no masks where Cellpose writes them; {_HOW}") from error
+    except Exception as error:  # a damaged pickle can cause any error
+        raise InputError(f"{path}: no masks found in Cellpose's structure; {_HOW}") from error
 
 
 def _array_items(array: Any) -> list[Any]:
-    """Items of an array of objects, from its description."""
+    """Return the items of an array of objects, from its description."""
     if not (isinstance(array, _Call) and array.name.endswith(_ARRAY)):
         raise ValueError("not an array")
     return list(array.state[4])
 
 
 def _plain_array(array: Any) -> np.ndarray:
-    """An array of integers, from its description: version, shape, dtype, whether in Fortran order, bytes."""
+    """Return an array of integers, from its description: version, shape, dtype, Fortran order, bytes."""
     if not (isinstance(array, _Call) and array.name.endswith(_ARRAY)):
         raise ValueError("not an array")
     _, shape, kind, fortran, content = array.state
@@ -81,7 +81,7 @@ def _plain_array(array: Any) -> np.ndarray:
 
 
 def _follow(content: bytes) -> Any:
-    """The content of a pickle as plain values and `_Call`. Raises ValueError for an opcode that is not known."""
+    """Return the content of a pickle as plain values and `_Call`. Raises ValueError for an unknown opcode."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[Any, Any] = {}

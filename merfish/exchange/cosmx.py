@@ -21,10 +21,11 @@ _CONTROLS = "^(?:negprb|negative|systemcontrol|falsecode|custom_negprb)"
 
 
 def read_cosmx(folder: str | os.PathLike[str], microns_per_pixel: float = MICRONS_PER_PIXEL) -> AnnData:
-    """Cells of ``*exprMat_file.csv`` at the global centres of ``*metadata_file.csv`` (possibly compressed), micrometre.
+    """Read cells of ``*exprMat_file.csv`` at the global centres in ``*metadata_file.csv`` (compressed or not).
 
-    Cells are named ``FOV_CELL``; molecules outside cells (cell 0) are left out. Negative probes and system controls are
-    marked in ``var["is_blank"]``. Raises InputError naming file, row and column.
+    The centres are converted to micrometres. Cells are named ``FOV_CELL``; molecules outside cells (cell 0) are
+    omitted. Negative probes and system controls are marked in ``var["is_blank"]``. Raises InputError naming file, row
+    and column.
     """
     path = find_file(Path(folder), "*exprMat_file.csv", "*exprMat_file.csv.gz")
     where = find_file(Path(folder), "*metadata_file.csv", "*metadata_file.csv.gz")

@@ -20,13 +20,20 @@ from merfish.errors import InputError
 from merfish.exchange.run import cell_tables
 
 CHUNK = 1 << 22  # characters
-NAMES = ("cell_id", "EntityID", "cell", "id", "label", "name")  # properties that other tools name cells by
+NAMES = (
+    "cell_id",
+    "EntityID",
+    "cell",
+    "id",
+    "label",
+    "name",
+)  # properties that name a cell in other tools
 _LIST = re.compile(r'"(?:features|geometries)"\s*:\s*\[')
 _BETWEEN = " \t\r\n,\x1e"
 
 
 def read_geojson(path: str | os.PathLike[str]) -> tuple[list[Any], np.ndarray]:
-    """Names and outlines (cell,) of a FeatureCollection, Baysor's GeometryCollection, or one feature per line.
+    """Read names and outlines (cell,) from a FeatureCollection, Baysor's GeometryCollection, or one feature per line.
 
     The file may be compressed. The name is the id of the feature or the property that names the cell, else None.
     Features are parsed one at a time. Raises InputError naming a feature that is not a polygon.
@@ -91,7 +98,7 @@ def _name(feature: Mapping[str, Any]) -> Any:
 
 
 def write_geojson(run: Path, out: Path) -> None:
-    """Write the cells of a run as a FeatureCollection in micrometre; the columns of the cells become properties."""
+    """Write the cells of a run as a FeatureCollection in micrometres; the columns of the cells become properties."""
     with open(out, "w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         between = "\n"

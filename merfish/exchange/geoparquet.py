@@ -1,4 +1,4 @@
-"""GeoParquet 1.1: polygons in micrometre with other columns; there is no coordinate reference system."""
+"""GeoParquet 1.1: polygons in micrometres with other columns, without a coordinate reference system."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from merfish.errors import InputError
 
 
 def column_names(path: str | os.PathLike[str]) -> list[str]:
-    """Columns of a Parquet table; its rows are not read. Raises InputError if it is none."""
+    """Return the columns of a Parquet table without reading its rows. Raises InputError for other files."""
     with _understood(path):
         return list(pq.read_schema(path).names)
 

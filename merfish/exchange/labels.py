@@ -1,4 +1,4 @@
-"""Label images: an integer a pixel, 0 = outside, to outlines and back without loss."""
+"""Lossless conversion between label images (one integer per pixel, 0 = outside) and outlines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_CORNERS = 1 << 20  # corners that are joined to outlines at a time
 
 
 def count_label_planes(path: Path) -> int:
-    """Number of planes of a label image."""
+    """Return the number of planes of a label image."""
     if path.name.endswith("_seg.npy"):
         labels = read_seg_npy(path)
         return len(labels) if labels.ndim > 2 else 1
@@ -34,11 +34,11 @@ def count_label_planes(path: Path) -> int:
 def read_label_outlines(
     path: str | os.PathLike[str], *, stacked: bool = False
 ) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
-    """Shape (y, x) or (z, y, x), labels and outlines of a label image, as `label_outlines` gives them.
+    """Read a label image: shape (y, x) or (z, y, x), labels, and outlines as from `label_outlines`.
 
-    stacked: a label has an outline in each plane (see `merfish.cells.stacks`). Reads TIFF, OME-TIFF, .npy, Zarr and
-    Cellpose's ``_seg.npy`` in blocks of rows: a label image of a whole section need not fit in memory. Raises
-    InputError for what cannot be read, and for values that are not integers from 0.
+    stacked: whether a label has an outline in each plane (see `merfish.cells.stacks`). Reads TIFF, OME-TIFF, .npy, Zarr
+    and Cellpose's ``_seg.npy`` in blocks of rows, so that a label image of a whole section need not fit in memory.
+    Raises InputError for unreadable files, and for values that are not non-negative integers.
     """
     path = Path(path)
     blocks = row_blocks(read_seg_npy(path)) if path.name.endswith("_seg.npy") else read_blocks(path)
@@ -47,32 +47,33 @@ def read_label_outlines(
 
 
 def label_outlines(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (cell,) in ascending order and their outlines (cell,), pixels x, y, centre of the first pixel at 0.
+    """Return labels (cell,) in ascending order, and outlines (cell,) in pixels x, y, centre of the first pixel at 0.
 
-    labels: integers (y, x) or (z, y, x), 0 = outside. An outline runs along the edges of pixels, so that it holds just
-    the centres of its own; all pieces and holes are kept. A label of several planes is all that it covers in any.
+    labels: integers (y, x) or (z, y, x), 0 = outside. An outline runs along the edges of pixels, so that it contains
+    exactly the centres of its own pixels; all pieces and holes are kept. The outline of a label in several planes is
+    that of its projection.
     """
     return _outlines(row_blocks(labels))[1:]
 
 
 def _checked(path: Path, rows: np.ndarray) -> np.ndarray:
-    """Rows of labels as integers; raises InputError for other values."""
+    """Return rows of labels as integers. Raises InputError for other values."""
     if rows.dtype.kind == "f" and np.array_equal(rows, np.rint(rows)):
         rows = rows.astype(np.int64)
     if rows.dtype.kind not in "iu":
         raise InputError(f"{path}: expected a label image of integers, got {rows.dtype}")
     if rows.size and rows.min() < 0:
-        raise InputError(f"{path}: expected labels from 0, got {rows.min()}")
+        raise InputError(f"{path}: expected non-negative labels, got {rows.min()}")
     return rows
 
 
 def _outlines(blocks: Iterable[Block], stacked: bool = False) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
-    """Shape, labels and outlines of a label image, given block by block."""
+    """Return the shape, labels and outlines of a label image that is given in blocks."""
     shape, corners = _corners(blocks)
     label, frame, y, x = (np.concatenate(parts) for parts in zip(*corners, strict=True))
     order = np.lexsort((frame, label))
     label, frame, y, x = (values[order] for values in (label, frame, y, x))
-    # an area is all that a label covers in a frame
+    # a region is the set of pixels of a label in a frame
     first = np.ones(len(label), bool)
     first[1:] = (label[1:] != label[:-1]) | (frame[1:] != frame[:-1])
     begin, area = np.flatnonzero(first), np.cumsum(first) - 1
@@ -91,7 +92,7 @@ def _outlines(blocks: Iterable[Block], stacked: bool = False) -> tuple[tuple[int
 
 
 def _corners(blocks: Iterable[Block]) -> tuple[tuple[int, int, int], list[tuple[np.ndarray, ...]]]:
-    """Shape of a label image, and label, frame, y and x of the corners of its areas, half a pixel too high."""
+    """Return the shape of a label image, and label, frame, y and x of its corners, half a pixel too high."""
     shape, corners = (0, 0, 0), [(np.empty(0, np.int64), *np.empty((3, 0), np.int32))]
     for frame, of_frame in groupby(blocks, key=itemgetter(0)):
         top, last = 0, None
@@ -105,7 +106,7 @@ def _corners(blocks: Iterable[Block]) -> tuple[tuple[int, int, int], list[tuple[
 
 
 def _traced(frame: int, top: int, above: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Label, frame, y and x of the corners between rows (row, x), the first being number top, and above (x,) them."""
+    """Return label, frame, y and x of the corners between rows (row, x), the first with number top, and above (x,)."""
     padded = np.zeros((len(rows) + 1, rows.shape[1] + 2), rows.dtype)
     padded[0, 1:-1], padded[1:, 1:-1] = above, rows
     n, held = rows.size // 16, -1  # far more than images of cells have
@@ -117,9 +118,9 @@ def _traced(frame: int, top: int, above: np.ndarray, rows: np.ndarray) -> tuple[
 
 
 def _join(area: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Outlines of areas, given the number from 0 (corner,), ascending, and the place of all their corners.
+    """Return outlines of regions, given the number from 0 (corner,), ascending, and the position of all their corners.
 
-    Between the first and second corner of an area in a row of corners runs an edge, and so on; likewise in columns.
+    The first and second corner of a region in a row of corners are joined by an edge, and so on; likewise in columns.
     """
     by_row, by_column = np.lexsort((x, y, area)), np.lexsort((y, x, area))
     order, ring = np.empty(len(area), np.int64), np.full(len(area), -1, np.int64)
@@ -130,7 +131,7 @@ def _join(area: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     of_ring = area[order[np.searchsorted(ring, np.arange(n_rings))]]
     same = (np.diff(area[by_row]) == 0) & (np.diff(y[by_row]) == 0) & (np.diff(x[by_row]) == 0)
     simple = np.bincount(of_ring) == 1
-    simple[area[by_row[1:][same]]] = False  # it touches itself
+    simple[area[by_row[1:][same]]] = False  # the region touches itself
     outlines = np.empty(len(simple), object)
     whole = simple[of_ring]
     outlines[of_ring[whole]] = parts[whole]
@@ -141,16 +142,16 @@ def _join(area: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _partners(order: np.ndarray) -> np.ndarray:
-    """The corner at the other end of each one's edge; order: corners, those of an edge beside each other."""
+    """Return the corner at the other end of each edge; order: corners sorted so that those of an edge are adjacent."""
     partners = np.empty_like(order)
     partners[order[::2]], partners[order[1::2]] = order[1::2], order[::2]
     return partners
 
 
 def label_image(outlines: np.ndarray, labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Label image int32 (y, x) of outlines (cell,) in pixels: a pixel has the label of the outline about its centre.
+    """Draw outlines (cell,) in pixels as a label image int32 (y, x).
 
-    Where outlines overlap the smallest label stands.
+    A pixel gets the label of the outline that contains its centre, the smallest label where outlines overlap.
     """
     image = np.zeros(shape, np.int32)
     for k in np.argsort(-np.asarray(labels), kind="stable"):  # the smallest is drawn last
@@ -168,7 +169,7 @@ def label_image(outlines: np.ndarray, labels: np.ndarray, shape: tuple[int, int]
 
 
 def write_labels(labels: np.ndarray, path: str | os.PathLike[str]) -> None:
-    """Write a label image as TIFF, whole or not at all."""
+    """Write a label image as TIFF, atomically."""
     import tifffile
 
     with whole_file(path) as part:

@@ -32,7 +32,7 @@ CENTRE = ["center_x", "center_y"]
 
 
 def read_merscope(folder: str | os.PathLike[str]) -> AnnData:
-    """Counts of ``cell_by_gene.csv`` at the cell centres of ``cell_metadata.csv``, micrometre.
+    """Read counts of ``cell_by_gene.csv`` at the cell centres in ``cell_metadata.csv``, in micrometres.
 
     Features whose name contains "blank" are marked in ``var["is_blank"]``. Raises InputError naming file, row and
     column.
@@ -42,7 +42,7 @@ def read_merscope(folder: str | os.PathLike[str]) -> AnnData:
     rows, genes, counts = read_counts(path)
     names = names_of(path, rows.iloc[:, 0])
     cells = read_columns(where, CENTRE, dtype={"EntityID": str, "Unnamed: 0": str})
-    # the first column holds the names of the cells; before 2022 it had no header
+    # the first column contains the names of the cells; before 2022 it had no header
     cells.index = names_of(where, cells.iloc[:, 0])
     cells = cells.iloc[matched(path, names, where, cells.index), 1:]
     var = pd.DataFrame({"is_blank": genes.str.lower().str.contains("blank")}, index=genes.rename("gene"))
@@ -67,8 +67,8 @@ BOUNDARIES = pa.schema(
 def write_merscope(run: Path, out: Path) -> None:
     """Write the tables of a run into a new folder in MERSCOPE's format, with the transform but without images.
 
-    Blanks are named ``Blank-*``, as its readers expect; ``global_z`` is the index of the plane. A cell without
-    an outline for each plane has the same one in all. The transform gives pixels of a mosaic of the fields.
+    Blanks are named ``Blank-*``, as its readers expect; ``global_z`` is the index of the plane. A cell with one outline
+    for all planes gets that outline in each plane. The transform gives pixels of a mosaic of the fields.
     """
     record = results.read_run(run)
     var = read_var(run)
@@ -136,7 +136,7 @@ def _metadata(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _sides(rectangle: shapely.Geometry) -> tuple[float, float]:
-    """The shorter and the longer side of a rectangle."""
+    """Return the shorter and the longer side of a rectangle."""
     corners = shapely.get_coordinates(rectangle)
     one, other = np.hypot(*np.diff(corners[:3], axis=0).T)
     return min(one, other), max(one, other)

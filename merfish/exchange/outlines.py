@@ -1,4 +1,4 @@
-"""Outlines of cells from the files of other segmentation programs."""
+"""Read outlines of cells from the files of other segmentation programs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from merfish.exchange.geojson import NAMES, read_geojson
 from merfish.exchange.geoparquet import column_names, read_geoparquet
 from merfish.exchange.labels import LABEL_SUFFIXES, count_label_planes, read_label_outlines
 
-PLANE = "ZIndex"  # column of MERSCOPE's files of outlines
+PLANE = "ZIndex"  # column of MERSCOPE's outline files
 POLYGON_SUFFIXES = (".geojson", ".json", ".parquet")
 _POLYGON = (shapely.GeometryType.POLYGON, shapely.GeometryType.MULTIPOLYGON)
 
 
 def is_label_image(path: Path) -> bool:
-    """Whether a file holds labels rather than polygons, by its suffix. Raises InputError for other suffixes."""
+    """Return whether a file contains labels, not polygons, by its suffix. Raises InputError for other suffixes."""
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in (*LABEL_SUFFIXES, *POLYGON_SUFFIXES):
         expected = ", ".join((*LABEL_SUFFIXES, *POLYGON_SUFFIXES))
@@ -34,9 +34,10 @@ def is_label_image(path: Path) -> bool:
 
 
 def count_planes(path: Path) -> int:
-    """Number of planes in which the cells of a segmentation have outlines of their own; 1 if they have one for all.
+    """Return the number of planes in which the cells of a segmentation have separate outlines; 1 for one outline each.
 
-    The planes of a label image, or of the column ``ZIndex`` (MERSCOPE) if the outlines of any cell differ.
+    These are the planes of a label image, or those of the column ``ZIndex`` (MERSCOPE) if the outlines of any cell
+    differ.
     """
     if is_label_image(path):
         return count_label_planes(path)
@@ -48,11 +49,11 @@ def count_planes(path: Path) -> int:
 
 
 def read_outlines(path: str | os.PathLike[str], *, stacked: bool = False) -> pd.DataFrame:
-    """Cells of a segmentation: cell_id int64 ascending, name (only if names are not numbers), and geometry.
+    """Read the cells of a segmentation: cell_id int64 ascending, name (only if names are not numbers), and geometry.
 
     Label images are in pixels (see `merfish.exchange.labels.label_outlines`); GeoJSON (Baysor, proseg, QuPath, QGIS)
-    and GeoParquet (MERSCOPE, SpatialData) are in the unit of the file. A cell with several outlines is their union, or,
-    if ``stacked``, has an outline in each plane (see `merfish.cells.stacks`). Raises InputError naming file and cell.
+    and GeoParquet (MERSCOPE, SpatialData) are in the unit of the file. Several outlines of a cell are united or, if
+    ``stacked``, kept by plane (see `merfish.cells.stacks`). Raises InputError naming file and cell.
     """
     path = Path(path)
     if not path.exists():
@@ -69,19 +70,19 @@ def read_outlines(path: str | os.PathLike[str], *, stacked: bool = False) -> pd.
 
 
 def _read_parquet(path: Path) -> tuple[list[Any], np.ndarray, np.ndarray]:
-    """Names, polygons and planes of the outlines, those of MERSCOPE's column or 0."""
+    """Return names, polygons and planes of the outlines: planes from MERSCOPE's column, else 0."""
     table, geometry = read_geoparquet(path)
     column = next((name for name in (*NAMES, "__index_level_0__") if name in table.column_names), None)
     there = ~shapely.is_missing(geometry)
     names = [None] * len(geometry) if column is None else table[column].to_pylist()
     plane = table[PLANE].to_numpy() if PLANE in table.column_names else np.zeros(len(geometry), np.int64)
     if plane.dtype.kind not in "iu" or plane.min(initial=0) < 0:
-        raise InputError(f"{path}: column {PLANE}: expected integers from 0")
+        raise InputError(f"{path}: column {PLANE}: expected non-negative integers")
     return [name for name, kept in zip(names, there, strict=True) if kept], geometry[there], plane[there]
 
 
 def _polygons(path: Path, names: Sequence[Any], geometry: np.ndarray) -> np.ndarray:
-    """Valid polygons. Raises InputError for other geometries."""
+    """Return valid polygons. Raises InputError for other geometries."""
     wrong = np.flatnonzero(~np.isin(shapely.get_type_id(geometry), _POLYGON))
     if len(wrong):
         kind = geometry[wrong[0]].geom_type
@@ -97,7 +98,7 @@ def _polygons(path: Path, names: Sequence[Any], geometry: np.ndarray) -> np.ndar
 
 
 def _one_each(names: Sequence[Any], geometry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Join the outlines that share a name; each outline without a name is a cell."""
+    """Unite the outlines that share a name; each outline without a name is a cell."""
     keys = np.array([str(name) for name in names], dtype=object)
     unnamed = np.array([name is None for name in names], bool)
     keys[unnamed] = np.char.add("unnamed ", np.flatnonzero(unnamed).astype(str))
@@ -111,7 +112,7 @@ def _one_each(names: Sequence[Any], geometry: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _stacked(names: Sequence[Any], plane: np.ndarray, geometry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As `_one_each`, with an outline in each plane; plane: that of each outline, from 0."""
+    """Unite outlines as `_one_each` does, but in each plane; plane: index of the plane of each outline."""
     n_planes = int(plane.max(initial=0)) + 1
     code, found = pd.factorize(np.array([str(name) for name in names], dtype=object))
     place, joined = _one_each((code * n_planes + plane).tolist(), geometry)
@@ -121,7 +122,7 @@ def _stacked(names: Sequence[Any], plane: np.ndarray, geometry: np.ndarray) -> t
 
 
 def numbered(names: np.ndarray, geometry: np.ndarray) -> pd.DataFrame:
-    """Cells that are not empty, by cell_id: their names if all are positive integers, else numbers in order."""
+    """Return the non-empty cells by cell_id: their names if all are positive integers, else numbers in order."""
     filled = ~shapely.is_empty(geometry)
     names, geometry = np.asarray(names)[filled], geometry[filled]
     text = pd.Series(names, dtype=object).astype(str)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def read_csv(folder: str | os.PathLike[str], microns_per_pixel: float = 1.0) -> AnnData:
-    """Cells of ``counts.csv`` at the coordinates of ``coordinates.csv``, micrometre.
+    """Read cells of ``counts.csv`` at the coordinates in ``coordinates.csv``, in micrometres.
 
-    counts.csv: the cell, then one column per feature; features with blank, notarget or negative in their names
-    are marked in ``var["is_blank"]``. coordinates.csv: cell, x, y and optionally z; other columns go to ``obs``. Both
-    may be .tsv, and compressed. microns_per_pixel: factor applied to the coordinates. Raises InputError naming file,
-    row and column.
+    counts.csv: cell, then one column per feature; features with blank, notarget or negative in their names are marked
+    in ``var["is_blank"]``. coordinates.csv: cell, x, y and optionally z; other columns are copied to ``obs``. Both may
+    be .tsv, and compressed. microns_per_pixel: factor applied to the coordinates. Raises InputError naming file, row
+    and column.
     """
     path = find_file(Path(folder), "counts.csv", "counts.csv.gz", "counts.tsv", "counts.tsv.gz")
     stem = "coordinates"
@@ -40,7 +40,7 @@ def read_csv(folder: str | os.PathLike[str], microns_per_pixel: float = 1.0) -> 
 
 
 def is_control(genes: pd.Index) -> np.ndarray:
-    """Which features are controls, by their names."""
+    """Return which features are controls, by their names."""
     return np.asarray(genes.str.lower().str.contains("blank|notarget|negative|negcontrol|control_"), dtype=bool)
 
 

@@ -19,7 +19,7 @@ from merfish import results
 from merfish.errors import InputError
 
 ROWS = 4096  # cells read at a time
-PLANE_OUTLINES = "plane_outlines"  # column of the cells: WKB, a collection of one outline per plane
+PLANE_OUTLINES = "plane_outlines"  # column of the cells: WKB, a collection with one outline per plane
 
 
 @contextmanager
@@ -44,16 +44,16 @@ def transcript_tables(run: Path) -> Iterator[pa.Table]:
 
 
 def cell_tables(run: Path) -> Iterator[pd.DataFrame]:
-    """Yield blocks of cells with ``geometry`` (shapely, micrometre); one empty table if there are none.
+    """Yield blocks of cells with ``geometry`` (shapely, micrometres); one empty table if there are none.
 
-    The column `PLANE_OUTLINES` is left out.
+    The column `PLANE_OUTLINES` is omitted.
     """
     for cells in _cell_tables(run):
         yield cells.drop(columns=PLANE_OUTLINES, errors="ignore")
 
 
 def stacked_cell_tables(run: Path, n_planes: int) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
-    """As `cell_tables`, with outlines (cell, plane): one for each plane, or the same one in all."""
+    """Yield blocks of cells, and outlines (cell, plane): one for each plane, or the same one in all."""
     for cells in _cell_tables(run):
         outlines = np.repeat(cells["geometry"].to_numpy(object)[:, None], n_planes, axis=1)
         if PLANE_OUTLINES in cells and len(cells):
@@ -76,7 +76,7 @@ def _cell_tables(run: Path) -> Iterator[pd.DataFrame]:
 
 
 def read_var(run: Path) -> pd.DataFrame:
-    """``var`` of the count table of a run."""
+    """Read ``var`` of the count table of a run."""
     from anndata.io import read_elem
 
     path = run / results.CELL_BY_GENE
@@ -98,7 +98,7 @@ def count_blocks(run: Path) -> Iterator[tuple[np.ndarray, csr_matrix]]:
 
 
 def write_dense(path: Path, index: str, names: pd.Index, blocks: Iterator[tuple[np.ndarray, csr_matrix]]) -> None:
-    """Write counts as CSV: one row per cell, its name in the column ``index``, one column per word."""
+    """Write counts as CSV: one row per cell, with its name in the column ``index``, and one column per word."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         pd.DataFrame(columns=names).to_csv(file, index_label=index)
         for cells, block in blocks:
@@ -106,7 +106,7 @@ def write_dense(path: Path, index: str, names: pd.Index, blocks: Iterator[tuple[
 
 
 def write_tables(path: Path, tables: Iterator[pa.Table]) -> None:
-    """Write tables with the same columns as one CSV."""
+    """Write tables with the same columns to one CSV file."""
     import pyarrow.csv as pv
 
     first = next(tables)

@@ -19,11 +19,11 @@ MICRONS_PER_PIXEL = 0.65  # of the images in which Slide-seq and Slide-seqV2 loc
 
 
 def read_slideseq(folder: str | os.PathLike[str], microns_per_pixel: float = MICRONS_PER_PIXEL) -> AnnData:
-    """Beads that have both counts and a position, micrometre.
+    """Read the beads that have both counts and a position, in micrometres.
 
-    folder: contains ``*digital_expression*``, ``*counts*`` or ``MappedDGEForR*`` (beads in columns or in rows, which is
-    detected by their names) and ``*location*`` (bead, x, y in pixels, with or without a header). Raises InputError
-    naming file, row and column.
+    folder: contains ``*digital_expression*``, ``*counts*`` or ``MappedDGEForR*`` (beads in columns or rows, detected by
+    their names) and ``*location*`` (bead, x, y in pixels, with or without a header). Raises InputError naming file, row
+    and column.
     """
     root = Path(folder)
     path = find_file(root, "*digital_expression*", "MappedDGEForR*", "*counts*", "*expression*")
@@ -35,7 +35,7 @@ def read_slideseq(folder: str | os.PathLike[str], microns_per_pixel: float = MIC
         names, columns, counts = columns, names, counts.T.tocsr()
     known = names.isin(places.index)
     if not known.any():
-        raise InputError(f"{path}: no row or column is a bead of {where}; its first bead is {places.index[0]!r}")
+        raise InputError(f"{path}: no row or column is a bead of {where}, whose first bead is {places.index[0]!r}")
     beads = names[known]
     var = pd.DataFrame({"is_blank": np.zeros(len(columns), bool)}, index=columns.rename("gene"))
     spatial = places.loc[beads].to_numpy() * microns_per_pixel
@@ -43,7 +43,7 @@ def read_slideseq(folder: str | os.PathLike[str], microns_per_pixel: float = MIC
 
 
 def _read_locations(path: Path) -> pd.DataFrame:
-    """Positions of beads, columns x, y in pixels, indexed by barcode."""
+    """Read positions of beads: columns x, y in pixels, indexed by barcode."""
     with understood(path, "locations of beads"):
         table = pd.read_csv(path, sep=separator(path), header=None, dtype=str)
     if table.shape[1] < 3 or not len(table):

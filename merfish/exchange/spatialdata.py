@@ -14,16 +14,16 @@ from merfish.errors import InputError
 from merfish.exchange.run import read_var
 from merfish.imaging.ngff import CHUNK, count_levels
 
-# Coordinate systems: micrometre in the frame of the stage, under the default name of readers; and pixels of a mosaic
-# of the fields, with the centre of the first pixel at 0.
+# Coordinate systems: micrometres in the frame of the stage, under the default name that readers use; and pixels of a
+# mosaic of the fields, with the centre of the first pixel at 0.
 MICROMETRE, PIXEL = "global", "pixel"
 
 
 def write_spatialdata(run: Path, out: Path, images: Mapping[str, tuple[Any, list[str]]] | None = None) -> None:
     """Write a run as a SpatialData store: points ``transcripts``, shapes ``cells``, and ``table`` that annotates them.
 
-    images: mosaics from `merfish.mosaic.section_images`, which are stored at several resolutions. All elements have the
-    coordinate systems ``global`` (micrometre) and ``pixel``. Molecules and images are read while they are written.
+    images: mosaics from `merfish.mosaic.section_images`, stored at several resolutions. All elements have the
+    coordinate systems ``global`` (micrometres) and ``pixel``. Molecules and images are read while they are written.
     Raises InputError if the package spatialdata is not installed.
     """
     try:
@@ -43,7 +43,7 @@ def write_spatialdata(run: Path, out: Path, images: Mapping[str, tuple[Any, list
     record = results.read_run(run)
     scale, origin = float(record.get("microns_per_pixel", 1.0)), results.mosaic_origin(record)
     frames = {MICROMETRE: Identity(), PIXEL: affine(1 / scale, -origin / scale)}
-    # SpatialData puts the corner, not the centre, of the first pixel at 0
+    # SpatialData has the corner of the first pixel, not its centre, at 0
     of_images = {MICROMETRE: affine(scale, origin - scale / 2), PIXEL: Translation([-0.5, -0.5], axes=("x", "y"))}
     molecules = dd.read_parquet(run / results.TRANSCRIPTS)
     molecules = molecules.rename(columns={"x": "x_pixel", "y": "y_pixel", "z": "plane"})

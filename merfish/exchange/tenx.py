@@ -13,14 +13,14 @@ from scipy.sparse import csr_matrix
 from merfish.errors import InputError
 from merfish.exchange._reading import names_of
 
-_CONTROLS = "control|blank|unassigned|deprecated"  # parts of feature types that are not genes
+_CONTROLS = "control|blank|unassigned|deprecated"  # parts of the feature types that are not genes
 
 
 def read_10x_h5(path: Path) -> tuple[pd.Index, pd.DataFrame, csr_matrix]:
-    """Barcodes, features and counts as CSR (barcode, feature) int32 from ``*_feature_bc_matrix.h5``.
+    """Read barcodes, features and counts as CSR (barcode, feature) int32 from ``*_feature_bc_matrix.h5``.
 
-    Features are indexed by unique names, with gene_id, feature_type and is_blank. Raises InputError for any other
-    file, and for a matrix with inconsistent parts.
+    Features are indexed by unique names, with gene_id, feature_type and is_blank. Raises InputError for other files,
+    and for a matrix with inconsistent parts.
     """
     try:
         with h5py.File(path) as file:
@@ -34,7 +34,7 @@ def read_10x_h5(path: Path) -> tuple[pd.Index, pd.DataFrame, csr_matrix]:
     n_features, n_barcodes = map(int, parts["shape"])
     if {len(values) for values in features.values()} != {n_features} or len(parts["barcodes"]) != n_barcodes:
         raise InputError(
-            f"{path}: the matrix is {n_features} features x {n_barcodes} barcodes, but the numbers of names differ"
+            f"{path}: the matrix is {n_features} features x {n_barcodes} barcodes, but the numbers of its names differ"
         )
     try:
         # columns of a CSC matrix (feature, barcode) are rows of a CSR matrix (barcode, feature)

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 # Space Ranger before 2.0 wrote positions without a header
 COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 PLACE = ["pxl_col_in_fullres", "pxl_row_in_fullres"]  # x, y
-SPOT = 65.0  # micrometre, of the spot whose diameter in pixels Space Ranger states
+SPOT = 65.0  # micrometres; diameter of a spot, which Space Ranger states in pixels
 
 
 def read_visium(folder: str | os.PathLike[str]) -> AnnData:
-    """Spots of ``filtered_feature_bc_matrix.h5`` at the positions of ``spatial/tissue_positions*``, micrometre.
+    """Read spots of ``filtered_feature_bc_matrix.h5`` at positions in ``spatial/tissue_positions*``, in micrometres.
 
-    Positions are pixels of the full image times the scale from ``scalefactors_json.json``: ``microns_per_pixel``
-    (Visium HD), else derived from the diameter of a spot. Raises InputError naming file, column and row.
+    Positions are in pixels of the full image, and are scaled by ``microns_per_pixel`` (Visium HD) of
+    ``scalefactors_json.json``, or by the diameter of a spot in it. Raises InputError naming file, column and row.
     """
     matrix = find_file(Path(folder), "filtered_feature_bc_matrix.h5", "*filtered_feature_bc_matrix.h5")
     spatial = Path(folder) / "spatial"
@@ -49,11 +49,11 @@ def read_visium(folder: str | os.PathLike[str]) -> AnnData:
 
 
 def microns_per_pixel(path: Path) -> float:
-    """Scale of the full image. Raises InputError if the file does not contain it."""
+    """Read the scale of the full image. Raises InputError if the file does not contain it."""
     values = read_json(path)
     factors = values if isinstance(values, dict) else {}
     scale, spot = factors.get("microns_per_pixel"), factors.get("spot_diameter_fullres")
     given = scale if scale is not None else spot
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < 1e6:
-        raise InputError(f"{path}: expected microns_per_pixel or spot_diameter_fullres above 0, got {shown(given)}")
+        raise InputError(f"{path}: expected a positive microns_per_pixel or spot_diameter_fullres, got {shown(given)}")
     return float(given) if scale is not None else SPOT / float(given)

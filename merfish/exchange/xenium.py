@@ -16,7 +16,7 @@ CENTRE = ["x_centroid", "y_centroid"]
 
 
 def read_xenium(folder: str | os.PathLike[str]) -> AnnData:
-    """Cells of ``cell_feature_matrix.h5`` at the centroids of ``cells.parquet`` (or ``.csv.gz``), micrometre.
+    """Read cells of ``cell_feature_matrix.h5`` at the centroids in ``cells.parquet`` (or ``.csv.gz``), in micrometres.
 
     Controls and unassigned codewords are marked in ``var["is_blank"]``. Raises InputError naming file, column and row.
     """

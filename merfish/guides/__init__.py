@@ -23,12 +23,12 @@ GUIDES = (
 
 
 def read_guide(name: str) -> str:
-    """The Markdown of a guide. Raises InputError for a name that is not in `GUIDES`."""
+    """Read the Markdown of a guide. Raises InputError for a name that is not in `GUIDES`."""
     if name not in GUIDES:
         raise InputError(f"guide {shown(name)}: expected one of {', '.join(GUIDES)}")
     return (Path(__file__).parent / f"{name}.md").read_text(encoding="utf-8")
 
 
 def guide_titles() -> dict[str, str]:
-    """Title of each guide by its name, in reading order."""
+    """Return the title of each guide by its name, in reading order."""
     return {name: read_guide(name).split("\n", 1)[0].removeprefix("# ") for name in GUIDES}

@@ -1,4 +1,4 @@
-"""``python -m merfish.guides SITE``: the guides and an API reference as a static site; needs the extra ``docs``."""
+"""``python -m merfish.guides SITE``: build a static site of guides and API reference; needs the extra ``docs``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ neighbourhoods.
 
 
 def public_modules(package: str) -> list[str]:
-    """Names of a package and of its modules, at any depth, that do not begin with an underscore and can be imported."""
+    """Return the names of a package and its importable modules at any depth that do not begin with an underscore."""
     found = [package]
     for info in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
         private = any(part.startswith("_") for part in info.name.split("."))
@@ -61,7 +61,7 @@ def public_modules(package: str) -> list[str]:
 
 
 def public_names(package: str) -> list[str]:
-    """Directives that document what ``import package`` offers; autodoc does not find names that are loaded lazily."""
+    """Return directives that document what ``import package`` offers; autodoc does not find lazily loaded names."""
     module, lines = import_module(package), []
     for name in module.__all__:
         kind = "class" if isinstance(getattr(module, name), type) else "function"
@@ -104,7 +104,7 @@ def build_site(site: Path) -> None:
 
 
 def main() -> None:
-    """Build the site; bad input ends with one message and exit code 2."""
+    """Build the site; invalid input ends with one message and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m merfish.guides", description="Build the documentation.")
     parser.add_argument("site", type=Path, metavar="SITE", help="folder to write")
     options = parser.parse_args()

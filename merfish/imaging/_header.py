@@ -1,4 +1,4 @@
-"""Shared by all readers of image files: the header they return, blocks of rows, and limits on memory."""
+"""Common parts of all image readers: the header they return, blocks of rows, and limits on memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import numpy as np
 from merfish.errors import InputError
 
 MOST_FRAME = 1 << 29  # bytes of one frame, 16,384 x 16,384 px; a header that needs more is damaged
-Block = tuple[int, np.ndarray]  # number of a frame, and some of its rows (row, x)
-MOST_BLOCK = 1 << 26  # bytes of the rows that are read at a time, where the layout of the file allows
-# Limits on the unpacked size of a compressed file, in bytes and relative to its own: camera noise compresses no further
+Block = tuple[int, np.ndarray]  # index of a frame, and some of its rows (row, x)
+MOST_BLOCK = 1 << 26  # bytes of the rows that are read at once, if the layout of the file permits
+# Limits on the unpacked size of a compressed file, in bytes and relative to its size; camera noise does not compress
+# further.
 FREE_BYTES, MOST_UNPACKED = 1 << 28, 50
 
 
 @dataclass(frozen=True)
 class Header:
-    """The frames of a file. ``problem`` says why they cannot be read or trusted, and is empty if they can."""
+    """Frames of a file: number, shape (y, x), dtype. problem: why they cannot be read or trusted; empty if they can."""
 
     frames: int
     shape: tuple[int, int]
@@ -29,7 +30,7 @@ class Header:
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of one frame in memory."""
+        """Size of one frame in memory, bytes."""
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
 
@@ -43,9 +44,10 @@ def refuse_bomb(path: Path, unpacked: int, stored: int) -> None:
 
 
 def row_blocks(array: Any, multiple: int = 1) -> Iterator[Block]:
-    """Number of the frame and rows (row, x), block after block, of an array (..., y, x) of which slices can be taken.
+    """Yield the index of a frame and some of its rows (row, x), block by block; array: (..., y, x), can be sliced.
 
-    multiple: of rows that a block has, such as the height of a chunk.
+    multiple: the number of rows of a block is a multiple of it, such as the height of a chunk. Raises InputError if the
+    array has fewer than two axes.
     """
     if array.ndim < 2:
         raise InputError(f"an array of shape {array.shape}, expected (frame, y, x)")

@@ -6,7 +6,8 @@ import numpy as np
 
 from merfish._jit import fused_kernel, kernel, parallel_kernel, prange
 
-_ROWS = 32  # a strip of so many rows, filtered along x, stays in a core's cache while it is filtered along y
+_BLOCK = 64  # pixels of a row that are searched for peaks only if one is above the threshold
+_ROWS = 32  # rows of a strip; filtered along x, it stays in the cache of a core while it is filtered along y
 
 
 @parallel_kernel
@@ -23,20 +24,20 @@ def filter_planes(planes, starts, taps_y, taps_x, out):
 
 @kernel
 def filter_planes_alone(planes, starts, taps_y, taps_x, out):
-    """`filter_planes` on this thread alone, for `merfish._jit.map_bits`."""
+    """`filter_planes` on a single thread, for `merfish._jit.map_bits`."""
     for strip in range(len(planes) * strips_of(planes)):
         filter_strip(planes, strip, starts, taps_y, taps_x, out)
 
 
 @kernel
 def strips_of(planes):
-    """Strips of a plane."""
+    """Number of strips of a plane."""
     return (planes.shape[1] + _ROWS - 1) // _ROWS
 
 
 @kernel
 def filter_strip(planes, strip, starts, taps_y, taps_x, out):
-    """The part of `filter_planes` in one strip, counted through all planes."""
+    """Filter one strip of `filter_planes`; strips are counted over all planes."""
     _, height, width = planes.shape
     n_y, n_x = taps_y.shape[1], taps_x.shape[1]
     p = strip // strips_of(planes)
@@ -74,7 +75,7 @@ def along_row(target, source, taps):
 
 @fused_kernel
 def across_rows(target, ring, first, taps):
-    """target += sum over t of taps[t] * row first + t, where row r lies in ring[r % len(ring)]."""
+    """target += sum over t of taps[t] * row (first + t), where row r is ring[r % len(ring)]."""
     size = len(ring)
     for t in range(0, len(taps), 4):
         r = first + t
@@ -86,11 +87,12 @@ def across_rows(target, ring, first, taps):
 
 @kernel
 def bandpass_rows(image, first, last, narrow, wide, out):
-    """Rows ``first`` to below ``last`` of an image (y, x), narrow Gaussian minus wide one, into ``out`` (row, x).
+    """Band-pass rows ``first`` to ``last`` - 1 of an image (y, x), narrow minus wide Gaussian, into ``out`` (row, x).
 
-    narrow, wide (tap,) float32, symmetric about the tap at their radius, then zeros up to a multiple of 4 taps. Image
-    mirrored at its edges. Each row is filtered along x once; as many rows as the filter has taps are kept, in cache.
-    For a whole image ``out`` may be the image: rows mirrored at its end, which are overwritten by then, are kept ones.
+    narrow, wide (tap,) float32: symmetric about the tap at their radius, then zeros up to a multiple of 4 taps. The
+    image is mirrored at its edges. Each row is filtered along x once; as many filtered rows as the filter has taps are
+    kept in the cache. For a whole image ``out`` may be the image: rows mirrored at its end, which are overwritten by
+    then, are taken from the kept ones.
     """
     height, width = image.shape
     reach, inner = radius_of(wide), radius_of(narrow)
@@ -99,7 +101,7 @@ def bandpass_rows(image, first, last, narrow, wide, out):
     minus = -wide
     for r in range(last - first + 2 * reach):
         index = _mirror(first + r - reach, height)
-        same = index - first + reach  # the turn of that row
+        same = index - first + reach  # value of r for which that row was filtered
         if 0 <= same < r < same + len(wide):
             far[r % len(wide)] = far[same % len(wide)]
             near[r % len(wide)] = near[same % len(wide)]
@@ -121,7 +123,7 @@ def bandpass_rows(image, first, last, narrow, wide, out):
 
 @kernel
 def radius_of(taps):
-    """Taps on each side of the middle one of symmetric taps, filled up with 0 to a multiple of 4."""
+    """Number of taps on each side of the middle one of symmetric taps, which are padded with 0 to a multiple of 4."""
     n = len(taps)
     while taps[n - 1] == 0.0:
         n -= 1
@@ -130,20 +132,20 @@ def radius_of(taps):
 
 @kernel
 def bandpass_image(image, narrow, wide, out):
-    """A whole image (y, x); see `bandpass_rows`."""
+    """Band-pass a whole image (y, x); see `bandpass_rows`."""
     bandpass_rows(image, 0, len(image), narrow, wide, out)
 
 
 @parallel_kernel
 def bandpass_strip(images, first, last, narrow, wide, out):
-    """Rows ``first`` to below ``last`` of each image (bit, y, x) into ``out`` (bit, row, x); see `bandpass_rows`."""
+    """Band-pass rows ``first`` to ``last`` - 1 of each image (bit, y, x) into ``out`` (bit, row, x)."""
     for bit in prange(len(images)):
         bandpass_rows(images[bit], first, last, narrow, wide, out[bit])
 
 
 @kernel
 def _mirror(index, size):
-    """The pixel that ``index`` refers to when the image is mirrored about its outermost pixels."""
+    """Pixel to which ``index`` refers if the image is mirrored about its outermost pixels."""
     if size == 1:
         return 0
     period = 2 * size - 2
@@ -155,8 +157,8 @@ def _mirror(index, size):
 def remove_hot_pixels(image, out):
     """Copy ``image`` (y, x) to float32 ``out``, with hot pixels replaced by their second highest neighbour.
 
-    A pixel is hot if it exceeds that neighbour by 4 times the range of the other neighbours: light that passes through
-    a lens, even a spot of sigma 0.8 px, does not fall off so steeply. The highest neighbour is ignored because hot
+    A pixel is hot if it exceeds its lowest neighbour by more than 4 times the difference of the second highest and the
+    lowest one; even a spot of sigma 0.8 px does not fall off so steeply. The highest neighbour is ignored because hot
     pixels also occur in pairs. Hot pixels stay at the same position while the sample drifts.
     """
     height, width = image.shape
@@ -175,7 +177,7 @@ def remove_hot_pixels(image, out):
 
 @kernel
 def _without_hot(above, row, below, out):
-    """`remove_hot_pixels` within a row (x,) float32, without branches, so that compilers vectorise it."""
+    """`remove_hot_pixels` for the inner pixels of a row (x,) float32; without branches, so that it is vectorised."""
     for x in range(1, len(row) - 1):
         ranks = (above[x - 1], above[x - 1], np.float32(-np.inf))
         ranks = _ranked(ranks, above[x])
@@ -190,14 +192,14 @@ def _without_hot(above, row, below, out):
 
 @kernel
 def _not_hot(image, y, x):
-    """`remove_hot_pixels` of a pixel at the edge."""
+    """`remove_hot_pixels` for a pixel at the edge."""
     value = np.float32(image[y, x])
     low, high, second = np.float32(np.inf), np.float32(-np.inf), np.float32(-np.inf)
     for v in range(max(0, y - 1), min(len(image), y + 2)):
         for u in range(max(0, x - 1), min(image.shape[1], x + 2)):
             if v != y or u != x:
                 low, high, second = _ranked((low, high, second), np.float32(image[v, u]))
-    second = max(second, low)  # in a line of pixels the last has a single neighbour
+    second = max(second, low)  # the end of a line of pixels has a single neighbour
     return second if value - low > 4 * (second - low) else value
 
 
@@ -211,13 +213,13 @@ def _ranked(ranks, other):
 
 @kernel
 def patch_steps(fixed, moving, bounds, centers, radius, steps, variances):
-    """How far each patch of ``moving`` (y, x) is displaced from the same patch of ``fixed``, by least squares.
+    """Measure the displacement of each patch of ``moving`` (y, x) from the same patch of ``fixed``, by least squares.
 
     Within ``radius`` of each centre (patch, 2) int64, moving = gain * fixed + offset - gain * step . gradient, where
-    the gradient is that of the mean of both images, so that the noise of neither pulls the step to 0. Valid for steps
-    well below the width of the structure; repeat on the realigned image. Only pixels from bounds[0] to below bounds[1]
-    along y and from bounds[2] to below bounds[3] along x count; they must lie 1 px inside the images.
-    steps: (patch, 2) out, pixel; variances: (patch,) out, of a step along one axis; NaN and inf where undetermined.
+    the gradient is that of the mean of both images, so that the noise of neither biases the step towards 0. Valid for
+    steps well below the width of the structure; repeat on the realigned image. Only pixels from bounds[0] to
+    bounds[1] - 1 along y and from bounds[2] to bounds[3] - 1 along x are used; they must lie 1 px inside the images.
+    out: steps (patch, 2) y, x in pixel; variances (patch,), of a step along one axis; NaN and inf if undetermined.
     """
     for k in range(centers.shape[0]):
         normal = np.zeros((4, 4))
@@ -296,7 +298,7 @@ def warp_planes(coefficients, maps, out):
 
 @kernel
 def _cubic_weights(fraction, weights):
-    """Cubic B-splines at a position ``fraction`` (0 to 1) beyond the second of four pixels."""
+    """Weights of cubic B-splines at a position ``fraction`` (0 to 1) beyond the second of four pixels."""
     left = np.float32(1.0) - fraction
     weights[0] = left * left * left / np.float32(6.0)
     weights[3] = fraction * fraction * fraction / np.float32(6.0)
@@ -306,7 +308,7 @@ def _cubic_weights(fraction, weights):
 
 @kernel
 def in_order(bits):
-    """Map the bits of a float32 to an integer that has the same order, and back."""
+    """Map the bits of a float32 to an integer of the same order; its own inverse."""
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
@@ -314,27 +316,28 @@ def in_order(bits):
 def median_of(values):
     """Median of finite ``values`` (n,) float32, n >= 1.
 
-    By bisection between values: the interval that contains the median is halved until half of the values lie below
-    it. Counting, minima and maxima of integers are vectorised; sorting is not.
+    By bisection: the interval that contains the median is halved until half of the values lie below it. Counting,
+    minima and maxima of integers are vectorised; sorting is not.
     """
     n = len(values)
     middle = (n + 1) // 2
     bits, keys = values.view(np.int32), np.empty(n, np.int32)
     ends = np.empty(2, np.float32)
     end_bits = ends.view(np.int32)
-    low, high = np.int64(2**31), np.int64(-(2**31))
+    least, most = np.int32(-(2**31)), np.int32(2**31 - 1)  # beyond the keys of finite values
+    low, high = most, least
     for i in range(n):
         keys[i] = in_order(bits[i])
         low, high = min(low, keys[i]), max(high, keys[i])
     while low < high:
-        end_bits[0], end_bits[1] = in_order(np.int32(low)), in_order(np.int32(high))
+        end_bits[0], end_bits[1] = in_order(low), in_order(high)
         ends[0] += (ends[1] - ends[0]) / np.float32(2.0)
-        limit = min(np.int64(in_order(end_bits[0])), high - 1)
-        number, below, above = 0, np.int64(-(2**31)), np.int64(2**31)
+        limit = np.int32(min(in_order(end_bits[0]), high - 1))
+        number, below, above = np.int32(0), least, most
         for i in range(n):
             number += np.int32(keys[i] <= limit)
-            below = max(below, keys[i] if keys[i] <= limit else -(2**31))
-            above = min(above, keys[i] if keys[i] > limit else 2**31)
+            below = max(below, keys[i] if keys[i] <= limit else least)
+            above = min(above, keys[i] if keys[i] > limit else most)
         if number == middle:
             low, high = below, above if n % 2 == 0 else below
             break
@@ -342,7 +345,7 @@ def median_of(values):
             high = below
         else:
             low = above
-    end_bits[0], end_bits[1] = in_order(np.int32(low)), in_order(np.int32(high))
+    end_bits[0], end_bits[1] = in_order(low), in_order(high)
     return (ends[0] + ends[1]) / np.float32(2.0)
 
 
@@ -369,11 +372,31 @@ def tile_noise(planes, tile_y, tile_x, every, medians, deviations):
 
 
 @kernel
+def between_tiles(values, height, tile_y, tile_x, x, y, out):
+    """Interpolate values of tiles (plane, row, column) linearly between the centres of the tiles of each plane.
+
+    height: rows of a plane; tile_y, tile_x: pixel; x, y (rows) (place,). out: (place,) float32; beyond the outermost
+    centres the values continue unchanged.
+    """
+    _, n_down, n_across = values.shape
+    for i in range(len(x)):
+        plane = int(y[i]) // height
+        v = min(max((y[i] - plane * height + 0.5) / tile_y - 0.5, 0.0), n_down - 1.0)
+        u = min(max((x[i] + 0.5) / tile_x - 0.5, 0.0), n_across - 1.0)
+        row, column = int(v), int(u)
+        below, right = min(row + 1, n_down - 1), min(column + 1, n_across - 1)
+        v, u = v - row, u - column
+        upper = values[plane, row, column] * (1 - u) + values[plane, row, right] * u
+        lower = values[plane, below, column] * (1 - u) + values[plane, below, right] * u
+        out[i] = upper * (1 - v) + lower * v
+
+
+@kernel
 def find_peaks(image, height, threshold, x, y, value):
     """Sub-pixel local maxima above a threshold in an image (row, x) of stacked planes of ``height`` rows each.
 
-    out: x, y (rows), value (capacity,) float32. The maximum is that of the least-squares paraboloid over 3 x 3 pixels,
-    at most 1 px away. Returns the number of maxima, including those beyond the capacity.
+    out: x, y (rows), value (capacity,) float64. The maximum is that of the least-squares paraboloid over 3 x 3 pixels,
+    at most 1 px away along each axis. Returns the number of maxima, including those beyond the capacity.
     """
     n_rows, width = image.shape
     found = 0
@@ -381,37 +404,45 @@ def find_peaks(image, height, threshold, x, y, value):
         inside = row % height
         if inside == 0 or inside == height - 1:
             continue
-        for column in range(1, width - 1):
-            centre = image[row, column]
-            if not centre > threshold:
+        line = image[row]
+        for first in range(1, width - 1, _BLOCK):
+            last = min(first + _BLOCK, width - 1)
+            above = 0
+            for column in range(first, last):  # vectorised; most blocks have no pixel above
+                above += np.int32(line[column] > threshold)
+            if above == 0:
                 continue
-            # most pixels of a spot are not its top, and two neighbours tell
-            if image[row, column - 1] >= centre or image[row, column + 1] > centre:
-                continue
-            top = True
-            gx = gy = hxx = hyy = hxy = mean = 0.0
-            for dy in range(-1, 2):
-                for dx in range(-1, 2):
-                    v = image[row + dy, column + dx]
-                    if v > centre or (v == centre and (dy < 0 or (dy == 0 and dx < 0))):
-                        top = False
-                    mean += v / 9.0
-                    gx += dx * v / 6.0
-                    gy += dy * v / 6.0
-                    hxx += (3 * dx * dx - 2) * v / 3.0
-                    hyy += (3 * dy * dy - 2) * v / 3.0
-                    hxy += dx * dy * v / 4.0
-            if not top:
-                continue
-            found += 1
-            if found > len(x):
-                continue
-            ox = oy = 0.0
-            det = hxx * hyy - hxy * hxy
-            if det > 0 and hxx < 0:
-                ox = min(max((hxy * gy - hyy * gx) / det, -1.0), 1.0)
-                oy = min(max((hxy * gx - hxx * gy) / det, -1.0), 1.0)
-            x[found - 1] = column + ox
-            y[found - 1] = row + oy
-            value[found - 1] = max(centre, mean + (gx * ox + gy * oy) / 2 - (hxx + hyy) / 3)
+            for column in range(first, last):
+                centre = image[row, column]
+                if not centre > threshold:
+                    continue
+                # most pixels of a spot are not its top, and two neighbours tell
+                if image[row, column - 1] >= centre or image[row, column + 1] > centre:
+                    continue
+                top = True
+                gx = gy = hxx = hyy = hxy = mean = 0.0
+                for dy in range(-1, 2):
+                    for dx in range(-1, 2):
+                        v = image[row + dy, column + dx]
+                        if v > centre or (v == centre and (dy < 0 or (dy == 0 and dx < 0))):
+                            top = False
+                        mean += v / 9.0
+                        gx += dx * v / 6.0
+                        gy += dy * v / 6.0
+                        hxx += (3 * dx * dx - 2) * v / 3.0
+                        hyy += (3 * dy * dy - 2) * v / 3.0
+                        hxy += dx * dy * v / 4.0
+                if not top:
+                    continue
+                found += 1
+                if found > len(x):
+                    continue
+                ox = oy = 0.0
+                det = hxx * hyy - hxy * hxy
+                if det > 0 and hxx < 0:
+                    ox = min(max((hxy * gy - hyy * gx) / det, -1.0), 1.0)
+                    oy = min(max((hxy * gx - hxx * gy) / det, -1.0), 1.0)
+                x[found - 1] = column + ox
+                y[found - 1] = row + oy
+                value[found - 1] = max(centre, mean + (gx * ox + gy * oy) / 2 - (hxx + hyy) / 3)
     return found

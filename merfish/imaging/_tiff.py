@@ -1,7 +1,7 @@
-"""TIFF: pages in file order.
+"""Reader of TIFF files: pages in file order.
 
 tifffile's series are not used for movies: some microscopes write every frame as a separate series, and a truncated
-page-wise stack is read as fewer pages without a warning. Header fields that could cost much time or memory are checked
+page-wise stack is read as fewer pages without a warning. Header fields that may cost much time or memory are checked
 before tifffile uses them.
 """
 
@@ -26,14 +26,15 @@ from merfish.imaging._header import MOST_FRAME, Block, Header, refuse_bomb, row_
 
 MOST_PAGES = 100_000
 MOST_TAGS = 4096  # of a page
-# Bytes of a value by its type number in TIFF 6.0 and BigTIFF
+# Size of a value in bytes by its type number in TIFF 6.0 and BigTIFF
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 # Compressions whose unpacked size follows from the page's header: none, LZW, deflate (two numbers), PackBits,
 # Zstandard. JPEG and similar formats have size fields of their own.
 _COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 50000: "Zstandard"}
 _OME_COUNTS = ("SizeZ", "SizeC", "SizeT", "PlaneCount", "IFD", "FirstZ", "FirstC", "FirstT")
 
-# Our messages include its warnings about damaged files; without a handler they would be printed unescaped as well.
+# Messages of this module cover tifffile's warnings about damaged files; without a handler these would be printed
+# unescaped as well.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
@@ -164,7 +165,7 @@ def _frames(path: Path, tif: Any, frames: Sequence[int], header: Header) -> np.n
 
 
 def read_blocks(path: Path) -> Iterator[Block]:
-    """Number of the frame and rows (row, x), block after block."""
+    """Yield the index of a frame and some of its rows (row, x), block by block."""
     with _opened(path) as tif:
         header = _header(path, tif)
         if header.problem:
@@ -183,7 +184,7 @@ def read_blocks(path: Path) -> Iterator[Block]:
 
 
 def _segment_rows(path: Path, page: Any) -> Iterator[np.ndarray]:
-    """Rows (row, x) of a page, a strip or a row of tiles at a time."""
+    """Yield the rows (row, x) of a page, one strip or row of tiles at a time."""
     height, width = page.shape
     rows = min(page.chunks[0], height)
     if rows * width * page.dtype.itemsize > MOST_FRAME:
@@ -197,7 +198,7 @@ def _segment_rows(path: Path, page: Any) -> Iterator[np.ndarray]:
 
 
 def read_stack(path: Path) -> tuple[np.ndarray, str]:
-    """Read a whole TIFF as one array, and the names of its axes, "" if it does not name them for all its pages."""
+    """Read a whole TIFF as one array, and the names of its axes, "" if they are not given for all pages."""
     with _opened(path) as tif:
         header = _header(path, tif)
         if header.problem:

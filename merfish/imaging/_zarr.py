@@ -1,4 +1,4 @@
-"""Zarr and OME-Zarr: metadata are checked against the files before zarr uses them."""
+"""Reader of Zarr and OME-Zarr: metadata are checked against the files before zarr uses them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _PIECE = 1 << 20  # bytes unpacked at a time while counting
 
 @dataclass(frozen=True)
 class Store:
-    """An array in a folder, as its metadata describe it, and the files of its chunks.
+    """An array in a folder, as described by its metadata, and the files of its chunks.
 
     version: of the format, 2 or 3. axes: their names, one letter each, or "". codecs: by name. n_chunks: including
-    those without a file. stored: bytes of all files.
+    those without a file. stored: total size of the files, bytes.
     """
 
     folder: Path
@@ -51,8 +51,8 @@ class Store:
 def open_store(path: Path) -> Store:
     """Open the array of a Zarr store, or the full resolution of an OME-Zarr image, without reading a chunk.
 
-    Raises InputError if the metadata are not supported or claim more than the files hold, or if a file is not a
-    regular file or is a link to a place outside the folder.
+    Raises InputError if the metadata are not supported or claim far more data than the files can contain, or if a file
+    is not a regular file or is a link to a path outside the folder.
     """
     version, metadata = _metadata(path)
     axes = "".join(str(name)[:1] for name in names) if (names := metadata.get("dimension_names")) and all(names) else ""
@@ -207,7 +207,7 @@ def read_header(path: Path) -> Header:
 
 
 def problem_of(store: Store) -> str:
-    """Refuse missing chunks: zarr reads them as zeros, which no camera measures."""
+    """Problem of a store with missing chunks, which zarr would read as zeros; "" if there are none."""
     missing = store.n_chunks - len(store.files)
     return f"{missing} of its {store.n_chunks} chunks are missing" if missing else ""
 
@@ -221,13 +221,13 @@ def read_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
 
 
 def read_blocks(path: Path) -> Iterator[Block]:
-    """Number of the frame and rows (row, x), block after block; chunks without a file hold the array's fill value."""
+    """Yield the index of a frame and some of its rows (row, x), block by block; chunks without a file are filled."""
     array = _checked_array(open_store(path))
     return row_blocks(array, array.chunks[-2] if array.ndim > 1 else 1)
 
 
 def read_stack(path: Path) -> tuple[np.ndarray, str]:
-    """Read the whole array, and the names of its axes."""
+    """Read the whole array and the names of its axes."""
     store = open_store(path)
     if problem := problem_of(store):
         raise InputError(f"{path}: {problem}")
@@ -250,7 +250,7 @@ def _checked_array(store: Store) -> Any:
 
 
 def _check_chunk(file: Path, codecs: tuple[str, ...], expected: int) -> None:
-    """Refuse a chunk that would not unpack to ``expected`` bytes; its first bytes are used where they give the size."""
+    """Refuse a chunk that would not unpack to ``expected`` bytes; its header is used if it states the size."""
     found: int | None = None
     if "gzip" in codecs or "zlib" in codecs:
         found = _unpacked_size(file, expected)
@@ -272,7 +272,7 @@ def _check_chunk(file: Path, codecs: tuple[str, ...], expected: int) -> None:
 
 
 def _zstd_size(head: bytes) -> int | None:
-    """Content size that a Zstandard frame states (RFC 8878, 3.1.1.1), None if it states none."""
+    """Content size stated in a Zstandard frame (RFC 8878, 3.1.1.1); None if there is none."""
     if len(head) < 5 or head[:4] != b"\x28\xb5\x2f\xfd":
         return None
     flags = head[4]

@@ -1,4 +1,4 @@
-"""Images that need not fit in memory: frames in blocks of rows."""
+"""Read images that need not fit in memory, in blocks of rows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Block", "read_blocks", "row_blocks"]
 
 
 def read_blocks(path: str | os.PathLike[str]) -> Iterator[Block]:
-    """Number of the frame and rows (row, x), native byte order, block after block in the order of the file.
+    """Yield the index of a frame and some of its rows (row, x), native byte order, block by block in file order.
 
     Frames are counted as in `merfish.imaging.images.read_frames`, whose limit on their size does not apply. Chunks of a
-    Zarr store that have no file hold its fill value. Raises InputError naming the file if it is damaged.
+    Zarr store that have no file contain its fill value. Raises InputError naming the file if it is damaged.
     """
     path = Path(path)
     with understood(path):

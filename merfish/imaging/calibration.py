@@ -19,10 +19,10 @@ from merfish.imaging.unmixing import Leak
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What is measured on some fields and applied to all.
+    """Quantities that are measured on some fields and applied to all.
 
-    normalization: of the bits. chromatic: a fit for each colour, by name; the reference colour has none. light: of each
-    colour, by name. leaks: of light between the bits.
+    normalization: of the bits. chromatic: chromatic fit of each colour, by name; the reference colour has none. light:
+    illumination of each colour, by name. leaks: of light between bits.
     """
 
     normalization: Normalization
@@ -61,7 +61,7 @@ class Calibration:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to values that JSON keeps exactly."""
+        """Convert to values that JSON stores exactly."""
         fits = {color: fit.to_dict() for color, fit in self.chromatic.items()}
         light = {color: light.to_dict() for color, light in self.light.items()}
         leaks = [list(leak) for leak in self.leaks]
@@ -69,7 +69,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], given: Mapping[str, KnownLight] | None = None) -> Calibration:
-        """Restore from `to_dict`; flat fields given by the user are not part of it and are passed again."""
+        """Restore from `to_dict`; flat fields given by the user are not part of it and must be passed again."""
         fits = {color: ColorFit.from_dict(fit) for color, fit in values["chromatic"].items()}
         light = {
             color: replace(Light.from_dict(found), flat=given[color].flat if given else None)
@@ -81,7 +81,7 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """Summary of one field; several of them give the calibration.
+    """Summary of one field; the calibration is computed from several of them.
 
     spots: corrected for drift only; peaks: the light of some of them in all bits; shifts: that drift, (bit, 2) dy, dx
     in pixel; glows: of each colour by name, empty if there are no raw images.
@@ -96,7 +96,7 @@ class Survey:
 def calibrate(
     fields: Sequence[Survey], bits: Sequence[Channel], given: Mapping[str, KnownLight] | None = None
 ) -> Calibration:
-    """Calibrate all fields from the surveys of some. given: illumination of each colour, as far as it is known.
+    """Compute the calibration of all fields from the surveys of some. given: known illumination of each colour.
 
     The reference of the chromatic maps is the colour with the most bits; of several, the first.
     """
@@ -123,7 +123,7 @@ def calibrate(
 
 
 def under_even_light(field: Survey, light: Mapping[str, Light], bits: Sequence[Channel]) -> FieldSpots:
-    """Scale the heights of a field's spots to those under full illumination."""
+    """Divide the heights of a field's spots by the relative illumination at their positions on the camera."""
     spots = field.spots
     y, x = (np.stack([spots.y, spots.x]) + field.shifts[spots.bit].T).round().astype(int)
     y, x = np.clip(y, 0, spots.shape[0] - 1), np.clip(x, 0, spots.shape[1] - 1)

@@ -1,9 +1,10 @@
 """Chromatic distortion: affine maps from the reference colour to each other colour, estimated from the molecules.
 
-A molecule has spots in several bits, and therefore in several colours. Systematic distances between them over the field
-are chromatic distortion, which one affine map for each colour describes to a few hundredths of a pixel. It need not be
-known which spots belong together: among all pairs of near spots of two colours, pairs of one molecule scatter about the
-map and all others are uniform; a mixture of the two is fitted (as in coherent point drift, Myronenko & Song 2010).
+A molecule has spots in several bits, and therefore in several colours. Systematic displacements between them over the
+field are chromatic distortion, which one affine map for each colour describes to a few hundredths of a pixel. It need
+not be known which spots belong to the same molecule: among all pairs of nearby spots of two colours, pairs of one
+molecule scatter about the map and all others are uniform; a mixture of the two is fitted (as in coherent point drift,
+Myronenko & Song 2010).
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from scipy.spatial import KDTree
 
 from merfish.imaging.normalize import FieldSpots
 
-REACH = 6.0  # pixel; spots of one molecule are closer than this in any two colours
-MIN_PAIRS = 100.0  # pairs of one molecule; with fewer, a colour's map stays the identity
+REACH = 6.0  # pixel; two spots of one molecule are closer than this
+MIN_PAIRS = 100.0  # pairs of one molecule; with fewer, the map of a colour is the identity
 MOST_SPOTS = 8_000  # of the reference colour, for each field; the error of the map is then below 0.01 px
-LEAST_SHIFT = 0.05  # pixel; smaller shifts are far below the localisation error of a spot and not worth a warp
-# Widths of the mixture, pixel, from one that captures any map to that of the spots' scatter; then the width is fitted.
+LEAST_SHIFT = 0.05  # pixel; smaller shifts are far below the localisation error of a spot and are not corrected
+# Widths of the mixture, pixel, from one that covers any map to that of the scatter of the spots; then the width is
+# fitted.
 _WIDTHS = (2.5, 2.0, 1.5, 1.0, 0.7, 0.5)
 _ITERATIONS = 4  # at each width
 _FREE = 15  # iterations with the width fitted
@@ -29,7 +31,7 @@ _FREE = 15  # iterations with the width fitted
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Near spots of two colours: positions in the reference colour and in the other, (pair, 2) y, x in pixel."""
+    """Nearby spots of two colours: positions in the reference colour and in the other, (pair, 2) y, x in pixel."""
 
     source: np.ndarray
     target: np.ndarray
@@ -37,13 +39,13 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class ColorFit:
-    """The chromatic map of a colour and its quality.
+    """Chromatic map of a colour and its quality.
 
-    map: (2, 3), positions in the reference colour (y, x, 1) -> positions in the colour; the identity if it does not
-    help. pairs: of one molecule, as fitted. gain: log-likelihood per pair that a map fitted to one half of the fields
-    gains on the other half over no map, the smaller of both directions; NaN with too few pairs. error: pixel, rms over
-    the field of the fitted map, from the difference between the halves. shift: pixel, the largest in a corner of the
-    field.
+    map: (2, 3) float64, positions in the reference colour (y, x, 1) -> positions (y, x) in the colour, pixel; the
+    identity if a map does not help. pairs: estimated number of pairs of one molecule. gain: increase of the
+    log-likelihood per pair by a map that is fitted to one half of the fields and tested on the other, the smaller of
+    both directions; NaN with too few pairs. error: pixel, root mean square error of the map over the field, from the
+    difference between the halves. shift: pixel, largest displacement by the fitted map over the field.
     """
 
     map: np.ndarray
@@ -58,7 +60,7 @@ class ColorFit:
         return not np.array_equal(self.map, np.eye(2, 3))
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to values that JSON keeps exactly; unknown ones are None."""
+        """Convert to values that JSON stores exactly; unknown ones are None."""
         known = {name: value if np.isfinite(value) else None for name, value in vars(self).items() if name != "map"}
         return {"map": self.map.tolist(), **known}
 
@@ -78,11 +80,11 @@ def fit_chromatic(
 ) -> list[ColorFit]:
     """Fit a map from the reference colour to each other colour.
 
-    fields: spots of some fields, corrected for drift; shifts: that drift, (bit, 2) dy, dx in pixel, of each field;
+    fields: spots of some fields, corrected for drift; shifts: the drift of each field, (bit, 2) dy, dx in pixel;
     color_of_bit: (bit,) int; shape: (y, x) of a field. Returns one fit for each colour.
 
-    A map is applied only if the map fitted to one half of the fields raises the likelihood of the other half, in both
-    directions (for a single field, halves of its spots).
+    A map is applied only if a map fitted to one half of the fields increases the likelihood of the other half, in both
+    directions. Of a single field, halves of its pairs of spots are used.
     """
     colors = np.asarray(color_of_bit)
     fits = []
@@ -101,7 +103,7 @@ def fit_chromatic(
 def near_pairs(spots: FieldSpots, shift: np.ndarray, fixed: np.ndarray, moved: np.ndarray) -> Pairs:
     """Pair spots of the bits ``fixed`` and ``moved``, (bit,) bool, within `REACH` of each other in the same plane.
 
-    Positions are those on the camera, before the drift of the moved bit, shift (bit, 2), was corrected.
+    Positions are those on the camera, before the correction of the drift of the moved bit, shift (bit, 2).
     """
     where = np.column_stack([spots.y, spots.x, spots.plane * (4 * REACH + spots.shape[0] + spots.shape[1])])
     a, b = np.flatnonzero(fixed[spots.bit]), np.flatnonzero(moved[spots.bit])
@@ -116,7 +118,7 @@ def near_pairs(spots: FieldSpots, shift: np.ndarray, fixed: np.ndarray, moved: n
 
 
 def _judge(parts: Sequence[Pairs], shape: tuple[int, int]) -> ColorFit:
-    """Fit all pairs, and each half, to test it on the other."""
+    """Fit a map to all pairs, and to each half, to test it on the other half."""
     halves = [_joined(parts[::2]), _joined(parts[1::2])]
     if len(parts) == 1:
         halves = [Pairs(parts[0].source[k::2], parts[0].target[k::2]) for k in (0, 1)]
@@ -129,7 +131,7 @@ def _judge(parts: Sequence[Pairs], shape: tuple[int, int]) -> ColorFit:
     tries = [fit_mixture(half) for half in halves]
     none = [fit_mixture(half, still=True) for half in halves]
     gain = min(_log_likelihood(halves[1 - k], tries[k]) - _log_likelihood(halves[1 - k], none[k]) for k in (0, 1))
-    # each half has half of the pairs: their difference is twice the error of the whole
+    # each half has half of the pairs, so the difference of their maps is twice the error of the map of all pairs
     error = np.sqrt((_over_field(tries[0].map - tries[1].map, shape) ** 2).mean()) / 2
     shift = float(_over_field(fit.map - np.eye(2, 3), shape).max())
     helps = gain > 0 and shift > LEAST_SHIFT
@@ -138,7 +140,7 @@ def _judge(parts: Sequence[Pairs], shape: tuple[int, int]) -> ColorFit:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """A map (2, 3), the scatter (pixel) of the pairs about it, their share among all pairs, and their number."""
+    """Map (2, 3), scatter (pixel) of the pairs of one molecule about it, their fraction of all pairs, and number."""
 
     map: np.ndarray
     width: float
@@ -149,7 +151,7 @@ class Mixture:
 def fit_mixture(pairs: Pairs, *, still: bool = False) -> Mixture:
     """Fit an affine map to pairs, many of which are chance pairs; with ``still`` the map is fixed at the identity.
 
-    The width starts wide, to capture the pairs at any distance, and is then reduced to their scatter.
+    The width is large at first, to include the pairs at any distance, and is then reduced to their scatter.
     """
     middle = pairs.source.mean(axis=0)
     size = max(float(pairs.source.std()), 1.0)
@@ -191,7 +193,7 @@ def _joined(parts: Sequence[Pairs]) -> Pairs:
 
 
 def _over_field(change: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Length, pixel, of a difference of maps (2, 3) at 11 x 11 positions from corner to corner of a field."""
+    """Displacement, pixel, by a difference of maps (2, 3) at 11 x 11 positions from corner to corner of a field."""
     y, x = np.meshgrid(*(np.linspace(0, side - 1, 11) for side in shape), indexing="ij")
     moved = np.stack([y.ravel(), x.ravel(), np.ones(y.size)], axis=1) @ change.T
     return np.asarray(np.hypot(moved[:, 0], moved[:, 1]))

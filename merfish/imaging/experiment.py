@@ -22,8 +22,8 @@ class Experiment:
     tables: the four files that describe it, by their names in `open_experiment`. positions: (fov, 2) float64, stage
     x, y in micrometre. image_dimensions: (width, height) of a frame as stored, None if not given. After reading, an
     image is transposed, then flipped along x (``flip_horizontal``), then along y (``flip_vertical``).
-    bits are in codebook order and share the planes ``z`` (micrometre, ascending). files: (movie, fov) -> path;
-    `preflight` lists what is missing. registered: the files are whole stacks whose rounds are aligned already.
+    bits: in codebook order, with the same planes ``z`` (micrometre, ascending). files: (movie, fov) -> path;
+    `preflight` lists missing files. registered: the files are whole stacks whose rounds are aligned already.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class Experiment:
 
     @property
     def fovs(self) -> tuple[int, ...]:
-        """Every field that has a stage position."""
+        """All fields that have a stage position."""
         return tuple(range(len(self.positions)))
 
     @property
@@ -52,7 +52,7 @@ class Experiment:
 
     @cached_property
     def frames_needed(self) -> dict[Movie, dict[int, list[str]]]:
-        """Which frames of each movie are used, and by which channels, beads as "beads"."""
+        """Frames of each movie that are used, and the channels that use them; beads are named "beads"."""
         needed: dict[Movie, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
         for channel in (*self.bits, *self.stains):
             for frame in channel.frames:
@@ -63,7 +63,7 @@ class Experiment:
         return {movie: dict(frames) for movie, frames in needed.items()}
 
     def stain(self, name: str) -> Channel:
-        """The channel of a stain, whatever the case of its name. Raises InputError if there is none."""
+        """Channel of a stain; the case of its name is ignored. Raises InputError if there is none."""
         for channel in self.stains:
             if channel.name.lower() == name.lower():
                 return channel
@@ -71,7 +71,7 @@ class Experiment:
         raise InputError(f"no stain {name!r} in the data organization; it has {known}")
 
     def file(self, movie: Movie, fov: int) -> Path:
-        """The file of ``movie`` for a field. Raises InputError if there is none."""
+        """File of ``movie`` for a field. Raises InputError if there is none."""
         if fov not in self.fovs:
             raise InputError(
                 f"field {fov} has no stage position; the experiment has fields 0 to {len(self.positions) - 1}"

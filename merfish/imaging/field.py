@@ -26,7 +26,7 @@ from merfish.imaging.quality import camera_ceiling, measure_quality
 from merfish.imaging.registration import align, measure_drift, measure_field_drift
 from merfish.imaging.unmixing import subtract_leaks
 
-# share of a bit's pixels, median over bits; about as many pixels as the spots cover
+# largest fraction of saturated pixels, median over bits; about the fraction that spots cover
 MOST_SATURATED = 0.01
 
 
@@ -34,9 +34,9 @@ MOST_SATURATED = 0.01
 class RegisteredField:
     """A field ready to decode.
 
-    bits: (bit, z, y, x) float32, filtered. drift: a row for each round, from `measure_field_drift`. shifts: (bit, 2)
-    dy, dx in pixel, that drift for each bit. valid: (y, x) bool, where all rounds have an image. saturated: (bit,)
-    int64, pixels at the upper end of the camera's range, in all planes. quality: a row for each bit, from
+    bits: (bit, z, y, x) float32, filtered. drift: one row for each round, from `measure_field_drift`. shifts: (bit, 2)
+    dy, dx in pixel, the drift of each bit. valid: (y, x) bool, where all rounds have an image. saturated: (bit,) int64,
+    number of pixels at the upper end of the camera's range, in all planes. quality: one row for each bit, from
     `measure_quality`.
     """
 
@@ -65,7 +65,10 @@ def register_field(
 
 
 def survey_field(experiment: Experiment, fov: int, config: RunConfig) -> Survey:
-    """Measure on one field what the calibration needs. Raises InputError if a round cannot be registered."""
+    """Measure the quantities of one field that the calibration needs.
+
+    Raises InputError if a round cannot be registered, or the bits are saturated.
+    """
     bits = read_bits(experiment, fov)
     glows: dict[str, Glow] = {}
     if not experiment.registered:
@@ -103,7 +106,7 @@ def _align(
         return _Aligned(filtered, pd.DataFrame(), still, everywhere, saturated, np.full(len(bits), NO_ROUND))
     share = float(np.median(saturated)) / bits[0].size
     if share > MOST_SATURATED:
-        raise InputError(f"field {fov}: {share:.1%} of the pixels of its bits are saturated, spots cannot be separated")
+        raise InputError(f"field {fov}: {share:.1%} of the pixels of its bits are saturated; spots cannot be separated")
     maps = None
     if calibration is not None:
         bits, maps = calibration.even_light(bits, experiment.bits), calibration.maps_of_bits(experiment.bits)
@@ -136,9 +139,9 @@ def known_light(experiment: Experiment, config: RunConfig) -> dict[str, KnownLig
 
 
 def chosen_stains(experiment: Experiment, config: RunConfig) -> tuple[str | None, str | None]:
-    """Find the stains of nuclei and cytoplasm in the experiment; None for a default that it does not have.
+    """Names of the nuclear and the cytoplasmic stain in the experiment; None for a default that it does not have.
 
-    Raises InputError if the configuration names another one, and the experiment does not have it.
+    Raises InputError if the configuration sets a stain that the experiment does not have.
     """
     known = {stain.name.lower(): stain.name for stain in experiment.stains}
     chosen = []
@@ -154,11 +157,11 @@ def chosen_stains(experiment: Experiment, config: RunConfig) -> tuple[str | None
 
 
 def other_stains(experiment: Experiment, config: RunConfig) -> tuple[list[str], list[str]]:
-    """Names of all stains of cells, and of the genes imaged one by one, as the experiment has them.
+    """Names of the stains of cells, and of the genes imaged one by one, as spelled in the experiment.
 
     Both are rows without a bit; those that the configuration does not name as stains are genes. In a folder of
-    registered stacks they are the other images. Raises InputError if the configuration names a stain that the
-    experiment does not have.
+    registered stacks they are the other images, and none is a gene. Raises InputError if the configuration sets a stain
+    that the experiment does not have.
     """
     named = {name.lower() for name in (*config.stains, config.nuclei_stain, config.cytoplasm_stain)}
     known = [channel.name for channel in experiment.stains]
@@ -174,10 +177,10 @@ def other_stains(experiment: Experiment, config: RunConfig) -> tuple[list[str], 
 def stain_shifts(
     experiment: Experiment, fov: int, names: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Measure the drift of stains from round 0, (2,) dy, dx in pixel, and why some are unknown, by name.
+    """Measure the drift of stains relative to round 0, (2,) dy, dx in pixel, and why some are unknown, by name.
 
-    The beads of round 0 are read once, and all drifts are measured together. A stain whose drift is not known counts
-    as still. Raises InputError for an unknown stain.
+    The beads of round 0 are read once, and all drifts are measured together. A stain of unknown drift gets drift 0.
+    Raises InputError for an unknown stain.
     """
     shifts: dict[str, np.ndarray] = {name: np.zeros(2) for name in names}
     beads = {name: read_stain_beads(experiment, fov, name) for name in names}
@@ -201,7 +204,7 @@ def stain_shifts(
 
 
 def aligned_stain(experiment: Experiment, fov: int, name: str, shift: np.ndarray) -> np.ndarray:
-    """A stain (z, y, x), corrected for the drift that `stain_shifts` measured."""
+    """Read a stain (z, y, x) and correct the drift measured by `stain_shifts`."""
     planes = read_stain(experiment, fov, name)
     return align(planes[None], shift[None])[0][0] if shift.any() else planes
 
@@ -209,7 +212,7 @@ def aligned_stain(experiment: Experiment, fov: int, name: str, shift: np.ndarray
 def aligned_gene(
     experiment: Experiment, fov: int, name: str, shift: np.ndarray, config: RunConfig, calibration: Calibration
 ) -> np.ndarray:
-    """A gene imaged by itself, (z, y, x) float32, processed like the bits: aligned, flat-field corrected, filtered."""
+    """Read a gene imaged by itself, (z, y, x) float32, processed like the bits: illumination, alignment, filter."""
     channel = experiment.stain(name)
     smoothing, background = config.filter_sigmas
     planes = calibration.even_light(read_stain(experiment, fov, name)[None], [channel])

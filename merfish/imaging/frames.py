@@ -17,7 +17,7 @@ from merfish.imaging.organization import Channel, Movie
 def read_bits(experiment: Experiment, fov: int) -> np.ndarray:
     """Read a field's bits, uint16 (bit, z, y, x), oriented, in codebook order, planes ascending.
 
-    The dtype of registered stacks is any real one. Raises InputError for values that are not finite.
+    Registered stacks may have any real dtype. Raises InputError for values that are not finite.
     """
     if experiment.registered:
         return _read_registered(experiment, fov)
@@ -76,7 +76,7 @@ def read_stain_beads(experiment: Experiment, fov: int, name: str) -> np.ndarray 
 
 
 def _read_channels(experiment: Experiment, fov: int, channels: Sequence[Channel]) -> list[np.ndarray]:
-    """The planes (y, x) of one channel after the other."""
+    """Read the planes (y, x) of several channels, one after the other."""
     sources = [(channel.movie, frame) for channel in channels for frame in channel.frames]
     return [_oriented(experiment, image) for image in _read_sources(experiment, fov, sources)]
 
@@ -100,7 +100,7 @@ def _read_sources(experiment: Experiment, fov: int, sources: Sequence[tuple[Movi
 
 
 def _oriented(experiment: Experiment, image: np.ndarray) -> np.ndarray:
-    """Transpose, then flip along x, then along y, as the microscope file says."""
+    """Transpose, then flip along x, then along y, as given in the microscope file."""
     if experiment.transpose:
         image = image.T
     if experiment.flip_horizontal:

@@ -1,8 +1,8 @@
-"""Effects of camera and light source on every image of a colour: uneven illumination, dark level, hot pixels.
+"""Effects of camera and light source on all images of a colour: uneven illumination, dark level, hot pixels.
 
 The illumination is estimated from the molecules: spots are dimmer where there is less light, independently of the
 tissue's autofluorescence, the dark level and the filter. The autofluorescence then gives the dark level: it is
-proportional to the illumination, the dark level is constant.
+proportional to the illumination, whereas the dark level is constant.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from merfish.imaging._kernels import remove_hot_pixels
 from merfish.imaging.normalize import FieldSpots, weighted_median
 
 DEGREES = (0, 2, 4)  # degrees of the polynomials tried for the logarithm of the illumination
-MIN_SPOTS = 200  # of a colour, for each coefficient
-MOST_SPOTS = 50_000  # of a colour and field
-BLOCKS = 16  # along y and x, in which autofluorescence is measured
-HOT_SIGMAS = 6.0  # of the noise of the darkest image, or counts
+MIN_SPOTS = 200  # spots of a colour for each coefficient
+MOST_SPOTS = 50_000  # spots of a colour in a field
+BLOCKS = 16  # number of blocks along y and x in which autofluorescence is measured
+HOT_SIGMAS = 6.0  # relative to the noise of the darkest image, at least 1 count
 _FIT_ROUNDS = 12
 
 
@@ -37,11 +37,11 @@ class KnownLight:
 
 @dataclass(frozen=True, eq=False)
 class Light:
-    """Of one colour: image = dark + light * sample.
+    """Illumination of one colour: image = dark + light * sample.
 
     coefficients: (degree + 1, degree + 1), of products of Legendre polynomials in y and x from -1 to 1, whose sum is
     the logarithm of the illumination; or flat: the illumination itself, (y, x) float32, at most 1. dark: camera counts.
-    hot: (pixel, 2) y, x of pixels that are too bright in every image.
+    hot: (pixel, 2) int64, y, x of pixels that are too bright in every image.
     """
 
     coefficients: np.ndarray
@@ -55,7 +55,7 @@ class Light:
         return self.flat is None and not self.coefficients.any() and not self.dark
 
     def share(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Relative illumination (y, x) float32 of each pixel."""
+        """Relative illumination (y, x) float32 of each pixel. Raises InputError if ``flat`` has another shape."""
         if self.flat is not None:
             if self.flat.shape != tuple(shape):
                 raise InputError(f"flat field of shape {self.flat.shape}: expected that of the images, {tuple(shape)}")
@@ -66,7 +66,7 @@ class Light:
         return np.exp(log - log.max())
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to values that JSON keeps exactly; a flat field given by the user is left out."""
+        """Convert to values that JSON stores exactly; a flat field given by the user is omitted."""
         return {"coefficients": self.coefficients.tolist(), "dark": self.dark, "hot": self.hot.tolist()}
 
     @classmethod
@@ -80,7 +80,7 @@ class Light:
 class Glow:
     """Measurements on the raw images of one colour in one field.
 
-    hot: (pixel, 2) y, x. level: (BLOCKS, BLOCKS) float64, intensity without spots in blocks, camera counts.
+    hot: (pixel, 2) int64 y, x. level: (BLOCKS, BLOCKS) float64, intensity of blocks without spots, camera counts.
     """
 
     hot: np.ndarray
@@ -88,9 +88,10 @@ class Glow:
 
 
 def measure_glow(images: np.ndarray) -> Glow:
-    """Measure on raw images (image, y, x) of one colour, of different bits or planes, before drift is corrected.
+    """Measure hot pixels and intensity of raw images (image, y, x) of one colour, before drift is corrected.
 
-    A pixel is hot if it exceeds its neighbours in the minimum over all images by more than the optics allow a spot to.
+    The images are of different bits or planes. A pixel is hot if, in the minimum over all images, it exceeds its
+    neighbours by more than a spot does (see `merfish.imaging._kernels.remove_hot_pixels`).
     """
     darkest = images.min(axis=0)
     cleaned = np.empty(darkest.shape, np.float32)
@@ -104,13 +105,13 @@ def measure_glow(images: np.ndarray) -> Glow:
 
 
 def in_blocks(image: np.ndarray) -> np.ndarray:
-    """Medians (BLOCKS, BLOCKS) of blocks of an image (y, x); NaN where it is too small to have a pixel in each."""
+    """Medians (BLOCKS, BLOCKS) of blocks of an image (y, x); NaN for blocks without a pixel."""
     rows, columns = (np.array_split(np.arange(side), BLOCKS) for side in image.shape)
     return np.array([[np.median(image[np.ix_(r, c)]) if r.size * c.size else np.nan for c in columns] for r in rows])
 
 
 def given_flat(image: np.ndarray, name: str) -> np.ndarray:
-    """Divide a flat field (y, x) of any unit by its largest value, float32. Raises InputError if it is not valid."""
+    """Divide a flat field (y, x) of any unit by its maximum; returns float32. Raises InputError if it is not valid."""
     flat = np.asarray(image, np.float64)
     if flat.ndim != 2 or not np.isfinite(flat).all() or flat.min() <= 0:
         raise InputError(f"{name}: expected one image (y, x) of positive numbers, the illumination of each pixel")
@@ -120,7 +121,7 @@ def given_flat(image: np.ndarray, name: str) -> np.ndarray:
 def correct_light(images: np.ndarray, light: Light) -> np.ndarray:
     """Correct raw images (image, y, x) for hot pixels, dark level and illumination.
 
-    Returns float32 of the same shape, with dark level 0 and full illumination everywhere.
+    Returns float32 of the same shape, with dark level 0 and uniform illumination.
     """
     seen = images.astype(np.float32)
     gain = None if light.even else 1 / light.share(images.shape[1:])
@@ -147,7 +148,7 @@ def fill_pixels(image: np.ndarray, pixels: np.ndarray) -> None:
 
 
 def always_hot(fields: Sequence[np.ndarray]) -> np.ndarray:
-    """Pixels (pixel, 2) that are hot in more than half of the fields, each (pixel, 2)."""
+    """Pixels (pixel, 2) that are hot in more than half of the fields; fields: hot pixels of each, (pixel, 2)."""
     if not fields:
         return np.empty((0, 2), np.int64)
     pixels, count = np.unique(np.concatenate(fields), axis=0, return_counts=True)
@@ -163,9 +164,9 @@ def fit_light(
 ) -> Light:
     """Estimate the illumination of one colour from the spots of some fields, corrected for drift.
 
-    shifts: that drift, (bit, 2) dy, dx in pixel, of each field; glows: of the same fields; bits: (bit,) bool, those of
-    the colour. Of polynomials of degree 0, 2 and 4, the one that best predicts the heights of spots in fields that it
-    was not fitted to is used, by cross-validation with two halves of the fields. Known quantities are not measured.
+    shifts: the drift of each field, (bit, 2) dy, dx in pixel; glows: of the same fields; bits: (bit,) bool, those of
+    the colour. The degree of the polynomial (0, 2 or 4) is chosen by cross-validation between two halves of the fields,
+    by how well it predicts the heights of spots. Known quantities are not estimated.
     """
     known = known or KnownLight()
     parts = [_heights(spots, shift, bits) for spots, shift in zip(fields, shifts, strict=True)]
@@ -180,7 +181,7 @@ def fit_light(
 
 @dataclass(frozen=True, eq=False)
 class _Heights:
-    """Spots: position y, x from -1 to 1, logarithm of the height, and which (field and) bit they belong to."""
+    """Spots, all (spot,): position y, x from -1 to 1, logarithm of the height, and group, i.e. their field and bit."""
 
     y: np.ndarray
     x: np.ndarray
@@ -223,9 +224,9 @@ def _best_degree(parts: Sequence[_Heights]) -> int:
 
 
 def _fit_heights(spots: _Heights, degree: int) -> np.ndarray:
-    """Least absolute deviations of log heights, each bit of each field about its own level, weighted by light.
+    """Fit log heights by least absolute deviations, each bit of each field about its own level, weighted by height.
 
-    Weighted as for the scale of a bit, so that dim rings of out-of-focus molecules have little influence.
+    The weights are those of the scale of a bit, so that dim rings of out-of-focus molecules have little influence.
     """
     terms = legendre.legvander2d(spots.y, spots.x, [degree, degree])
     chosen = np.array([0 < i + j <= degree for i in range(degree + 1) for j in range(degree + 1)], bool)
@@ -244,7 +245,7 @@ def _fit_heights(spots: _Heights, degree: int) -> np.ndarray:
 
 
 def _about_levels(spots: _Heights, predicted: np.ndarray) -> np.ndarray:
-    """Log heights minus the prediction and minus the light-weighted median of their group."""
+    """Log heights minus the prediction and minus the height-weighted median of their group."""
     off = spots.log - predicted
     for group in np.unique(spots.group):
         rows = spots.group == group
@@ -258,7 +259,7 @@ def _loss(spots: _Heights, coefficients: np.ndarray) -> float:
 
 
 def dark_level(light: Light, glows: Sequence[Glow]) -> float:
-    """Dark level, camera counts: intercept of intensity against illumination over blocks, median over fields."""
+    """Dark level, camera counts: intercept of the intensity of blocks against illumination, median over fields."""
     share = light.share((BLOCKS, BLOCKS)) if light.flat is None else in_blocks(light.flat)
     share = share.ravel().astype(np.float64)
     found = []

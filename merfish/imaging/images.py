@@ -1,7 +1,7 @@
 """Access to image files: TIFF, OME-TIFF, .dax, .nd2, .npy, Zarr and OME-Zarr.
 
-An image file is treated as a movie: frames are counted from 0 in file order, whatever its axes are called, as data
-organizations count them. Headers are read separately, so that a whole experiment can be checked first.
+An image file is treated as a movie: frames are counted from 0 in file order, whatever the names of its axes, as in data
+organizations. Headers are read separately, so that a whole experiment can be checked first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAX_INF = 1 << 16  # bytes of the text beside a .dax
 
 
 def read_header(path: str | os.PathLike[str], *, most: float = MOST_FRAME) -> Header:
-    """Number, (height, width) and dtype of a file's frames, from its header; truncated files are found.
+    """Read number, (height, width) and dtype of a file's frames from its header; truncated files are detected.
 
     Raises InputError if the file cannot be interpreted at all, or if a frame needs more than ``most`` bytes.
     """
@@ -68,9 +68,9 @@ def read_frames(path: str | os.PathLike[str], frames: Sequence[int]) -> np.ndarr
 
 
 def fingerprint(path: str | os.PathLike[str], *, whole: bool) -> tuple[int, bytes]:
-    """Size and SHA-256 of a file or Zarr folder; of its ends and middle only if not ``whole``.
+    """Size in bytes and SHA-256 of a file or Zarr folder; of its ends and middle only if not ``whole``.
 
-    Two images that differ almost never agree in all three parts, because cameras have noise: compare these first.
+    Different images almost never agree in all three parts, because cameras have noise: compare these first.
     """
     path = Path(path)
     parts = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -89,15 +89,15 @@ def fingerprint(path: str | os.PathLike[str], *, whole: bool) -> tuple[int, byte
 
 
 def is_constant(path: str | os.PathLike[str]) -> bool:
-    """Whether every frame of a file holds a single value (a lens cap, a saturated camera)."""
+    """Whether every frame of a file has a single value (lens cap, saturated camera)."""
     return all(np.ptp(read_frames(path, [frame])) == 0 for frame in range(read_header(path).frames))
 
 
 def read_stack(path: str | os.PathLike[str]) -> np.ndarray:
     """Read one registered stack, (bit, y, x) or (bit, z, y, x), any real dtype, from .npy, TIFF, OME-TIFF or Zarr.
 
-    Axes that the file names must be one channel axis (C, or any that is not z, y or x), perhaps z, then y and x;
-    unnamed axes are taken in this order. Axes of length 1 before the channel are dropped.
+    If the file names its axes, they must be one channel axis (C, or any name except z, y and x), optionally z, and y
+    and x, in any order; unnamed axes are taken in this order. Other axes of length 1 are dropped.
 
     Raises InputError for other axes, for truncated files and for values that are not real numbers.
     """
@@ -121,12 +121,12 @@ def read_stack(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _in_order(path: Path, stack: np.ndarray, axes: str) -> np.ndarray:
-    """Arrange as (bit, y, x) or (bit, z, y, x), by the names of axes if the file has them."""
+    """Reorder axes to (bit, y, x) or (bit, z, y, x), by their names if the file gives them."""
     if len(axes) == stack.ndim and {"Y", "X"} <= set(axes):
         kept = [i for i, name in enumerate(axes) if name in "YXZ" or stack.shape[i] > 1]
         channels = [i for i in kept if axes[i] not in "ZYX"]
         if not channels:
-            # Tools that do not know bits save them as a z series without channels.
+            # Tools without the concept of bits save them as a z series without channels.
             channels = [i for i in kept if axes[i] == "Z"]
         if len(channels) == 1:
             rest = [axes.index(name) for name in "ZYX" if name in axes and axes.index(name) not in channels]
@@ -143,7 +143,7 @@ def _in_order(path: Path, stack: np.ndarray, axes: str) -> np.ndarray:
 
 @contextmanager
 def understood(path: Path) -> Iterator[None]:
-    """Turn any exception of a reader into an InputError that names the file."""
+    """Convert any exception of a reader to an InputError that names the file."""
     _refuse_special(path)
     try:
         yield
@@ -154,7 +154,7 @@ def understood(path: Path) -> Iterator[None]:
 
 
 def _refuse_special(path: Path) -> None:
-    """Raise InputError for missing files, and for those that may never end: pipes, sockets, devices."""
+    """Raise InputError for missing files, and for those that may be endless: pipes, sockets, devices."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -224,7 +224,7 @@ def _dax_header(path: Path) -> Header:
 
 
 def _wrong_byte_order(movie: np.ndarray) -> bool:
-    """Whether neighbouring pixels are far more alike with swapped bytes, in some rows of a few frames."""
+    """Whether neighbouring pixels are far more similar with swapped bytes, in some rows of a few frames."""
     middle = movie.shape[1] // 2
     rows = movie[:: max(1, len(movie) // 8), max(0, middle - 8) : middle + 8]
     native = rows.astype(np.uint16)
@@ -272,7 +272,7 @@ def _nd2_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
         n = _nd2_channels(file)
         images = [np.array(file.read_frame(frame // n)).reshape(n, *header.shape)[frame % n] for frame in frames]
     for frame, image in zip(frames, images, strict=True):
-        # the reader returns zeros for an image that was never written; no camera measures them
+        # the reader returns zeros for an image that was never written
         _refuse(path, "" if image.any() else f"frame {frame} is not in the file")
     return np.stack(images)
 
@@ -282,7 +282,7 @@ def _nd2_frames(path: Path, frames: Sequence[int], header: Header) -> np.ndarray
 
 def load_npy(path: Path) -> np.ndarray:
     """Map the array of an .npy file into memory."""
-    # mapped: a header that claims more than the file holds is refused before any memory is allocated
+    # mapped: a header that claims more than the size of the file is refused before any memory is allocated
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 

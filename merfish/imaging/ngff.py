@@ -1,4 +1,4 @@
-"""OME-Zarr images (NGFF 0.5, Zarr 3), written tile by tile; each level is half as large as the previous one."""
+"""OME-Zarr images (NGFF 0.5, Zarr 3), written tile by tile; each level has half the resolution of the previous one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from merfish._files import read_json
 if TYPE_CHECKING:
     import zarr
 
-TILE, CHUNK = 2048, 512  # pixels along y and x: of a file, and of a block that is read at a time
-SMALLEST = 256  # pixels along the longer side of the last level, at most
+TILE, CHUNK = 2048, 512  # pixels along y and x of a file (shard), and of a chunk
+SMALLEST = 256  # largest length of the longer side of the last level, pixels
 
 
 def create_image(
@@ -26,10 +26,10 @@ def create_image(
     microns: tuple[float, float, float],
     origin: tuple[float, float] = (0.0, 0.0),
 ) -> list[zarr.Array[Any]]:
-    """Make an empty image and return its levels, the largest first, to be filled.
+    """Create an empty image and return its levels, the largest first, to be filled.
 
-    shape: (c, z, y, x); channels: their names; microns: (z, y, x) between pixels; origin: (y, x) of the first pixel,
-    micrometre. Write whole tiles (`tiles`) of the first level, then call `fill_levels`.
+    shape: (c, z, y, x); channels: their names; microns: (z, y, x) spacing of pixels, micrometre; origin: (y, x) of the
+    centre of the first pixel, micrometre. Write whole tiles (`tiles`) of the first level, then call `fill_levels`.
     """
     import zarr
     from zarr.codecs import BloscCodec
@@ -73,7 +73,7 @@ def create_image(
 
 
 def count_levels(shape: Sequence[int]) -> int:
-    """Levels of an image (..., y, x), each half as large as the previous one, down to `SMALLEST`."""
+    """Number of levels of an image (..., y, x), each half as large as the previous one, down to `SMALLEST`."""
     n_levels = 1
     while max(shape[-2:]) >> (n_levels - 1) > SMALLEST:
         n_levels += 1
@@ -81,7 +81,7 @@ def count_levels(shape: Sequence[int]) -> int:
 
 
 def open_image(path: Path) -> tuple[list[zarr.Array[Any]], list[str]]:
-    """Levels (c, z, y, x) of an image that `create_image` made, the largest first, and the names of its channels."""
+    """Levels (c, z, y, x) of an image made by `create_image`, the largest first, and the names of its channels."""
     import zarr
 
     ome = read_json(path / "zarr.json")["attributes"]["ome"]
@@ -90,7 +90,7 @@ def open_image(path: Path) -> tuple[list[zarr.Array[Any]], list[str]]:
 
 
 def tiles(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Parts (y, x) of an image (..., y, x) that are stored in one file each."""
+    """Yield the parts (y, x) of an image (..., y, x) that are stored in one file each."""
     height, width = shape[-2:]
     for y in range(0, height, TILE):
         for x in range(0, width, TILE):
@@ -98,7 +98,7 @@ def tiles(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
 
 
 def fill_levels(levels: Sequence[zarr.Array[Any]]) -> None:
-    """Fill all levels but the first tile by tile; each pixel is the mean of the pixels that it covers."""
+    """Fill all levels but the first, tile by tile; each pixel is the mean of the pixels that it covers."""
     for fine, coarse in pairwise(levels):
         for channel in range(coarse.shape[0]):
             for y, x in tiles(coarse.shape):
@@ -107,7 +107,7 @@ def fill_levels(levels: Sequence[zarr.Array[Any]]) -> None:
 
 
 def halve(image: np.ndarray) -> np.ndarray:
-    """Mean of squares of 2 x 2 pixels (..., y, x), at odd ends of the pixels that exist; integers are rounded."""
+    """Mean of blocks of 2 x 2 pixels of an image (..., y, x), smaller at an odd end; integers are rounded."""
     odd = [(0, 0)] * (image.ndim - 2) + [(0, side % 2) for side in image.shape[-2:]]
     even = np.pad(image, odd, mode="edge").astype(np.float32)
     mean = (even[..., ::2, ::2] + even[..., 1::2, ::2] + even[..., ::2, 1::2] + even[..., 1::2, 1::2]) / 4

@@ -32,7 +32,7 @@ from merfish.imaging.organization import (
 from merfish.imaging.registered import open_registered, stack_files
 
 # Time limits for matching a user's regular expressions, seconds: in total, and for each pair of expression and file
-# name; usual ones need microseconds. Memory limit of the matching process: some expressions need unbounded memory.
+# name; typical pairs need microseconds. Memory limit of the matching process: some expressions need unbounded memory.
 MATCH_SECONDS, MATCH_SECONDS_A_NAME = 5.0, 5e-5
 MATCH_BYTES = 1 << 30
 
@@ -81,7 +81,7 @@ def open_experiment(
 
 
 def _refuse_missing(root: Path, tables: dict[str, Path]) -> None:
-    """Refuse an experiment that lacks tables, with the options that name other files and what the folder has."""
+    """Refuse an experiment without some tables; the message lists the options for other paths and similar files."""
     missing = {name: path for name, path in tables.items() if not path.exists()}
     if not missing:
         return
@@ -139,11 +139,11 @@ def _check_names(bits: tuple[Channel, ...], book: Codebook, path: Path) -> None:
 
 
 def _refuse_more_bits(channels: Sequence[Channel], bits: Sequence[Channel], path: Path) -> None:
-    """Refuse rows beyond the codebook's bits that are not stains: the codebook belongs to another, shorter code.
+    """Refuse rows beyond the codebook's bits that are not stains: the codebook is then one of a shorter code.
 
-    Labs also number stains and sequentially imaged genes, far beyond the bits or right after them. A row is a bit if it
-    is named like the bits (bit17 beside bit1 to bit16), or if its number follows theirs without a gap and it has the
-    image type and a colour of the bits.
+    Some laboratories also number stains and sequentially imaged genes, far beyond the bits or right after them. A row
+    is a bit if its name is like those of the bits (bit17 beside bit1 to bit16), or if its number follows theirs without
+    a gap and it has the image type and a colour of the bits.
     """
     stems = {_stem(channel.name) for channel in bits}
     images_of_bits = {(channel.movie.image_type, channel.color) for channel in bits}
@@ -165,12 +165,12 @@ def _refuse_more_bits(channels: Sequence[Channel], bits: Sequence[Channel], path
 
 
 def _stem(name: str) -> str:
-    """A name without its numbers, in which alone the names of bits differ."""
+    """A name with its numbers masked; names of bits differ in their numbers only."""
     return re.sub(r"[0-9]+", "#", name).lower()
 
 
 def _refuse_shared_frames(bits: Sequence[Channel], files: Mapping[tuple[Movie, int], Path], table: Path) -> None:
-    """Refuse bits that use the same image, or the image of beads. Different expressions may name the same file."""
+    """Refuse bits that use the same image, or an image of beads. Different expressions may match the same file."""
     of_movie: dict[Movie, Path] = {}
     for (movie, _), path in sorted(files.items(), key=lambda item: item[0][1]):
         of_movie.setdefault(movie, path)
@@ -195,7 +195,7 @@ def _refuse_shared_frames(bits: Sequence[Channel], files: Mapping[tuple[Movie, i
 
 
 def _find_files(root: Path, movies: Iterable[Movie], n_fovs: int, table: Path) -> dict[tuple[Movie, int], Path]:
-    """Match the names of a folder's images; each may be one movie of one field."""
+    """Match the names of a folder's images to movies and fields."""
     entries = {entry.name: entry for entry in os.scandir(root) if Path(entry.name).suffix.lower() in images.SUFFIXES}
     names = sorted(entries)
     by_expression: dict[str, list[Movie]] = defaultdict(list)
@@ -235,8 +235,8 @@ def _name_number(where: str, group: str, text: str | None, default: int | None) 
     return int(text)
 
 
-# Runs in a process of its own: Python's matcher cannot be interrupted from a thread, and some expressions take
-# exponential time. An expression must match a name up to its extension; if it matches none so, from its start.
+# Runs in a separate process: Python's matcher cannot be interrupted from a thread, and some expressions take
+# exponential time. An expression must match a name up to its extension; if it matches no name so, the start of a name.
 _MATCHER = r"""
 import json, re, sys
 expressions, names, most = json.load(sys.stdin)
@@ -268,8 +268,8 @@ json.dump(result, sys.stdout)
 def match_names(expressions: list[str], names: list[str]) -> list[dict[str, dict[str, str | None]] | str]:
     """Match every name against every expression, in bounded time and memory.
 
-    Returns, for each expression, the groups of each name that it matches, or what is wrong with it.
-    Raises InputError if matching takes too long or too much memory.
+    Returns, for each expression, the groups of each name that it matches, or the error message of an invalid one.
+    Raises InputError if matching takes too much time or memory.
     """
     seconds = MATCH_SECONDS + MATCH_SECONDS_A_NAME * len(names) * len(expressions)
     try:

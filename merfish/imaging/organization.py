@@ -1,4 +1,4 @@
-"""Reading the tables that describe an experiment: data organization, stage positions, microscope."""
+"""Read the tables that describe an experiment: data organization, stage positions, microscope."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAX_SIDE = 1 << 16  # pixel of an image
 
 @dataclass(frozen=True)
 class Movie:
-    """Image files of one kind, one for each field, found by name; ``imaging_round`` -1: the names have no round."""
+    """Image files of one kind, one for each field, found by name; ``imaging_round`` is -1 if names have no round."""
 
     image_type: str
     regexp: str
@@ -44,8 +44,8 @@ class Channel:
     """One row of the data organization: a bit or a stain.
 
     bit: column of the codebook, from 0, or None for a stain. frames: indices in the movie from 0, one for each plane
-    of ``z`` (micrometre, ascending). fiducial: movie and frame that show the beads of the same imaging round, if any.
-    stain: whether the table marks it as one, by an empty bitNumber.
+    of ``z`` (micrometre, ascending). fiducial: movie and frame of the beads of the same imaging round, if any. stain:
+    whether the table marks it as a stain, by an empty bitNumber.
     """
 
     name: str
@@ -63,8 +63,8 @@ class Channel:
 def read_microscope(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read microns_per_pixel, transpose, flip_horizontal, flip_vertical and image_dimensions (width, height).
 
-    Missing keys take MERlin's defaults, since the format is MERlin's: transposed and flipped
-    horizontally, not vertically; without ``image_dimensions`` every size is accepted if all files agree.
+    Missing keys take the defaults of MERlin, whose format this is: transposed and flipped horizontally, not vertically;
+    without ``image_dimensions`` any size is accepted if all files agree. Raises InputError naming file and key.
     """
     try:
         given = json.loads(read_text(path, "microscope file", _MAX_MICROSCOPE))
@@ -97,7 +97,10 @@ def read_microscope(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_positions(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read stage positions: no header, ``x,y`` in micrometre, row i = field i. Returns (fov, 2) float64."""
+    """Read stage positions: no header, ``x,y`` in micrometre, row i = field i. Returns (fov, 2) float64 x, y.
+
+    Raises InputError naming file and line.
+    """
     rows = []
     for line, text in enumerate(read_text(path, "positions").split("\n"), start=1):
         fields = [field for field in re.split(r"[,;\s]+", text.strip()) if field]
@@ -123,7 +126,7 @@ def read_data_organization(path: str | os.PathLike[str], bit_names: Iterable[str
 
     ``frame`` and ``zPos`` are lists, ``[0 1 2]``, ``[0,1]`` or ``10;11;12;``. The MATLAB form (a ``bitName`` column)
     counts frames from 1, as that language does, unless a row uses frame 0; here they are counted from 0. ``bit`` is
-    ``bitNumber`` - 1; in a file without that column it is the place of the readout name among ``bit_names``.
+    ``bitNumber`` - 1; in a file without that column it is the index of the readout name in ``bit_names``.
 
     Raises InputError naming row and field.
     """

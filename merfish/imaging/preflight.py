@@ -1,4 +1,4 @@
-"""Check every image file of an experiment before any work, by headers and fingerprints."""
+"""Check all image files of an experiment by headers and fingerprints, before they are processed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from merfish.imaging.organization import NO_ROUND, Movie
 
 
 def preflight(experiment: Experiment, fovs: Iterable[int] | None = None) -> pd.DataFrame:
-    """Check every image file that some fields (default: all) need, reading headers, and find duplicate files.
+    """Check the headers of all image files that some fields (default: all) need, and find duplicate files.
 
     Returns one row for each field and file: fov, channel (names, comma separated), round, file (for a missing one, the
-    expression that its name should match), expected, found, problem (empty if there is none). uint16 frames of the
-    microscope's dimensions (or else of the most common size) are expected, as many as in most files of the same image
+    expression that its name should match), expected, found, problem (empty if there is none). Frames are expected to be
+    uint16, of the microscope's dimensions (or else of the most common size), as many as in most files of the same image
     type and enough for the data organization.
 
     Raises InputError for a field without a stage position.
@@ -104,7 +104,7 @@ def _problem(found: images.Header | str, frames: int, last: int, shape: tuple[in
 
 
 def _same_content(paths: Iterable[Path]) -> dict[Path | None, str]:
-    """Messages for files with the same bytes as another; files with a single value throughout do not count."""
+    """Messages for files with the same bytes as another one; images of a single value are ignored."""
     alike: dict[object, list[Path]] = defaultdict(list)
     for path in dict.fromkeys(paths):
         alike[images.fingerprint(path, whole=False)].append(path)

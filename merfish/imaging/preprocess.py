@@ -1,4 +1,4 @@
-"""Band-pass filter that keeps spots and removes the background."""
+"""Band-pass filter that preserves spots and removes the background."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def bandpass(stack: np.ndarray, *, smoothing: float, background: float, out: np.
     """Difference of Gaussians of each image of a stack (..., y, x), any real dtype.
 
     Returns float32 of the same shape: the image smoothed with ``smoothing`` minus the image smoothed with
-    ``background`` (both sigma in pixel), about 0 where there is no spot. Images are mirrored at their edges. The result
-    is written to ``out`` if given, C-contiguous float32, which may be the stack itself.
+    ``background`` (both sigma in pixel), approximately 0 where there is no spot. Images are mirrored at their edges.
+    The result is written to ``out`` if given, C-contiguous float32, which may be the stack itself.
     """
     out = np.empty(stack.shape, np.float32) if out is None else out
     images, filtered = (array.reshape(-1, *stack.shape[-2:]) for array in (stack, out))
@@ -28,7 +28,7 @@ class Bandpassed:
     """A stack (bit, [z,] y, x) as `bandpass` would return it, with planes stacked along y: (bit, plane * y, x).
 
     It is filtered when it is indexed, ``stack[bit]`` or ``stack[:, first:last]``, so that no filtered copy is kept.
-    leaks: between the bits, which are subtracted. sigma: of the PSF, pixel, once `merfish.decoding.psf.psf_sigma` has
+    leaks: between bits, which are subtracted. sigma: of the PSF, pixel; None until `merfish.decoding.psf.psf_sigma` has
     measured it.
     """
 
@@ -67,19 +67,19 @@ class Bandpassed:
 
 
 def in_rows(filtered: np.ndarray | Bandpassed) -> tuple[np.ndarray | Bandpassed, int]:
-    """A filtered stack (bit, [z,] y, x) as decoders take it, (bit, plane * y, x), and the height of a plane."""
+    """Reshape a filtered stack (bit, [z,] y, x) to (bit, plane * y, x) for decoding; also return the plane height."""
     if isinstance(filtered, Bandpassed):
         return filtered, filtered.height
     return filtered.reshape(len(filtered), -1, filtered.shape[-1]), filtered.shape[-2]
 
 
 def gaussian_taps(sigma: float) -> np.ndarray:
-    """Weights of a Gaussian of ``sigma`` px, cut at 4 sigma, (tap,) float32, sum 1."""
+    """Weights of a Gaussian of ``sigma`` px, truncated at 4 sigma, (tap,) float32, sum 1."""
     radius = int(np.ceil(4 * sigma))
     taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     return (taps / taps.sum()).astype(np.float32)
 
 
 def filled_taps(taps: np.ndarray) -> np.ndarray:
-    """Taps (tap,) with zeros at their end up to a multiple of 4, as the kernels need them."""
+    """Pad taps (tap,) with zeros at their end to a multiple of 4, as required by the kernels."""
     return np.pad(taps, (0, -len(taps) % 4))

@@ -1,6 +1,6 @@
 """Quality of the images of each bit, and images that differ from those of other fields and bits.
 
-Measured on images alone; the error rates of bits are known only after decoding.
+The quality is measured on images alone; the error rates of bits are known only after decoding.
 """
 
 from __future__ import annotations
@@ -15,37 +15,40 @@ from scipy import special
 from merfish._jit import map_bits
 from merfish.imaging.normalize import NOISE_TO_SIGMA, PEAK_SIGMAS, locate_peaks, noise_of, sample_of, weighted_median
 
-BANDS, BAND_ROWS = 8, 64  # of a field, in which spots are found; 512 rows give the same result as 2048
-BLOCKS = 32  # along y and x, in which the intensities of bits are compared
+BANDS, BAND_ROWS = 8, 64  # bands of a field in which spots are found, and their rows; 512 rows suffice for 2048
+BLOCKS = 32  # number of blocks along y and x in which the intensities of bits are compared
 COLUMNS = ["fov", "bit", "round", "color", "brightness", "spots", "background", "noise", "width", "likeness"]
 
-SIGMAS = 6.0  # robust standard deviations over all fields and bits; a value further off is an outlier ...
-MIN_FIELDS = 3  # with fewer, bits can only be compared with each other, and bits differ anyway
-# ... if it is also this factor off: with MIN_FIELDS, and with fewer.
+# A value is an outlier if it deviates by SIGMAS robust standard deviations over all fields and bits, and by one of the
+# FACTORS: the first with at least MIN_FIELDS, the second with fewer, when bits can only be compared with each other.
+SIGMAS = 6.0
+MIN_FIELDS = 3
 FACTORS = {"brightness": (2.0, 5.0), "background": (2.0, 8.0), "noise": (2.0, 5.0), "width": (1.2, 1.4)}
-# Spots are too few (or too many) if they differ from their usual number by the first factor, and if chance does not
-# explain that few of the usual number divided by the second: genes differ between bits, and cells between fields.
+# Spots are too few (or too many) if their number differs from the usual one by the first factor, and if a Poisson
+# number of the usual mean divided (or multiplied) by the second would be so with a probability below CHANCE: genes
+# differ between bits, and cells between fields.
 SPOT_FACTORS = ((5.0, 2.0), (20.0, 5.0))
 CHANCE = 1e-7
 ENOUGH_SPOTS = 15  # needed to measure their height and width
-# If the intensities of bits have this median correlation, a bit that is lower by the second shows another position.
+# If the median correlation of a bit's intensities with others is at least the first, a bit that is lower by the second
+# was imaged at another position.
 COMMON_LIKENESS, LOST_LIKENESS = 0.6, 0.5
-# Two rounds are swapped if swapping reduces the sum of squares by this factor, and by this many squared sigmas.
+# Two rounds are swapped if exchanging them reduces the sum of squares by this factor, and by this many squared sigmas.
 SWAP_RATIO, SWAP_GAIN = 4.0, 80.0
 # Lower limits of the sigmas of logarithms.
 _SWAP_FLOORS = {"brightness": 0.04, "spots": 0.15, "background": 0.01, "noise": 0.02, "width": 0.01}
 
 MIN_CEILING = 255  # camera counts; no camera saturates below
-CEILING_SIGMAS = 5.0  # ratio of the number of pixels at the ceiling to that at each value just below
-_MIN_PILE = 20  # pixels
-_BELOW = 64  # number of values below the highest that it is compared with
+CEILING_SIGMAS = 5.0  # minimum ratio of the number of pixels at the ceiling to the mean at the values just below
+_MIN_PILE = 20  # minimum number of pixels at the ceiling
+_BELOW = 64  # number of values below the highest with which it is compared
 
 
 def camera_ceiling(bits: np.ndarray) -> float:
-    """Value at which the camera of a field saturates: the highest of the data, if many pixels have it.
+    """Value at which the camera of a field saturates: the highest value of the data, if many pixels have it.
 
-    bits: (bit, ..., y, x), raw counts. Cameras of 12 or 14 bits end at 4095 or 16383, or at 65520 if they shift
-    their values up. Otherwise the maximum of the type; infinity for real numbers.
+    bits: (bit, ..., y, x), raw counts. Cameras of 12 or 14 bits saturate at 4095 or 16383, or at 65520 if they shift
+    their values up. Without such a value, the maximum of the dtype; infinity for real numbers.
     """
     if bits.dtype.kind not in "ui":
         return np.inf
@@ -65,7 +68,7 @@ def camera_ceiling(bits: np.ndarray) -> float:
 
 
 def _count_top(image: np.ndarray, highest: int, low: int) -> tuple[int, int]:
-    """Pixels at the highest value, and those from ``low`` on below it."""
+    """Numbers of pixels at the highest value, and from ``low`` to below it."""
     at = int(np.count_nonzero(image == highest))
     return at, int(np.count_nonzero(image >= max(low, 0))) - at
 
@@ -78,27 +81,27 @@ def measure_quality(
     raw: (bit, z, y, x), camera counts; filtered: the same, band-passed, float32; names, rounds, colors: (bit,).
     Returns columns fov, bit, round, color and
 
-    - brightness: median height of its spots, camera counts over the background; NaN without spots
-    - spots: clear spots in the part of the field that is examined, the same part for every bit
+    - brightness: height-weighted median height of its spots above the background, camera counts; NaN without spots
+    - spots: number of clear spots in the part of the field that is examined, which is the same for every bit
     - background: median of the raw image, camera counts
-    - noise: sigma of the filtered image without its spots, camera counts; 0 if all pixels are alike
+    - noise: sigma of the filtered image without its spots, camera counts; 0 if all pixels have the same value
     - width: sigma of its spots after the filter, pixel, larger out of focus; NaN without spots
-    - likeness: correlation, over blocks of the field, of its intensity with that of the other bits
+    - likeness: median correlation, over blocks of the field, of its intensity with that of the other bits
     """
     sample = _sampled(filtered)
     rows = map_bits(lambda image: _spots_of(image, sample.shape[-2]), sample)
-    # one plane of the raw image is enough for the background
+    # one plane of the raw images is enough for the background
     middle = raw[:, raw.shape[1] // 2]
     background = [float(np.median(sample_of(image))) for image in middle]
     table = pd.DataFrame(rows, columns=["brightness", "spots", "noise", "width"])
-    # the correction of illumination in a constant image is not noise
+    # in a constant image, the corrected illumination is not noise
     table.loc[[np.ptp(sample_of(image)) == 0 for image in middle], "noise"] = 0.0
     table = table.assign(fov=fov, bit=list(names), round=list(rounds), color=list(colors))
     return table.assign(background=background, likeness=likeness(middle))[COLUMNS]
 
 
 def _sampled(filtered: np.ndarray) -> np.ndarray:
-    """Bands (bit, band, row, x) spread over the planes and rows of (bit, z, y, x); everything if it is small."""
+    """Bands (bit, band, row, x) spread over the planes and rows of (bit, z, y, x); all of a small stack."""
     _, planes, height, _ = filtered.shape
     if planes * height <= BANDS * BAND_ROWS:
         return filtered
@@ -120,13 +123,13 @@ def _spots_of(image: np.ndarray, height: int) -> tuple[float, int, float, float]
     peak = (rows[row, column] - level).sum(dtype=float)
     around = sum((rows[row + v, column + u] - level).sum(dtype=float) for v, u in ((-1, 0), (1, 0), (0, -1), (0, 1)))
     ratio = around / 4 / peak if peak > 0 else 0.0
-    # of a Gaussian the neighbours of the top have exp(-1 / (2 sigma^2)) of its height
+    # the direct neighbours of the maximum of a Gaussian have exp(-1 / (2 sigma^2)) of its height
     width = np.sqrt(-0.5 / np.log(ratio)) if 0 < ratio < 1 else np.nan
     return weighted_median(top - level), len(x), noise, float(width)
 
 
 def likeness(images: np.ndarray) -> np.ndarray:
-    """Correlation (bit,) of each image (bit, y, x) with the others, over blocks; NaN where an image is constant."""
+    """Median correlation (bit,) of each image (bit, y, x) with the others, over blocks; NaN for a constant image."""
     block = max(16, min(images.shape[1:]) // BLOCKS)
     height, width = (side // block * block for side in images.shape[1:])
     if height // block * (width // block) < 2:
@@ -149,12 +152,12 @@ def likeness(images: np.ndarray) -> np.ndarray:
 
 
 def flag_quality(table: pd.DataFrame) -> pd.DataFrame:
-    """Add a column ``reasons`` to the rows of `measure_quality` of any number of fields: what is wrong, "" if nothing.
+    """Add a column ``reasons`` to the rows of `measure_quality` of any number of fields: what is wrong, or "".
 
     A bit of a field is compared with the same bit in the other fields and with the other bits of the field, by medians;
-    of fewer than `MIN_FIELDS` fields with the other bits alone, which finds only gross faults. Two rounds of a field
-    that are swapped show only in that each looks like the other of the other fields: bits that are alike in brightness,
-    background and width cannot be told apart by images, and with fewer than `MIN_FIELDS` fields none can.
+    with fewer than `MIN_FIELDS` fields only with the other bits, which detects only gross faults. Swapped rounds of a
+    field are detected if each resembles the other one in the other fields; this needs at least `MIN_FIELDS` fields, and
+    rounds that differ in brightness, number of spots, background, noise or width.
     """
     fovs, bits = table["fov"].unique(), table["bit"].unique()
     grid = {
@@ -189,7 +192,7 @@ def _expected(values: np.ndarray, enough: bool, per_field: bool = True) -> np.nd
 
 
 def _median(values: np.ndarray, axis: int) -> np.ndarray:
-    """Median without NaN; 0 if all are NaN."""
+    """Median along an axis without NaN; 0 if all values are NaN."""
     known = np.isfinite(values)
     lines = known.any(axis=axis)
     shape = np.where(np.expand_dims(lines, axis), np.where(known, values, np.nan), 0.0)
@@ -222,7 +225,7 @@ _WORDS = {
 
 def _flag_value(name: str, values: np.ndarray, enough: bool, reasons: list[list[list[str]]]) -> None:
     log = np.log(np.maximum(values, 1e-9))
-    # compared over fields: the optics are the same in each, so that a field with all bits out of focus is found
+    # widths are compared over fields only: the optics are the same, and a field with all bits out of focus is detected
     expected = _expected(log, enough, per_field=name != "width")
     off = log - expected
     limit = max(SIGMAS * _sigma(off), np.log(FACTORS[name][0 if enough else 1]))
@@ -237,8 +240,8 @@ def _flag_likeness(likeness: np.ndarray, reasons: list[list[list[str]]]) -> None
     limit = max(LOST_LIKENESS, SIGMAS * _sigma(likeness - usual))
     for f, b in np.argwhere((likeness < usual - limit) & (usual >= COMMON_LIKENESS)):
         reasons[f][b].append(
-            f"shows another place: its correlation with other bits is {likeness[f, b]:.2f}, "
-            f"that of the others {usual[f, 0]:.2f}"
+            f"imaged at another position: its correlation with other bits is {likeness[f, b]:.2f}, "
+            f"usually {usual[f, 0]:.2f}"
         )
 
 
@@ -249,7 +252,7 @@ def _flag_swaps(
     clear: np.ndarray,
     reasons: list[list[list[str]]],
 ) -> None:
-    """Pairs of rounds whose values are swapped in one field."""
+    """Flag pairs of rounds whose values are swapped in one field."""
     values, expected = [], []
     for name, floor in _SWAP_FLOORS.items():
         log = np.log(np.maximum(np.where(clear, grid[name], np.nan), 1e-9))
@@ -272,7 +275,7 @@ def _flag_swaps(
             (-gain[f], f, i, j) for f in np.flatnonzero((gain > SWAP_GAIN) & (off > SWAP_RATIO * swapped)).tolist()
         ]
     taken: set[tuple[int, int]] = set()
-    for _, f, i, j in sorted(found):  # among pairs that share a round, the one that explains most
+    for _, f, i, j in sorted(found):  # among pairs that share a round, the one with the largest gain
         if not taken & {(f, i), (f, j)}:
             taken |= {(f, i), (f, j)}
             for k in np.flatnonzero((rounds == i) | (rounds == j)):

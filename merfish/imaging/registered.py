@@ -14,12 +14,12 @@ from merfish.imaging import images
 from merfish.imaging.experiment import Experiment
 from merfish.imaging.organization import NO_ROUND, Channel, Movie, read_microscope, read_positions
 
-BITS = "stack"  # stack_0.tif, stack_1.tif, ... are the bits; DAPI_0.tif, ... a stain of that name
+BITS = "stack"  # stack_0.tif, stack_1.tif, ... contain the bits; DAPI_0.tif, ... the stain DAPI
 _NAME = re.compile(r"(.+?)_0*(\d{1,9})(?:\.ome)?\.[A-Za-z0-9]+")
 
 
 def stack_files(folder: Path) -> dict[str, dict[int, Path]]:
-    """Image files named NAME_FIELD.ext in a folder, by name and field; empty if no name is ``stack``.
+    """Find the image files NAME_FIELD.ext of a folder, by name and field; empty if no name is ``stack``.
 
     Raises InputError for two files with the same name and field, and for links to files outside the folder.
     """
@@ -35,11 +35,11 @@ def stack_files(folder: Path) -> dict[str, dict[int, Path]]:
 
 
 def open_registered(folder: Path, files: dict[str, dict[int, Path]], tables: dict[str, Path]) -> Experiment:
-    """An experiment of registered stacks: no rounds, no drift, one colour.
+    """Open registered stacks as an experiment without rounds and drift, of one colour.
 
-    files: as from `stack_files`: each ``stack`` is (bit, y, x) or (bit, z, y, x) of any real dtype, bits in the
-    codebook's order; other names are stains. tables: codebook, positions, microscope; only
-    microns_per_pixel of the last is used, since stacks are assumed to be oriented. z is the plane index.
+    files: as from `stack_files`: each ``stack`` is (bit, y, x) or (bit, z, y, x) of any real dtype, bits in codebook
+    order; other names are stains. tables: codebook, positions, microscope; only microns_per_pixel of the last is used,
+    since stacks are assumed to be oriented. z is the plane index.
 
     Raises InputError for stacks that do not match the codebook or the positions.
     """

@@ -1,4 +1,4 @@
-"""Drift of each imaging round against a reference round, and resampling of images to undo it."""
+"""Drift of each imaging round relative to a reference round, and resampling of images to correct it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from merfish.imaging._kernels import filter_planes, filter_planes_alone, patch_s
 from merfish.imaging.preprocess import Bandpassed, filled_taps
 
 MAX_DRIFT = 40.0  # pixel, along y and along x
-# Beads are found as blobs of this sigma in the image and in copies binned 2 x 2 and 4 x 4: sharp beads in the first,
+# Beads are detected as blobs of this sigma in the image and in copies binned 2 x 2 and 4 x 4: sharp beads in the first,
 # rings of out-of-focus beads in the last.
 _BLOB_SIGMA = 1.5
 _LEVELS = 3
-_DETECTION = 6.0  # height of a blob relative to the noise
+_DETECTION = 6.0  # minimum height of a blob relative to the noise
 _MAX_BLOBS = 4000
 _PATCH_RADIUS = 5  # pixel, of a bead in the first level; twice as wide in the next
-# A drift is accepted if the probability that chance matches so many blobs is below this ...
+# A drift is accepted if so many blobs match by chance with a probability below this, if so many beads agree on it, and
+# if its standard error (pixel) is not above this.
 _LOG_CHANCE = np.log(1e-4)
 _MIN_BEADS = 3
-# ... and if its standard error is below this (pixel).
 _MAX_ERROR = 0.3
-_FLOOR = 0.02  # pixel; lower limit of the scatter of beads, however bright
+_FLOOR = 0.02  # pixel; lower limit of the scatter of beads
 _REFINEMENTS = 10
 _CONVERGED = 0.002  # pixel
 _TAPS = 16  # of the spline
@@ -34,16 +34,16 @@ _COLUMNS = ["round", "dy", "dx", "quality", "beads", "error", "ok"]
 
 
 def measure_drift(images: np.ndarray, reference: int = 0, max_drift: float = MAX_DRIFT) -> pd.DataFrame:
-    """Measure how far each round has drifted from a reference round, from images of the same beads.
+    """Measure the drift of each round relative to a reference round, from images of the same beads.
 
-    images: (round, y, x), any real dtype; images of molecules or stains serve as well if rounds share enough of them.
+    images: (round, y, x), any real dtype; images of molecules or stains can be used if rounds share enough of them.
     Blobs are located in each image at three scales; of all shifts up to ``max_drift`` px along y and x, the one that
     matches most of them is refined: the round is realigned, the remaining displacement of each blob is measured by
     least squares, and their robust mean is added, until it vanishes.
 
-    Returns one row for each round: round; dy, dx (pixel: what is at (y, x) in the reference is at (y + dy, x + dx) in
-    this round; NaN if not ok); quality (share of the reference's blobs that agree on it, 0 to 1); beads (their number);
-    error (pixel, standard error of the drift); ok (the agreement is not by chance, and close).
+    Returns one row for each round: round; dy, dx (pixel: an object at (y, x) in the reference is at (y + dy, x + dx) in
+    this round; NaN if not ok); quality (fraction of the reference's blobs that agree on the drift, 0 to 1); beads
+    (their number); error (pixel, standard error of the drift); ok (the agreement is close and not by chance).
 
     Raises InputError if ``images`` is not (round, y, x), not finite, or has no round ``reference``.
     """
@@ -71,8 +71,8 @@ def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.nd
     """Measure the drift of a field's rounds from its beads or, if that fails, from the molecules that rounds share.
 
     beads: (round, y, x), or (0, y, x) if none were imaged; bits: (bit, z, y, x); round_of_bit: (bit,) int.
-    Returns `measure_drift`'s table with a column ``source``: "beads"; "bits", which works because each word has its
-    bits in several rounds; or "nothing", with no drift, if no round shows any molecule.
+    Returns the table of `measure_drift` with a column ``source``: "beads"; "bits", since each word has bits in several
+    rounds; or "nothing", with drift 0, if no round contains any molecule.
     """
     drift = measure_drift(beads).assign(source="beads") if len(beads) else None
     if drift is not None and drift["ok"].all():
@@ -81,7 +81,7 @@ def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.nd
     for image, number in zip(bits, round_of_bit, strict=True):
         flat = image.max(axis=0).astype(np.float32)
         flat -= np.median(flat)
-        # bits differ in brightness; their brightest 0.1 % are molecules in any case
+        # bits differ in brightness; the brightest 0.1 % of the pixels are molecules in any case
         flat /= max(float(np.quantile(flat, 0.999)), 1e-9)
         np.maximum(molecules[number], flat, out=molecules[number])
     from_bits = measure_drift(molecules).assign(source="bits")
@@ -96,7 +96,7 @@ def measure_field_drift(beads: np.ndarray, bits: np.ndarray, round_of_bit: np.nd
 def _measure_one(
     fixed: np.ndarray, blobs: list[np.ndarray], moving: np.ndarray, max_drift: float
 ) -> tuple[float, float, float, int, float] | None:
-    """(dy, dx, quality, beads, error) of one round against the reference image and its blobs, None if it fails."""
+    """(dy, dx, quality, beads, error) of one round relative to the reference image and its blobs, None if it fails."""
     for _, level, shift, pairs in _coarse_matches(blobs, locate_blobs(moving), fixed.shape, max_drift):
         refined = _refine_drift(fixed, moving, shift, blobs[level][pairs], level)
         if refined is not None and np.abs(refined[0]).max() <= max_drift:
@@ -113,9 +113,9 @@ def _cleaned(image: np.ndarray) -> np.ndarray:
 
 
 def locate_blobs(image: np.ndarray) -> list[np.ndarray]:
-    """Centres of bright blobs in an image (y, x) float32, a list of (blob, 2) y, x in pixel for each of three scales.
+    """Locate bright blobs in an image (y, x) float32: a list of (blob, 2) y, x in pixel, one for each of three scales.
 
-    Accurate to a fraction of a blob's width: a start for `measure_drift`, not a localisation of molecules.
+    Accurate to a fraction of a blob's width: initial positions for `measure_drift`, not a localisation of molecules.
     """
     found = []
     for number in range(_LEVELS):
@@ -131,7 +131,7 @@ def locate_blobs(image: np.ndarray) -> list[np.ndarray]:
 
 def _blob_centers(image: np.ndarray) -> np.ndarray:
     """Sub-pixel maxima (blob, 2) of an image filtered for blobs of `_BLOB_SIGMA`, brightest first."""
-    # Square roots have nearly constant noise in bright and dark regions.
+    # The square root has nearly the same noise in bright and dark regions.
     blobs = Bandpassed(np.sqrt(image - image.min())[None], smoothing=_BLOB_SIGMA, background=2 * _BLOB_SIGMA)[0]
     # Noise of most pixels, since beads are few: 1.4826 MAD = sigma.
     sample = blobs[tuple(slice(None, None, max(1, n // 256)) for n in blobs.shape)]
@@ -170,7 +170,7 @@ def _coarse_matches(
 ) -> list[tuple[float, int, np.ndarray, np.ndarray]]:
     """(log probability of chance, level, shift (2,), matched rows of that level's ``fixed``), least probable first.
 
-    Matches that chance could explain are left out.
+    Matches that may be due to chance are excluded.
     """
     found = []
     for level, (a, b) in enumerate(zip(fixed, moving, strict=True)):
@@ -191,14 +191,14 @@ def _coarse_matches(
 
 
 def _log_poisson_tail(count: int, mean: float) -> float:
-    """Log of a close bound on the probability that a Poisson number of that mean is at least ``count``."""
+    """Log of a tight upper bound on the probability that a Poisson variable of that mean is at least ``count``."""
     if count <= mean:
         return 0.0
     return float(count * np.log(max(mean, 1e-9)) - mean - special.gammaln(count + 1) - np.log1p(-mean / (count + 1)))
 
 
 def _vote(fixed: np.ndarray, moving: np.ndarray, max_drift: float, scale: float) -> np.ndarray | None:
-    """The shift (2,), to about ``scale``, that matches most blobs."""
+    """Shift (2,) that matches most blobs, to about ``scale``; None without pairs in reach."""
     reach = max_drift + scale
     near = spatial.KDTree(fixed).sparse_distance_matrix(spatial.KDTree(moving), reach, p=np.inf, output_type="ndarray")
     if not len(near):
@@ -229,7 +229,7 @@ def _inside(points: np.ndarray, shape: tuple[int, ...], margin: float = 0.0) -> 
 def _refine_drift(
     fixed: np.ndarray, moving: np.ndarray, shift: np.ndarray, blobs: np.ndarray, level: int
 ) -> tuple[np.ndarray, int, float] | None:
-    """Drift (2,), the number of blobs (blob, 2) of ``fixed`` that agree on it, its error; None if they do not agree."""
+    """Drift (2,), number of blobs (blob, 2) of ``fixed`` that agree on it, and its error; None if they do not agree."""
     centers, aligned = np.rint(blobs).astype(np.int64), np.empty((1, *moving.shape), np.float32)
     steps, variances = np.empty((len(centers), 2)), np.empty(len(centers))
     for _ in range(_REFINEMENTS):
@@ -252,7 +252,7 @@ def _refine_drift(
 
 
 def _agreeing(steps: np.ndarray) -> np.ndarray:
-    """Which displacements (bead, 2) agree with most others: within 3 sigma along both axes."""
+    """Mark the displacements (bead, 2) that agree with most others, within 3 sigma along both axes; (bead,) bool."""
     kept = np.isfinite(steps).all(axis=1)
     for _ in range(5):
         if kept.sum() < _MIN_BEADS:
@@ -268,13 +268,13 @@ def align(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Correct drift, and chromatic distortion if given, by resampling each image once with cubic splines.
 
-    images: (image, y, x) or (image, z, y, x), any real dtype; shifts: (image, 2) dy, dx in pixel, as `measure_drift`
-    gives them; transforms: (image, 2, 3), where the image's colour shows what the reference colour shows at (y, x, 1),
-    as `merfish.imaging.chromatic.fit_chromatic` gives them. A pixel (y, x) of the result is the image at
-    transform @ (y + dy, x + dx, 1). Shifts by whole pixels alone copy values exactly.
+    images: (image, y, x) or (image, z, y, x), any real dtype; shifts: (image, 2) dy, dx in pixel, as returned by
+    `measure_drift`; transforms: (image, 2, 3), maps of positions (y, x, 1) in the reference colour to positions in the
+    image's colour, as returned by `merfish.imaging.chromatic.fit_chromatic`. A pixel (y, x) of the result is the image
+    at transform @ (y + dy, x + dx, 1). Shifts by whole pixels without a transform copy values exactly.
 
-    Returns the aligned images, float32 of the same shape, and where all of them have data, bool (y, x): elsewhere
-    at least one image is only a mirrored edge.
+    Returns the aligned images, float32 of the same shape, and bool (y, x), whether all of them have data: elsewhere
+    at least one image is extrapolated by mirroring.
 
     Raises InputError if shapes do not match or a number is not finite.
     """
@@ -315,12 +315,12 @@ def _repeat(values: np.ndarray, times: int) -> np.ndarray:
 
 
 def seen_by_all(maps: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Bool (y, x): pixels whose positions in every image, maps (image, 2, 3) @ (y, x, 1), are inside it."""
+    """Pixels whose position in every image, maps (image, 2, 3) @ (y, x, 1), lies inside it; (y, x) bool."""
     y, x = np.arange(shape[0])[:, None], np.arange(shape[1])
     seen = np.ones(shape, dtype=bool)
     for at in np.unique(maps, axis=0):
         for (along_y, along_x, start), size in zip(at, shape, strict=True):
-            # without rotation, a row or a column is enough
+            # without rotation, a single row or column is enough
             place = (along_y * y if along_y else 0.0) + (along_x * x if along_x else 0.0) + start
             seen &= (place >= 0) & (place <= size - 1)
     return seen
@@ -330,7 +330,7 @@ def spline_taps(fraction: np.ndarray) -> np.ndarray:
     """Weights (..., _TAPS) float32 of the pixels around a point ``fraction`` (..., 0 to 1) beyond tap _TAPS // 2 - 1.
 
     They are the cardinal cubic spline (Unser 1999, IEEE Signal Process. Mag. 16:22): the B-spline convolved with the
-    inverse of its samples, sqrt(3) z^|k| with z = sqrt(3) - 2, cut after 8 pixels where it has fallen to 3e-5.
+    inverse of its samples, sqrt(3) z^|k| with z = sqrt(3) - 2, truncated after 8 pixels, where it has fallen to 3e-5.
     """
     place = np.arange(_TAPS) - (_TAPS // 2 - 1)
     k = np.arange(-_TAPS, _TAPS + 1)
@@ -343,5 +343,5 @@ def spline_taps(fraction: np.ndarray) -> np.ndarray:
 
 
 def _inverse_spline(reach: int) -> np.ndarray:
-    """The filter (2 reach + 1,) that turns pixels into cubic B-spline coefficients."""
+    """Filter (2 reach + 1,) that converts pixels to cubic B-spline coefficients."""
     return np.sqrt(3.0) * (np.sqrt(3.0) - 2.0) ** np.abs(np.arange(-reach, reach + 1))

@@ -1,8 +1,8 @@
-"""The whole experiment: maps over fields with small reductions between them.
+"""Process a whole experiment: maps over fields, with small reductions between them.
 
-Only this package deals with folders, resuming and workers. Its modules in the order of a run: `manifest` states what
+Only this package handles folders, resuming and workers. Its modules, in the order of a run: `manifest` identifies what
 results depend on, `survey` calibrates, `fields` decodes, `reconcile` makes fields consistent, `assemble` assigns
-molecules to cells, `tables` and `record` write; `folder` keeps records on disk, `cluster` runs the maps, `progress`
+molecules to cells, `tables` and `record` write; `folder` stores records on disk, `cluster` runs the maps, `progress`
 displays them.
 """
 
@@ -63,16 +63,16 @@ def run(
 ) -> AnnData:
     """Decode a whole raw experiment into ``out`` and return its table of counts.
 
-    experiment: folder in MERlin's layout (see `merfish.imaging.opening.open_experiment`); tables: the same files by
-    other paths. config: a `merfish.RunConfig` or a YAML file. fovs: some of the fields; results that cover more fields
-    already are kept. workers, scheduler, slurm_jobs: see `merfish.pipeline.cluster.run_map_on`. keep_going: leave out
-    fields whose files are faulty instead of refusing. segmentation: cells from another program, used instead of
-    segmenting (see `merfish.pipeline.assign.assign`). save_images: keep the registered, filtered bits and the stains of
-    each field as OME-Zarr under ``out/images``.
+    experiment: folder in MERlin's layout (see `merfish.imaging.opening.open_experiment`); tables: paths of its tables
+    if they lie elsewhere. config: a `merfish.RunConfig` or a YAML file. fovs: numbers of the fields to process, all by
+    default; fields that the results in ``out`` already cover are kept. workers, scheduler, slurm_jobs: see
+    `merfish.pipeline.cluster.run_map_on`. keep_going: skip fields with faulty files instead of raising. segmentation:
+    cells from another program, used instead of segmenting (see `merfish.pipeline.assign.assign`). save_images: save the
+    registered, filtered bits and the stains of each field as OME-Zarr under ``out/images``.
 
-    Existing results are reused if nothing that they depend on has changed; otherwise they are computed again. A field
-    that fails is listed in ``run.json`` and in the report, and the others are still processed. Raises InputError for
-    faulty tables or files, before any work, and CodebookMisfit, after decoding, if the images do not fit the codebook.
+    Existing results are reused if nothing that they depend on has changed; otherwise they are recomputed. A field that
+    fails is listed in ``run.json`` and in the report, and the others are still processed. Raises InputError for faulty
+    tables or files, before any work, and CodebookMisfit, after decoding, if the images do not fit the codebook.
     """
     import anndata
 
@@ -109,7 +109,7 @@ def process(
     progress: bool,
     verbose: bool = False,
 ) -> None:
-    """As `run`, with results on disk only."""
+    """Run as `run` does, but only write the results to disk."""
     out = Path(out)
     settings = config if isinstance(config, RunConfig) else read_config(config)
     source = open_experiment(experiment, **dict(tables or {}))
@@ -121,7 +121,7 @@ def process(
     chosen = choose_fovs(source, fovs)
     failed = check_files(source, chosen, keep_going)
     if segmentation is not None:
-        find_segmentation(Path(segmentation), [fov for fov in chosen if fov not in failed])  # fails before any work
+        find_segmentation(Path(segmentation), [fov for fov in chosen if fov not in failed])  # raise before any work
     refuse_folder(out, source)
     with (
         folder.owned(out),
@@ -130,7 +130,7 @@ def process(
         run_map_on(workers, scheduler, slurm_jobs, out) as run_map,
     ):
         if workers is not None and workers > cores():
-            shown.say(f"{workers} workers were asked for; using {cores()}, one for each core of this machine")
+            shown.say(f"{workers} workers requested; using {cores()}, one for each core of this machine")
         manifest = Manifest(source, settings)
         calibrated = shared_calibration(source, settings, manifest, out, run_map, shown)
         target = covered(out, chosen, manifest, calibrated)
@@ -151,25 +151,23 @@ def process(
             shown.say(f"{out}: this run is complete, and its inputs and parameters have not changed; nothing to do")
             return
         if cells is None and (given := before.get("segmentation")):
-            shown.say(
-                f"{out}: its cells, from {given['path']}, are replaced by cells of the run; --segmentation keeps them"
-            )
+            shown.say(f"{out}: cells from {given['path']} are replaced by cells of the run; --segmentation keeps them")
         is_current = own_key(before) == key
-        del before  # of many fields, it is large
+        del before  # large for a run of many fields
         if cells is None or not is_current:
             stage = folder.new_stage(out)
             write_results(source, settings, out, says, failed, calibrated, key, stage, run_map, shown)
-            publish_results(out, stage)  # by now nothing else of the run is held
+            publish_results(out, stage)  # nothing else of the run is in memory here
         if cells is not None:
             replace_cells(out, cells, results.read_run(out), run_map, shown)
 
 
 def choose_fovs(experiment: Experiment, fovs: Sequence[int] | None) -> list[int]:
-    """The fields asked for, sorted. Raises InputError for one that has no position."""
+    """Return the requested fields, sorted. Raises InputError for a field that has no position."""
     if fovs is None:
         return list(experiment.fovs)
     if isinstance(fovs, str) or not isinstance(fovs, Iterable):
-        raise InputError(f"fovs: expected numbers of fields such as [0, 3], got {fovs!r}")
+        raise InputError(f"fovs: expected field numbers such as [0, 3], got {fovs!r}")
     unknown = sorted(set(fovs) - set(experiment.fovs))
     if unknown:
         raise InputError(
@@ -179,7 +177,10 @@ def choose_fovs(experiment: Experiment, fovs: Sequence[int] | None) -> list[int]
 
 
 def check_files(experiment: Experiment, fovs: Sequence[int], keep_going: bool) -> dict[int, str]:
-    """Fields with faulty files and why. Raises InputError listing every fault unless ``keep_going``."""
+    """Return the fields with faulty files, and the faults of each.
+
+    Raises InputError that lists the faults, unless ``keep_going`` is true and at least one field has none.
+    """
     listing = preflight(experiment, fovs)
     faults = listing[listing["problem"] != ""]
     bad = faults["fov"].unique().tolist()
@@ -201,7 +202,7 @@ def refuse_folder(out: Path, source: Experiment) -> None:
 
 
 def published(out: Path) -> dict[str, Any]:
-    """The record of the results in a folder; empty if there are none or they are incomplete."""
+    """Return the record of the results in a folder, empty if there are none or they are incomplete."""
     try:
         record = results.read_run(out)
     except InputError:
@@ -212,9 +213,9 @@ def published(out: Path) -> dict[str, Any]:
 
 
 def covered(out: Path, chosen: Sequence[int], manifest: Manifest, calibrated: Calibrated) -> list[int]:
-    """The fields asked for, and those that the results in ``out`` cover already.
+    """Return the requested fields and those that the results in ``out`` already cover.
 
-    Raises InputError if fewer fields are asked for than results cover that could not be kept.
+    Raises InputError if results of other fields would be lost.
     """
     try:
         before = [int(fov) for fov in results.read_run(out)["fields"]]
@@ -225,7 +226,7 @@ def covered(out: Path, chosen: Sequence[int], manifest: Manifest, calibrated: Ca
     stale = [fov for fov in others if fov not in lost and _stale(out, fov, manifest, calibrated)]
     if (lost or stale) and len(chosen) < len(manifest.experiment.fovs):
         raise InputError(
-            f"{out} holds results of {len(before)} fields, and what they were made from has changed since; a run of "
+            f"{out} holds results of {len(before)} fields, but their inputs or parameters have changed since; a run of "
             f"{len(chosen)} fields would replace them. Run all fields, or choose another folder"
         )
     return sorted({*chosen, *others} - set(lost))
@@ -237,9 +238,10 @@ def _stale(out: Path, fov: int, manifest: Manifest, calibrated: Calibrated) -> b
 
 
 def decode_fields(work: FieldWork, run_map: RunMap, failed: dict[int, str], shown: Display) -> Packed[int]:
-    """Decode the fields whose records are missing or out of date, and say why.
+    """Decode the fields whose records are missing or out of date, and report the reason.
 
-    Adds fields that fail to ``failed``. Returns what all records say, packed. Raises OSError if the disk is full.
+    Fields that fail are added to ``failed``. Returns the contents of all records, packed. Raises OSError if the disk is
+    full.
     """
     out, says = work.out, dict[int, bytes]()
     again: dict[str, list[int]] = {}
@@ -252,10 +254,10 @@ def decode_fields(work: FieldWork, run_map: RunMap, failed: dict[int, str], show
             why = changed_parts(record["parts"], parts) if record else ["damaged on disk"]
             again.setdefault(", ".join(why), []).append(fov)
     for reason, fovs in again.items():
-        shown.say(f"{fields_text(fovs)}: made again ({reason})")
+        shown.say(f"{fields_text(fovs)}: recomputed ({reason})")
     todo = [fov for fov in work.parts if fov not in says]
     if says and todo:
-        shown.say(f"{len(says)} of {len(work.parts)} fields are done already; decoding the other {len(todo)}")
+        shown.say(f"{len(says)} of {len(work.parts)} fields are already done; decoding the other {len(todo)}")
     with shown.step("fields"):
         n_molecules, started = 0, time.time()
         for done, (fov, outcome) in enumerate(shown.track(run_map(work, todo), len(todo), "decode"), 1):
@@ -277,7 +279,7 @@ def decode_fields(work: FieldWork, run_map: RunMap, failed: dict[int, str], show
 
 
 def fields_text(fovs: Iterable[int]) -> str:
-    """Fields as people write them.
+    """Format field numbers as a list of ranges.
 
     >>> fields_text([0, 1, 2, 5])
     'fields 0-2, 5'
@@ -304,7 +306,7 @@ def write_results(
     run_map: RunMap,
     shown: Display,
 ) -> None:
-    """Write tables and record of the run, from what the records of all fields say, into ``stage``."""
+    """Write the tables and the record of the run into ``stage``, from the records of all fields (``says``)."""
     work = folder.new_work(out)
     shape, outlines = (1, 1), {}
     for fov, said in says.items():
@@ -322,7 +324,7 @@ def write_results(
 
 
 def publish_results(out: Path, stage: Path) -> None:
-    """Make the report of the tables and the record in ``stage``, and publish them together."""
+    """Write the report of the results in ``stage``, and publish all of them together."""
     write_run_report(out, stage)
     if not (stage / results.SEQUENTIAL).exists():
         (out / results.SEQUENTIAL).unlink(missing_ok=True)

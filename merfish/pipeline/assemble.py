@@ -1,4 +1,4 @@
-"""Map over fields and their neighbours: final outlines of cells, and molecules, without duplicates, within them."""
+"""Map over fields and their neighbours: final outlines of cells, and their molecules without duplicates."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from merfish.pipeline.fields import read_measured, read_spots
 from merfish.pipeline.progress import Display
 from merfish.pipeline.reconcile import KEPT_DTYPE, Fields, Reconciled, map_all, stage_outlines
 
-# count: molecules; expected: sum of their probabilities of being right; nuclear: those in a nucleus
+# count: molecules; expected: sum of their probabilities of being correct; nuclear: those in a nucleus
 COUNT_DTYPE = np.dtype([("cell", "i8"), ("word", "i4"), ("count", "i4"), ("expected", "f4"), ("nuclear", "i4")])
 PLACED_DTYPE = np.dtype([("row", "i8"), ("cell", "i8")])
 
 
 def assemble(fields: Fields, found: Reconciled, run_map: RunMap, display: Display) -> None:
-    """Outline the cells and assign the molecules of every field; results go to files of the work folder."""
+    """Outline the cells and assign the molecules of every field; results are written to files of the work folder."""
     near = fields.near(found.stitching.positions, FIELD_RADIUS)
     for name, work in (
         ("merge cells", MergeWork(fields, found.cells, found.stitching.positions)),
@@ -41,14 +41,14 @@ def assemble(fields: Fields, found: Reconciled, run_map: RunMap, display: Displa
 
 @dataclass(frozen=True, eq=False)
 class MergeWork:
-    """Merges the outlines of each cell whose home is a field."""
+    """Merges the outlines of each cell whose home is the given field."""
 
     fields: Fields
     cells: CellNumbers
     positions: np.ndarray
 
     def __call__(self, fov: int) -> int:
-        """The number of cells, which are written to the file ``merged``."""
+        """Write the cells to the file ``merged`` and return their number."""
         members = self.cells.members(self.cells.at_home(fov))
         geometry = np.empty(len(members), dtype=object)
         measured = [read_measured(self.fields.out, fov).iloc[:0]]
@@ -67,16 +67,16 @@ class MergeWork:
 
 @dataclass(frozen=True, eq=False)
 class TrimWork:
-    """Removes from the cells whose home is a field the area that larger cells cover."""
+    """Removes the area that larger cells cover from the cells whose home is the given field."""
 
     fields: Fields
     cells: CellNumbers
     near: dict[int, list[int]]
 
     def __call__(self, fov: int) -> int:
-        """The number of cells left, which are written to the file ``cells``."""
+        """Write the remaining cells to the file ``cells`` and return their number."""
         own = read_cell_part(self.fields, "merged", fov)
-        # a cell may extend into every field that has an outline of it, and touch the cells seen there
+        # a cell may extend into every field that has an outline of it, and touch the cells found there
         seen = set(self.cells.members(own["cell"].to_numpy())["fov"].tolist()) | {fov}
         seen |= {other for field in seen for other in self.near[field]}
         homes = {fov, *self.cells.homes(sorted(seen))}
@@ -88,7 +88,7 @@ class TrimWork:
 
 @dataclass(frozen=True, eq=False)
 class AssignWork:
-    """Drops the molecules of a field that another field shows better, and assigns the others to cells."""
+    """Drops the molecules of a field that are kept in an overlapping field, and assigns the others to cells."""
 
     fields: Fields
     cells: CellNumbers
@@ -96,7 +96,7 @@ class AssignWork:
     near: dict[int, list[int]]
 
     def __call__(self, fov: int) -> tuple[int, int]:
-        """Numbers of molecules and of those in cells, written to the files ``placed``, ``single`` and ``counts``."""
+        """Write files ``placed``, ``single`` and ``counts``; return the numbers of molecules and of those in cells."""
         kept = self.fields.read_rows("kept", fov, KEPT_DTYPE)
         own = self._sightings(fov, kept)
         worse, n = seen_better_elsewhere(own, (self._sightings(other) for other in self.near[fov])), len(kept)
@@ -118,12 +118,12 @@ class AssignWork:
         return len(placed), int((placed["cell"] >= 0).sum())
 
     def _heights(self, fov: int, kept: np.ndarray) -> np.ndarray:
-        """Of the same molecules as `_sightings`, micrometre."""
+        """Return the heights of the molecules that `_sightings` returns, in micrometres."""
         plane = np.append(kept["z"], read_spots(self.fields.out, fov)["z"]).astype(float)
         return np.interp(plane, np.arange(len(self.fields.experiment.z)), self.fields.experiment.z)
 
     def _sightings(self, fov: int, kept: np.ndarray | None = None) -> Sightings:
-        """Kept molecules, then those of genes imaged one by one, whose words follow the codebook's."""
+        """Return the kept molecules, then those of genes imaged one by one, whose words follow the codebook's."""
         kept = self.fields.read_rows("kept", fov, KEPT_DTYPE) if kept is None else kept
         spots = read_spots(self.fields.out, fov)
         word = np.append(kept["word"], spots["gene"] + self.fields.experiment.codebook.n_words)
@@ -138,9 +138,10 @@ class AssignWork:
 def place_in_cells(
     x: np.ndarray, y: np.ndarray, height: np.ndarray, cells: pd.DataFrame, heights: np.ndarray | None
 ) -> np.ndarray:
-    """The cell_id of molecules (molecule,), x, y, height in micrometre, -1 outside cells (as `described` gives them).
+    """Return the cell_id of each molecule (molecule,), -1 outside all cells.
 
-    heights: of the planes in which cells have outlines of their own; a molecule belongs to the nearest one.
+    x, y, height: (molecule,) in micrometres. cells: as `described` returns them. heights: of the planes in which cells
+    have separate outlines, in micrometres; each molecule is assigned in the nearest plane.
     """
     ids = cells["cell_id"].to_numpy()
     if heights is None:
@@ -154,11 +155,12 @@ def place_in_cells(
 
 
 def described(cells: pd.DataFrame, experiment: Experiment, heights: np.ndarray | None = None) -> pd.DataFrame:
-    """Cells as users see them: volume (cubic micrometre), area of the nucleus (square), stains in all planes.
+    """Return the columns of the results for cells: volume [µm³], nucleus_area [µm²] and stains.
 
-    From columns depth and, where they were measured, nucleus (share of the area) and ``<stain>_mean`` (camera counts of
-    a pixel); adds ``<stain>_total``, the sum over the cell's pixels in all planes of the stain. Cells with an outline
-    in each plane, at ``heights``, get their footprints as ``geometry``, and these as `PLANE_OUTLINES`, WKB.
+    ``cells`` needs depth and, if measured, nucleus (fraction of the area) and ``<stain>_mean`` (camera counts per
+    pixel). ``<stain>_total`` is the sum over the pixels of the cell in all planes of the stain. If cells have an
+    outline in each plane, at ``heights``, ``geometry`` is their footprint, and `PLANE_OUTLINES` holds the outlines as
+    WKB.
     """
     area, geometry = cells["area"].to_numpy(), cells["geometry"].to_numpy(object)
     of_planes = area[:, None] if heights is None else shapely.area(planes(geometry))
@@ -181,10 +183,10 @@ def described(cells: pd.DataFrame, experiment: Experiment, heights: np.ndarray |
 def count_pairs(
     cell: np.ndarray, word: np.ndarray, probability: np.ndarray, nuclear: np.ndarray | None = None
 ) -> np.ndarray:
-    """Molecules of each word in each cell, sorted, `COUNT_DTYPE`; molecules of cell -1 are left out.
+    """Count the molecules of each word in each cell; returns `COUNT_DTYPE` sorted by cell and word.
 
-    cell, word (molecule,) int, probability (molecule,) of being right, nuclear (molecule,) bool: in a nucleus,
-    none if not given.
+    cell, word: (molecule,) int, molecules of cell -1 are ignored. probability: (molecule,) of being correct. nuclear:
+    (molecule,) bool, whether the molecule lies in a nucleus; none do by default.
     """
     inside = cell >= 0
     nuclear = np.zeros(len(cell), bool) if nuclear is None else nuclear

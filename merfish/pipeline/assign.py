@@ -1,7 +1,7 @@
-"""Assign the molecules of a finished run to cells from another program; nothing is decoded again.
+"""Assign the molecules of a finished run to cells from another program, without decoding again.
 
-A map over fields, as in `merfish.pipeline.assemble`: cells are kept by field, and molecules are read a field at a time
-from ``transcripts.parquet``.
+A map over fields, as in `merfish.pipeline.assemble`: cells are stored by field, and molecules are read from
+``transcripts.parquet`` one field at a time.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ MOLECULES = (results.TRANSCRIPTS, results.SEQUENTIAL)
 
 
 def assign(out: Path, segmentation: Path, *, workers: int | None = None, progress: bool = False) -> dict[str, Any]:
-    """Assign the molecules of a finished run to other cells, and rewrite its tables, record and report, all or none.
+    """Assign the molecules of a finished run to other cells, and rewrite its tables, record and report together.
 
     segmentation: see `find_segmentation` and `merfish.exchange.outlines.read_outlines`. Polygons of the whole section
-    are in micrometre of the stage; a label image of it needs MERSCOPE's 3 x 3 transform from micrometre to pixel in a
-    file ``micron_to_mosaic_pixel_transform.csv`` beside it. Files of single fields are in pixels of the images as the
-    run has them, after transposing and flipping as ``microscope.json`` says; cells seen in several fields are merged.
-    Label images (z, y, x) and MERSCOPE's polygons in as many planes as the run has give each cell an outline in every
-    plane, so that cells may lie above each other; other cells have one outline over all planes.
+    are in micrometres in the frame of the stage; a label image of the whole section needs MERSCOPE's 3 x 3 transform
+    from micrometres to pixels in a file ``micron_to_mosaic_pixel_transform.csv`` beside it. Files of single fields are
+    in pixels of the images after the transposition and flips in ``microscope.json``; cells seen in several fields are
+    merged. Label images (z, y, x) and MERSCOPE's polygons with as many planes as the run give each cell an outline in
+    every plane, so that cells may lie above each other; otherwise cells have one outline for all planes.
 
-    Returns the figures of the run. Raises InputError for cells that do not fit the run.
+    Returns the figures of the run. Raises InputError if the cells do not fit the run.
     """
     if not out.is_dir():
         raise InputError(f"{out}: no such folder; expected that of a finished run")
@@ -58,14 +58,14 @@ def assign(out: Path, segmentation: Path, *, workers: int | None = None, progres
 
 
 def segmented_key(key: str, cells: Segmentation) -> str:
-    """Key of results with these cells; key: of the run with its own."""
+    """Return the key of results with these cells; key: that of the run with its own cells."""
     return folder.digest([key, cells.digest()])
 
 
 def replace_cells(
     out: Path, cells: Segmentation, record: dict[str, Any], run_map: RunMap, shown: Display
 ) -> dict[str, Any]:
-    """As `assign`, in a folder that this process has locked."""
+    """Do the work of `assign` in a folder that this process has locked."""
     fields = _fields_of(out, record, cells.planes(record["z"]))
     var = read_var(out)
     groups = {name: field_groups(out / name) for name in MOLECULES if (out / name).is_file()}
@@ -96,7 +96,7 @@ def replace_cells(
     sizes = {path.name: path.stat().st_size for path in stage.iterdir()}
     changed = {"figures": figures, "segmentation": told, "key": segmented_key(own, cells)}
     record = {**record, **changed, "results": {**record.get("results", {}), **sizes}}
-    record.pop("embedding", None)  # it belongs to the cells that are replaced
+    record.pop("embedding", None)  # the embedding belongs to the replaced cells
     record["seconds"] = {**record.get("seconds", {}), "assign": shown.timings()["total"]}
     folder.write_json(stage / results.RUN, record)
     write_run_report(out, stage)
@@ -106,17 +106,17 @@ def replace_cells(
 
 
 def own_key(record: Mapping[str, Any]) -> str:
-    """Key that a run's results had, or have, with its own cells."""
+    """Return the key of a run's results with its own cells, also if these have been replaced."""
     return str(record.get("segmentation", {}).get("run_key", record.get("key", "")))
 
 
 def _fields_of(out: Path, record: Mapping[str, Any], planes: np.ndarray | None) -> Fields:
-    """The fields of a run as its record describes them: their images are not needed, and may be gone.
+    """Return the fields of a run from its record; the images are not needed.
 
-    planes: in which the new cells have outlines of their own, see `merfish.pipeline.reconcile.Fields`.
+    planes: those in which the new cells have separate outlines, see `merfish.pipeline.reconcile.Fields`.
     """
     if not record["fields"]:
-        raise InputError(f"{out}: no field of this run was decoded, there are no molecules to put into cells")
+        raise InputError(f"{out}: no field of this run was decoded, so there are no molecules to assign")
     try:
         names, words = record["codebook"]["names"], record["codebook"]["words"]
         book = Codebook(names, names, np.array([list(map(int, word)) for word in words]), record["bits"]["names"])
@@ -124,7 +124,7 @@ def _fields_of(out: Path, record: Mapping[str, Any], planes: np.ndarray | None) 
         height, width = next(iter(record["fields"].values()))["shape"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{out / results.RUN}: made by another version, which does not say {error}; run the experiment again"
+            f"{out / results.RUN}: written by another version, without {error}; run the experiment again"
         ) from error
     experiment = Experiment(out, {}, book, scale, False, False, False, None, positions, (), (), {})
     work = folder.new_work(out)
@@ -132,7 +132,7 @@ def _fields_of(out: Path, record: Mapping[str, Any], planes: np.ndarray | None) 
 
 
 def field_groups(path: Path) -> dict[int, list[int]]:
-    """Row groups that may hold molecules of a field in a run's table. Raises InputError for one that no run wrote."""
+    """Return the row groups of a run's table that may contain each field. Raises InputError for other files."""
     groups: dict[int, list[int]] = {}
     last = -1
     try:
@@ -142,17 +142,17 @@ def field_groups(path: Path) -> dict[int, list[int]]:
             found = metadata.row_group(k).column(column).statistics
             if metadata.row_group(k).num_rows:
                 if found.min < last:
-                    raise ValueError(f"row group {k}: its fields are not in order")
+                    raise ValueError(f"row group {k}: its fields are not sorted")
                 last = found.max
                 for fov in range(found.min, found.max + 1):
                     groups.setdefault(fov, []).append(k)
     except (OSError, ValueError, AttributeError, pa.ArrowException) as error:
-        raise InputError(f"{path}: not the transcripts of a run: {error}") from error
+        raise InputError(f"{path}: not a transcript table of a run: {error}") from error
     return groups
 
 
 def _bounds(fields: Fields, fov: int) -> np.ndarray:
-    """What the cells of a field span, x, y, x, y micrometre; NaN without any."""
+    """Return the bounds x, y, x, y of the cells of a field in micrometres, NaN if there are none."""
     bounds = shapely.bounds(read_cell_part(fields, "cells", fov)["geometry"].to_numpy(object))
     if not len(bounds):
         return np.full(4, np.nan)
@@ -164,10 +164,10 @@ def _bounds(fields: Fields, fov: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class AssignWork:
-    """Puts the molecules of a field into cells, also those of genes imaged one by one (``sequential``, names in order).
+    """Assigns the molecules of a field, also those of genes imaged one by one, to cells.
 
-    groups: row groups that may hold a field, of each table of molecules in ``out``; bounds: what the cells of each
-    field span, micrometre.
+    groups: for each table of molecules in ``out``, the row groups that may contain each field. bounds: of the cells of
+    each field, in micrometres. sequential: names of the genes imaged one by one, in order.
     """
 
     out: Path
@@ -177,9 +177,9 @@ class AssignWork:
     sequential: Sequence[str]
 
     def __call__(self, fov: int) -> tuple[int, list[int]]:
-        """The number of molecules in cells, and the fields whose cells may have them.
+        """Return the number of molecules in cells, and the fields whose cells may contain them.
 
-        Cells of molecules go to files that are called as their tables, counts to ``counts``.
+        The cells of the molecules are written to files named after the tables, the counts to ``counts``.
         """
         tables = {name: self._molecules(name, fov) for name in self.groups}
         molecules = pd.concat(tables.values())
@@ -198,7 +198,7 @@ class AssignWork:
         return int((cell[: len(tables[results.TRANSCRIPTS])] >= 0).sum()), homes
 
     def _molecules(self, name: str, fov: int) -> pd.DataFrame:
-        """Word, places (x, y in micrometre, z in planes) and probability of the molecules of a field in a table."""
+        """Return word, position (x, y in µm, z in planes) and probability of the molecules of a field in a table."""
         single = name == results.SEQUENTIAL
         columns = ["fov", "global_x", "global_y", "z", *(["gene"] if single else ["barcode_id", "probability"])]
         with pq.ParquetFile(self.out / name) as file:
@@ -206,7 +206,7 @@ class AssignWork:
         table = table.filter(pc.field("fov") == fov).drop_columns("fov").to_pandas()
         if not single:
             return table.rename(columns={"barcode_id": "word"})
-        # a gene that the codebook has as well is called otherwise among the counts
+        # a gene that is also in the codebook has another name among the counts
         names = [name.removesuffix("_sequential") for name in self.sequential]
         word = self.fields.experiment.codebook.n_words + pd.Index(names).get_indexer(table.pop("gene").astype(object))
         # spots of a gene that is imaged alone need no decoding
@@ -218,7 +218,7 @@ class AssignWork:
 
 
 def _write_placed(fields: Fields, path: Path, stage: Path, shown: Display) -> None:
-    """A table of molecules with their new cells, a row group at a time, in the order that they have."""
+    """Write a table of molecules with their new cells, one row group at a time, in the same order."""
     with pq.ParquetFile(path) as file:
         schema, written = file.schema_arrow, Counter[int]()
         column = schema.get_field_index("cell_id")

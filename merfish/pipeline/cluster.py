@@ -1,7 +1,7 @@
-"""Where a map over fields runs: in this process, in processes of this machine, on a Dask cluster, in SLURM jobs.
+"""Run a map over fields: in this process, in processes of this machine, on a Dask cluster, or in SLURM jobs.
 
-All of them call the same function on the same fields, so that results do not depend on the choice. A field that raises
-or whose worker dies gives a `Failure`; the others go on.
+All of these call the same function on the same fields, so that results do not depend on the choice. A field that raises
+an exception or whose worker dies gives a `Failure`; the others continue.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from merfish.errors import InputError
 
-MOST_DEATHS = 3  # of its workers, after which a field is given up
+MOST_DEATHS = 3  # a field is given up after this many deaths of its worker
 CONNECT_SECONDS = 30.0  # to wait for a scheduler
 PART_SECONDS = 5.0  # to wait for an idle process to end
 
@@ -33,7 +33,7 @@ RunMap = Callable[[Work, Sequence[int]], Iterator[tuple[int, Any]]]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a field gave no result; ``traceback`` is empty where its data are to blame."""
+    """The reason why a field gave no result; ``traceback`` is empty if its data are at fault."""
 
     reason: str
     traceback: str = ""
@@ -41,12 +41,12 @@ class Failure:
 
 
 def cores() -> int:
-    """Cores that this process may use: more processes than that take memory and gain nothing."""
+    """Return the number of cores available to this process; more processes than that only use more memory."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class StepError(RuntimeError):
-    """A step of the program failed on a field, though its images were decoded."""
+    """A step failed on a field whose images were decoded."""
 
     def __init__(self, message: str, failure: Failure) -> None:
         super().__init__(message)
@@ -60,11 +60,11 @@ def run_map_on(
     slurm_jobs: int | None = None,
     shared: Path | None = None,
 ) -> Iterator[RunMap]:
-    """Yield a function (work, fields) -> iterator of (field, result or `Failure`), in the order in which they finish.
+    """Yield a function (work, fields) -> iterator of (field, result or `Failure`), in order of completion.
 
-    workers: processes on this machine, at most one a core; None = this process, where kernels use all cores.
-    scheduler: address of a running Dask scheduler. slurm_jobs: number of SLURM jobs, each as dask-jobqueue's
-    configuration describes it; shared: a folder that all of them can access.
+    workers: number of processes on this machine, at most one per core; None: this process, whose kernels use all cores.
+    scheduler: address of a running Dask scheduler. slurm_jobs: number of SLURM jobs, each as configured for
+    dask-jobqueue; shared: a folder that all of them can access.
     """
     if scheduler is not None or slurm_jobs is not None:
         with _dask_client(scheduler, slurm_jobs, shared) as client:
@@ -80,7 +80,7 @@ def run_map_on(
 
 
 def attempt(work: Work, item: int) -> Any:
-    """The result of ``work`` for an item, or a `Failure` if it raises."""
+    """Return the result of ``work`` for an item, or a `Failure` if it raises."""
     try:
         return work(item)
     except InputError as error:
@@ -90,18 +90,18 @@ def attempt(work: Work, item: int) -> Any:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that the disk is full; HDF5, Arrow and NumPy only say so in the message."""
+    """Return whether an error means that the disk is full; HDF5, Arrow and NumPy only say so in the message."""
     words = ("No space left", "errno = 28", "requested and")
     code = getattr(error, "errno", None)
     return code in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in words)
 
 
-# --- processes of this machine, over pipes: nothing listens on a port -------------------------------------------
+# --- processes of this machine, over pipes, so that no port is opened -------------------------------------------
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, our end of its pipe, and the number of the work that it was sent last."""
+    """A process, this end of its pipe, and the number of the last work sent to it."""
 
     process: Any
     connection: Connection
@@ -109,7 +109,7 @@ class _Worker:
 
 
 class _Processes:
-    """Processes that are started when they are needed, and again when they die."""
+    """Processes that are started when needed, and restarted when they die."""
 
     def __init__(self, number: int) -> None:
         self.number = min(number, cores())
@@ -118,7 +118,7 @@ class _Processes:
         self.works = 0
 
     def map(self, work: Work, items: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """See `run_map_on`. An item whose worker dies is tried again, three times in all."""
+        """Implement `run_map_on`. An item whose worker dies is tried again, three times in all."""
         self.works += 1
         waiting, deaths = deque(items), Counter[int]()
         while waiting or self.busy:
@@ -134,7 +134,7 @@ class _Processes:
                     if deaths[item] < MOST_DEATHS:
                         waiting.append(item)
                         continue
-                    outcome = Failure(f"its worker died {MOST_DEATHS} times: killed, or out of memory")
+                    outcome = Failure(f"its worker died {MOST_DEATHS} times (killed, or out of memory)")
                 else:
                     self.idle.append(worker)
                 yield item, outcome
@@ -169,21 +169,21 @@ class _Processes:
         worker.process.join()
 
     def close(self) -> None:
-        """End all processes, including those that are still working."""
+        """End all processes, including busy ones."""
         for worker in self.idle:
             worker.connection.close()
         for worker in self.idle:
-            worker.process.join(PART_SECONDS)  # lets its libraries release what they hold
+            worker.process.join(PART_SECONDS)  # lets its libraries release their resources
         for worker in [*self.idle, *self.busy]:
             self._end(worker)
 
 
 def _serve(connection: Connection, threads: int) -> None:
-    """Main loop of a worker: it receives functions, and items to apply the last one to; it ends with its parent."""
+    """Run a worker: it receives functions, and items to apply the last function to. It ends with its parent."""
     import numba
     import pyarrow as pa
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     numba.set_num_threads(min(threads, numba.get_num_threads()))
     pa.set_cpu_count(threads)
@@ -235,7 +235,7 @@ def _slurm_cluster(jobs: int, shared: Path | None) -> Iterator[Any]:
         from dask_jobqueue import SLURMCluster
     except ImportError:
         raise InputError("--slurm needs dask-jobqueue and cryptography: pip install 'merfish[cluster]'") from None
-    # certificates for this run only: nobody else on the network can control its workers
+    # certificates for this run only, so that nobody else on the network can control its workers
     with tempfile.TemporaryDirectory(prefix=".tls.", dir=shared) as secrets:
         try:
             cluster = SLURMCluster(
@@ -246,7 +246,7 @@ def _slurm_cluster(jobs: int, shared: Path | None) -> Iterator[Any]:
             )
         except (ValueError, TypeError) as error:
             raise InputError(
-                f"--slurm: dask-jobqueue cannot describe a job ({error}); give at least cores and memory under "
+                f"--slurm: dask-jobqueue cannot set up a job ({error}); set at least cores and memory under "
                 "jobqueue: slurm: in ~/.config/dask/jobqueue.yaml"
             ) from error
         with cluster:
@@ -255,11 +255,11 @@ def _slurm_cluster(jobs: int, shared: Path | None) -> Iterator[Any]:
 
 
 def _map_on_dask(client: Any, work: Work, items: Sequence[int]) -> Iterator[tuple[int, Any]]:
-    """The work is sent once; the scheduler holds only a few items for each thread at any time."""
+    """Send the work once; the scheduler holds only a few items per thread at any time."""
     from distributed import as_completed
 
     client.wait_for_workers(1)
-    # a task, not scattered data: if the worker that holds it dies, the scheduler can compute it on another
+    # a task, not scattered data: if the worker that holds it dies, the scheduler can recompute it on another
     shared = client.submit(_same, work, pure=False)
     waiting, suspects = deque(items), Counter[int]()
 
@@ -274,15 +274,15 @@ def _map_on_dask(client: Any, work: Work, items: Sequence[int]) -> Iterator[tupl
     running = as_completed(first, loop=client.loop)
     for future in running:
         item = of.pop(future.key)
-        fault = future.exception() if future.status != "cancelled" else OSError("the scheduler was lost")
+        fault = future.exception() if future.status != "cancelled" else OSError("lost the connection to the scheduler")
         if fault is None:
             yield item, future.result()
         elif type(fault).__name__ == "KilledWorker" and not suspects[item]:
-            # all items queued on a worker are blamed for its death: try each of them once more
+            # Dask blames all items queued on a worker for its death: retry each of them once
             suspects[item] += 1
             waiting.append(item)
         elif type(fault).__name__ == "KilledWorker":
-            yield item, Failure("its workers died again and again: killed, or out of memory")
+            yield item, Failure("its workers died repeatedly (killed, or out of memory)")
         else:
             yield item, Failure(f"{type(fault).__name__}: {fault}")
         del future

@@ -1,4 +1,4 @@
-"""Map: one field's images -> its record: molecules, cell outlines, and the summaries that later steps add up."""
+"""Map over fields: images -> a record of molecules, cell outlines, and the summaries that later steps add up."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from merfish.pipeline.images import new_images, write_images
 from merfish.report import OVERVIEW, STAINS
 from merfish.simulate.spikes import spike_in
 
-OVERVIEW_WHITE = 1.5  # height, in molecules, that the overview picture shows as white
-STAIN_SIDE = 512  # pixels, at most, of the small pictures of stains
+OVERVIEW_WHITE = 1.5  # height, in molecules, that is white in the overview image
+STAIN_SIDE = 512  # pixels; longest side of the small images of stains
 CALLS, OUTLINES, SPOTS, TALLY = "calls.parquet", "outlines.parquet", "sequential.npy", "tally.npz"
 SPIKES, SPIKE_SEED = "spikes.npz", 0
-# Columns of the calls of a field; nuclear: whether one lies in a nucleus. The rest of `merfish.transcripts.COLUMNS`
-# follows from the run.
+# Columns of the calls of a field; nuclear: whether the call lies in a nucleus. The other columns of
+# `merfish.transcripts.COLUMNS` follow from the run.
 CALL_COLUMNS = (
     "barcode_id", "x", "y", "z", "hamming_distance", "probability", "intensity", "area", "distance", "shown",
     "nuclear",
@@ -61,10 +61,10 @@ SPOTS_DTYPE = np.dtype([("gene", "i4"), *SPOT_DTYPE.descr])
 
 @dataclass(frozen=True, eq=False)
 class FieldWork:
-    """Decodes and segments one field into its record.
+    """Decodes and segments one field, and writes its record.
 
-    parts: of each field, what the record depends on. spiked: fields that are decoded again with molecules added.
-    images: whether the registered images are saved too.
+    parts: what the record of each field depends on. spiked: fields that are decoded again with added molecules. images:
+    whether the registered images are saved too.
     """
 
     experiment: Experiment
@@ -76,7 +76,7 @@ class FieldWork:
     images: bool = False
 
     def __call__(self, fov: int) -> int:
-        """The number of molecules found."""
+        """Return the number of molecules found."""
         parts, spiked = self.parts[fov], fov in self.spiked
         with (
             new_record(results.field_folder(self.out, fov), parts) as (folder, says),
@@ -95,10 +95,10 @@ def process_field(
     spiked: bool,
     images: Path | None = None,
 ) -> dict[str, Any]:
-    """Decode and segment one field into files of ``folder``; returns what the record says of it.
+    """Decode and segment one field into files of ``folder``; returns the contents of its record.
 
-    spiked: decode it again with molecules added, to measure the detection efficiency. images: a folder for its
-    registered images, None if they are not wanted.
+    spiked: decode it again with added molecules, to measure the detection efficiency. images: folder for its registered
+    images, None to skip saving them.
     """
     clock = _Clock()
     field = register_field(experiment, fov, config, calibration)
@@ -159,9 +159,9 @@ class _Clock:
 
 
 def overview(bits: np.ndarray, normalization: Normalization) -> np.ndarray:
-    """The brightest bit of each pixel, uint8 (y, x)."""
+    """Return the brightest bit of each pixel, uint8 (y, x), with `OVERVIEW_WHITE` molecules as white."""
     brightest = np.zeros(bits.shape[-2:], np.float32)
-    # bit by bit: a second stack of heights would take as much memory as the field itself
+    # bit by bit: a second stack of heights would use as much memory as the field itself
     for image, background, gain in zip(bits, normalization.background, normalization.gain, strict=True):
         np.maximum(brightest, (image.max(axis=0) - background) * gain, out=brightest)
     return (np.minimum(brightest / OVERVIEW_WHITE, 1) * 255).astype(np.uint8)
@@ -170,11 +170,11 @@ def overview(bits: np.ndarray, normalization: Normalization) -> np.ndarray:
 def segment_field(
     experiment: Experiment, config: RunConfig, images: Mapping[str, np.ndarray], shape: tuple[int, ...]
 ) -> FieldCells:
-    """The cells of a field of shape (y, x), in pixels of round 0, none without a stain of the nuclei.
+    """Return the cells of a field of shape (y, x), in pixels of round 0; none without a stain of the nuclei.
 
-    images: aligned stains (z, y, x); ``measured`` has the mean of each over each cell besides, camera counts. A stain
-    that cannot be aligned is used as it is: outlines tolerate a drift of some pixels, and otherwise the field would
-    have no cells.
+    images: aligned stains (z, y, x). ``measured`` also gets the mean of each over each cell, in camera counts. A stain
+    that cannot be aligned is used as it is: an error of a few pixels shifts the outlines, but without the stain the
+    field would have no cells.
     """
     nuclei, body = chosen_stains(experiment, config)
     if nuclei is None:
@@ -193,7 +193,7 @@ def segment_field(
 
 
 def stacked_planes(experiment: Experiment, config: RunConfig) -> np.ndarray | None:
-    """Heights of the planes in which cells have outlines of their own, micrometre; None if they have one for all."""
+    """Return the heights [µm] of the planes in which cells have separate outlines; None if they have one for all."""
     nuclei, body = chosen_stains(experiment, config)
     if nuclei is None or not config.stacked_cells or config.segmenter is not None:
         return None
@@ -204,7 +204,7 @@ def stacked_planes(experiment: Experiment, config: RunConfig) -> np.ndarray | No
 def aligned_stains(
     experiment: Experiment, fov: int, shifts: Mapping[str, np.ndarray], shape: tuple[int, ...]
 ) -> dict[str, np.ndarray]:
-    """Stains (z, y, x) of a field of shape (y, x) without their drift, ``shifts`` (2,) by name."""
+    """Return the stains (z, y, x) of a field of shape (y, x), corrected for their drift ``shifts`` (2,), by name."""
     return {
         name: _same_shape(aligned_stain(experiment, fov, name, shift), shape, fov, name)
         for name, shift in shifts.items()
@@ -220,7 +220,7 @@ def find_spots_of(
     calibration: Calibration,
     valid: np.ndarray,
 ) -> np.ndarray:
-    """Molecules of a gene that was imaged by itself, `SPOT_DTYPE`, where all rounds (``valid``) have an image."""
+    """Return the molecules of a gene imaged alone, `SPOT_DTYPE`, where all rounds have an image (``valid``)."""
     planes = aligned_gene(experiment, fov, gene, shift, config, calibration)
     spots = find_molecules(_same_shape(planes, valid.shape, fov, gene))
     row, column = (np.clip(np.rint(spots[k]).astype(int), 0, n - 1) for k, n in zip("yx", valid.shape, strict=True))
@@ -229,7 +229,7 @@ def find_spots_of(
 
 def _same_shape(image: np.ndarray, shape: tuple[int, ...], fov: int, name: str) -> np.ndarray:
     if image.shape[-2:] != shape:
-        raise InputError(f"field {fov}: images of {name} are of shape {image.shape[-2:]} (y, x), those of bits {shape}")
+        raise InputError(f"field {fov}: images of {name} have shape {image.shape[-2:]} (y, x), those of bits {shape}")
     return image
 
 
@@ -241,9 +241,9 @@ def spikes_of(
     method: str,
     filters: tuple[float, float],
 ) -> pd.DataFrame:
-    """Molecules added to a field (bit, [z,] y, x), and the calls that find them.
+    """Add molecules to a field (bit, [z,] y, x), decode it again, and return them with the calls that find them.
 
-    filters: sigmas of the band-pass of the field, pixel.
+    filters: sigmas of the band-pass filter of the field, in pixels.
     """
     return spike_in(
         bits,
@@ -260,12 +260,12 @@ def spikes_of(
 
 
 def read_calls(out: Path, fov: int) -> pd.DataFrame:
-    """Every call of a field, columns `CALL_COLUMNS`."""
+    """Read every call of a field, columns `CALL_COLUMNS`."""
     return read_table(results.field_folder(out, fov) / CALLS).to_pandas()
 
 
 def write_outlines(outlines: list[shapely.Polygon], path: Path, measured: pd.DataFrame | None = None) -> None:
-    """Write outlines (pixel), and a row of means of each, as `merfish.cells.measure.FieldCells` has them.
+    """Write outlines (outline,) in pixels and a row of measurements of each (see `merfish.cells.measure.FieldCells`).
 
     Outlines without measurements get the depth `DEPTH`.
     """
@@ -275,13 +275,13 @@ def write_outlines(outlines: list[shapely.Polygon], path: Path, measured: pd.Dat
 
 
 def read_outlines(out: Path, fov: int) -> np.ndarray:
-    """Outlines of a field (outline,), pixels."""
+    """Read the outlines of a field (outline,), in pixels."""
     table = read_table(results.field_folder(out, fov) / OUTLINES, columns=["geometry"])
     return np.asarray(shapely.from_wkb(table["geometry"].to_numpy(zero_copy_only=False)), dtype=object)
 
 
 def write_small_stains(stains: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write small pictures of the stains (y, x) of a field: uint8 (stain, y, x), names, and the side of a pixel."""
+    """Write reduced images of a field's stains: uint8 (stain, y, x), their names, and the pixels per block."""
     if stains:
         step = -(-max(next(iter(stains.values())).shape) // STAIN_SIDE)
         small = [stretch(block_mean(image, step)) for image in stains.values()]
@@ -289,25 +289,25 @@ def write_small_stains(stains: Mapping[str, np.ndarray], path: Path) -> None:
 
 
 def block_mean(image: np.ndarray, step: int) -> np.ndarray:
-    """Mean of squares of ``step`` pixels, float32; rows and columns left over at the end are dropped."""
+    """Average over squares of ``step`` x ``step`` pixels, float32; incomplete squares at the ends are dropped."""
     height, width = (side // step for side in image.shape)
     squares = image[: height * step, : width * step].reshape(height, step, width, step)
     return squares.mean(axis=(1, 3), dtype=np.float32)
 
 
 def stretch(image: np.ndarray) -> np.ndarray:
-    """An image as uint8, black at its first percentile, white at the 99.8th."""
+    """Scale an image to uint8: black at its 1st percentile, white at its 99.8th."""
     low, high = np.percentile(image, [1, 99.8])
     return (np.clip((image - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
 
 
 def read_measured(out: Path, fov: int) -> pd.DataFrame:
-    """A row of means of each outline of a field."""
+    """Read the measurements of a field's cells, one row per outline."""
     return read_table(results.field_folder(out, fov) / OUTLINES).drop_columns("geometry").to_pandas()
 
 
 def write_spots(spots: list[np.ndarray], path: Path) -> None:
-    """Write the molecules of genes imaged one by one: `SPOTS_DTYPE`."""
+    """Write the molecules of genes imaged one by one, as `SPOTS_DTYPE`."""
     every = np.empty(sum(map(len, spots)), SPOTS_DTYPE)
     every["gene"] = np.repeat(np.arange(len(spots)), [len(found) for found in spots])
     for name in SPOT_DTYPE.names or ():
@@ -321,20 +321,20 @@ def read_spots(out: Path, fov: int) -> np.ndarray:
 
 
 def write_spikes(spikes: pd.DataFrame, folder: Path) -> None:
-    """Write the words of molecules added to a field, and the features by which the calls that find them are kept."""
+    """Write the words of the added molecules, and the features by which the calls that find them are filtered."""
     found = spikes[spikes["x"].notna()] if "x" in spikes else spikes
     features = call_features(found)[0] if len(found) else np.empty((0, 1))
     np.savez(folder / SPIKES, word=spikes["spike"].to_numpy(), found=found.index.to_numpy(np.int64), features=features)
 
 
 def read_spikes(out: Path, fov: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Words (spike,) of molecules added to a field, which of them are found (call,), features (call, feature)."""
+    """Read words (spike,) of the added molecules, indices of those found (call,), and features (call, feature)."""
     with np.load(results.field_folder(out, fov) / SPIKES, allow_pickle=False) as arrays:
         return arrays["word"], arrays["found"], arrays["features"]
 
 
 def write_tally(calls: pd.DataFrame, book: Codebook, path: Path) -> None:
-    """Write what the filter is fitted to: tallies of the left and right halves, and the calls of each word."""
+    """Write the input of the filter: tallies of the left and right halves, and the number of calls of each word."""
     features, evidence = call_features(calls)
     blank = calls["is_blank"].to_numpy(bool)
     right = calls["x"].to_numpy() > calls["x"].median()
@@ -347,13 +347,13 @@ _TALLY = ("values", "calls", "blanks")
 
 
 def read_tally(out: Path, fov: int) -> tuple[Tally, Tally]:
-    """Tallies of the left and right halves of a field."""
+    """Read the tallies of the left and right halves of a field."""
     with np.load(results.field_folder(out, fov) / TALLY, allow_pickle=False) as arrays:
         left, right = (Tally(*(arrays[f"{name}{k}"] for name in _TALLY)) for k in (0, 1))
     return left, right
 
 
 def read_found(out: Path, fov: int) -> np.ndarray:
-    """Number of calls (word,) int64 of a field."""
+    """Read the number of calls of each word, int64 (word,), of a field."""
     with np.load(results.field_folder(out, fov) / TALLY, allow_pickle=False) as arrays:
         return np.asarray(arrays["found"])

@@ -1,8 +1,8 @@
-"""What a run keeps on disk: one owner at a time, records that are verified to be whole, results published together.
+"""The files of a run: one process writes at a time, records are checked for damage, results are published together.
 
-A record is a folder with files and ``record.json``, which names the key of what they depend on and their checksums; it
-is used only if both hold. Results are staged beside the fields; from the moment the staged set is marked complete, a
-kill can only delay its publication, which the next command on the folder finishes.
+A record is a folder with files and ``record.json``, which contains digests of what they depend on and their checksums;
+it is used only if both match. Results are staged beside the fields. Once the stage is marked as complete, a killed run
+only delays its publication, which the next command on the folder finishes.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _WORK = ".work"
 
 @contextmanager
 def owned(out: Path) -> Iterator[None]:
-    """Make ``out`` and hold its lock; finish or sweep what a killed run left there.
+    """Create ``out`` and hold its lock; publish or remove what a killed run left there.
 
-    Raises InputError naming the holder if another run has it, or if ``out`` cannot be a folder.
+    Raises InputError if another run holds the lock, naming its process, or if ``out`` cannot be a folder.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise InputError(f"{out}: is a file; expected a folder, or a path that does not exist yet") from None
+        raise InputError(f"{out}: is a file; expected a folder or a new path") from None
     holder = out / _HOLDER
     lock = FileLock(out / _LOCK, blocking=False)
     try:
@@ -67,7 +67,7 @@ def owned(out: Path) -> Iterator[None]:
 
 
 def is_held(out: Path) -> str:
-    """Who writes into ``out`` at the moment; empty if nobody does."""
+    """Return the process that is writing to ``out``, empty if there is none."""
     if not (out / _LOCK).is_file():
         return ""
     lock = FileLock(out / _LOCK, blocking=False)
@@ -82,15 +82,15 @@ def is_held(out: Path) -> str:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a value that JSON can hold, the same for equal values."""
+    """Return the SHA-256 of a JSON-serialisable value; equal values have equal digests."""
     return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def new_record(folder: Path, parts: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Write a record, whole or not at all: yields the folder for its files, and a dictionary for what it says.
+    """Write a record atomically: yields the folder for its files, and a dictionary for its other contents.
 
-    parts: digests of what it depends on, by name; together they are its key.
+    parts: digests of what the record depends on, by name.
     """
     with whole_file(folder) as part:
         part.mkdir()
@@ -102,7 +102,7 @@ def new_record(folder: Path, parts: Mapping[str, str]) -> Iterator[tuple[Path, d
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What a record says, with its parts and files; None if it is absent or damaged in any way."""
+    """Return the contents of a record, with its parts and files; None if it is missing or damaged."""
     says = read_checked(folder / RECORD)
     if says is None:
         return None
@@ -114,7 +114,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def said(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record says, without its parts and files."""
+    """Return the contents of a record, without its parts and files."""
     return {name: value for name, value in record.items() if name not in ("parts", "files")}
 
 
@@ -125,7 +125,7 @@ def write_checked(path: Path, content: Any) -> None:
 
 
 def read_checked(path: Path) -> Any:
-    """Read what `write_checked` wrote; None if it is absent or damaged."""
+    """Read what `write_checked` wrote; None if it is missing or damaged."""
     try:
         found = read_json(path)
         return found["content"] if found["sha256"] == digest(found["content"]) else None
@@ -133,11 +133,11 @@ def read_checked(path: Path) -> Any:
         return None
 
 
-# --- files that only the steps after decoding need ---------------------------------------------------------------
+# --- temporary files of the steps after decoding ---------------------------------------------------------------
 
 
 def new_work(out: Path) -> Path:
-    """An empty folder for them."""
+    """Return an empty folder for temporary files."""
     remove_work(out)
     work = out / results.FIELDS / _WORK
     work.mkdir(parents=True)
@@ -145,7 +145,7 @@ def new_work(out: Path) -> Path:
 
 
 def remove_work(out: Path) -> None:
-    """Remove what a step, or a killed run, left."""
+    """Remove the temporary files of a step or a killed run."""
     shutil.rmtree(out / results.FIELDS / _WORK, ignore_errors=True)
 
 
@@ -153,7 +153,7 @@ def remove_work(out: Path) -> None:
 
 
 def new_stage(out: Path) -> Path:
-    """An empty folder in which results are written before they are published."""
+    """Return an empty folder, in which results are written before they are published."""
     stage = out / _STAGED
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
@@ -161,7 +161,7 @@ def new_stage(out: Path) -> Path:
 
 
 def publish(out: Path) -> None:
-    """Put all staged results in place of those of an earlier run. Survives a kill at any moment."""
+    """Replace the results of an earlier run by all staged results. The run may be killed at any moment."""
     stage = out / _STAGED
     names = sorted(path.name for path in stage.iterdir())
     for name in names:
@@ -171,7 +171,7 @@ def publish(out: Path) -> None:
 
 
 def finish_publication(out: Path) -> None:
-    """Publish a complete stage; remove an incomplete one. The record is moved last: if it is there, so is all else."""
+    """Publish a complete stage; remove an incomplete one. The record is moved last, so it implies all other files."""
     stage = out / _STAGED
     if (stage / _COMPLETE).is_file():
         names = read_json(stage / _COMPLETE)
@@ -179,7 +179,7 @@ def finish_publication(out: Path) -> None:
             (out / results.RUN).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: name == results.RUN):
             if (stage / name).exists():
-                if (out / name).is_dir():  # a folder is not replaced by another
+                if (out / name).is_dir():  # a folder cannot replace another
                     shutil.rmtree(out / name)
                 (stage / name).replace(out / name)
     shutil.rmtree(stage, ignore_errors=True)
@@ -189,7 +189,7 @@ def finish_publication(out: Path) -> None:
 
 
 def write_progress(out: Path, started: float, done: int, total: int, failed: Mapping[int, str]) -> None:
-    """Record the progress of the fields for `merfish status`; no later step reads it."""
+    """Record the progress of the fields for ``merfish status``; no later step reads it."""
     path = out / results.FIELDS / PROGRESS
     part = path.with_suffix(".part")
     path.parent.mkdir(exist_ok=True)

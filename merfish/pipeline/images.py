@@ -1,4 +1,4 @@
-"""Registered images of fields on disk: filtered bits and stains as OME-Zarr, each field whole or absent."""
+"""Registered images of fields on disk: filtered bits and stains as OME-Zarr, complete or absent for each field."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import zarr
 
 BITS, STAINS = "bits.zarr", "stains.zarr"
-LEVELS_OF_MOLECULE = 1000  # a molecule's height is stored in so many steps: finer than noise, files a third
+LEVELS_OF_MOLECULE = 1000  # stored levels per height of a molecule: finer than noise; files are a third as large
 
 
 def image_folder(out: Path, fov: int) -> Path:
-    """The folder of the images of a field."""
+    """Return the folder of the images of a field."""
     return out / results.IMAGES / f"fov_{fov:04d}"
 
 
@@ -40,21 +40,21 @@ def new_images(out: Path, fov: int, parts: Mapping[str, str]) -> Iterator[Path]:
 
 
 def has_images(out: Path, fov: int, parts: Mapping[str, str]) -> bool:
-    """Whether the images of a field are there, made from what it depends on now."""
+    """Return whether the images of a field exist and were made from the current inputs and parameters."""
     folder = image_folder(out, fov)
     says = read_record(folder)
     return says is not None and says["parts"] == dict(parts) and says["sizes"] == _sizes(folder)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the files in the stores of a folder."""
+    """Return the sizes of the files in the stores of a folder, in bytes."""
     files = (path for store in folder.iterdir() if store.is_dir() for path in store.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
 
 
 @dataclass(frozen=True, eq=False)
 class ImageWork:
-    """Registers one field that was decoded before and saves its images."""
+    """Registers one field that was decoded before, and saves its images."""
 
     experiment: Experiment
     config: RunConfig
@@ -69,9 +69,9 @@ class ImageWork:
 
 
 def write_images(experiment: Experiment, fov: int, bits: np.ndarray, calibration: Calibration, folder: Path) -> None:
-    """Write a field's bits (bit, z, y, x), camera counts after the filter, and its stains, in pixels of round 0.
+    """Write the bits of a field (bit, z, y, x) in camera counts after filtering, and its stains, in pixels of round 0.
 
-    Bits are rounded to a thousandth of a molecule's height or finer, a power of two.
+    Bits are rounded to a power of two that is at most a thousandth of a molecule's height.
     """
     scale = experiment.microns_per_pixel
     z_step = float(np.median(np.diff(experiment.z))) if len(experiment.z) > 1 else 1.0
@@ -102,9 +102,9 @@ def _write_channel(level: zarr.Array[Any], channel: int, image: np.ndarray) -> N
 
 
 def saved_channels(out: Path, fov: int) -> dict[str, tuple[Path, int]]:
-    """Stains and bits of a field that are saved, by name: the OME-Zarr image and the channel in it.
+    """Return the saved stains and bits of a field by name: the OME-Zarr image and the index of the channel.
 
-    Raises InputError if the images of the field are not there, damaged, or not those of its results.
+    Raises InputError if the images of the field are missing, damaged, or do not belong to its results.
     """
     decoded = read_record(results.field_folder(out, fov))
     if decoded is None or not has_images(out, fov, decoded["parts"]):

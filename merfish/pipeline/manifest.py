@@ -1,4 +1,4 @@
-"""What results depend on: each step uses an earlier result again only while the parts it depends on are equal."""
+"""What results depend on: each step reuses an earlier result only if the parts that it depends on are equal."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _CODE = ("calls", "cells", "decoding", "imaging", "pipeline", "simulate")
 
 
 class Manifest:
-    """Digests of all that results depend on.
+    """Digests of everything that results depend on.
 
-    Images are identified by name, size, time of change and samples of their bytes; tables by their content, so that
+    Images are identified by name, size, modification time and samples of their bytes; tables by their content, so that
     a change of format alone has no effect.
     """
 
@@ -56,7 +56,7 @@ class Manifest:
         self._images: dict[int, str] = {}
 
     def images(self, fov: int) -> str:
-        """Digest of the image files of a field; missing ones count as such."""
+        """Return the digest of the image files of a field; missing files are included as missing."""
         if fov not in self._images:
             files = {}
             for movie in self.experiment.frames_needed:
@@ -66,26 +66,29 @@ class Manifest:
         return self._images[fov]
 
     def of_survey(self, fov: int) -> dict[str, str]:
-        """What a field's part in the calibration depends on."""
+        """Return what the survey of a field depends on."""
         return {**self.shared, "parameters": digest(self._parameters), "images": self.images(fov)}
 
     def of_field(self, fov: int, calibration: str, spiked: bool) -> dict[str, str]:
-        """What the record of a field depends on; calibration: its digest; spiked: whether molecules are added to it."""
+        """Return what the record of a field depends on.
+
+        calibration: its digest. spiked: whether molecules are added to the field.
+        """
         return {**self.of_survey(fov), "calibration": calibration, "spike-in": str(spiked)}
 
     def of_results(self, fields: Mapping[int, Mapping[str, str]], failed: Mapping[int, str]) -> str:
-        """Key of the results made from fields with these parts."""
+        """Return the key of the results made from fields with these parts."""
         positions = self.experiment.positions.tolist()
         return digest([dict(fields), dict(failed), positions, self.config.misidentification_rate, self.shared])
 
 
 def changed_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Names of the parts that differ."""
+    """Return the names of the parts that differ."""
     return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Return the versions of the packages that affect the results."""
     return {name: version(name) for name in ("merfish", "numpy", "scipy", "numba", "scikit-image")}
 
 
@@ -105,7 +108,7 @@ def _image(path: Path) -> list[Any]:
 
 
 def _source_of(function: Callable[..., Any]) -> str:
-    """Digest of the file that a function was written in; empty where there is none."""
+    """Return the digest of the file in which a function is defined, empty if there is none."""
     try:
         path = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:

@@ -1,4 +1,4 @@
-"""What a run would do and cost: ``merfish run --dry-run``."""
+"""Inputs and cost of a run: ``merfish run --dry-run``."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from merfish.pipeline import check_files, choose_fovs, fields_text, refuse_folde
 from merfish.pipeline.cluster import cores
 from merfish.pipeline.status import decoded_fields
 
-# Core seconds a field of 2048 x 2048 px, 16 bits, one plane, two stains; benchmarks/README.md, "What a run costs".
+# Core seconds per field of 2048 x 2048 px, 16 bits, one plane, two stains; benchmarks/README.md, "What a run costs".
 _AREA, _BITS = 2048 * 2048, 16
 _REGISTER, _DECODE, _SEGMENT, _AFTER, _CALIBRATE = 2 * 1.5, 2 * 2.3, 2 * 1.3, 2 * 0.15 + 0.5, 2 * 1.6
-# Bytes: of a process before its first field, of a field's pixel and bit in memory, and of a field's pixel on disk with
-# the 0.01 molecules a pixel of the benchmark; from "tiny" and "memory" of benchmarks/results/pipeline_speed.md.
+# Bytes: of a process before its first field; in memory per pixel and bit of a field; on disk per pixel of a field at
+# the 0.01 molecules/px of the benchmark. From "tiny" and "memory" of benchmarks/results/pipeline_speed.md.
 _PROCESS, _PIXEL_BIT, _PIXEL_ON_DISK = 400e6, 19.5, 3.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: of all fields, on ``processes`` that share the machine's cores. memory, disk: bytes."""
+    """Cost of a run.
+
+    seconds: of all fields, on ``processes`` that share the cores of the machine. memory, disk: bytes.
+    """
 
     seconds: float
     memory: float
@@ -43,9 +46,9 @@ def plan_lines(
     tables: Mapping[str, Path | None],
     keep_going: bool,
 ) -> list[str]:
-    """What `merfish.pipeline.process` would find and need, in a few lines. Reads headers only, and writes nothing.
+    """Describe what `merfish.pipeline.process` would read and need. Reads headers only, and writes nothing.
 
-    Raises InputError where the run would refuse its input before any work.
+    Raises InputError if the run would reject its input before any work.
     """
     source = open_experiment(experiment, **dict(tables))
     stains = [name for name in chosen_stains(source, config) if name is not None]
@@ -66,12 +69,12 @@ def plan_lines(
         f"{source.folder}: {kind}, {source.codebook.n_bits} bits, {planes}, {shape[1]} x {shape[0]} px",
         f"stains      {', '.join(stains) or 'none: cells are not segmented'}",
         f"fields      {len(good)} of {len(source.fovs)} ({fields_text(good)})",
-        *(f"left out    field {fov}: {reason}" for fov, reason in faulty.items()),
-        f"files       {len(files)}, {_bytes(size)}; all with the expected frames, size and type",
-        *([f"resumes     {out} holds {len(there)} fields; those that are unchanged are used again"] if there else []),
+        *(f"skipped     field {fov}: {reason}" for fov, reason in faulty.items()),
+        f"files       {len(files)}, {_bytes(size)}; all have the expected frames, size and type",
+        *([f"resumes     {out} has {len(there)} fields; unchanged ones are reused"] if there else []),
         f"method      {config.method}" + ("" if config.method == "spots" else "; the time is estimated for spots"),
         f"time        about {_duration(cost.seconds)} on {processes} process{'es' if processes > 1 else ''}, "
-        f"{counted(cores(), 'core')} of this machine, if no field is done yet",
+        f"{counted(cores(), 'core')} of this machine, if no field has been decoded yet",
         f"memory      about {_bytes(cost.memory)}",
         f"disk        about {_bytes(cost.disk)} of {_bytes(free)} free"
         + ("; NOT ENOUGH: choose another folder or free some space" if cost.disk > free else ""),
@@ -82,10 +85,10 @@ def plan_lines(
 def run_cost(
     experiment: Experiment, shape: tuple[int, int], n: int, *, segmented: bool, config: RunConfig, processes: int
 ) -> Cost:
-    """Estimate a run of ``n`` fields of ``shape`` (y, x) from the benchmark's field.
+    """Estimate the cost of ``n`` fields of ``shape`` (y, x), scaled from a field of the benchmark.
 
-    Registering and decoding grow with pixels, bits and planes, segmentation with pixels, the steps after decoding with
-    pixels and planes.
+    The time of registration and decoding is proportional to pixels, bits and planes, that of segmentation to pixels,
+    and that of the steps after decoding to pixels and planes.
     """
     area, planes = shape[0] * shape[1], len(experiment.z)
     fraction = area / _AREA

@@ -20,7 +20,7 @@ log = logging.getLogger("merfish.run")
 
 
 class Display:
-    """One progress display, a line a step; silent if ``progress`` is None."""
+    """One progress display with a line per step; silent if ``progress`` is None."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.progress = progress
@@ -29,7 +29,7 @@ class Display:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Time a step, for the record."""
+        """Measure the time of a step, for the record."""
         started = time.perf_counter()
         try:
             yield
@@ -37,11 +37,11 @@ class Display:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def timings(self) -> dict[str, float]:
-        """Seconds of each step, and of all so far."""
+        """Return the seconds of each step so far, and their sum."""
         return {**self.seconds, "total": time.perf_counter() - self.started}
 
     def track(self, items: Iterable[T], total: int, name: str) -> Iterator[T]:
-        """Yield items while a line shows how many are done, the rate, and the time left."""
+        """Yield items while a line shows the number done, the rate, and the remaining time."""
         if self.progress is None or not total:
             yield from items
             return
@@ -51,12 +51,12 @@ class Display:
             yield item
 
     def note(self, text: str) -> None:
-        """Show ``text``, such as how much was found so far, on the line of the current step."""
+        """Show ``text``, such as the number of molecules found so far, on the line of the current step."""
         if self.progress is not None and self.progress.tasks:
             self.progress.update(self.progress.tasks[-1].id, note=text)
 
     def say(self, text: str) -> None:
-        """Print a line that stays, and log it."""
+        """Print a line permanently, and log it."""
         log.info(text, extra={_PRINTED: True})
         if self.progress is not None:
             self.progress.console.print(text, markup=False, highlight=False)
@@ -66,14 +66,14 @@ _PRINTED = "printed"  # marks log records that `Display.say` prints itself
 
 
 class _Log(logging.FileHandler):
-    """A log file. If it cannot be written, because the disk is full for example, the run goes on silently."""
+    """A log file. If it cannot be written, because the disk is full for example, the run continues silently."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 class _Echo(logging.Handler):
-    """Prints what the log keeps above the progress display."""
+    """Prints log records above the progress display."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class _Echo(logging.Handler):
 
 @contextmanager
 def display(out: Path, show: bool, verbose: bool = False) -> Iterator[Display]:
-    """A `Display` that is shown if ``show``, with the log in ``out``; ``verbose`` prints the log as well."""
+    """Yield a `Display`, shown if ``show``, with a log in ``out``; ``verbose`` prints the log as well."""
     handler = _Log(out / results.LOG, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.addHandler(handler)

@@ -1,7 +1,7 @@
-"""Reduce over fields what they share: error rates and filter, stage positions, cells seen in several fields.
+"""Reduce over fields: error rates and filter, stage positions, and cells seen in several fields.
 
-Every step is a map over fields that reads a field and those that overlap it, and a small reduction; memory does not
-grow with the number of fields beyond a few numbers for each field and cell.
+Every step is a map over fields that reads a field and those that overlap it, followed by a small reduction. Memory
+grows only by a few numbers per field and cell.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ KEPT_DTYPE = np.dtype(
 
 @dataclass(frozen=True, eq=False)
 class Fields:
-    """The fields that the results are computed from.
+    """The fields from which the results are computed.
 
-    out: the run's folder; work: for files that only the steps after decoding need; shape: (y, x) of a field, pixel;
-    outlines: number of cell outlines of each field; planes: heights of those in which cells have outlines of their own,
-    micrometre, None if each has one for all.
+    out: folder of the run. work: folder for files of the steps after decoding. shape: (y, x) of a field, in pixels.
+    outlines: number of cell outlines of each field. planes: heights of the planes in which cells have separate
+    outlines, in micrometres; None if each cell has one outline for all.
     """
 
     out: Path
@@ -58,20 +58,20 @@ class Fields:
 
     @property
     def size(self) -> tuple[float, float]:
-        """(x, y) of a field, micrometre."""
+        """(x, y) of a field, in micrometres."""
         scale = self.experiment.microns_per_pixel
         return self.shape[1] * scale, self.shape[0] * scale
 
     def near(self, positions: np.ndarray, beyond: float) -> dict[int, list[int]]:
-        """For each field those that overlap it or lie at most ``beyond`` micrometres away."""
+        """Return for each field those that overlap it or lie at most ``beyond`` micrometres away."""
         return overlapping_fields(self.fovs, positions, self.size, beyond)
 
     def file(self, name: str, fov: int, kind: str = "rows") -> Path:
-        """File in which a step keeps its result for a field; kind: the end of its name."""
+        """Return the file in which a step stores its result for a field; kind: its suffix."""
         return self.work / f"{name}_{fov:04d}.{kind}"
 
     def write_rows(self, name: str, fov: int, rows: np.ndarray) -> None:
-        """Keep an array (row,) for a later step, bare: a head would take longer to read than a small field's rows."""
+        """Store an array (row,) for a later step, without a header, which would take longer to read than a few rows."""
         rows.tofile(self.file(name, fov))
 
     def read_rows(self, name: str, fov: int, dtype: np.dtype[Any]) -> np.ndarray:
@@ -83,8 +83,8 @@ class Fields:
 class Filter:
     """Log odds of a call being wrong (see `merfish.calls.filtering.fit_log_odds`), and the threshold of kept calls.
 
-    blank_share: of wrong calls. held_out: misidentification rate of calls that the filter was not fitted to, with its
-    interval.
+    blank_share: fraction of wrong calls that are blanks. held_out: misidentification rate of calls that were not used
+    to fit the filter, with its interval.
     """
 
     odds: np.ndarray
@@ -95,7 +95,7 @@ class Filter:
 
 @dataclass(frozen=True, eq=False)
 class Reconciled:
-    """What all fields share; words: tallies of all calls."""
+    """Quantities that all fields share; words: tallies of all calls."""
 
     filter: Filter
     words: WordTally
@@ -104,7 +104,7 @@ class Reconciled:
 
 
 def reconcile(fields: Fields, rate: float, run_map: RunMap, display: Display) -> Reconciled:
-    """Learn the filter, the positions and the cells of all fields."""
+    """Estimate the filter, the positions and the cells of all fields."""
     experiment, fovs = fields.experiment, fields.fovs
 
     def each(name: str, work: Work) -> list[Any]:
@@ -122,7 +122,7 @@ def reconcile(fields: Fields, rate: float, run_map: RunMap, display: Display) ->
 
 
 def map_all(name: str, work: Work, fovs: Sequence[int], run_map: RunMap, display: Display) -> dict[int, Any]:
-    """The result of every field. Raises StepError if one fails: after decoding, its data are not to blame."""
+    """Return the result of every field. Raises StepError if one fails: after decoding, its data are not at fault."""
     found = {}
     with display.step(name):
         for fov, outcome in display.track(run_map(work, fovs), len(fovs), name):
@@ -135,9 +135,9 @@ def map_all(name: str, work: Work, fovs: Sequence[int], run_map: RunMap, display
 
 
 def learn_filter(fields: Fields, rate: float) -> Filter:
-    """Fit the odds of calls being wrong to the tallies of all fields; find the threshold for a given ``rate``."""
+    """Fit the log odds of calls being wrong to the tallies of all fields; find the threshold for a given ``rate``."""
     tallies = [read_tally(fields.out, fov) for fov in fields.fovs]
-    # every other field, or the two sides of a single one
+    # halves for held-out calls: every other field, or the two sides of a single one
     sides = [[half for halves in tallies[k::2] for half in halves] for k in (0, 1)]
     if len(tallies) == 1:
         sides = [[half] for half in tallies[0]]
@@ -154,7 +154,7 @@ def learn_filter(fields: Fields, rate: float) -> Filter:
 
 
 def kept_spikes(fields: Fields, spiked: Collection[int], chosen: Filter) -> tuple[np.ndarray, np.ndarray]:
-    """Words (spike,) of the molecules added to fields, and whether the filter keeps the calls that find them."""
+    """Return the words (spike,) of the added molecules, and whether the filter keeps the calls that find them."""
     words, kept = [np.empty(0, np.int64)], [np.empty(0, bool)]
     for fov in sorted(set(spiked) & set(fields.fovs)):
         word, found, features = read_spikes(fields.out, fov)
@@ -168,13 +168,13 @@ def kept_spikes(fields: Fields, spiked: Collection[int], chosen: Filter) -> tupl
 
 @dataclass(frozen=True, eq=False)
 class RateWork:
-    """Rates the calls of a field, notes which are kept, and counts them by word."""
+    """Computes the probability of each call of a field, selects the calls to keep, and counts them by word."""
 
     fields: Fields
     filter: Filter
 
     def __call__(self, fov: int) -> WordTally:
-        """Counts of the field; its kept calls are written to the file ``kept``."""
+        """Return the counts of the field; its kept calls are written to the file ``kept``."""
         calls = read_calls(self.fields.out, fov)
         probability, keep = rate_field(calls, self.filter)
         word, shown = calls["barcode_id"].to_numpy(), calls["shown"].to_numpy()
@@ -188,7 +188,7 @@ class RateWork:
 
 
 def rate_field(calls: pd.DataFrame, chosen: Filter) -> tuple[np.ndarray, np.ndarray]:
-    """Of each call of a field, the probability of being right, float32, and whether it is kept."""
+    """Return the probability of each call of a field being correct, float32 (call,), and whether it is kept, bool."""
     if not len(calls):
         return np.empty(0, np.float32), np.empty(0, bool)
     features, _ = call_features(calls)
@@ -198,13 +198,13 @@ def rate_field(calls: pd.DataFrame, chosen: Filter) -> tuple[np.ndarray, np.ndar
 
 @dataclass(frozen=True, eq=False)
 class LinkWork:
-    """Compares a field with the later ones near it."""
+    """Compares a field with the later fields near it."""
 
     fields: Fields
     near: dict[int, list[int]]
 
     def __call__(self, fov: int) -> Links:
-        """Their links."""
+        """Return the links between them."""
         later = [other for other in self.near[fov] if other > fov]
         return link_field(fov, later, self._places, self.fields.experiment.positions, self.fields.size)
 
@@ -222,7 +222,7 @@ class SameCellsWork:
     near: dict[int, list[int]]
 
     def __call__(self, fov: int) -> np.ndarray:
-        """(link, 4) field, outline, field, outline."""
+        """Return links (link, 4): field, outline, field, outline."""
         links = [NO_LINKS]
         here, frame = self._outlines(fov)
         for other in self.near[fov] if len(here) else []:
@@ -239,5 +239,5 @@ class SameCellsWork:
 
 
 def stage_outlines(fields: Fields, positions: np.ndarray, fov: int) -> np.ndarray:
-    """Outlines of a field, micrometre."""
+    """Return the outlines of a field in the frame of the stage, in micrometres."""
     return in_stage_frame(read_outlines(fields.out, fov), positions[fov], fields.experiment.microns_per_pixel)

@@ -43,9 +43,9 @@ def run_record(
     spikes: np.ndarray,
     written: Written,
 ) -> dict[str, Any]:
-    """Everything about a run but its tables.
+    """Return the whole record of a run.
 
-    says: what the records of the fields say. spikes: bool, of the molecules added to fields, which are found and kept.
+    says: contents of the records of the fields. spikes: bool (spike,), whether each added molecule is found and kept.
     """
     experiment, calibration = fields.experiment, calibrated.calibration
     book = experiment.codebook
@@ -92,7 +92,7 @@ def run_record(
 
 
 def judge_codebook(codebook: Codebook, says: Mapping[int, Mapping[str, Any]], calibrated: Calibrated) -> Verdict:
-    """Whether the images are those of the codebook, from the calls of all fields."""
+    """Test whether the images fit the codebook, from the calls of all fields."""
     counts = sum((FitCounts(**said["fit"]) for said in says.values()), FitCounts())
     scale = calibrated.calibration.normalization.scale
     dead = tuple(name for name, height in zip(codebook.bit_names, scale, strict=True) if height == 0)
@@ -100,7 +100,7 @@ def judge_codebook(codebook: Codebook, says: Mapping[int, Mapping[str, Any]], ca
 
 
 def unusual_images(says: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Bits of fields whose images are unlike those of others, and why: lists of fov, bit, round and reasons."""
+    """Return the bits of fields whose images differ from the others: lists of fov, bit, round and reasons."""
     columns: dict[str, list[Any]] = {}
     for said in says.values():
         for name, values in said["quality"].items():
@@ -115,9 +115,9 @@ def unusual_images(says: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Any]
 
 
 def call_figures(words: WordTally, codebook: Codebook, blank_share: float) -> dict[str, Any]:
-    """Numbers of molecules before and after filtering, the share of the kept that is expected to be wrong, warnings.
+    """Return numbers of molecules before and after filtering, expected misidentification rate, and warnings.
 
-    blank_share: of wrong calls.
+    blank_share: fraction of wrong calls that are blanks.
     """
     n_kept, blank = int(words.kept.sum()), codebook.is_blank
     return {
@@ -152,17 +152,17 @@ def leak_kind(source: Channel, target: Channel) -> str:
 
 
 def spike_figures(kept: np.ndarray) -> dict[str, Any]:
-    """How many molecules were added to the images, and the share of them that is kept; kept: bool, of each."""
+    """Return the number of added molecules and the fraction of them that is kept; kept: bool (spike,)."""
     return {"spike_in": interval(wilson(int(kept.sum()), int((~kept).sum()))), "n_spikes": len(kept)}
 
 
 def interval(rate: tuple[float, float, float]) -> dict[str, float] | None:
-    """A rate and the ends of its interval for a record, None where it is not known."""
+    """Return a rate and its interval as stored in the record, None if it is unknown."""
     return None if np.isnan(rate[0]) else dict(zip(("rate", "low", "high"), rate, strict=True))
 
 
 def describe_inputs(experiment: Experiment, fovs: Sequence[int]) -> dict[str, Any]:
-    """The tables with their hashes, and the images with their sizes."""
+    """Return the tables with their hashes, and the images with their sizes in bytes."""
     wanted = set(fovs)
     images = {
         str(path.relative_to(experiment.folder)): path.stat().st_size
@@ -174,7 +174,7 @@ def describe_inputs(experiment: Experiment, fovs: Sequence[int]) -> dict[str, An
 
 
 def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
-    """How many molecules were found, how many of them are wrong, and warnings about the codebook, for a terminal."""
+    """Describe the molecules found and kept, and warnings about them, in lines for a terminal."""
     rate = figures["misidentification_rate"]
     kept = f"{counted(figures['n_kept'], 'molecule')} ({counted(figures['n_blank'], 'blank')})"
     line = f"{kept} of {figures['n_found']:,} found"
@@ -183,14 +183,14 @@ def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
         return [line, *warnings]
     few = few_blanks(figures["n_found_blank"], figures["blanks_in_book"])
     broken = [
-        f"warning: more molecules may be wrong than expected: {reason}; --method spots allows for it"
+        f"warning: more molecules may be wrong than expected: {reason}; --method spots accounts for this"
         for reason in figures.get("broken_assumptions", [])
     ]
     return [f"{line}, {rate:.1%} expected to be wrong", *([few] if few else []), *broken, *warnings]
 
 
 def sequential_lines(fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How many spots of genes imaged one by one were found in all fields, if there are such genes."""
+    """Describe the number of spots of genes imaged one by one, empty if there are none."""
     spots: Counter[str] = Counter()
     for said in fields.values():
         spots.update(said.get("n_sequential", {}))
@@ -199,7 +199,7 @@ def sequential_lines(fields: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def run_summary(out: Path) -> dict[str, Any]:
-    """A finished run in a few lines, and the fields that failed."""
+    """Summarise a finished run in a few lines; also returns the failed fields."""
     record = results.read_run(out)
     figures, failed = record["figures"], record["failed"]
     notice = record["calibration"]["notice"]
@@ -212,7 +212,7 @@ def run_summary(out: Path) -> dict[str, Any]:
         *quality_lines(record["quality"]),
         *stain_lines(record["fields"]),
         *filter(None, [untied_text(record["stage"])]),
-        *([f"cells are those of {record['segmentation']['path']}"] if "segmentation" in record else []),
+        *([f"cells were read from {record['segmentation']['path']}"] if "segmentation" in record else []),
         f"{counted(figures['n_cells'], 'cell')}, {figures['transcripts_per_cell']:.0f} molecules per cell (median)",
         *sequential_lines(record["fields"]),
         *(f"field {fov} failed: {reason}" for fov, reason in failed.items()),

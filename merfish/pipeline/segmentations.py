@@ -1,4 +1,4 @@
-"""Cells from another program: the files that hold them, and the cells of each field."""
+"""Cells from another program: find their files, and read the cells of each field."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from merfish.pipeline.tables import CELL_SCHEMA
 
 TRANSFORM = "micron_to_mosaic_pixel_transform.csv"
 _MERSCOPE = "cell_boundaries.parquet"
-_CELLPOSE = ("_cp_masks.tif", "_seg.npy")  # what Cellpose writes beside the images, the simpler format first
+_CELLPOSE = ("_cp_masks.tif", "_seg.npy")  # suffixes of Cellpose's output, the simpler format first
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Files of cells: one for the whole section, in micrometre, or one for each field, in pixels.
+    """Files of cells: one for the whole section, in micrometres, or one for each field, in pixels.
 
     files: by field; empty if ``path`` is the file.
     """
@@ -48,14 +48,14 @@ class Segmentation:
     files: Mapping[int, Path]
 
     def digest(self) -> str:
-        """Digest of its contents."""
+        """Return the digest of the contents."""
         paths = self.files or {-1: self.path}
         return digest({fov: fingerprint(path, whole=True)[1].hex() for fov, path in paths.items()})
 
     def planes(self, heights: Sequence[float]) -> np.ndarray | None:
-        """Heights of the planes if all files have outlines in each of them.
+        """Return the heights of the planes if all files have outlines in each of them, else None.
 
-        heights: of the run's planes, micrometre. None if each cell has one outline for all.
+        heights: of the planes of the run, in micrometres.
         """
         paths = [*self.files.values()] or [self.path]
         stacked = len(heights) > 1 and all(count_planes(path) == len(heights) for path in paths)
@@ -63,11 +63,11 @@ class Segmentation:
 
 
 def find_segmentation(path: Path, fovs: Sequence[int]) -> Segmentation:
-    """The files of a segmentation. Raises InputError if there is none, or none for some of the fields.
+    """Find the files of a segmentation. Raises InputError if there is none, or none for some of the fields.
 
-    A folder holds a file for each field, which the number after ``fov``, else the last number in its name, tells; or it
-    is MERSCOPE's with ``cell_boundaries.parquet``. If Cellpose wrote some of the files, the others are taken
-    for its input images and ignored.
+    A folder contains one file per field, identified by the number after ``fov`` or else by the last number in its name;
+    or it is a folder of MERSCOPE with ``cell_boundaries.parquet``. If any file was written by Cellpose, the others are
+    taken for its input images and ignored.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; expected a segmentation")
@@ -84,19 +84,19 @@ def find_segmentation(path: Path, fovs: Sequence[int]) -> Segmentation:
             continue
         other = files.setdefault(fov, file)
         if other != file:
-            raise InputError(f"{other} and {file.name} are both cells of field {fov}")
+            raise InputError(f"{other} and {file.name} both contain cells of field {fov}")
     missing = [str(fov) for fov in fovs if fov not in files]
     if missing:
         kinds = ", ".join((*LABEL_SUFFIXES, *POLYGON_SUFFIXES))
         raise InputError(
-            f"{path}: no file for field {listed(missing, ', ')}; expected one file per field, with its number in the "
-            f"name, such as cells_{missing[0]}.tif ({kinds}), or the path of a file with the cells of the whole section"
+            f"{path}: no file for field {listed(missing, ', ')}; expected one file per field, with the field number "
+            f"in its name, such as cells_{missing[0]}.tif ({kinds}), or a file with the cells of the whole section"
         )
     return Segmentation(path, {fov: files[fov] for fov in fovs})
 
 
 def _field_of(name: str) -> int | None:
-    """The field that a file of a segmentation belongs to, None if its name does not tell.
+    """Return the field of a segmentation file, None if its name has no field number.
 
     >>> _field_of("cells_fov_007_z3.tif"), _field_of("scan2_image_012_cp_masks.tif"), _field_of("notes3.txt")
     (7, 12, None)
@@ -109,7 +109,7 @@ def _field_of(name: str) -> int | None:
 
 
 def slice_depth(planes: Sequence[float]) -> float:
-    """Depth of cells of which only the outlines are known: that of the imaged volume, micrometre.
+    """Return the depth of cells of which only the outlines are known: that of the imaged volume, in micrometres.
 
     >>> slice_depth([0.0]), slice_depth([0.0, 1.5, 3.0])
     (1.0, 4.5)
@@ -120,7 +120,7 @@ def slice_depth(planes: Sequence[float]) -> float:
 def part_by_field(fields: Fields, cells: Segmentation, depth: float, run_map: RunMap, shown: Display) -> pa.Schema:
     """Write the cells of each field as file ``cells`` of the work folder; returns the schema of the table of cells.
 
-    depth: of every cell, micrometre.
+    depth: of every cell, in micrometres.
     """
     schema = CELL_SCHEMA if fields.planes is None else CELL_SCHEMA.append(pa.field(PLANE_OUTLINES, pa.binary()))
     if cells.files:
@@ -138,9 +138,9 @@ def part_by_field(fields: Fields, cells: Segmentation, depth: float, run_map: Ru
 
 
 def section_cells(fields: Fields, path: Path, depth: float) -> pd.DataFrame:
-    """Cells of a whole section, micrometre, with their centres and areas, by cell_id.
+    """Return the cells of a whole section by cell_id, with their centres and areas, in micrometres.
 
-    Raises InputError if none of them lies where the fields are.
+    Raises InputError if none of them overlaps the fields.
     """
     if is_label_image(path):
         shape, found, outlines = read_label_outlines(path, stacked=fields.planes is not None)
@@ -157,8 +157,8 @@ def section_cells(fields: Fields, path: Path, depth: float) -> pd.DataFrame:
         if (span[:2] > high).any() or (span[2:] < low).any():
             raise InputError(
                 f"{path}: its cells span x {span[0]:.0f} to {span[2]:.0f}, y {span[1]:.0f} to {span[3]:.0f}, but the "
-                f"fields of the run x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f}; expected "
-                "micrometre in the frame of the stage"
+                f"fields of the run span x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f}; expected "
+                "micrometres in the frame of the stage"
             )
     geometry = footprints(outlines)
     area = shapely.area(geometry)
@@ -171,27 +171,27 @@ def section_cells(fields: Fields, path: Path, depth: float) -> pd.DataFrame:
 
 
 def _in_micrometre(fields: Fields, path: Path, shape: tuple[int, ...], outlines: np.ndarray) -> np.ndarray:
-    """Outlines of a label image of the whole section, by the transform beside it; a single field needs none."""
+    """Transform outlines of a label image of the section to micrometres; a single field needs no transform file."""
     beside = path.parent / TRANSFORM
     if beside.is_file():
         try:
             matrix = np.linalg.inv(np.loadtxt(beside).reshape(3, 3))
         except (ValueError, np.linalg.LinAlgError) as error:
-            raise InputError(f"{beside}: expected 3 x 3 numbers, micrometre to pixel: {error}") from error
+            raise InputError(f"{beside}: expected 3 x 3 numbers, micrometres to pixels: {error}") from error
     elif len(fields.fovs) == 1 and shape[-2:] == tuple(fields.shape):
         scale, (x, y) = fields.experiment.microns_per_pixel, fields.experiment.positions[fields.fovs[0]]
         matrix = np.array([[scale, 0, x], [0, scale, y], [0, 0, 1]])
     else:
         raise InputError(
-            f"{path}: a label image of a whole section needs {TRANSFORM} beside it (3 x 3, micrometre to pixel); "
-            "for labels of single fields give the folder with a file for each field"
+            f"{path}: a label image of a whole section needs {TRANSFORM} beside it (3 x 3, micrometres to pixels); "
+            "for labels of single fields, give a folder with one file per field"
         )
     moved = shapely.transform(outlines, lambda xy: xy @ matrix[:2, :2].T + matrix[:2, 2])
     return np.asarray(moved, dtype=object)
 
 
 def _join_fields(fields: Fields, cells: Segmentation, depth: float, run_map: RunMap, shown: Display) -> None:
-    """Cells from files of single fields; those seen in several fields are merged."""
+    """Read cells from files of single fields, and merge those seen in several fields."""
     positions = fields.experiment.positions
     for fov, n in _each(ReadWork(fields, cells.files, depth), fields.fovs, run_map):
         fields.outlines[fov] = n
@@ -204,7 +204,7 @@ def _join_fields(fields: Fields, cells: Segmentation, depth: float, run_map: Run
 
 
 def _each(work: Any, fovs: Sequence[int], run_map: RunMap) -> list[tuple[int, Any]]:
-    """Results of a map in which a failure means a faulty file of the user."""
+    """Return the results of a map in which a failure means a faulty input file."""
     found = []
     for fov, outcome in run_map(work, fovs):
         if isinstance(outcome, Failure):
@@ -217,20 +217,20 @@ def _each(work: Any, fovs: Sequence[int], run_map: RunMap) -> list[tuple[int, An
 
 @dataclass(frozen=True, eq=False)
 class ReadWork:
-    """Reads the cells of a field from its file; depth: of each, micrometre."""
+    """Reads the cells of a field from its file; depth: of each cell, in micrometres."""
 
     fields: Fields
     files: Mapping[int, Path]
     depth: float
 
     def __call__(self, fov: int) -> int:
-        """The number of cells; they are written to the field's file of outlines."""
+        """Write the cells to the field's file of outlines, and return their number."""
         path = self.files[fov]
         height, width = self.fields.shape
         if is_label_image(path):
             shape, _, outlines = read_label_outlines(path, stacked=self.fields.planes is not None)
             if shape[-2:] != (height, width):
-                raise InputError(f"{path}: labels of {shape[-1]} x {shape[-2]} pixels, fields have {width} x {height}")
+                raise InputError(f"{path}: labels have {shape[-1]} x {shape[-2]} px, fields have {width} x {height}")
         else:
             outlines = read_outlines(path, stacked=self.fields.planes is not None)["geometry"].to_numpy(object)
         if len(outlines):

@@ -1,4 +1,4 @@
-"""One registered stack in a file: what ``merfish decode`` does."""
+"""Decode one registered stack from a file: ``merfish decode``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from merfish.transcripts import write_transcripts
 def decode_file(
     stack: Path, codebook: Path, out: Path, *, method: str, preprocess: bool, misidentification_rate: float
 ) -> dict[str, Any]:
-    """Decode an image file; write transcripts before and after filtering, and ``run.json``. Returns the record.
+    """Decode an image file; write transcripts before and after filtering, and ``run.json``; returns the record.
 
     Raises InputError if ``out`` holds a whole run, CodebookMisfit if the images do not fit the codebook.
     """
@@ -80,7 +80,7 @@ def decode_file(
 
 
 def keeps_spikes(spikes: pd.DataFrame, odds: np.ndarray, least: float) -> np.ndarray:
-    """Which of the molecules added to the images (see `spike_in`) a call of ``least`` probability finds, bool."""
+    """Return which of the added molecules (see `spike_in`) a call of at least probability ``least`` finds, bool."""
     kept = np.zeros(len(spikes), bool)
     hit = np.flatnonzero(spikes["x"].notna()) if "x" in spikes else np.empty(0, np.int64)
     if len(hit):

@@ -1,4 +1,4 @@
-"""Progress of a run, read from its folder while it goes on or after it ended."""
+"""Progress of a run, read from its folder during the run or after it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merfish.pipeline import folder
 
 
 def status_lines(out: Path) -> list[str]:
-    """A run in a few lines. Raises InputError if ``out`` is not the folder of a run."""
+    """Describe the state of a run in a few lines. Raises InputError if ``out`` is not the folder of a run."""
     if not (out / results.FIELDS).is_dir():
         raise InputError(f"{out}: {'not' if out.is_dir() else 'no such folder; expected'} the folder of a run")
     holder = folder.is_held(out)
@@ -30,7 +30,7 @@ def status_lines(out: Path) -> list[str]:
 
 
 def decoded_fields(out: Path) -> list[int]:
-    """Fields whose results are in the folder of a run, also of one that was interrupted."""
+    """Return the fields whose results are in the folder of a run, even if it was interrupted."""
     folders = (out / results.FIELDS).glob("fov_*")
     return sorted(int(path.name.removeprefix("fov_")) for path in folders if path.name[4:].isdecimal())
 

@@ -1,6 +1,6 @@
-"""Map over sampled fields, reduce to the calibration that all fields share.
+"""Survey sampled fields, and reduce the surveys to the calibration that all fields share.
 
-The sample does not depend on which fields are asked for. Fields are surveyed in an order that spreads over the
+The sample does not depend on which fields are requested. Fields are surveyed in an order that spreads over the
 experiment, until enough of them show molecules.
 """
 
@@ -24,18 +24,17 @@ from merfish.pipeline.folder import CALIBRATION, digest, read_checked, write_che
 from merfish.pipeline.manifest import Manifest
 from merfish.pipeline.progress import Display
 
-# clear spots of the median bit; with fewer, a field says little about the scale of the bits: the median of 20 heights
-# is known to 10 %
+# clear spots in the median bit; with 20 heights, their median, the scale of the bit, is known to 10 %
 FEWEST_SPOTS = 20
-# fields that are decoded a second time with molecules added: about a thousand in each, at 0.01 a pixel and 1024 x 1024
-# pixels, with which the detection efficiency is known to 0.01
+# fields that are decoded a second time with added molecules: about a thousand in each of 1024 x 1024 px at 0.01
+# molecules/px, which determine the detection efficiency to 0.01
 SPIKED_FIELDS = 3
 GOLDEN = (np.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """The calibration, its digest, and for each surveyed field why it was not used, "" if it was."""
+    """The calibration, its digest, and why each surveyed field was not used, "" if it was."""
 
     calibration: Calibration
     digest: str
@@ -43,12 +42,12 @@ class Calibrated:
 
     @property
     def spiked(self) -> frozenset[int]:
-        """The fields in which the detection efficiency is measured: see `merfish.simulate.spikes`."""
+        """The fields in which the detection efficiency is measured, see `merfish.simulate.spikes`."""
         return frozenset([fov for fov, reason in self.surveyed.items() if not reason][:SPIKED_FIELDS])
 
     @property
     def notice(self) -> str:
-        """A warning if no field shows molecules; else empty."""
+        """A warning if no field shows molecules, else empty."""
         dull = {fov: reason for fov, reason in self.surveyed.items() if reason}
         used = len(self.surveyed) - len(dull)
         if used:
@@ -69,7 +68,7 @@ class SurveyWork:
 
 
 def spread_order(fovs: tuple[int, ...]) -> list[int]:
-    """Fields in an order of which the first few, however many, are spread over all (golden-ratio sequence).
+    """Return the fields in an order whose first few, however many, are spread over all (golden-ratio sequence).
 
     >>> spread_order((0, 1, 2, 3, 4, 5))
     [3, 0, 4, 2, 5, 1]
@@ -82,9 +81,9 @@ def spread_order(fovs: tuple[int, ...]) -> list[int]:
 def shared_calibration(
     experiment: Experiment, config: RunConfig, manifest: Manifest, out: Path, run_map: RunMap, display: Display
 ) -> Calibrated:
-    """Measure on some fields what all of them share, or read it if that was done from the same images.
+    """Measure the calibration on some fields, or read it if it was measured from the same images.
 
-    Raises InputError if no field can be surveyed at all.
+    Raises InputError if no field can be surveyed.
     """
     path = out / results.FIELDS / CALIBRATION
     given = known_light(experiment, config)
@@ -93,7 +92,7 @@ def shared_calibration(
         calibration = Calibration.from_dict(known["calibration"], given)
         return Calibrated(calibration, digest(known["calibration"]), _reasons(known["surveyed"]))
     if known is not None:
-        display.say("calibration: made again, because its images or parameters have changed")
+        display.say("calibration: recomputed, because its images or parameters have changed")
     surveys: dict[int, Survey] = {}
     reasons: dict[int, str] = {}
     with display.step("calibrate"):
@@ -118,7 +117,7 @@ def shared_calibration(
 def _surveyed(
     experiment: Experiment, config: RunConfig, wanted: int, run_map: RunMap, display: Display
 ) -> Iterator[tuple[int, Any]]:
-    """Survey fields in their order until ``wanted`` of them show molecules, a batch at a time."""
+    """Survey fields in order, in batches, until ``wanted`` of them show molecules."""
     order = spread_order(experiment.fovs)
     while wanted and order:
         batch, order = order[:wanted], order[wanted:]
@@ -132,11 +131,11 @@ def _surveyed(
 def _shows_too_little(survey: Survey, experiment: Experiment) -> str:
     spots = np.bincount(survey.spots.bit, minlength=len(experiment.bits))
     median = float(np.median(spots))
-    return "" if median >= FEWEST_SPOTS else f"{median:.0f} spots a bit in the median"
+    return "" if median >= FEWEST_SPOTS else f"{median:.0f} spots in the median bit"
 
 
 def _is_current(surveyed: list[Any], manifest: Manifest) -> bool:
-    """Whether a calibration was made from the fields, as they are now, that would be surveyed now."""
+    """Return whether a calibration was made from the current images of the fields that would be surveyed now."""
     order = spread_order(manifest.experiment.fovs)[: len(surveyed)]
     return [fov for fov, *_ in surveyed] == order and all(
         manifest.of_survey(fov) == parts for fov, parts, _ in surveyed
@@ -148,7 +147,7 @@ def _reasons(surveyed: list[Any]) -> dict[int, str]:
 
 
 def read_calibration(out: Path, given: Mapping[str, Any] | None = None) -> Calibration:
-    """The calibration of a run. Raises InputError if it is missing or damaged."""
+    """Read the calibration of a run. Raises InputError if it is missing or damaged."""
     known = read_checked(out / results.FIELDS / CALIBRATION)
     if known is None:
         raise InputError(f"{out / results.FIELDS / CALIBRATION}: missing or damaged; run again into the same folder")

@@ -1,4 +1,4 @@
-"""Write the tables of a run one field after the other."""
+"""Write the tables of a run, one field at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CELL_SCHEMA = pa.schema(
     ]
 )
 
-# pixels and planes in the field, micrometre in the frame of the stage, intensity in units of a typical spot
+# x, y, z: pixels and planes of the field; global_*: µm in the frame of the stage; intensity: heights of a typical spot
 SEQUENTIAL_SCHEMA = pa.schema(
     [
         ("gene", pa.string()),
@@ -58,8 +58,8 @@ SEQUENTIAL_SCHEMA = pa.schema(
     ]
 )
 
-CELLS_TOGETHER = 1 << 14  # in a row group: their outlines take 500 bytes each
-CHUNK, ENTRIES = 1 << 10, 1 << 14  # cells in a block of a column of ``obs``, counts in one of a matrix
+CELLS_TOGETHER = 1 << 14  # cells per row group; their outlines take 500 bytes each
+CHUNK, ENTRIES = 1 << 10, 1 << 14  # cells per block of a column of ``obs``, counts per block of a matrix
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def write_tables(
 ) -> Written:
     """Write transcripts, cells and counts into ``stage``.
 
-    words: statistics of each word, as `merfish.calls.error_model.word_statistics` gives them; genes: those imaged one
-    by one. Raises OSError if the disk is full.
+    words: statistics of each word, from `merfish.calls.error_model.word_statistics`. genes: names of the genes imaged
+    one by one. Raises OSError if the disk is full.
     """
     with display.step("write tables"):
         var = count_var(fields.experiment.codebook, words, genes)
@@ -99,8 +99,8 @@ def write_counts(
 ) -> np.ndarray:
     """Write ``cell_by_gene.h5ad`` and ``cells.parquet``; returns the number of molecules of each cell.
 
-    contributors: for each field those whose molecules may lie in the cells whose home it is; var: describes the words,
-    then the genes imaged one by one.
+    contributors: for each field, the fields whose molecules may lie in its cells. var: describes the words, then the
+    genes imaged one by one.
     """
     reserve(stage, _most_bytes(fields, len(schema.names)))
     n_words = int((~var["sequential"]).sum())
@@ -122,7 +122,7 @@ def write_counts(
 
 
 def write_transcripts(fields: Fields, found: Reconciled, stage: Path, display: Display) -> tuple[int, int]:
-    """Write both tables of transcripts; returns the numbers of molecules kept and of those in cells."""
+    """Write both transcript tables; returns the number of kept molecules, and the number of those in cells."""
     schema = transcript_schema(fields.experiment.codebook)
     n_molecules = n_in_cells = first_id = 0
     with (
@@ -148,8 +148,8 @@ def reserve(folder: Path, n_bytes: int) -> None:
 
 
 def _most_bytes(fields: Fields, n_columns: int) -> int:
-    """Upper bound on the size of counts and cells: their parts on disk, a row of ``obs`` a cell, and an empty file."""
-    # text takes 16 bytes besides its letters, numbers at most 8; two matrices of two vectors of 4 bytes
+    """Return an upper bound on the size of counts and cells: parts on disk, rows of ``obs``, and an empty file."""
+    # text takes 16 bytes plus its letters, numbers at most 8; two matrices of two vectors of 4 bytes
     empty = (1 << 17) + 16 * CHUNK * n_columns + 16 * ENTRIES
     names = (fields.file("counts", fov) for fov in fields.fovs)
     cells = [fields.file("cells", fov, "parquet") for fov in fields.fovs]
@@ -158,7 +158,7 @@ def _most_bytes(fields: Fields, n_columns: int) -> int:
 
 
 def transcript_schema(book: Codebook) -> pa.Schema:
-    """Columns and types of transcript tables, with the metadata from which pandas restores them."""
+    """Return the schema of transcript tables, with the metadata from which pandas restores the dtypes."""
     none = np.empty(0, np.int32)
     empty = transcript_table(book, none, x=none, y=none, hamming_distance=none, intensity=none)
     return pa.Schema.from_pandas(empty, preserve_index=False)
@@ -167,7 +167,7 @@ def transcript_schema(book: Codebook) -> pa.Schema:
 def field_transcripts(
     fields: Fields, found: Reconciled, fov: int, first_id: int, schema: pa.Schema
 ) -> tuple[pa.Table, pa.Table]:
-    """Transcript tables of a field: every call, rated, and those that are kept, each once, with their cells."""
+    """Return the transcript tables of a field: all calls with probabilities, and the kept ones without duplicates."""
     experiment, book = fields.experiment, fields.experiment.codebook
     calls = read_calls(fields.out, fov)
     word, n = calls["barcode_id"].to_numpy(), len(calls)
@@ -192,7 +192,7 @@ def field_transcripts(
 
 
 def write_sequential(fields: Fields, found: Reconciled, genes: Sequence[str], stage: Path) -> None:
-    """Write the molecules of genes imaged one by one, each once, with their cells."""
+    """Write the molecules of genes imaged one by one, without duplicates, with their cells."""
     experiment = fields.experiment
     with GroupWriter(stage / results.SEQUENTIAL, SEQUENTIAL_SCHEMA) as file:
         for fov in fields.fovs:
@@ -211,7 +211,7 @@ def write_sequential(fields: Fields, found: Reconciled, genes: Sequence[str], st
 
 
 def _contributors(fields: Fields, found: Reconciled) -> dict[int, list[int]]:
-    """For each field those whose molecules may lie in the cells whose home it is."""
+    """Return for each field the fields whose molecules may lie in its cells."""
     near = fields.near(found.stitching.positions, FIELD_RADIUS)
     inverse: dict[int, list[int]] = {fov: [] for fov in fields.fovs}
     for fov in fields.fovs:
@@ -221,7 +221,7 @@ def _contributors(fields: Fields, found: Reconciled) -> dict[int, list[int]]:
 
 
 def pairs_of_cells(fields: Fields, contributors: Iterable[int], cell_ids: np.ndarray) -> np.ndarray:
-    """Molecules of each word in the cells of a field, `COUNT_DTYPE` with ``cell`` the row in ``cell_ids`` (sorted)."""
+    """Count molecules of each word in the cells of a field, `COUNT_DTYPE`; ``cell``: row in sorted ``cell_ids``."""
     parts = [fields.read_rows("counts", fov, COUNT_DTYPE) for fov in contributors]
     pairs = np.concatenate(parts) if parts else np.empty(0, COUNT_DTYPE)
     row = np.searchsorted(cell_ids, pairs["cell"])
@@ -233,16 +233,16 @@ def pairs_of_cells(fields: Fields, contributors: Iterable[int], cell_ids: np.nda
 
 
 def with_counts(cells: pd.DataFrame, pairs: np.ndarray) -> pd.DataFrame:
-    """Cells with n_transcripts, is_empty and the share of their molecules in the nucleus, NaN where there are none."""
+    """Add n_transcripts, is_empty and nuclear_fraction to cells; the latter is NaN for cells without molecules."""
     n, nuclear = (np.bincount(pairs["cell"], pairs[name], minlength=len(cells)) for name in ("count", "nuclear"))
     with np.errstate(invalid="ignore"):
         return cells.assign(n_transcripts=n.astype(np.int64), is_empty=n == 0, nuclear_fraction=nuclear / n)
 
 
 def count_var(book: Codebook, words: pd.DataFrame, genes: Sequence[str]) -> pd.DataFrame:
-    """``var`` of the counts: the words, then the genes imaged one by one (``genes``), marked ``sequential``.
+    """Return ``var`` of the counts: the words, then the genes imaged one by one, marked ``sequential``.
 
-    A gene that the codebook has as well is called ``<gene>_sequential``.
+    A gene that is also in the codebook is named ``<gene>_sequential``.
     """
     var = word_var(book)
     stated = ["detection_efficiency", "confidence_ratio", "misidentification_rate"]
@@ -254,10 +254,10 @@ def count_var(book: Codebook, words: pd.DataFrame, genes: Sequence[str]) -> pd.D
 
 
 class CountFile:
-    """Writes ``cell_by_gene.h5ad``: cells are appended with their counts and their description."""
+    """Writes ``cell_by_gene.h5ad``; cells are appended with their counts and metadata."""
 
     def __init__(self, path: Path, var: pd.DataFrame, cells: pd.DataFrame) -> None:
-        """Start a table; cells: its columns and their types, without rows."""
+        """Create the file; cells: a table without rows that gives columns and dtypes."""
         from anndata import AnnData
         from anndata.io import write_elem
 
@@ -280,9 +280,9 @@ class CountFile:
         self.file.close()
 
     def append(self, pairs: np.ndarray, cells: pd.DataFrame) -> None:
-        """Append cells and their counts, `COUNT_DTYPE` with ``cell`` the row in ``cells``.
+        """Append cells and their counts, `COUNT_DTYPE`; ``cell`` is the row in ``cells``.
 
-        AnnData's own ``append`` reads the whole matrix each time, and so gets slower as it grows.
+        AnnData's own ``append`` reads the whole matrix each time.
         """
         if not len(cells):
             return
@@ -300,7 +300,7 @@ def _centres(cells: pd.DataFrame) -> np.ndarray:
 
 
 def _grow_in_blocks(group: h5py.Group, name: str, block: int) -> None:
-    """Store a vector anew in blocks of so many values: HDF5 gives one that begins with a value blocks of one value."""
+    """Store a vector again in blocks of ``block`` values; HDF5 would use blocks of one if it starts with one value."""
     values = group[name][:]
     del group[name]
     group.create_dataset(name, data=values, maxshape=(None,), chunks=(block,))
@@ -314,7 +314,7 @@ def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:
 
 
 def _append_rows(matrix: h5py.Group, values: np.ndarray, row: np.ndarray, column: np.ndarray, n_rows: int) -> None:
-    """Append rows to a CSR matrix on disk; entries of the same row and column are added."""
+    """Append rows to a CSR matrix on disk; entries of the same row and column are summed."""
     width = matrix.attrs["shape"][1]
     block = csr_matrix(coo_array((values, (row, column)), shape=(n_rows, width), dtype=values.dtype))
     block.sort_indices()
@@ -326,9 +326,9 @@ def _append_rows(matrix: h5py.Group, values: np.ndarray, row: np.ndarray, column
 
 
 def cell_schema(fields: Fields) -> pa.Schema:
-    """Columns of ``cells.parquet``: those that every run has, the share of molecules in nuclei, those of stains.
+    """Return the columns of ``cells.parquet``: those of every run, nuclear_fraction, measurements of stains.
 
-    Then the outlines in each plane, if cells have some.
+    The outlines in each plane come last, if cells have them.
     """
     known = list(read_cell_part(fields, "cells", fields.fovs[0]).columns) if fields.fovs else []
     others = [name for name in known if name not in (*CELL_SCHEMA.names, PLANE_OUTLINES)]
@@ -338,6 +338,6 @@ def cell_schema(fields: Fields) -> pa.Schema:
 
 
 def cells_table(cells: pd.DataFrame, schema: pa.Schema) -> pa.Table:
-    """Cells as stored in ``cells.parquet``."""
+    """Return cells as stored in ``cells.parquet``."""
     wkb = shapely.to_wkb(cells["geometry"].to_numpy(object))
     return pa.Table.from_pandas(cells.assign(geometry=wkb), schema, preserve_index=False)

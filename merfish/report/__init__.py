@@ -1,8 +1,8 @@
-"""The report of a run, one page with figures and tables.
+"""The report of a run: one page with figures and tables.
 
-`summary` sums up the tables of a run, `findings` compares figures with thresholds, `figures` draws. `agreement`,
-`molecules`, `images`, `cells` and `domains` make the sections of the page, `sections` puts them in order, and `page`
-writes them. `notices` describes problems in single lines, also for a console.
+`summary` aggregates the tables of a run, `findings` compares figures with thresholds, `figures` draws. `agreement`,
+`molecules`, `images`, `cells` and `domains` build the sections of the page, `sections` orders them, and `page` writes
+them. `notices` describes problems in single lines, also for a console.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sections on whether a run is good: its figures against thresholds, and its counts against others."""
+"""Sections on the quality of a run: its figures against thresholds, and its counts against other data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERDICTS = {
 
 
 def headline(run: Run, others: dict[str, pd.Series]) -> Section:
-    """Verdicts and warnings."""
+    """Return the section with verdicts and warnings."""
     record = run.record
     bulk = others.get("bulk RNA-seq")
     compared = None if bulk is None else log_correlation(*_paired(run, bulk)[:2])
@@ -43,7 +43,7 @@ def headline(run: Run, others: dict[str, pd.Series]) -> Section:
 
 
 def agreement_section(run: Run, others: dict[str, pd.Series]) -> Section | None:
-    """Counts of genes in half of the fields against the other half, and against other runs and bulk RNA-seq."""
+    """Compare counts of genes between halves of the fields, and with other runs and bulk RNA-seq."""
     genes = [name for name, blank in zip(run.record["words"]["gene"], run.is_blank, strict=True) if not blank]
     labels = ("molecules in every other field", "molecules in the fields between")
     compared = [("halves", *_halves(run), genes, labels)] if len(run.fovs) > 1 else []
@@ -67,13 +67,13 @@ def agreement_section(run: Run, others: dict[str, pd.Series]) -> Section | None:
 
 
 def _halves(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Counts of genes in every other field, and in the fields between."""
+    """Return counts of genes in every other field, and in the fields between."""
     counts = run.molecules.counts[:, ~run.is_blank]
     return counts[0::2].sum(axis=0), counts[1::2].sum(axis=0)
 
 
 def _paired(run: Run, other: pd.Series) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Counts of genes, the other values of the same genes, and their names. Raises InputError if they share none."""
+    """Return counts, the other values of the same genes, and their names. Raises InputError if no gene is shared."""
     words = pd.Series(run.record["words"]["n_kept"], index=run.record["words"]["gene"], dtype=float)[~run.is_blank]
     shared = [gene for gene in words.index if gene in other.index]
     if not shared:

@@ -15,11 +15,11 @@ from merfish.report.page import Picture, Section, picture
 from merfish.report.run import STAINS, Run
 from merfish.report.summary import genes_of_cells, sum_cells
 
-FEWEST_MAPPED = 10  # cells; fewer are too far apart to be seen on one map
+FEWEST_MAPPED = 10  # cells; a map of fewer shows mostly empty space
 
 
 def cell_section(run: Run) -> Section | None:
-    """Number of cells, a map of them, and histograms of their molecules, genes and volumes."""
+    """Return the number of cells, a map, and histograms of molecules, genes and volumes per cell."""
     made = run.record["figures"]
     if not made["n_cells"]:
         return None
@@ -53,7 +53,7 @@ def cell_section(run: Run) -> Section | None:
 
 
 def _described_cells(path: Path, n_genes: np.ndarray) -> Iterator[pd.DataFrame]:
-    """Yield the numbers of the map of cells part by part."""
+    """Yield the numbers of the map of cells in parts."""
     first = 0
     for part in parts(path, ["cell_id", "center_x", "center_y", "volume", "n_transcripts"]):
         yield part.to_pandas().assign(n_genes=n_genes[first : first + len(part)])
@@ -61,7 +61,7 @@ def _described_cells(path: Path, n_genes: np.ndarray) -> Iterator[pd.DataFrame]:
 
 
 def _stain_picture(run: Run) -> list[Picture]:
-    """Stains of the field with most cells under the outlines of the run."""
+    """Draw the stains of the field with the most cells, under the outlines of the run."""
     import shapely
 
     row = int(np.argmax(run.fields["outlines"]))
@@ -72,16 +72,16 @@ def _stain_picture(run: Run) -> list[Picture]:
     with np.load(path, allow_pickle=False) as saved:
         stains, names, step = saved["stains"], saved["names"].tolist(), float(saved["step"])
     low, high = run.places[row], run.places[row] + run.size
-    around = np.array(run.size) / 4  # cells with their centre outside the field reach into it
+    around = np.array(run.size) / 4  # cells with their centre outside the field may extend into it
     near = between(run.stage / results.CELLS, ["cell_id", "geometry"], "center", low - around, high + around)
     pieces, cell = shapely.get_parts(shapely.from_wkb(near["geometry"].to_numpy()), return_index=True)
-    # the centre of a pixel of the small image is that of its block of pixels
+    # the centre of a pixel of the reduced image is the centre of its block of pixels
     rings = [
         ((shapely.get_coordinates(ring) - low) / scale - (step - 1) / 2) / step
         for ring in shapely.get_exterior_ring(pieces)
     ]
     ids = near["cell_id"].to_numpy()[cell]
     corners = [pd.DataFrame(ring, columns=["x", "y"]).assign(cell_id=i) for ring, i in zip(rings, ids, strict=True)]
-    caption = f"Field {fov}, which has most cells: its stains and the cells"
+    caption = f"Field {fov}, which has the most cells: its stains, and outlines of cells"
     figure = figures.stains_under_outlines(stains, names, rings)
     return [picture("stains", figure, caption, pd.concat(corners) if corners else None)]

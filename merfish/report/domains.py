@@ -1,4 +1,4 @@
-"""Section on spatial domains: on the tissue, their genes, and the embedding in two dimensions."""
+"""Section on spatial domains: their map, their genes, and the embedding in two dimensions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from merfish.report.summary import Squares, most_frequent
 from merfish.results import DOMAIN, LATENT, LATENT_NAMES
 
 TOP_GENES = 5
-FEWEST_MOLECULES = 10  # of a gene in all cells; with fewer, counting noise decides
-MOST_DRAWN = 20_000  # cells in the plane of the embedding
+FEWEST_MOLECULES = 10  # of a gene in all cells; with fewer, counting noise dominates
+MOST_DRAWN = 20_000  # cells in the plot of the embedding
 
 
 def domain_section(run: Run) -> Section | None:
-    """Domains of a run whose table has been embedded (`merfish.embedding.embed_run`); None for other runs."""
+    """Return the section on domains of a run with an embedding (`merfish.embedding.embed_run`), None for other runs."""
     if "embedding" not in run.record:
         return None
     found, niche = read_embedding(run.stage / results.CELL_BY_GENE)
@@ -42,8 +42,8 @@ def domain_section(run: Run) -> Section | None:
     formats = {"cells": "{:,}", "share of cells": "{:.1%}", "molecules of genes per cell": "{:.1f}"}
     text = [
         f"SpatialVAE was trained on the counts and positions of the {len(found):,} cells, and {len(names)} domains "
-        "were found in its embedding. Genes raised most: those whose share of the molecules in the domain exceeds that "
-        "in all other cells by the largest factors."
+        "were found in its embedding. Genes raised most: those whose share of the molecules in the domain exceeds "
+        "their share in all other cells by the largest factors."
     ]
     centres = read_table(run.stage / results.CELLS, ["center_x", "center_y"])
     places = np.column_stack([column.to_numpy() for column in centres.columns])
@@ -58,20 +58,20 @@ def domain_section(run: Run) -> Section | None:
     else:
         caption = "Cells by domain"
         tissue = figures.domain_map(run.outlines, found, colours)
-    drawn = np.random.default_rng(0).permutation(len(found))[:MOST_DRAWN]  # in random order, so that none hides another
+    drawn = np.random.default_rng(0).permutation(len(found))[:MOST_DRAWN]  # in random order: no domain hides another
     shown = [
         picture("domains", tissue, caption, numbers),
         picture(
             "embedding",
             figures.embedding_plane(plane[drawn], found[drawn], colours),
-            "Niches of the cells in the embedding, first two principal components, by domain",
+            "First two principal components of the niche dimensions of the embedding, by domain",
         ),
     ]
     return Section("Domains", text, [Table(columns, rows, formats, "domain_table", sortable=True)], shown)
 
 
 def read_embedding(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Domains (cell,) as text and niches (cell, dimension) of a table of counts: the part that domains are found in."""
+    """Read domains (cell,) as text, and the niche dimensions (cell, dimension) of the embedding, from a count table."""
     import h5py
     from anndata.io import read_elem
 
@@ -83,9 +83,9 @@ def read_embedding(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def domain_counts(stage: Path, code: np.ndarray, n_domains: int) -> tuple[np.ndarray, list[str]]:
-    """Molecules (domain, gene) of the cells of each domain, and the names of the genes; blanks are left out.
+    """Sum the molecules in the cells of each domain (domain, gene); also returns the genes' names. Blanks are omitted.
 
-    code: (cell,), the domain of each cell of the table in the folder ``stage``, from 0.
+    code: (cell,), index of the domain of each cell of the table in the folder ``stage``.
     """
     var = read_var(stage)
     total, row = np.zeros((n_domains, len(var))), 0
@@ -98,7 +98,7 @@ def domain_counts(stage: Path, code: np.ndarray, n_domains: int) -> tuple[np.nda
 
 
 def top_genes(total: np.ndarray, genes: list[str]) -> list[list[str]]:
-    """Genes of each domain whose share is higher than in all others, largest factor first; total: (domain, gene)."""
+    """Return each domain's genes with a higher share than in all others, highest ratio first; total: (domain, gene)."""
     rest = total.sum(axis=0) - total
     share, other = ((counts + 0.5) / (counts.sum(axis=1, keepdims=True) + 0.5) for counts in (total, rest))
     factor = np.where(total.sum(axis=0) >= FEWEST_MOLECULES, share / other, 0.0)
@@ -106,7 +106,7 @@ def top_genes(total: np.ndarray, genes: list[str]) -> list[list[str]]:
 
 
 def principal_components(latent: np.ndarray) -> np.ndarray:
-    """The first two principal components (cell, 2) of an embedding (cell, dimension); zeros if it has only one."""
+    """Return the first two principal components (cell, 2) of (cell, dimension); the second is 0 for one dimension."""
     centred = latent - latent.mean(axis=0, dtype=float)
     plane = np.zeros((len(latent), 2))
     axes = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :2]

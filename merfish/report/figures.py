@@ -1,4 +1,4 @@
-"""Figures of the page of a run; each function returns a Matplotlib figure."""
+"""Figures of the report; each function returns a Matplotlib figure."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-MANY = 500  # fields or points; a figure of more is drawn as pixels, of fewer as vectors
-MANY_CORNERS = 20_000  # the same for the corners of outlines
-LEAST_OFF = 1e-3  # micrometre; smaller errors have no arrow
+MANY = 500  # fields or points; more are drawn as pixels, fewer as vectors
+MANY_CORNERS = 20_000  # corners of outlines; more are drawn as pixels
+LEAST_OFF = 1e-3  # micrometres; smaller errors get no arrow
 ENLARGED = (1, 2, 5, 10, 20, 50, 100)  # factors by which arrows may be enlarged
-MOST_NAMED, NAME_SIZE = 5, (0.15, 0.04)  # genes in a figure; width and height of a name, shares of the axes
-SMALL, NORMAL, WIDE, LEAST_HEIGHT = 4.0, 6.4, 11.0, 2.0  # inches: widths of figures, height of a map
+MOST_NAMED, NAME_SIZE = 5, (0.15, 0.04)  # genes named in a figure; width and height of a name, as fractions of the axes
+SMALL, NORMAL, WIDE, LEAST_HEIGHT = 4.0, 6.4, 11.0, 2.0  # inches: widths of figures, minimum height of a map
 
 
 def map_figure(width: float, extent: np.ndarray) -> tuple[Figure, Axes]:
-    """Axes for positions in micrometre, as high as a section of ``extent`` (x, y) needs."""
+    """Return axes for positions in micrometres, with the aspect ratio of a section of ``extent`` (x, y)."""
     aspect = extent[1] / max(extent[0], 1e-9)
     figure, (ax,) = new_figure(width, float(np.clip(0.68 * width * aspect + 0.6, LEAST_HEIGHT, 1.2 * width)))
     ax.set_aspect("equal")
@@ -36,7 +36,7 @@ def map_figure(width: float, extent: np.ndarray) -> tuple[Figure, Axes]:
     ax.locator_params(axis="y", nbins=5)
     if aspect < 2:
         ax.locator_params(axis="x", nbins=5)
-    else:  # numbers are wider than the distance between them
+    else:  # the numbers are wider than the distance between them
         ax.tick_params(axis="x", labelrotation=90)
         ax.locator_params(axis="x", nbins=1)
     return figure, ax
@@ -46,7 +46,7 @@ def _colours_beside(ax: Axes, drawn: ScalarMappable, label: str) -> None:
     """Add a colour bar as high as the map."""
     from matplotlib.ticker import MaxNLocator
 
-    # a number of ticks that depended on the height would change the width, and so the height, with every layout
+    # a number of ticks that depends on the height would change the width, and so the height, at every layout
     beside = ax.inset_axes((1.04, 0, 0.045, 1))
     ax.figure.colorbar(drawn, cax=beside, label=label, ticks=MaxNLocator(5, steps=[1, 2, 5, 10]))
     beside.ticklabel_format(useOffset=False)
@@ -55,7 +55,7 @@ def _colours_beside(ax: Axes, drawn: ScalarMappable, label: str) -> None:
 def field_map(
     positions: np.ndarray, size: tuple[float, float], values: np.ndarray, failed: np.ndarray, label: str
 ) -> Figure:
-    """A map of the fields by a value (field,); positions (field, 2) of their corners and size (x, y), micrometre.
+    """Map a value of each field (field,); positions (field, 2) of their corners and size (x, y) in micrometres.
 
     failed: positions of fields without values, drawn as crosses.
     """
@@ -84,7 +84,7 @@ def field_map(
 
 
 def square_map(values: np.ndarray, squares: Squares, label: str, colours: str, width: float) -> Figure:
-    """Values (y, x) of squares, NaN where there is nothing to show; colours: a colour map."""
+    """Map values (y, x) of squares, NaN for no value; colours: name of a colour map."""
     figure, ax = map_figure(width, _extent(squares))
     shown = values[np.isfinite(values) & (values > 0)]
     top = float(np.percentile(shown, 99)) if len(shown) else 1.0
@@ -93,37 +93,37 @@ def square_map(values: np.ndarray, squares: Squares, label: str, colours: str, w
 
 
 def _extent(squares: Squares) -> np.ndarray:
-    """(x, y) of a grid, micrometre."""
+    """Return (x, y) of a grid, in micrometres."""
     return squares.side * np.array(squares.shape[::-1])
 
 
 def _draw_squares(ax: Axes, values: np.ndarray, squares: Squares, **options: Any) -> AxesImage:
-    """An image of the squares (y, x) or (y, x, channel) at their places on the stage."""
+    """Draw an image of squares (y, x) or (y, x, channel) at their positions on the stage."""
     (left, top), (right, bottom) = squares.corner, squares.corner + _extent(squares)
     return ax.imshow(values, extent=(left, right, bottom, top), interpolation="nearest", **options)
 
 
 def density_map(density: np.ndarray, squares: Squares) -> Figure:
-    """Molecules per square micrometre; density: (y, x) counts in squares."""
+    """Map molecules per square micrometre; density: (y, x) counts in squares."""
     return square_map(density / squares.side**2, squares, "molecules of genes / µm²", "magma", SMALL)
 
 
 def field_image(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> Figure:
-    """A field (y, x) and its molecules; see `merfish.plots.draw_field`."""
+    """Draw a field (y, x) and its molecules, see `merfish.plots.draw_field`."""
     figure, (ax,) = new_figure(SMALL, SMALL * image.shape[0] / image.shape[1] + 0.3)
     draw_field(ax, image, calls, square)
     return figure
 
 
 def field_detail(image: np.ndarray, calls: pd.DataFrame, square: tuple[int, int, int]) -> Figure:
-    """A square of a field and its molecules; see `merfish.plots.draw_detail`."""
+    """Draw a square of a field and its molecules, see `merfish.plots.draw_detail`."""
     figure, (ax,) = new_figure(SMALL, SMALL + 0.3)
     draw_detail(ax, image, calls, square)
     return figure
 
 
 def cell_map(geometry: np.ndarray, values: np.ndarray, label: str) -> Figure:
-    """Outlines of cells (shapely, micrometre) coloured by a value (cell,)."""
+    """Draw outlines of cells (shapely, micrometres), coloured by a value (cell,)."""
     rings, cell = _rings(geometry)
     figure, ax = map_figure(NORMAL, np.ptp(np.concatenate(rings), axis=0))
     drawn = _draw_outlines(ax, rings, array=values[cell], cmap="viridis", clim=(0, float(np.percentile(values, 99))))
@@ -132,7 +132,7 @@ def cell_map(geometry: np.ndarray, values: np.ndarray, label: str) -> Figure:
 
 
 def domain_map(geometry: np.ndarray, domain: np.ndarray, colours: Mapping[str, str]) -> Figure:
-    """Outlines of cells (shapely, micrometre) in the colour of their domain, text (cell,)."""
+    """Draw outlines of cells (shapely, micrometres) in the colours of their domains, text (cell,)."""
     rings, cell = _rings(geometry)
     figure, ax = map_figure(NORMAL, np.ptp(np.concatenate(rings), axis=0))
     _draw_outlines(ax, rings, facecolors=np.array([colours[name] for name in domain])[cell])
@@ -141,7 +141,7 @@ def domain_map(geometry: np.ndarray, domain: np.ndarray, colours: Mapping[str, s
 
 
 def domain_squares(found: np.ndarray, squares: Squares, colours: Mapping[str, str]) -> Figure:
-    """Squares in the colour of a domain, int (y, x) in the order of ``colours``; -1 where there are no cells."""
+    """Draw squares in the colours of domains, int (y, x) in the order of ``colours``; -1 for squares without cells."""
     from matplotlib.colors import to_rgba_array
 
     figure, ax = map_figure(NORMAL, _extent(squares))
@@ -151,7 +151,7 @@ def domain_squares(found: np.ndarray, squares: Squares, colours: Mapping[str, st
 
 
 def _rings(geometry: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Outer rings (point, 2) of polygons of one or more parts, and the row of each ring's polygon."""
+    """Return outer rings (point, 2) of polygons of one or more parts, and the row of the polygon of each ring."""
     import shapely
 
     parts, row = shapely.get_parts(geometry, return_index=True)
@@ -173,7 +173,7 @@ def _draw_outlines(ax: Axes, rings: list[np.ndarray], **colours: Any) -> PolyCol
 
 
 def embedding_plane(plane: np.ndarray, domain: np.ndarray, colours: Mapping[str, str]) -> Figure:
-    """Cells in two dimensions of their embedding (cell, 2), in the colour of their domain, text (cell,)."""
+    """Plot cells in two dimensions of their embedding (cell, 2), in the colours of their domains, text (cell,)."""
     figure, (ax,) = new_figure(NORMAL, 4.6)
     faces = [colours[name] for name in domain]
     x, y = plane.T
@@ -195,7 +195,7 @@ def _domains_beside(ax: Axes, colours: Mapping[str, str]) -> None:
 
 
 def stains_under_outlines(stains: np.ndarray, names: Sequence[str], rings: Sequence[np.ndarray]) -> Figure:
-    """Stains of a field, uint8 (stain, y, x), in blue and green, under outlines (point, 2) x, y in their pixels."""
+    """Draw stains of a field, uint8 (stain, y, x), in blue and green, under outlines (point, 2) in their pixels."""
     from matplotlib.collections import LineCollection
 
     figure, (ax,) = new_figure(NORMAL, NORMAL * stains.shape[1] / stains.shape[2] + 0.3)
@@ -212,14 +212,14 @@ def stains_under_outlines(stains: np.ndarray, names: Sequence[str], rings: Seque
 
 
 def histogram(values: np.ndarray, label: str, counted: str = "cells") -> Figure:
-    """Histogram of values up to their 99.5th percentile, with the median."""
+    """Draw a histogram of values up to their 99.5th percentile, with the median."""
     figure, (ax,) = new_figure(SMALL, 2.8)
     values = values[np.isfinite(values)]
     if len(values):
         low, top = float(values.min()), float(np.percentile(values, 99.5))
         n_bars = min(40, max(int(np.sqrt(len(values))), 5))
         bins: int | list[float] = n_bars
-        if not np.any(values % 1):  # counts: as many of them in each bar
+        if not np.any(values % 1):  # for counts, the same number of integers in each bar
             width = max(int(np.ceil((top - low) / n_bars)), 1)
             bins = np.arange(low - 0.5, top + width, width).tolist()
         ax.hist(values[values <= top], bins=bins, color=GENE)
@@ -232,7 +232,7 @@ def histogram(values: np.ndarray, label: str, counted: str = "cells") -> Figure:
 
 
 def correlation(x: np.ndarray, y: np.ndarray, names: Sequence[str], labels: tuple[str, str], r: float) -> Figure:
-    """Values of genes (gene,) against others, both logarithmic; genes farthest from the median ratio are named."""
+    """Plot values of genes (gene,) against others on logarithmic axes; names genes farthest from the median ratio."""
     figure, (ax,) = new_figure(NORMAL, 4.6)
     both = np.flatnonzero((x > 0) & (y > 0))
     ax.loglog(x[both], y[both], ".", color=GENE, markersize=6, alpha=0.7, rasterized=len(both) > MANY)
@@ -250,7 +250,7 @@ def correlation(x: np.ndarray, y: np.ndarray, names: Sequence[str], labels: tupl
 
 
 def _legible(wanted: np.ndarray, places: np.ndarray) -> list[int]:
-    """The first points in the order ``wanted`` whose names do not overlap; places: (point, 2)."""
+    """Return the first points in the order ``wanted`` whose names do not overlap; places: (point, 2)."""
     apart = np.ptp(places, axis=0) * NAME_SIZE
     named: list[int] = []
     for k in wanted:
@@ -260,7 +260,7 @@ def _legible(wanted: np.ndarray, places: np.ndarray) -> list[int]:
 
 
 def seconds_of_steps(seconds: Mapping[str, float]) -> Figure:
-    """Time of each step."""
+    """Plot the time of each step."""
     figure, (ax,) = new_figure(WIDE, 0.26 * len(seconds) + 0.7)
     places = np.arange(len(seconds))
     ax.barh(places, list(seconds.values()), color=GENE, height=0.7)
@@ -274,7 +274,7 @@ def seconds_of_steps(seconds: Mapping[str, float]) -> Figure:
 
 
 def drift(shifts: pd.DataFrame) -> Figure:
-    """Drift of each round: each field, and the median; shifts: columns fov, round, dy, dx (pixel) and ok."""
+    """Plot the drift of each round: each field, and the median; shifts: columns fov, round, dy, dx (pixels) and ok."""
     figure, (ax,) = new_figure(NORMAL, 3.4)
     length = np.hypot(shifts["dy"].to_numpy(float), shifts["dx"].to_numpy(float))
     failed = ~shifts["ok"].to_numpy(bool)
@@ -293,7 +293,7 @@ def drift(shifts: pd.DataFrame) -> Figure:
 
 
 def bit_brightness(scale: np.ndarray, background: np.ndarray, names: Sequence[str], colours: Sequence[str]) -> Figure:
-    """Height of a molecule's spot in each bit, and the background (bit,), in camera counts after filtering."""
+    """Plot the height of a molecule's spot in each bit, and the background (bit,), in camera counts after filtering."""
     figure, (ax,) = new_figure(NORMAL, 3.4)
     kinds = list(dict.fromkeys(colours))
     for kind in kinds:
@@ -308,7 +308,7 @@ def bit_brightness(scale: np.ndarray, background: np.ndarray, names: Sequence[st
 
 
 def error_rates(rates: Mapping[str, Sequence[float]]) -> Figure:
-    """1->0 and 0->1 rates of each bit with their intervals (see `merfish.calls.error_model.bit_error_rates`)."""
+    """Plot 1->0 and 0->1 rates of each bit with intervals (see `merfish.calls.error_model.bit_error_rates`)."""
     figure, (ax,) = new_figure(NORMAL, 3.4)
     places = np.arange(len(rates["bit"]))
     for kind, label, colour, shift in (("lost", "1→0", GENE, -0.12), ("gained", "0→1", BLANK, 0.12)):
@@ -328,12 +328,12 @@ def _bits_below(ax: Axes, names: Sequence[str]) -> None:
 
 
 def _legend_above(ax: Axes) -> None:
-    """Add a legend above the axes, where it hides nothing."""
+    """Add a legend above the axes, where it hides no data."""
     ax.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
 
 
 def stage(reported: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> Figure:
-    """Reported and corrected positions of the fields (fov, 2), micrometre, and the overlaps they were corrected by.
+    """Draw reported and corrected positions of the fields (fov, 2) in micrometres, and the overlaps of the correction.
 
     links: columns a, b (rows of positions) and used. Arrows show the errors of the stage, enlarged.
     """
@@ -350,7 +350,7 @@ def stage(reported: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> F
     longest = float(np.hypot(*change.T).max(initial=0))
     title = f"all errors are below {LEAST_OFF * 1000:g} nm"
     if longest > LEAST_OFF:
-        # the longest arrow reaches at most half-way to the nearest field
+        # the longest arrow extends at most half-way to the nearest field
         enlarged = max([times for times in ENLARGED if times * longest <= _step(reported) / 2], default=1)
         off = np.hypot(*change.T) > LEAST_OFF
         ax.quiver(
@@ -366,7 +366,7 @@ def stage(reported: np.ndarray, positions: np.ndarray, links: pd.DataFrame) -> F
 
 
 def _step(places: np.ndarray) -> float:
-    """Distance between the two nearest fields, micrometre."""
+    """Return the distance between the two nearest fields, in micrometres."""
     from scipy.spatial import KDTree
 
     different = np.unique(places, axis=0)
@@ -374,7 +374,7 @@ def _step(places: np.ndarray) -> float:
 
 
 def words_called(found: np.ndarray, kept: np.ndarray, names: Sequence[str], is_blank: np.ndarray) -> Figure:
-    """Molecules of each word (word,), most abundant first, blanks in red; found, and kept.
+    """Plot molecules of each word (word,) found and kept, most abundant word first, blanks in red.
 
     Bars of molecules that were found but not kept are pale.
     """

@@ -1,4 +1,4 @@
-"""Figures that decide whether a run is good, each with its threshold and the source of the threshold."""
+"""Figures that determine whether a run is good, each with its threshold and the source of the threshold."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from merfish.imaging.field import MOST_SATURATED
 Status = Literal["pass", "warn", "fail", "info"]
 
 CHEN = "Chen et al. 2015"
-PUBLISHED_LOST = (0.087, 0.177)  # 1->0 errors of a bit: mean of all bits, worst bit; Chen et al. 2015
-PUBLISHED_GAINED = (0.032, 0.070)  # and 0->1
+PUBLISHED_LOST = (0.087, 0.177)  # 1->0 error rate: mean of all bits, worst bit; Chen et al. 2015
+PUBLISHED_GAINED = (0.032, 0.070)  # the same for 0->1
 PUBLISHED_REPLICATES, PUBLISHED_BULK = 0.94, 0.83  # Pearson's r of log10 counts; Chen et al. 2015
-# Of molecules with errors of 10 % 1->0 and 4 % 0->1 in words of weight 4 of 16 bits: those that show their word, and
-# those that show it with one error or none (binomial law)
+# Fractions of molecules whose word has no error, and at most one, at error rates of 10 % 1->0 and 4 % 0->1, for words
+# of weight 4 of 16 bits (binomial distribution)
 EXACT, CORRECTABLE = 0.40, 0.78
 FEW_FIELDS_LOST = 0.05
-FEWEST_GENES = 20  # with fewer, the interval of a correlation is too wide to decide
+FEWEST_GENES = 20  # with fewer, the interval of a correlation is too wide
 Z95 = 1.96
 
 
@@ -37,15 +37,15 @@ class Finding:
 
 
 def overall(findings: list[Finding]) -> Status:
-    """The worst status of all findings."""
+    """Return the worst status of all findings."""
     found = {finding.status for finding in findings}
     return "fail" if "fail" in found else "warn" if "warn" in found else "pass"
 
 
 def findings(run: Mapping[str, Any], halves: tuple[float, int], bulk: tuple[float, int] | None = None) -> list[Finding]:
-    """All findings of a run.
+    """Return all findings of a run.
 
-    run: its record. halves: Pearson's r of log10 counts between two halves of the fields, and the number of genes;
+    run: its record. halves: Pearson's r of log10 counts between two halves of the fields, and the number of genes.
     bulk: the same with bulk RNA-seq.
     """
     figures = run["figures"]
@@ -69,7 +69,7 @@ def findings(run: Mapping[str, Any], halves: tuple[float, int], bulk: tuple[floa
 
 
 def fields_done(n_done: int, n_failed: int) -> Finding:
-    """Fields decoded of those asked for."""
+    """Compare the number of decoded fields with the number requested."""
     share = n_failed / max(n_done + n_failed, 1)
     status: Status = "pass" if not n_failed else "warn" if share <= FEW_FIELDS_LOST else "fail"
     threshold = f"all; fail above {FEW_FIELDS_LOST:.0%} failed"
@@ -77,10 +77,10 @@ def fields_done(n_done: int, n_failed: int) -> Finding:
 
 
 def codebook_fit(fit: Mapping[str, Any], blanks: bool) -> Finding:
-    """Whether the images are those of the codebook."""
-    value = f"{fit['wrong']:.1%} wrong" if blanks and fit["wrong"] is not None else "unknown without blanks"
+    """Check whether the images fit the codebook."""
+    value = f"{fit['wrong']:.1%} wrong" if blanks and fit["wrong"] is not None else "unknown, no blanks"
     return Finding(
-        "Likely calls before filtering, wrong by the blanks",
+        "Wrong ones among likely calls before filtering, from the blanks",
         value,
         "pass" if fit["fits"] else "fail",
         f"at most {MOST_WRONG:.0%}",
@@ -89,7 +89,7 @@ def codebook_fit(fit: Mapping[str, Any], blanks: bool) -> Finding:
 
 
 def misidentified(figures: Mapping[str, Any], target: float) -> Finding:
-    """Kept molecules that are wrong, against the rate that was asked for."""
+    """Compare the misidentification rate of the kept molecules with the chosen rate."""
     rate, held_out = figures["misidentification_rate"], figures["held_out"]
     if rate is None:
         return Finding("Kept molecules that are wrong", "unknown", "warn", f"at most {target:.0%}", "parameter")
@@ -104,13 +104,13 @@ def misidentified(figures: Mapping[str, Any], target: float) -> Finding:
         "Kept molecules that are wrong",
         value,
         status,
-        f"at most {target:.0%}; fail if the interval lies above",
+        f"at most {target:.0%}; fail if the whole interval is higher",
         f"parameter misidentification_rate; {CHEN} aim at 5%",
     )
 
 
 def error_rates(rates: Mapping[str, Any]) -> list[Finding]:
-    """1->0 and 0->1 errors of the bits against published ones."""
+    """Compare the 1->0 and 0->1 error rates of the bits with published rates."""
     found = []
     for name, kind, (mean, worst) in (
         ("Bits lost, 1→0", "lost", PUBLISHED_LOST),
@@ -118,7 +118,7 @@ def error_rates(rates: Mapping[str, Any]) -> list[Finding]:
     ):
         values, low = np.array(rates[kind], float), np.array(rates[f"{kind}_low"], float)
         known = np.flatnonzero(np.isfinite(values))
-        threshold = f"no bit's 95% interval above {worst:.1%}; fail if their mean is"
+        threshold = f"no bit's 95% interval above {worst:.1%}; fail if the mean of their lower ends is"
         source = f"{CHEN}: mean {mean:.1%}, worst bit {worst:.1%}"
         if not len(known):
             found.append(Finding(name, "unknown", "warn", threshold, source))
@@ -131,7 +131,7 @@ def error_rates(rates: Mapping[str, Any]) -> list[Finding]:
 
 
 def exact_words(words: Mapping[str, Any]) -> Finding:
-    """Kept molecules that show their word without an error."""
+    """Compute the share of kept molecules that show their word without an error."""
     name, kept = "Kept molecules that show their word exactly", sum(words["n_kept"])
     expected = EXACT / CORRECTABLE
     threshold, source = (
@@ -146,16 +146,16 @@ def exact_words(words: Mapping[str, Any]) -> Finding:
 
 
 def efficiency(figures: Mapping[str, Any], words: Mapping[str, Any], is_blank: list[bool]) -> Finding:
-    """Share of the molecules that are found and kept: of those added to the images, or else by the errors of bits."""
+    """Return the share of molecules found and kept: of added molecules, else computed from error rates of the bits."""
     threshold = f"at least {CORRECTABLE:.0%}; fail below {EXACT:.0%}"
-    source = "words with at most one error, and without any, at errors of 10% and 4%"
+    source = "share of words with at most one error, or none, at error rates of 10% and 4%"
     spiked = figures.get("spike_in")
     if spiked is not None:
         status: Status = "pass" if spiked["high"] >= CORRECTABLE else "warn" if spiked["high"] >= EXACT else "fail"
         value = "{rate:.0%} ({low:.0%} to {high:.0%})".format(**spiked) + f" of {figures['n_spikes']:,}"
         threshold += ", by the upper end of the interval"
         return Finding("Molecules detected, of those added to the images", value, status, threshold, source)
-    name = "Molecules detected, median gene, by the error rates of bits alone"
+    name = "Molecules detected, median gene, from the error rates of the bits alone"
     middle = median_efficiency(words, is_blank)
     if np.isnan(middle):
         return Finding(name, "unknown", "warn", threshold, source)
@@ -164,14 +164,14 @@ def efficiency(figures: Mapping[str, Any], words: Mapping[str, Any], is_blank: l
 
 
 def median_efficiency(words: Mapping[str, Any], is_blank: list[bool]) -> float:
-    """Detection efficiency of the median gene; NaN if it is unknown for all."""
+    """Return the detection efficiency of the median gene, NaN if it is unknown for all."""
     values = np.array(words["detection_efficiency"], float)[~np.array(is_blank, bool)]
     values = values[np.isfinite(values)]
     return float(np.median(values)) if len(values) else float("nan")
 
 
 def correlation(name: str, r: float, n_genes: int, published: float) -> Finding:
-    """A correlation over genes against a published one, with the 95% interval of Fisher's transformation."""
+    """Compare a correlation over genes with a published one, with the 95% interval of Fisher's transformation."""
     threshold = f"at least {published}; fail if the interval contains 0"
     source = f"{CHEN}; interval of this run"
     if not np.isfinite(r) or n_genes < FEWEST_GENES:
@@ -182,28 +182,28 @@ def correlation(name: str, r: float, n_genes: int, published: float) -> Finding:
 
 
 def unusual(quality: Mapping[str, Any], bits: Mapping[str, Any], n_fields: int) -> Finding:
-    """Images that differ from those of the same bit in other fields, and bits without signal."""
+    """Count images that differ from those of the same bit in other fields, and bits without signal."""
     n, dead = len(quality.get("fov", [])), sum(scale == 0 for scale in bits["scale"])
     value = f"{n} of {n_fields * len(bits['names']):,}" + (f", {dead} dead bits" if dead else "")
     status: Status = "fail" if dead else "warn" if n else "pass"
-    source = "this run: six robust sigmas of all fields"
+    source = "this run: more than six robust sigmas from the other fields"
     return Finding(
-        "Images that differ from the others of their bit", value, status, "none; fail with a dead bit", source
+        "Images that differ from the others of their bit", value, status, "none; fail if a bit is dead", source
     )
 
 
 def saturated(fields: Mapping[str, Any], n_planes: int) -> Finding:
-    """Pixels at the upper end of the camera's range, in the worst bit of the worst field."""
+    """Compute the share of saturated pixels in the worst bit of the worst field."""
     shares = [max(f["saturated"], default=0) / (np.prod(f["shape"]) * n_planes) for f in fields.values()]
     worst = max(shares, default=0.0)
     status: Status = "pass" if worst <= MOST_SATURATED / 10 else "warn" if worst <= MOST_SATURATED else "fail"
     threshold = f"at most {MOST_SATURATED / 10:.1%}; fail above {MOST_SATURATED:.0%}"
-    source = f"a field whose median bit has {MOST_SATURATED:.0%} is left out"
+    source = f"a field whose median bit has {MOST_SATURATED:.0%} is excluded"
     return Finding("Saturated pixels, worst bit of a field", f"{worst:.2%}", status, threshold, source)
 
 
 def stage(found: Mapping[str, Any]) -> list[Finding]:
-    """Overlaps of fields in which both show the same molecules."""
+    """Count overlaps of fields in which both show the same molecules."""
     used, n_links, untied = sum(found["links"]["used"]), len(found["links"]["used"]), found["untied"]
     if not n_links + untied:
         return []
@@ -213,7 +213,7 @@ def stage(found: Mapping[str, Any]) -> list[Finding]:
             "Overlaps of fields that show the same molecules",
             f"{used} of {n_links + untied}",
             status,
-            "all; fail if half do not",
+            "all; fail if at least half do not",
             "this run",
         )
     ]

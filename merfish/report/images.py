@@ -16,7 +16,7 @@ from merfish.report.run import Run
 
 
 def bit_section(run: Run) -> Section:
-    """Brightness and error rates of the bits."""
+    """Return brightness and error rates of the bits."""
     bits, rates = run.record["bits"], pd.DataFrame(run.record["bit_error_rates"])
     table = pd.DataFrame({"bit": bits["names"], "colour": bits["colors"], "molecule": bits["scale"]})
     for name in ("spots", "background", "noise", "width"):
@@ -37,14 +37,14 @@ def bit_section(run: Run) -> Section:
         picture(
             "error_rates",
             figures.error_rates(rates.to_dict("list")),  # type: ignore[arg-type]
-            "Error rates of each bit, from the calls",
+            "Error rates of each bit, estimated from the calls",
             rates,
         ),
     ]
     text = [
-        "Molecule: height of one molecule after filtering, camera counts. Spots, background, noise (camera counts) and "
-        "width of the spots (sigma after filtering, pixels; larger out of focus): median over fields. Saturated: "
-        "pixels of all fields. Lost and gained: errors 1→0 and 0→1."
+        "Molecule: height of one molecule after filtering [camera counts]. Medians over fields of spots, background, "
+        "noise [camera counts] and width of the spots (sigma after filtering [px], larger out of focus). Saturated: "
+        "pixels in all fields. Lost and gained: 1→0 and 0→1 error rates."
     ]
     return Section("Bits", text, [_sortable(table, formats, "bits")], shown)
 
@@ -57,7 +57,7 @@ def _median_of_bits(fields: Mapping[str, Any], name: str, n_bits: int) -> np.nda
 
 
 def field_section(run: Run) -> Section | None:
-    """A table of the fields, and maps of its columns on the stage."""
+    """Return a table of the fields, and maps of its columns."""
     if not len(run.fovs):
         return None
     table, places = run.fields, run.places
@@ -69,7 +69,7 @@ def field_section(run: Run) -> Section | None:
         ("in cells", "Share of molecules in cells", "share in cells"),
         ("r", "Counts of genes against all other fields", "r of log10 counts"),
         ("drift", "Largest drift of a round", "drift [px]"),
-        ("spot width", "Width of spots: focus", "sigma [px]"),
+        ("spot width", "Width of spots, larger out of focus", "sigma [px]"),
         ("saturated", "Saturated pixels of all bits", "pixels"),
         ("seconds", "Time to decode and segment", "seconds"),
     )
@@ -89,8 +89,8 @@ def field_section(run: Run) -> Section | None:
         "spot width": "{:.2f}", "saturated": "{:,}", "r": "{:.2f}", "seconds": "{:.1f}",
     }  # fmt: skip
     text = [
-        "Blanks and in cells: shares of the kept. Drift: largest of all rounds, pixels. Spot width: sigma after "
-        "filtering, pixels, larger out of focus. Saturated: pixels of all bits. r: log10 counts of genes against those "
+        "Blanks, in cells: shares of the kept molecules. Drift: largest of all rounds [px]. Spot width: sigma after "
+        "filtering [px], larger out of focus. Saturated: pixels of all bits. r: log10 counts of genes against those "
         "of all other fields. Crosses on the maps: fields that failed.",
         *([" ".join(alike)] if alike else []),
     ]
@@ -103,10 +103,10 @@ def _sortable(table: pd.DataFrame, formats: dict[str, str], name: str) -> Table:
 
 
 def image_section(run: Run) -> Section:
-    """Drift, stage positions, illumination, chromatic shifts, and unusual images."""
+    """Return drift, stage positions, illumination, chromatic shifts, and unusual images."""
     record = run.record
     shifts = _drift_table(record["fields"])
-    text, shown = "The stacks were registered already.", []
+    text, shown = "The stacks were already registered.", []
     if len(shifts):
         text = "The drift of each round from round 0 was measured on the bead images and corrected in one resampling."
         shown = [picture("drift", figures.drift(shifts), "Drift of each round", shifts)]
@@ -121,22 +121,22 @@ def image_section(run: Run) -> Section:
 
 
 def _stage_corrections(stage: dict[str, Any]) -> tuple[list[str], list[Picture]]:
-    """Errors of the stage, as text and as a picture; both empty if no fields overlap."""
+    """Describe the errors of the stage as text and as a picture; both are empty if no fields overlap."""
     if not (stage["links"]["a"] or stage["untied"]):
         return [], []
     links = pd.DataFrame(stage["links"])
     reported, positions = np.array(stage["said"]), np.array(stage["positions"])
     used = int(links["used"].sum())
-    text = f"{used} overlaps of neighbouring fields show the same molecules in both."
+    text = f"In {used} overlaps of neighbouring fields, both fields show the same molecules."
     if used:
         left = max(links.loc[links["used"], "residual"].max(), 0.001)
         text += (
-            f" According to them, the stage stops {stage['stage_error']:.3f} µm (rms, along each axis) from the "
-            "position it reports; the corrected positions, which all coordinates refer to, agree with every overlap to "
+            f" The error of the reported stage positions is {stage['stage_error']:.3f} µm (rms along each axis). The "
+            "corrected positions, to which all coordinates refer, agree with every overlap within "
             f"{left:.3f} µm."
         )
     if used < len(links):
-        text += f" {len(links) - used} overlaps contradict the others and were left out (red)."
+        text += f" {len(links) - used} overlaps contradict the others and were excluded (red)."
     text = f"{text} {untied_text(stage)}".strip()
     caption = "Errors of the stage (arrows), and fields that share molecules (lines)"
     names = {"x reported": reported[:, 0], "y reported": reported[:, 1], "x": positions[:, 0], "y": positions[:, 1]}
@@ -145,7 +145,7 @@ def _stage_corrections(stage: dict[str, Any]) -> tuple[list[str], list[Picture]]
 
 
 def _drift_table(fields: Mapping[str, Any]) -> pd.DataFrame:
-    """A row for each field and round, as `merfish.imaging.registration.measure_field_drift` returns them."""
+    """Return a row for each field and round, with the columns of `merfish.imaging.registration.measure_field_drift`."""
     columns: dict[str, list[Any]] = {}
     for fov, field in fields.items():
         for row in field["drift"]:
@@ -157,7 +157,7 @@ def _drift_table(fields: Mapping[str, Any]) -> pd.DataFrame:
 def _quality_table(quality: dict[str, list[Any]]) -> list[Table]:
     columns = ("fov", "round", "bit", "reasons")
     rows = list(zip(*(quality.get(name, []) for name in columns), strict=True))
-    heads = ("field", "round", "bit", "what is unusual about its images")
+    heads = ("field", "round", "bit", "unusual property of its images")
     return [Table(heads, rows, name="unusual_images")] if rows else []
 
 
@@ -177,7 +177,7 @@ def _chromatic_table(fits: dict[str, dict[str, Any]]) -> list[Table]:
             "unknown" if fit["shift"] is None else f"{fit['shift']:.2f} px",
             f"{fit['pairs']:,.0f}",
             "unknown" if fit["error"] is None else f"{fit['error']:.3f} px",
-            "yes" if fit["map"] != np.eye(2, 3).tolist() else "no: not needed",
+            "yes" if fit["map"] != np.eye(2, 3).tolist() else "no, not needed",
         )
         for color, fit in fits.items()
     ]
@@ -192,6 +192,6 @@ def _leak_table(leaks: list[dict[str, Any]]) -> list[Table]:
 
 
 def failed_section(failed: dict[str, str]) -> Section | None:
-    """Fields that failed, and why."""
+    """List the fields that failed, and the reasons."""
     rows = list(failed.items())
     return Section("Fields that failed", tables=[Table(("field", "reason"), rows, name="failed")]) if rows else None

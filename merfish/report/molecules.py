@@ -15,7 +15,7 @@ from merfish.report.run import OVERVIEW, Run, read_overview
 
 
 def molecule_section(run: Run) -> Section:
-    """Number of molecules, their misidentification rate, and maps of them."""
+    """Return the number of molecules, their misidentification rate, and maps of them."""
     density, squares = run.molecules.density, run.molecules.squares
     shown = []
     if density.any():
@@ -35,11 +35,11 @@ def molecule_section(run: Run) -> Section:
 
 def _molecule_text(record: dict[str, Any]) -> list[str]:
     figure = record["figures"]
-    known = "The share of wrong ones among them is unknown."
+    known = "Their misidentification rate is unknown."
     if figure["misidentification_rate"] is not None:
         known = f"{figure['misidentification_rate']:.1%} of them are expected to be wrong"
-        known += ", by the blanks" if figure["blanks_in_book"] else ""
-        known += _interval(" (by the kept blanks alone {})", figure["by_blanks"])
+        known += ", as estimated from the blanks" if figure["blanks_in_book"] else ""
+        known += _interval(" (from the kept blanks alone, {})", figure["by_blanks"])
         known += _interval("; on fields that were not used to fit the filter, {}", figure["held_out"]) + "."
     return [
         f"{figure['n_found']:,} molecules found, {figure['n_kept']:,} kept ({figure['n_blank']:,} of them blanks). "
@@ -53,9 +53,9 @@ def _interval(text: str, value: dict[str, float] | None) -> str:
 
 
 def _overview_picture(run: Run) -> list[Picture]:
-    """The field with most molecules, and a detail of it.
+    """Draw the field with the most molecules, and a detail of it.
 
-    Also drawn are the molecules that were counted in an overlapping field.
+    Molecules that were counted in an overlapping field are drawn as well.
     """
     if not len(run.fovs):
         return []
@@ -70,21 +70,21 @@ def _overview_picture(run: Run) -> list[Picture]:
     calls = calls.assign(x=(calls["global_x"] - low[0]) / scale, y=(calls["global_y"] - low[1]) / scale)
     image, numbers = read_overview(path), calls[["gene", "is_blank", "x", "y"]]
     square = plots.densest_square(calls, image.shape)
-    caption = f"Field {fov}, which has most molecules: its brightest bits and the molecules kept there"
+    caption = f"Field {fov}, which has the most molecules: brightest bit of each pixel, and kept molecules"
     return [
         picture("field", figures.field_image(image, calls, square), caption, numbers, "small"),
-        picture("detail", figures.field_detail(image, calls, square), "The yellow square of that field", None, "small"),
+        picture("detail", figures.field_detail(image, calls, square), "The yellow square in that field", None, "small"),
     ]
 
 
 def gene_section(run: Run) -> Section:
-    """Molecules of each word, and how reliable they are."""
+    """Return the molecules of each word, and their reliability."""
     words, is_blank = pd.DataFrame(run.record["words"]), run.is_blank
     figure = figures.words_called(
         words["n_found"].to_numpy(int), words["n_kept"].to_numpy(int), words["gene"].to_list(), is_blank
     )
     words = words.assign(is_blank=is_blank)
-    caption = "Molecules of each word; blanks carry no RNA, so that their molecules are errors"
+    caption = "Molecules of each word; blanks encode no RNA, so their molecules are errors"
     shown = picture("words", figure, caption, words, "wide")
     order = words.sort_values(["is_blank", "n_kept"], ascending=[True, False], kind="stable")
     names = {
@@ -101,8 +101,8 @@ def gene_section(run: Run) -> Section:
     ]
     formats = {"found": "{:,}", "kept": "{:,}", "wrong": "{:.1%}", "exact": "{:.0%}", "detected": "{:.0%}"}
     text = [
-        "Wrong: expected share of the kept that are another molecule or none. Exact: share of the kept that show their "
-        "word without an error. Detected: share of the molecules of this word that are found and kept. "
+        "Wrong: expected share of misidentified ones among the kept molecules. Exact: share of the kept that show "
+        "their word without an error. Detected: share of the molecules of this word that are found and kept. "
         + detected_text(run.record["figures"]),
     ]
     if not is_blank.all() and is_blank.any():
@@ -115,8 +115,8 @@ def gene_section(run: Run) -> Section:
 
 
 def detected_text(figure: dict[str, Any]) -> str:
-    """How the detection efficiency of the words was measured."""
-    by_errors = "The differences between words follow from the error rates of their bits"
+    """Describe how the detection efficiency of the words was measured."""
+    by_errors = "Differences between words are computed from the error rates of their bits"
     spiked = figure.get("spike_in")
     if spiked is None:
         return f"{by_errors}, and so does their level, which is too high where spots overlap."

@@ -1,4 +1,4 @@
-"""Problems of a run in single lines, for a console and for the page, from the record of the run or a part of it."""
+"""Problems of a run in single lines, for a console and for the report, from the record of the run or a part of it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ MOST_LINES = 5  # about unusual images
 
 
 def bit_warnings(run: dict[str, Any]) -> list[str]:
-    """Bits without signal, and bits with saturated pixels."""
+    """List bits without signal, and bits with saturated pixels."""
     names, lines = run["bits"]["names"], []
     dead = [name for name, scale in zip(names, run["bits"]["scale"], strict=True) if scale == 0]
     if dead and len(dead) < len(names):
-        lines.append(f"No molecule shows in {', '.join(dead)}: dead, and left out of decoding.")
+        lines.append(f"No molecule shows in {', '.join(dead)}: dead, excluded from decoding.")
     counts = [np.array(found["saturated"]) for found in run["fields"].values()]
     total = np.sum(counts, axis=0) if counts else np.zeros(len(names), int)
     if total.any():
@@ -38,7 +38,7 @@ def leak_lines(run: dict[str, Any]) -> list[str]:
 
 
 def efficiency_line(run: dict[str, Any]) -> list[str]:
-    """Share of the molecules that are found and kept, and how it was measured; empty if it is unknown."""
+    """Report the share of molecules found and kept, and how it was measured; empty if it is unknown."""
     spiked = run["figures"].get("spike_in")
     if spiked is not None:
         n = run["figures"]["n_spikes"]
@@ -48,13 +48,13 @@ def efficiency_line(run: dict[str, Any]) -> list[str]:
     if np.isnan(middle):
         return []
     return [
-        f"{middle:.0%} of molecules detected in the median gene, by the error rates of the bits alone; "
+        f"{middle:.0%} of molecules detected in the median gene, from the error rates of the bits alone; "
         "this is too high where spots overlap"
     ]
 
 
 def quality_lines(quality: dict[str, list[Any]]) -> list[str]:
-    """Fields with unusual images, one line for each of the first few."""
+    """List fields with unusual images, one line for each of the first few."""
     rows: dict[int, list[str]] = {}
     for fov, bit, reasons in zip(*(quality.get(name, []) for name in ("fov", "bit", "reasons")), strict=True):
         rows.setdefault(fov, []).append(f"{bit} {reasons}")
@@ -64,7 +64,7 @@ def quality_lines(quality: dict[str, list[Any]]) -> list[str]:
 
 
 def stain_lines(fields: dict[str, dict[str, Any]]) -> list[str]:
-    """Stains that could not be aligned with the bits, with reasons and fields."""
+    """List stains that could not be aligned with the bits, with reasons and fields."""
     found: dict[str, list[str]] = {}
     for fov, field in fields.items():
         for name, reason in field.get("stains_not_aligned", {}).items():
@@ -74,12 +74,12 @@ def stain_lines(fields: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def untied_text(stage: dict[str, Any]) -> str:
-    """Advice for a run in which half or more of the overlapping fields share no molecule; else empty."""
+    """Return advice for a run in which at least half of the overlapping fields share no molecule, else empty text."""
     used, untied = sum(stage["links"]["used"]), stage["untied"]
     if untied < max(used, 1):
         return ""
     # an image mirrored along x still fits its neighbours along y
     return (
-        f"In {untied} of {used + untied} overlaps of neighbouring fields the two share no molecule: look at the "
-        "positions, and at transpose, flip_horizontal and flip_vertical of the microscope file."
+        f"In {untied} of {used + untied} overlaps, the two neighbouring fields share no molecule: check the "
+        "positions, and transpose, flip_horizontal and flip_vertical in the microscope file."
     )

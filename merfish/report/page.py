@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = "report"  # beside the page: figures as PNG, numbers as CSV
-MOST_ROWS = 1000  # of a table on the page; its CSV file has all
-DPI = 150  # of pictures, and of images within them
-# Colours that become variables of the page, which have other values in dark mode
+MOST_ROWS = 1000  # rows of a table on the page; its CSV file has all
+DPI = 150  # of figures, and of images within them
+# Colours that become CSS variables of the page, which have other values in dark mode
 _NAMED = {"#000000": "currentColor", plots.GENE: "var(--gene)", plots.BLANK: "var(--blank)"}
 
-# A table, or a function that yields the parts of a large one
+# A table, or a function that yields a large one in parts
 Numbers = pd.DataFrame | Callable[[], Iterator[pd.DataFrame]] | None
 Width = Literal["small", "normal", "wide"]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as SVG for the page and as PNG beside it, with the numbers that it shows; name: of its files."""
+    """A figure as SVG for the page and as PNG beside it, with its numbers; name: stem of its files."""
 
     name: str
     svg: Markup
@@ -48,8 +48,8 @@ class Picture:
 class Table:
     """Column names and rows of values.
 
-    formats: by column, for `str.format`; other values are printed as they are. name: of its CSV file, empty for none.
-    sortable: by a click on the head of a column.
+    formats: by column, for `str.format`; other values are printed as they are. name: stem of its CSV file, empty for
+    none. sortable: whether a click on a column header sorts the rows.
     """
 
     columns: Sequence[str]
@@ -60,7 +60,7 @@ class Table:
 
     @property
     def cells(self) -> list[list[tuple[str, float | None]]]:
-        """The first `MOST_ROWS` rows, each value as text and as the number to sort by, None for text."""
+        """Return the first `MOST_ROWS` rows, each value as text and as the number to sort by, None for text."""
         return [
             [_cell(v, self.formats.get(c, "")) for c, v in zip(self.columns, row, strict=True)]
             for row in self.rows[:MOST_ROWS]
@@ -69,7 +69,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with verdicts, paragraphs, tables and figures below it."""
+    """A heading with verdicts, paragraphs, tables and figures."""
 
     title: str
     text: Sequence[str] = ()
@@ -85,17 +85,17 @@ def picture(name: str, figure: Figure, caption: str, numbers: Numbers = None, wi
 
 
 def render(figure: Figure, name: str) -> tuple[str, bytes]:
-    """A figure as SVG and as PNG; ``name`` makes the ids in the SVG reproducible."""
+    """Render a figure as SVG and as PNG; ``name`` makes the ids in the SVG reproducible."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    # one layout for both formats; `savefig` draws everything three times for each
+    # one layout for both formats; `savefig` would draw everything three times for each
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
         if any(axes.get_aspect() != "auto" for axes in figure.axes):
-            engine.execute(figure)  # axes of a fixed aspect have found their size only now
+            engine.execute(figure)  # axes with a fixed aspect get their size only now
         figure.set_layout_engine("none")
     png, svg = io.BytesIO(), io.StringIO()
     figure.set_dpi(DPI)
@@ -109,7 +109,7 @@ def render(figure: Figure, name: str) -> tuple[str, bytes]:
 
 
 def write_report(path: Path, title: str, lead: str, sections: Sequence[Section]) -> Path:
-    """Write the page and the folder of its figures and numbers, each atomically."""
+    """Write the page, and the folder of its figures and numbers, each atomically."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -144,7 +144,7 @@ def _write_numbers(section: Section, folder: Path) -> None:
 
 
 def _for_page(svg: str, name: str, caption: str) -> Markup:
-    """Matplotlib's SVG as part of a page: scalable, in the colours of the page, with ids that no other SVG has."""
+    """Adapt Matplotlib's SVG to the page: scalable, in the colours of the page, with ids that no other SVG has."""
     svg = svg[svg.index("<svg") :]
     used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", svg))
     svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
@@ -160,7 +160,7 @@ def _for_page(svg: str, name: str, caption: str) -> Markup:
 
 
 def _cell(value: Any, form: str) -> tuple[str, float | None]:
-    """A value as text, and as the number to sort by; an unknown number is a dash without a number."""
+    """Format a value as text, and return the number to sort by; an unknown number is a dash without a number."""
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
     if value is None or (number is not None and np.isnan(number)):
         return "–", None

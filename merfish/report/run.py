@@ -1,4 +1,4 @@
-"""A finished run as the sections of its page use it."""
+"""A finished run, as the sections of its report use it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from merfish.errors import InputError
 from merfish.report.summary import Molecules, field_table, sum_molecules
 
 OVERVIEW, STAINS = "overview.npy", "stains.npz"  # files of each field
-MOST_OUTLINED = 10_000  # cells; the outlines of more are as small as the pixels of a picture
+MOST_OUTLINED = 10_000  # cells; outlines of more would be as small as pixels
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run: its folder, the folder of its results (another one before they are published), its record."""
+    """A finished run: its folder, the folder of its results (not yet published, possibly), and its record."""
 
     out: Path
     stage: Path
@@ -39,18 +39,18 @@ class Run:
 
     @property
     def places(self) -> np.ndarray:
-        """Corrected positions (field, 2) of the fields with results, x, y in micrometre."""
+        """Corrected positions (field, 2) of the fields with results, x and y in micrometres."""
         return np.array(self.record["stage"]["positions"], float).reshape(-1, 2)[self.fovs]
 
     @property
     def size(self) -> tuple[float, float]:
-        """(x, y) of a field, micrometre."""
+        """(x, y) of a field, in micrometres."""
         height, width = next((field["shape"] for field in self.record["fields"].values()), (1, 1))
         return width * self.record["microns_per_pixel"], height * self.record["microns_per_pixel"]
 
     @property
     def corners(self) -> tuple[np.ndarray, np.ndarray]:
-        """First and last corner (x, y) of the section, micrometre."""
+        """First and last corner (x, y) of the section, in micrometres."""
         places = self.places if len(self.fovs) else np.zeros((1, 2))
         return places.min(axis=0), places.max(axis=0) + self.size
 
@@ -66,7 +66,7 @@ class Run:
 
     @cached_property
     def outlines(self) -> np.ndarray | None:
-        """Outlines (cell,) of the cells, shapely, micrometre; None if there are too many to draw."""
+        """Outlines (cell,) of the cells, shapely, in micrometres; None if there are too many to draw."""
         import shapely
 
         if self.record["figures"]["n_cells"] > MOST_OUTLINED:
@@ -76,10 +76,10 @@ class Run:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a run. Raises InputError if there is none, or if it was written by an older version."""
+    """Read the record of a run. Raises InputError if there is none, or if an older version wrote it."""
     record = results.read_run(folder)
     if "microns_per_pixel" not in record:
-        raise InputError(f"{folder / results.RUN}: made by an older version; run again into the same folder")
+        raise InputError(f"{folder / results.RUN}: written by an older version; run again into the same folder")
     return record
 
 

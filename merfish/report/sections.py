@@ -1,4 +1,4 @@
-"""The page of a run: its sections in order, and how the run was made."""
+"""The report of a run: its sections in order, and how the run was made."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def write_run_report(
 ) -> Path:
     """Write ``report.html`` and ``report/`` of a run from its results.
 
-    stage: folder of the results, in which the report is written; ``out`` by default. bulk: CSV file of bulk RNA-seq,
-    gene and value; replicate: folder of another run of the same codebook; the counts of genes are compared with both.
-    Raises InputError if a folder holds no finished run, or for a faulty table.
+    stage: folder of the results, in which the report is written, ``out`` by default. bulk: CSV file of bulk RNA-seq
+    with genes and values; replicate: folder of another run with the same codebook; the counts of genes are compared
+    with both. Raises InputError if a folder contains no finished run, or for a faulty table.
     """
     stage = stage or out
     run = Run(out, stage, read_record(stage))
@@ -46,12 +46,12 @@ def write_run_report(
 
 
 def run_sections(out: Path) -> list[Section]:
-    """The sections of the page of a finished run."""
+    """Return the sections of the report of a finished run."""
     return sections_of(Run(out, out, read_record(out)), {})
 
 
 def sections_of(run: Run, others: dict[str, pd.Series]) -> list[Section]:
-    """All sections; others: values by gene with which the counts of genes are compared, by name."""
+    """Return all sections; others: tables by name, values by gene, with which the counts of genes are compared."""
     made = [
         headline(run, others),
         molecule_section(run),
@@ -69,7 +69,7 @@ def sections_of(run: Run, others: dict[str, pd.Series]) -> list[Section]:
 
 
 def provenance_section(record: dict[str, Any]) -> Section:
-    """Command, inputs, parameters, versions, and the time of each step."""
+    """Return command, inputs, parameters, versions, and the time of each step."""
     inputs = record["inputs"]
     rows = [
         ("command", record["command"]),
@@ -82,9 +82,9 @@ def provenance_section(record: dict[str, Any]) -> Section:
     laps = pd.DataFrame([field["seconds"] for field in record["fields"].values()]).sum()
     seconds |= {f"  {name}, all fields": float(value) for name, value in laps.items()}
     numbers = pd.DataFrame({"step": list(seconds), "seconds": list(seconds.values())})
-    text = f"{record['seconds']['total']:,.0f} s in all; steps of fields are the sum over all workers."
+    text = f"{record['seconds']['total']:,.0f} s in total; the time of steps of fields is summed over all workers."
     shown = picture("seconds", figures.seconds_of_steps(seconds), "Time of each step", numbers, "wide")
-    return Section("How it was made", [text], [Table(("what", "value"), rows, name="parameters")], [shown])
+    return Section("How the run was made", [text], [Table(("what", "value"), rows, name="parameters")], [shown])
 
 
 def _value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Sums over the molecules and cells of a run, in one pass over its tables and with constant memory."""
+"""Sums over the molecules and cells of a run, in one pass over its tables with constant memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from merfish.errors import InputError
 
 MOST_SQUARES, FEWEST_SQUARES = 400, 40  # along the longer side of the section
 ENTRIES = 1 << 20  # of a matrix of counts, at a time
-FEW_CELLS = 2  # in a square, on average; with one, many squares of a tissue are empty
-ENOUGH = 10  # molecules in a square, on average; below that, counting noise dominates
-FEWEST_GENES = 3  # to correlate
+FEW_CELLS = 2  # mean number per square; with one, many squares of a tissue are empty
+ENOUGH = 10  # molecules, mean number per square; with fewer, counting noise dominates
+FEWEST_GENES = 3  # for a correlation
 
 
 @dataclass(frozen=True, eq=False)
 class Squares:
-    """A grid of squares of ``side`` micrometre from ``corner`` (x, y); shape: (rows, columns)."""
+    """A grid of squares of ``side`` micrometres from ``corner`` (x, y); shape: (rows, columns)."""
 
     corner: np.ndarray
     side: float
@@ -31,14 +31,14 @@ class Squares:
 
     @classmethod
     def over(cls, low: np.ndarray, high: np.ndarray, least: float = 0.0) -> Squares:
-        """The finest grid between two corners (x, y) whose squares have sides of at least ``least`` micrometre."""
+        """Return the finest grid between two corners (x, y) with squares of at least ``least`` micrometres."""
         side = max(float(np.max(high - low)) / MOST_SQUARES, least, 1e-6)
         columns, rows = np.maximum(np.ceil((high - low) / side).astype(int), 1).tolist()
         return cls(low, side, (rows, columns))
 
     @classmethod
     def for_cells(cls, n: int, low: np.ndarray, high: np.ndarray) -> Squares:
-        """The finest grid between two corners (x, y) with `FEW_CELLS` of ``n`` cells in a square, on average."""
+        """Return the finest grid between two corners (x, y) with a mean of `FEW_CELLS` of ``n`` cells per square."""
         return cls.over(low, high, float(np.sqrt(FEW_CELLS * np.prod(high - low) / max(n, 1))))
 
     @property
@@ -47,13 +47,13 @@ class Squares:
         return self.shape[0] * self.shape[1]
 
     def number(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """The square, numbered row by row, that contains each position or is nearest to it."""
+        """Return the square, numbered row by row, that contains each position or is nearest to it."""
         places = ((place - first) / self.side for place, first in zip((y, x), self.corner[::-1], strict=True))
         row, column = (np.clip(k.astype(int), 0, n - 1) for k, n in zip(places, self.shape, strict=True))
         return np.asarray(row * self.shape[1] + column)
 
     def joined(self, step: int) -> Squares:
-        """The grid whose squares are ``step`` times as large."""
+        """Return the grid whose squares are ``step`` times as large."""
         rows, columns = (-(-n // step) for n in self.shape)
         return Squares(self.corner, self.side * step, (rows, columns))
 
@@ -62,7 +62,7 @@ class Squares:
 class Molecules:
     """Kept molecules of a run.
 
-    fovs: (field,); counts: (field, word) int32; in_cells: (field,) int64; density: int64, molecules of genes in each
+    fovs: (field,). counts: (field, word) int32. in_cells: (field,) int64. density: int64, molecules of genes in each
     square of ``squares``.
     """
 
@@ -74,7 +74,7 @@ class Molecules:
 
 
 def sum_molecules(path: Path, fovs: np.ndarray, is_blank: np.ndarray, low: np.ndarray, high: np.ndarray) -> Molecules:
-    """Sum up a table of transcripts, part by part; low, high: corners (x, y) of the section, micrometre."""
+    """Sum a transcript table in parts; low, high: corners (x, y) of the section, in micrometres."""
     squares = Squares.over(low, high)
     counts = np.zeros((len(fovs), len(is_blank)), np.int32)
     in_cells, density = np.zeros(len(fovs), np.int64), np.zeros(squares.size, np.int64)
@@ -91,17 +91,17 @@ def sum_molecules(path: Path, fovs: np.ndarray, is_blank: np.ndarray, low: np.nd
 
 
 def add_squares(counts: np.ndarray, step: int) -> np.ndarray:
-    """Sums over blocks of ``step`` rows and columns; those at the ends may be smaller."""
+    """Sum over blocks of ``step`` rows and columns; those at the ends may be smaller."""
     rows, columns = (np.arange(0, side, step) for side in counts.shape)
     return np.add.reduceat(np.add.reduceat(counts, rows, axis=0), columns, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Cells of a run: numbers of molecules and genes, int32, and volume, float32, cubic micrometre (cell,).
+    """Cells of a run: numbers of molecules and genes, int32, and volume, float32, in cubic micrometres (cell,).
 
-    mean_molecules: mean of ``n_molecules`` over the cells with their centre in each square of ``squares``, NaN
-    without any.
+    mean_molecules: mean of ``n_molecules`` over the cells whose centres lie in each square of ``squares``, NaN for
+    none.
     """
 
     n_molecules: np.ndarray
@@ -112,9 +112,9 @@ class Cells:
 
 
 def sum_cells(path: Path, n_genes: np.ndarray, low: np.ndarray, high: np.ndarray) -> Cells:
-    """Sum up a table of cells, part by part; low, high: corners (x, y) of the section, micrometre.
+    """Sum a table of cells in parts; low, high: corners (x, y) of the section, in micrometres.
 
-    n_genes: (cell,), as `genes_of_cells` counts them.
+    n_genes: (cell,), from `genes_of_cells`.
     """
     n = len(n_genes)
     squares = Squares.for_cells(n, low, high)
@@ -135,10 +135,10 @@ def sum_cells(path: Path, n_genes: np.ndarray, low: np.ndarray, high: np.ndarray
 
 
 def most_frequent(squares: Squares, places: np.ndarray, code: np.ndarray, n_codes: int) -> np.ndarray:
-    """The code that most cells with their centre in each square have, int (y, x); -1 without cells.
+    """Return the most frequent code of the cells whose centres lie in each square, int (y, x); -1 without cells.
 
-    places: centres (cell, 2), x, y in micrometre; code: (cell,) from 0 to ``n_codes`` - 1. Of equally frequent codes,
-    the lowest.
+    places: centres (cell, 2), x and y in micrometres. code: (cell,) from 0 to ``n_codes`` - 1. Ties go to the lowest
+    code.
     """
     number = squares.number(*places.T) * n_codes + code
     count = np.bincount(number, minlength=squares.size * n_codes).reshape(*squares.shape, n_codes)
@@ -146,7 +146,7 @@ def most_frequent(squares: Squares, places: np.ndarray, code: np.ndarray, n_code
 
 
 def genes_of_cells(path: Path) -> np.ndarray:
-    """Number of genes, int32 (cell,), with molecules in each cell of a table of counts; blanks are left out."""
+    """Return the number of genes with molecules in each cell of a count table, int32 (cell,); blanks are omitted."""
     import h5py
 
     with h5py.File(path, "r") as file:
@@ -163,7 +163,7 @@ def genes_of_cells(path: Path) -> np.ndarray:
 
 
 def field_table(run: Mapping[str, Any], molecules: Molecules) -> pd.DataFrame:
-    """A row for each field: its molecules and the quality of its images; NaN where unknown."""
+    """Return a row for each field: its molecules, and the quality of its images; NaN for unknown values."""
     is_blank = np.array(run["codebook"]["is_blank"], bool)
     recorded = pd.DataFrame([_recorded(run["fields"][str(fov)]) for fov in molecules.fovs], columns=_RECORDED)
     flagged = pd.Series(run["quality"].get("fov", []), dtype=int).value_counts()
@@ -191,27 +191,27 @@ _RECORDED = ("n_found", "n_outlines", "drift", "width", "saturated", "seconds")
 
 
 def _recorded(field: Mapping[str, Any]) -> tuple[int, int, float, float, int, float]:
-    """The figures `_RECORDED` of a field, from its record."""
+    """Return the figures `_RECORDED` of a field from its record."""
     drift, width = largest_drift(field["drift"]), median_width(field["quality"])
     saturated, seconds = sum(field["saturated"]), sum(field["seconds"].values())
     return field["n_found"], field["n_outlines"], drift, width, saturated, seconds
 
 
 def largest_drift(rows: list[dict[str, Any]]) -> float:
-    """Length of the largest drift of a field's rounds, pixel; NaN if none is known."""
+    """Return the length of the largest drift of a field's rounds, in pixels; NaN if none is known."""
     lengths = [np.hypot(row["dy"], row["dx"]) for row in rows if row["dy"] is not None and row["dx"] is not None]
     return float(max(lengths, default=np.nan))
 
 
 def median_width(quality: Mapping[str, Any]) -> float:
-    """Sigma of the spots, pixel, median over the bits; NaN if no bit has spots."""
+    """Return the median over the bits of the sigma of the spots, in pixels; NaN if no bit has spots."""
     widths = np.array(quality.get("width", []), float)
     known = widths[np.isfinite(widths)]
     return float(np.median(known)) if len(known) else float("nan")
 
 
 def log_correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
-    """Pearson's r of log10 of the values that are positive in both, and their number; NaN if they are few or equal."""
+    """Return Pearson's r of log10 of the values positive in both, and their number; NaN if they are few or equal."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     both = (a > 0) & (b > 0)
     x, y = np.log10(a[both]), np.log10(b[both])
@@ -221,7 +221,7 @@ def log_correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
 
 
 def read_bulk(path: Path) -> pd.Series:
-    """Values by gene from a CSV file "gene,value" with or without a head. Raises InputError naming the line."""
+    """Read values by gene from a CSV file "gene,value", with or without a header. Raises InputError naming the line."""
     values: dict[str, float] = {}
     for number, line in enumerate(read_text(path, "table of bulk RNA-seq").splitlines(), 1):
         parts = [part.strip().strip('"') for part in line.split(",")]
@@ -229,7 +229,7 @@ def read_bulk(path: Path) -> pd.Series:
             continue
         value = _number(parts[1]) if len(parts) >= 2 else None
         if value is None or value < 0:
-            raise InputError(f"{path}: line {number}: expected a gene and a number from 0, got {shown(line)}")
+            raise InputError(f"{path}: line {number}: expected a gene and a non-negative number, got {shown(line)}")
         if parts[0] in values:
             raise InputError(f"{path}: line {number}: the gene {shown(parts[0])} appears twice")
         values[parts[0]] = value

@@ -11,7 +11,7 @@ from merfish._jit import kernel, parallel_kernel, prange
 
 @kernel
 def _pixel_shares(centre, sigma, first, share):
-    """Share of a 1-D Gaussian that falls on each pixel ``first + i`` (pixel i covers i - 0.5 to i + 0.5)."""
+    """Fraction of a 1-D Gaussian within each pixel ``first + i`` (pixel i covers i - 0.5 to i + 0.5)."""
     scale = 1.0 / (sigma * math.sqrt(2.0))
     below = math.erf((first - 0.5 - centre) * scale)
     for i in range(len(share)):
@@ -22,7 +22,7 @@ def _pixel_shares(centre, sigma, first, share):
 
 @kernel
 def add_spot(image, y, x, flux, sigma):
-    """Add a pixel-integrated Gaussian of total ``flux`` at (y, x) to ``image`` (y, x), cut off at 5 sigma."""
+    """Add a pixel-integrated Gaussian of total ``flux`` at (y, x) to ``image`` (y, x), truncated at 5 sigma."""
     height, width = image.shape
     reach = math.ceil(5.0 * sigma)
     top = max(math.floor(y) - reach, 0)
@@ -45,11 +45,11 @@ def add_spot(image, y, x, flux, sigma):
 def render_spots(y, x, z, flux, sigma, focal_range, image):
     """Add the spots of all molecules to every bit and plane.
 
-    y, x (bit, molecule) pixels, as seen in each bit; z (molecule,) plane index; flux (bit, molecule) photons
-    in all, 0 = dark; sigma (bit,) pixels in focus; out: image (bit, z, y, x) float32, added to.
-    Out of focus a spot of the same flux widens as a Gaussian beam does,
-    sigma * sqrt(1 + (dz / focal_range)^2), with dz and focal_range in planes.
-    Each bit belongs to one thread: sums do not depend on the number of threads.
+    y, x (bit, molecule) pixels, in the image of each bit; z (molecule,) plane index; flux (bit, molecule) total
+    photons, 0 = dark; sigma (bit,) pixels in focus; out: image (bit, z, y, x) float32, added to.
+    Out of focus, a spot widens like a Gaussian beam at constant flux, sigma * sqrt(1 + (dz / focal_range)^2), with dz
+    and focal_range in planes.
+    Each bit is rendered by one thread, so that sums do not depend on the number of threads.
     """
     n_bits, n_planes = image.shape[:2]
     for bit in prange(n_bits):
@@ -62,5 +62,5 @@ def render_spots(y, x, z, flux, sigma, focal_range, image):
                     defocus = (plane - z[m]) / focal_range
                     wide *= math.sqrt(1.0 + defocus * defocus)
                     if wide > 8.0 * sigma[bit]:
-                        continue  # less than 2 % of its peak remains
+                        continue  # the peak is below 2 % of that in focus
                 add_spot(image[bit, plane], y[bit, m], x[bit, m], flux[bit, m], wide)

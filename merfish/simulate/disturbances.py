@@ -10,16 +10,16 @@ from scipy.ndimage import uniform_filter
 
 @dataclass(frozen=True)
 class Disturbances:
-    """Disturbances of a simulated experiment; the defaults are none.
+    """Disturbances of a simulated experiment; by default there are none.
 
     stage_error: sigma of the difference between true and recorded position of a field along each axis, micrometre.
-    chromatic: shift of a bit's colour relative to the beads' colour at the corner of the field, pixels.
-    vignetting: share of light lost in the corners of each frame.
-    loose_beads: share of beads that move, about 20 pixels, in each round after the first.
+    chromatic: displacement of a bit's colour relative to the beads' colour at the worst corner of the field, pixels.
+    vignetting: fraction of light lost in the corners of each frame.
+    loose_beads: fraction of beads that move, by about 20 pixels, in each round after the first.
     autofluorescence: photons per pixel that cells add to the bead images.
     haze: out-of-focus light in the bit images, relative to the light of all molecules, blurred by 15 pixels.
-    bleaching: share of a spot's light lost with every round.
-    dead_bit: number of a bit, from 0, without signal.
+    bleaching: fraction of a spot's light lost in every round.
+    dead_bit: number of a bit without signal, from 0.
     saturated_fov: field illuminated 300 times too strongly, beyond the range of the camera.
     hot_pixels: number of camera pixels that are 2,000 counts too bright in every frame.
     bleed_through: share of a spot's light that also appears in the other bits of its round.
@@ -43,8 +43,8 @@ class Disturbances:
 def draw_chromatic(n_colors: int, shape: tuple[int, int], largest: float, rng: np.random.Generator) -> np.ndarray:
     """Affine maps (color, 2, 3) of (y, x, 1) from positions in the beads' colour to positions in each colour.
 
-    Mostly magnification about the centre, with a little shear and a shift; the shift at the worst corner is
-    ``largest`` pixels for the first colour and less for each further one.
+    Mostly magnification about the centre, with a little shear and a shift; the displacement at the worst corner is
+    ``largest`` / (color + 1) pixels.
     """
     maps = np.tile(np.eye(2, 3), (n_colors, 1, 1))
     middle = (np.array(shape) - 1) / 2.0
@@ -84,15 +84,15 @@ def leak_light(brightness: np.ndarray, flux: np.ndarray, shares: np.ndarray) -> 
 
 
 def add_haze(expected: np.ndarray, background: float, share: float) -> None:
-    """Add to each frame of ``expected`` (bit, z, y, x) photons a blurred ``share`` of its light over ``background``."""
+    """Add to each frame of ``expected`` (bit, z, y, x) photons ``share`` of its light above ``background``, blurred."""
     for frame in expected.reshape(-1, *expected.shape[-2:]):
         light = frame - background
-        for _ in range(3):  # three boxes of 30 pixels are nearly a Gaussian of sigma 15, in a third of its time
+        for _ in range(3):  # three boxes of 30 pixels are nearly a Gaussian of sigma 15, in a third of the time
             light = uniform_filter(light, 30, mode="nearest")
         frame += share * light
 
 
-def heat_pixels(counts: np.ndarray, pixels: np.ndarray) -> None:
-    """Raise ``pixels`` (pixel, 2) y, x of every frame of ``counts`` (frame, y, x) uint16 by 2,000."""
+def heat_pixels(counts: np.ndarray, pixels: np.ndarray, by: np.ndarray | int = 2_000) -> None:
+    """Add ``by``, (pixel,), to ``pixels`` (pixel, 2) y, x of every frame of ``counts`` (frame, y, x) uint16."""
     rows, columns = pixels.T
-    counts[:, rows, columns] = np.minimum(counts[:, rows, columns], 63_535) + 2_000
+    counts[:, rows, columns] = np.minimum(counts[:, rows, columns] + np.asarray(by, np.int64), 65_535)

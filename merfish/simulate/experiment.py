@@ -1,4 +1,4 @@
-"""A raw experiment on disk, in MERlin's layout, with its truth."""
+"""Simulated raw experiment on disk, in MERlin's layout, with its truth."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from merfish.simulate.field import (
 from merfish.simulate.optics import Imaging, draw_bits, draw_brightness, pack_bits, show_bits
 from merfish.simulate.tissue import Tissue, make_tissue, scatter_molecules
 
-OVERLAP = 0.1  # of a field's side
+OVERLAP = 0.1  # relative to the side of a field
 ORIGIN = (250.0, -120.0)  # stage position of the first field, micrometre
 COLORS = ("750", "650")
 BEAD_COLOR = "561"
@@ -57,25 +57,26 @@ def simulate_experiment(
 ) -> Path:
     """Simulate a tissue, and write it as a raw experiment together with the truth.
 
-    The folder ``out`` holds ``data_organization.csv``, ``codebook.csv``, ``positions.csv``,
-    ``microscope.json`` and one TIFF for each field and round: bits of two colours, then beads; a last round has
-    DAPI, polyT and beads. ``out/truth`` holds
+    The folder ``out`` contains ``data_organization.csv``, ``codebook.csv``, ``positions.csv``, ``microscope.json`` and
+    one TIFF (frame, y, x) uint16 for each field and round: bits of two colours, then beads; the last round has DAPI,
+    polyT and beads. ``out/truth`` contains
 
     - molecules.parquet: barcode_id, gene, is_blank, cell_id (-1 = outside cells), global_x, global_y, global_z
       (micrometre), brightness, shown (uint64, the bits that are on, first least significant);
     - cells.parquet: cell_id, domain, cell_type, layer, center_x, center_y, area, visible, geometry (WKB), of the part
-      of each cell that was imaged (visible: its share); cell_by_gene.h5ad: true counts of the same cells;
-    - drift.csv: dy, dx (pixels) by fov and round; fields.csv: true positions; bits.csv: PSF and brightness of
-      each bit; chromatic.csv: map from positions (y, x) in the beads' colour to those in each colour:
+      of each cell that was imaged (visible: its fraction of the cell's area), micrometre; cell_by_gene.h5ad: true
+      counts of the same cells;
+    - drift.csv: dy, dx (pixels) by fov and round; fields.csv: true positions (micrometre); bits.csv: PSF and brightness
+      of each bit; chromatic.csv: map from positions (y, x) in the beads' colour to those in each colour:
       y' = yy y + yx x + y1 and likewise x'; settings.json.
 
-    The bits of a molecule, errors included, are the same in each field that shows it. There is no drift in round 0:
+    The bits of a molecule, including errors, are the same in all fields that contain it. There is no drift in round 0:
     global = position + pixel * microns_per_pixel.
 
     codebook: genes and words; by default an MHD4 codebook is built for ``genes`` genes.
     fields: (rows, columns), overlapping by a tenth. shape: (y, x) of a frame. density: molecules per pixel
-    of cell and plane. planes: z planes. layers: of cells above each other, in as many planes or more.
-    drift: largest drift of a round in y and in x, pixels.
+    of cell and plane. planes: number of z planes. layers: number of layers of cells above each other, at most
+    ``planes``. drift: largest drift of a round along y and x, pixels.
 
     The same arguments give the same bytes. ``out`` is written atomically.
     Raises InputError for numbers out of range, and if ``out`` exists and is not an empty folder.
@@ -85,7 +86,7 @@ def simulate_experiment(
         raise InputError(f"{out} exists and is not an empty folder; choose another folder")
     if min(*fields, planes) < 1 or min(shape) < 32 or not (density >= 0 and drift >= 0):
         raise InputError(
-            f"expected at least one field and plane, frames of 32 pixels, density and drift >= 0; "
+            f"expected at least one field and plane, frames of at least 32 pixels a side, density and drift >= 0; "
             f"got fields {fields}, planes {planes}, shape {shape}, density {density}, drift {drift}"
         )
     if not 1 <= layers <= planes:
@@ -122,7 +123,7 @@ def _draw_plan(
     nominal = grid + ORIGIN
     bit = np.arange(n_bits)
     round_of_bit = bit // len(COLORS)
-    n_rounds = int(round_of_bit[-1]) + 2  # and one of stains
+    n_rounds = int(round_of_bit[-1]) + 2  # including that of the stains
     moves = rng.uniform(-drift, drift, (len(grid), n_rounds, 2))
     moves[:, 0] = 0.0
     _, peak = draw_bits(imaging, n_bits, rng)
@@ -173,7 +174,7 @@ def _draw_scene(
 
 
 def _imaged(plan: Plan) -> tuple[float, float, float, float]:
-    """The rectangle (x0, y0, x1, y1), micrometre, covered by the fields, to the outer edges of their pixels."""
+    """Rectangle (x0, y0, x1, y1), micrometre, covered by the fields, to the outer edges of their pixels."""
     height, width = plan.shape
     x0, y0 = plan.nominal.min(axis=0) - 0.5 * MICRONS_PER_PIXEL
     x1, y1 = plan.nominal.max(axis=0) + (np.array([width, height]) - 0.5) * MICRONS_PER_PIXEL
@@ -239,7 +240,7 @@ def _channel(
     heights: np.ndarray,
     bead_frame: int,
 ) -> dict[str, object]:
-    """A row of the data organization: planes at ``heights`` (micrometre) in frames from ``first`` on."""
+    """Row of the data organization: planes at ``heights`` (micrometre) in frames from ``first`` on."""
     single = len(heights) == 1
     frames = range(first, first + len(heights))
     return {
@@ -288,7 +289,7 @@ def _write_truth(folder: Path, codebook: Codebook, plan: Plan, scene: Scene) -> 
 
 
 def _true_cells(plan: Plan, tissue: Tissue) -> pd.DataFrame:
-    """The imaged part of each cell; cell_id numbers the cells of the tissue that were imaged, from 1."""
+    """Table of the imaged part of each cell; cell_id numbers the imaged cells of the tissue from 1."""
     seen = shapely.intersection(tissue.outlines, shapely.box(*_imaged(plan)))
     rows = np.flatnonzero(shapely.area(seen) > 0.0)
     seen = seen[rows]
@@ -310,11 +311,11 @@ def _true_cells(plan: Plan, tissue: Tissue) -> pd.DataFrame:
 
 
 def _true_molecules(codebook: Codebook, plan: Plan, scene: Scene, cells: pd.DataFrame) -> pd.DataFrame:
-    """Molecules within the imaged rectangle; drops ``row`` of ``cells``, which it needs."""
+    """Table of the molecules within the imaged rectangle; removes the column ``row``, which it uses, from ``cells``."""
     table = scene.molecules
     x0, y0, x1, y1 = _imaged(plan)
     table = table[table["x"].between(x0, x1) & table["y"].between(y0, y1)]
-    cell_id = np.full(len(scene.tissue.outlines) + 1, -1, np.int64)  # the last one is for row -1
+    cell_id = np.full(len(scene.tissue.outlines) + 1, -1, np.int64)  # the last element is for row -1
     cell_id[cells.pop("row")] = cells["cell_id"]
     word = table["barcode_id"].to_numpy()
     return pd.DataFrame(

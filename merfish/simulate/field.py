@@ -1,4 +1,4 @@
-"""One field of view: all images that the camera records."""
+"""Images of one field of view as recorded by the camera."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from merfish.simulate.optics import Imaging, expose, photons
 from merfish.simulate.tissue import NUCLEUS_HEIGHT, Tissue
 
 MICRONS_PER_PIXEL = 0.108
-STAIN_BACKGROUND = 60.0  # photons a pixel
-DAPI_LIGHT = 500.0  # photons a pixel of nucleus
-POLYT_LIGHT = 350.0  # photons a pixel of cytoplasm
-STAIN_BLUR = 2.0  # pixels
+STAIN_BACKGROUND = 60.0  # photons per pixel
+DAPI_LIGHT = 500.0  # photons per pixel of nucleus
+POLYT_LIGHT = 350.0  # photons per pixel of cytoplasm
+STAIN_BLUR = 2.0  # sigma, pixels
 GRAIN_SIGMA = 4.0  # pixels
-N_GRAINS = (8, 20)  # of a nucleus and of a cell
-STAIN_AXIAL_BLUR = 0.8  # sigma along z of stains in several layers, micrometre; an objective has less, but tails
+N_GRAINS = (8, 20)  # grains per nucleus and per cell
+STAIN_AXIAL_BLUR = 0.8  # sigma along z of stains in several layers, micrometre; a real PSF is narrower with wider tails
 BEAD_SIGMA = 1.4  # pixels
 BEAD_LIGHT = 3000.0  # photons at the centre of a bead
-BEAD_DENSITY = 1.5e-4  # beads a pixel
+BEAD_DENSITY = 1.5e-4  # beads per pixel
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The true geometry and optics of the imaging. Positions are of the centre of the first pixel, micrometre.
+    """True geometry and optics of the imaging. Positions are of the centre of the first pixel, micrometre.
 
-    shape: (y, x). nominal, actual: (fov, 2) x, y, as recorded and true.
-    drift: (fov, round, 2) dy, dx in pixels, the round of the stains last.
+    shape: (y, x). nominal, actual: (fov, 2) x, y, recorded and true positions.
+    drift: (fov, round, 2) dy, dx in pixels; the round of the stains is last.
     sigma, peak, round_of_bit, color_of_bit: (bit,). chromatic: (color, 2, 3), affine maps of (y, x, 1).
     hot_pixels: (pixel, 2) y, x.
     """
@@ -52,12 +52,12 @@ class Plan:
     disturbances: Disturbances
 
     def pixels(self, fov: int, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixel x, y in a field, without drift, of positions in micrometre."""
+        """Convert positions (micrometre) to pixels x, y in a field, without drift."""
         x0, y0 = self.actual[fov]
         return (x - x0) / MICRONS_PER_PIXEL, (y - y0) / MICRONS_PER_PIXEL
 
     def near(self, fov: int, x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:
-        """Rows whose position (micrometre) is within ``reach`` pixels of the field."""
+        """Rows of the positions (micrometre) that are within ``reach`` pixels of the field."""
         px, py = self.pixels(fov, x, y)
         height, width = self.shape
         return np.flatnonzero((px > -reach) & (px < width + reach) & (py > -reach) & (py < height + reach))
@@ -65,10 +65,10 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """The scene: molecules (x, y, z in micrometre, brightness by bit), beads, tissue."""
+    """Imaged objects: molecules (x, y, z in micrometre, brightness by bit), beads, tissue."""
 
     molecules: pd.DataFrame
-    bit_brightness: np.ndarray  # (molecule, bit), 0 where dark
+    bit_brightness: np.ndarray  # (molecule, bit), 0 = dark
     beads: np.ndarray  # (bead, 3): x, y, light
     bead_moves: np.ndarray  # (round, bead, 2): x, y in pixels, of loose beads
     tissue: Tissue
@@ -140,7 +140,7 @@ def _beads(plan: Plan, scene: Scene, fov: int) -> np.ndarray:
 def draw_beads(
     bounds: tuple[float, float, float, float], n_rounds: int, loose: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Beads (bead, 3) as x, y (micrometre) and light, and displacements (round, bead, 2) of loose ones, pixels."""
+    """Draw beads (bead, 3) as x, y (micrometre) and photons, and displacements (round, bead, 2) x, y in pixels."""
     x0, y0, x1, y1 = bounds
     n = round(BEAD_DENSITY * (x1 - x0) * (y1 - y0) / MICRONS_PER_PIXEL**2)
     light = BEAD_LIGHT * np.exp(rng.normal(0.0, 0.3, n))
@@ -151,10 +151,10 @@ def draw_beads(
 
 
 def draw_stains(tissue: Tissue, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Light (stain, cell) of each nucleus and cell body, photons a pixel, and grains in them (grain, 4).
+    """Draw the light (stain, cell) of each nucleus and cell, photons per pixel, and grains in them (grain, 4).
 
-    A grain is a row of stain, x, y (micrometre) and total photons: texture that is at the same position
-    in every field that shows it.
+    The columns of a grain are stain, x, y (micrometre) and total photons. Grains are texture at the same position in
+    all fields that contain it.
     """
     n = len(tissue.outlines)
     light = np.array([[DAPI_LIGHT], [POLYT_LIGHT]]) * np.exp(rng.normal(0.0, 0.25, (2, n)))
@@ -168,7 +168,7 @@ def draw_stains(tissue: Tissue, rng: np.random.Generator) -> tuple[np.ndarray, n
 
 
 def _stain_planes(plan: Plan, scene: Scene, fov: int) -> np.ndarray:
-    """DAPI and polyT (2, z, y, x), photons; the same in all planes unless several layers of cells lie in them."""
+    """DAPI and polyT (2, z, y, x), photons; the same in all planes unless there are several layers of cells."""
     tissue, step = scene.tissue, plan.imaging.plane_step
     if tissue.n_layers == 1:
         every = np.ones((2, len(tissue.outlines)), bool)
@@ -180,9 +180,9 @@ def _stain_planes(plan: Plan, scene: Scene, fov: int) -> np.ndarray:
 
 
 def _stains(plan: Plan, scene: Scene, fov: int, there: np.ndarray) -> np.ndarray:
-    """DAPI and polyT (2, y, x), photons. There is less messenger RNA in the nucleus than around it.
+    """DAPI and polyT (2, y, x), photons. The nucleus contains less messenger RNA than the cytoplasm.
 
-    there: (2, cell) bool, whether the plane meets the nucleus and the cell.
+    there: (2, cell) bool, whether the plane intersects the nucleus and the cell.
     """
     dy, dx = plan.drift[fov, -1]
     tissue = scene.tissue
@@ -201,7 +201,7 @@ def _stains(plan: Plan, scene: Scene, fov: int, there: np.ndarray) -> np.ndarray
 
 
 def _paint(plan: Plan, shapes: np.ndarray, light: np.ndarray, fov: int, dy: float, dx: float) -> np.ndarray:
-    """Image (y, x) float32 with ``light`` within each shape (micrometre), moved by the drift (pixels)."""
+    """Image (y, x) float32 with ``light`` added within each shape (micrometre), shifted by the drift (pixels)."""
     from skimage.draw import polygon
 
     image = np.zeros(plan.shape, np.float32)

@@ -1,4 +1,4 @@
-"""Autofluorescence of cells: textured light in the cytoplasm and bright granules, the same in every bit."""
+"""Autofluorescence of cells: textured cytoplasm and bright granules, the same in every bit up to a factor."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from scipy.ndimage import gaussian_filter
 
 from merfish.simulate._kernels import add_spot
 
-CELLS = 30 / 512**2  # discs a pixel
+CELLS = 30 / 512**2  # discs per pixel
 CELL_RADIUS = (30.0, 55.0)  # pixels
-NUCLEUS_SHARE = 0.45  # of a cell's radius
-NUCLEUS_LIGHT = 0.4  # of the cytoplasm's
-EDGE = 2.0  # pixels; sigma with which outlines are blurred
+NUCLEUS_SHARE = 0.45  # radius of the nucleus relative to that of the cell
+NUCLEUS_LIGHT = 0.4  # relative to the cytoplasm
+EDGE = 2.0  # pixels; sigma of the blur of outlines
 TEXTURE = ((6.0, 0.25), (15.0, 0.3))  # sigma of the grain (pixels), and of the logarithm of the light
-GRANULES = 5  # a cell
+GRANULES = 5  # per cell
 GRANULE_SIGMA = (1.2, 2.0)  # pixels
-GRANULE_LIGHT = (0.5, 3.0)  # at the centre, cytoplasm's light
-BIT_RANGE = (0.7, 1.3)  # by which the light differs between bits
+GRANULE_LIGHT = (0.5, 3.0)  # at the centre, relative to the cytoplasm
+BIT_RANGE = (0.7, 1.3)  # range of the factor of each bit
 
 
 @dataclass(frozen=True, eq=False)
 class Glow:
-    """light: (bit, y, x) float32, photons of autofluorescence; cells: (y, x) bool, True within cells."""
+    """Autofluorescence. light: (bit, y, x) float32, photons; cells: (y, x) bool, True within cells."""
 
     light: np.ndarray
     cells: np.ndarray
 
 
 def draw_glow(n_bits: int, shape: tuple[int, int], photons: float, rng: np.random.Generator) -> Glow:
-    """Simulate cells as discs at random positions of a field of ``shape`` (y, x), with ``photons`` per pixel."""
+    """Simulate cells as discs at random positions in a field of ``shape`` (y, x), with ``photons`` per pixel."""
     height, width = shape
     number = max(round(CELLS * height * width), 1)
     places = np.column_stack([rng.uniform(0, height, number), rng.uniform(0, width, number)])

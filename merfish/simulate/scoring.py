@@ -1,4 +1,4 @@
-"""Score calls against the truth, matched one to one."""
+"""Scores of calls against the truth, matched one to one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from scipy.spatial import cKDTree
 
 
 def match_calls(calls: pd.DataFrame, truth: pd.DataFrame, radius: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
-    """Pair calls with molecules of the same barcode_id within ``radius`` pixels, each at most once.
+    """Match calls with molecules of the same barcode_id within ``radius`` pixels, each at most once.
 
-    The closest pair is matched first, then the closest of the rest. Returns the rows of calls (pair,) and
-    the rows of truth (pair,).
+    The closest pairs are matched first. Returns the rows of calls (pair,) int64 and the rows of truth (pair,) int64.
     """
     if not len(calls) or not len(truth):
         return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -39,14 +38,14 @@ def score_calls(
     *,
     shape: tuple[int, int] | None = None,
 ) -> dict[str, float]:
-    """Score calls against the truth: a match has the same barcode_id within ``radius`` pixels, and is counted once.
+    """Score calls against the truth, matched by `match_calls` within ``radius`` pixels.
 
-    calls, truth: tables with barcode_id, x, y (pixels). shape: (y, x) of the field; with it, recall counts
-    only molecules, and precision only calls, at least ``margin`` pixels inside the border, while partners may
-    lie in the margin, so that neither side is penalised at the border. Calls of blanks count as wrong.
+    calls, truth: tables with barcode_id, x, y (pixels). shape: (y, x) of the field; if given, recall counts only
+    molecules, and precision only calls, at least ``margin`` pixels inside the border; their partners may lie in the
+    margin, so that neither is penalised at the border. Calls of blanks count as wrong.
 
     Returns recall, precision, n_truth, n_calls, and over the matched calls median_error (pixels), bias_x and
-    bias_y (mean of call minus truth, pixels). Fractions with a denominator of zero are NaN.
+    bias_y (mean of call minus truth, pixels). Quantities that are not defined are NaN.
     """
     call_rows, truth_rows = match_calls(calls, truth, radius)
     inner_calls, inner_truth = (_inside(table, margin, shape) for table in (calls, truth))

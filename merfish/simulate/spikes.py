@@ -1,4 +1,4 @@
-"""Detection efficiency by spike-in: simulated molecules are added to a field's own images, and looked for."""
+"""Detection efficiency by spike-in: simulated molecules are added to the images of a field, which is decoded again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from merfish.calls.error_model import bit_error_rates, tally_words
 from merfish.calls.filtering import keep_at_rate, rate_calls
 from merfish.codebook import Codebook
 from merfish.decoding._peak_kernels import Spots, add_spots
+from merfish.decoding.alignment import shifts_at
 from merfish.decoding.candidates import Peaks, joined
 from merfish.decoding.peaks import BIN, REACH, Fit, shape_of
 from merfish.decoding.spots import gather_peaks, measure_shifts
@@ -20,12 +21,12 @@ from merfish.imaging.preprocess import Bandpassed, bandpass
 from merfish.imaging.unmixing import subtract_leaks
 from merfish.simulate.scoring import match_calls
 
-BIT_SPREAD = 0.15  # sigma of the logarithm of a molecule's heights in its bits; that of the simulator
-SHARE = 0.1  # of the molecules called in the field: so few hardly add to its crowd
-FEWEST = 50
-RADIUS = 1.5  # sigmas of the PSF, within which a call is the molecule that was added
-DIMMEST = 0.5  # of the median height of the spots of calls
-SIDE = 1024  # pixel; a part of the field of this many squared, over all planes, is decoded again
+BIT_SPREAD = 0.15  # sigma of the logarithm of a molecule's heights in its bits, as in `merfish.simulate.optics`
+SHARE = 0.1  # added molecules relative to those called in the field; so few hardly change its density
+FEWEST = 50  # molecules kept in the field, and added molecules
+RADIUS = 1.5  # sigmas of the PSF; largest distance of a call from the added molecule that it matches
+DIMMEST = 0.5  # minimum height of a model peak, relative to the median of the peaks of calls
+SIDE = 1024  # pixel; the part of the field that is decoded again has at most SIDE**2 pixels over all planes
 
 
 def spike_in(
@@ -38,12 +39,12 @@ def spike_in(
     sigma: float,
     seed: int,
 ) -> pd.DataFrame:
-    """Add molecules to the middle of a field, decode it again, and say which of them were found.
+    """Add molecules to the centre of a field, decode it again, and match the calls with the added molecules.
 
     filtered: (bit, [z,] y, x) real, band-passed, or a stack that is filtered when it is indexed. calls: those of the
-    field, not yet rated. decode: from (bit, z, y, x) float32 to its calls, not yet rated. sigma: of the PSF, pixel.
-    Returns one row a molecule that was added: ``spike``, its barcode_id, and the columns of the call that found it,
-    NaN where none did. Empty where the field shows fewer than `FEWEST` molecules.
+    field, not calibrated. decode: from (bit, z, y, x) float32 to its calls, not calibrated. sigma: of the PSF, pixel.
+    Returns one row per added molecule: ``spike``, its barcode_id, and the columns of the call that matches it, NaN if
+    there is none. Empty if the field has fewer than `FEWEST` kept molecules.
     """
     part, top, left = _middle(filtered)
     x, y = calls["x"] - left, calls["y"] - top
@@ -64,7 +65,7 @@ def spike_in(
 
 
 def _middle(filtered: np.ndarray | Bandpassed) -> tuple[np.ndarray, int, int]:
-    """The part of a stack that is decoded again, (bit, z, y, x), and its first row and column."""
+    """Part of a stack that is decoded again, (bit, z, y, x) band-passed, and its first row and column."""
     whole = filtered.images if isinstance(filtered, Bandpassed) else filtered
     whole = whole.reshape(len(whole), -1, *whole.shape[-2:])
     n_planes, *shape = whole.shape[1:]
@@ -88,21 +89,22 @@ def add_spikes(
     sigma: float,
     seed: int = 0,
 ) -> tuple[np.ndarray, pd.DataFrame]:
-    """A copy of a band-passed stack with molecules added, and what was added: barcode_id, x, y, z.
+    """Copy a band-passed stack and add molecules to it; return the copy and a table of barcode_id, x, y, z.
 
-    filtered: (bit, z, y, x) float32. kept: calls of this field, whose words the added molecules have. Places, heights,
-    profiles and shifts between bits are those of the field's peaks, fitted together: each molecule lies a few spots off
-    a bright one, where it is as crowded. lost, gained (bit,): rates of the bits, as `bit_error_rates` estimates them.
-    sigma: of the PSF, pixel. Molecules between planes are not imitated: each lies in one plane.
+    filtered: (bit, z, y, x) float32. kept: calls of this field, whose words the added molecules have. Heights, profiles
+    and shifts between bits are those of the field's peaks, which are fitted jointly. Each molecule is placed 4 to 8
+    ``sigma`` from a bright peak, so that molecules are equally crowded. lost, gained (bit,): error rates of the bits,
+    from `bit_error_rates`. sigma: of the PSF, pixel. Each molecule lies in a single plane; molecules between planes are
+    not simulated.
     """
     rng = np.random.default_rng(seed)
     n_bits, _, plane_height, width = filtered.shape
     number = min(max(round(SHARE * len(kept)), FEWEST), len(kept))
     rows = filtered.reshape(n_bits, -1, width)
     fits = gather_peaks(rows, normalization, plane_height, sigma, np.empty(rows.shape, np.int8))
-    shift = measure_shifts(fits, plane_height, sigma).shift
+    warp = measure_shifts(fits, plane_height, sigma).warp
     peaks = joined(fits)
-    # peaks of molecules, whether these are called or not; dimmer ones are noise or far out of focus
+    # peaks of molecules, called or not; dimmer ones are noise or far out of focus
     own = belong(peaks, plane_height, kept, sigma)
     bright = np.flatnonzero(peaks.height > DIMMEST * np.median(peaks.height[own]))
     model = rng.choice(bright, number)
@@ -114,13 +116,14 @@ def add_spikes(
     chance = rng.random((number, n_bits))
     shown = np.where(codebook.words[word] == 1, chance >= lost, chance < gained)
     log = np.log(peaks.height[bright])
-    # heights of single bits vary by the spread between bits as well, which is added below
+    # the spread between bits, which is added below, is part of the variance of the peaks' heights
     middle, share = np.median(log), 1 - BIT_SPREAD**2 / max(float(log.var()), BIT_SPREAD**2)
     light = np.exp(middle + np.sqrt(share) * (rng.choice(log, number) - middle))
     light = light[:, None] * np.exp(rng.normal(0, BIT_SPREAD, (number, n_bits))) * shown * normalization.scale
     out = np.array(rows, np.float32)
-    for bit, (profile, (down, across)) in enumerate(zip(profiles(fits), shift, strict=True)):
+    for bit, profile in enumerate(profiles(fits)):
         on = np.flatnonzero(light[:, bit])
+        down, across = shifts_at(warp, bit, y[on], x[on])
         row = plane[on] * plane_height + np.clip(y[on] + down, 0, plane_height - 1)
         spots = Spots(x[on] + across, row, light[on, bit])
         add_spots(out[bit], plane_height, spots, shape_of(profile, sigma))
@@ -129,16 +132,16 @@ def add_spikes(
 
 
 def profiles(fits: list[Fit]) -> list[np.ndarray]:
-    """Radial profile of a spot in each bit; where it is unknown, the mean of the others, and else a Gaussian."""
+    """Radial profile of a spot in each bit; an unknown one is the mean of the others or, without any, a Gaussian."""
     known = [fit.profile for fit in fits if fit.profile is not None]
     usual = np.mean(known, axis=0) if known else np.exp(-0.5 * (BIN * np.arange(round(REACH / BIN) + 1)) ** 2)
     return [usual if fit.profile is None else fit.profile for fit in fits]
 
 
 def belong(peaks: Peaks, plane_height: int, calls: pd.DataFrame, sigma: float) -> np.ndarray:
-    """Which peaks (peak,) are part of one of the calls (x, y, z in pixels and planes, and the bits ``shown``).
+    """Mark the peaks that belong to one of the calls (x, y in pixels, z in planes, and the bits ``shown``).
 
-    They lie within ``sigma``, pixel, of the PSF. All peaks if none does.
+    These lie within ``sigma``, of the PSF, pixel, of a call. Returns (peak,) bool, all True if no peak belongs to one.
     """
     bits = np.arange(64, dtype=np.uint64)
     call, bit = np.nonzero((calls["shown"].to_numpy(np.uint64)[:, None] >> bits) & np.uint64(1))

@@ -16,22 +16,23 @@ N_TYPES = 6
 CELL_SPACING = 10.0
 CELL_GAP = 0.8  # between neighbouring cells
 CORNER_RADIUS = 1.6
-MISSING_CELLS = 0.05  # share of the lattice's sites that are empty
+MISSING_CELLS = 0.05  # fraction of empty lattice sites
 OUTSIDE_DENSITY = 0.1  # relative to the density in cells
-MARKER_FOLD = 5.0  # expression of a type's markers over other types
-DOMAIN_FOLD = 2.2  # expression of a domain's genes over other domains
+MARKER_FOLD = 5.0  # expression of the markers of a type relative to other types
+DOMAIN_FOLD = 2.2  # expression of the genes of a domain relative to other domains
 LAYER_GAP = 1.0  # between cells above each other
-NUCLEUS_HEIGHT = 0.5  # of a cell's, where cells lie above each other
-CELL_SPREAD = 0.2  # sigma of the lognormal number of molecules an area
+NUCLEUS_HEIGHT = 0.5  # relative to the height of the cell, if there are several layers
+CELL_SPREAD = 0.2  # sigma of the lognormal number of molecules per area
 
 
 @dataclass(frozen=True, eq=False)
 class Tissue:
-    """The cells of the tissue, before imaging.
+    """Cells of a tissue.
 
     outlines, nuclei: (cell,) shapely polygons; domain, cell_type: (cell,) int64 from 0;
-    profile: (cell, gene) share of each gene among a cell's molecules; amount: (cell,) molecules per area,
-    mean 1. layer: (cell,) int64 from 0, the lowest; cells of one layer do not overlap. n_layers: their number.
+    profile: (cell, gene), fraction of each gene among the molecules of a cell; amount: (cell,), relative number of
+    molecules per area, mean 1. layer: (cell,) int64 from 0, the lowest; cells of one layer do not overlap. n_layers:
+    number of layers.
     """
 
     outlines: np.ndarray
@@ -44,7 +45,7 @@ class Tissue:
     n_layers: int
 
     def span(self, thickness: float) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest z (cell,) of each cell in tissue from 0 to ``thickness``, micrometre."""
+        """Lowest and highest z (cell,) of each cell in a tissue from 0 to ``thickness``, micrometre."""
         height, gap = thickness / self.n_layers, min(LAYER_GAP / 2, thickness / 4)
         low = self.layer * height + np.where(self.layer > 0, gap, 0.0)
         return low, (self.layer + 1) * height - np.where(self.layer < self.n_layers - 1, gap, 0.0)
@@ -56,7 +57,8 @@ def make_tissue(
     """Fill ``bounds`` (x0, y0, x1, y1) with cells in domains; each domain has all types and an expression program.
 
     The domain of a cell is not its type: domains differ in the proportions of types, and the genes of a domain's
-    program are raised in each of its cells. ``layers`` of cells lie above each other, each packed independently.
+    program are more highly expressed in all of its cells. ``layers`` layers of cells lie above each other, each packed
+    independently.
     """
     packed = [_pack_cells(bounds, rng) for _ in range(layers)]
     outlines = np.concatenate(packed)
@@ -105,7 +107,7 @@ def _pack_cells(bounds: tuple[float, float, float, float], rng: np.random.Genera
 
 
 def _nuclei(outlines: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An ellipse of a quarter to two fifths of each cell's area, near its centre and inside it."""
+    """Draw an ellipse of 0.25 to 0.4 of the area of each cell, near its centre and clipped to its inside."""
     n = len(outlines)
     radius = np.sqrt(rng.uniform(0.25, 0.4, n) * shapely.area(outlines) / np.pi)
     ratio = np.sqrt(rng.uniform(0.7, 1.0, n))
@@ -121,7 +123,7 @@ def _nuclei(outlines: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _layers(centers: np.ndarray, bounds: tuple[float, float, float, float], rng: np.random.Generator) -> np.ndarray:
-    """Three curved domains of about equal area, by distance from a point beyond a corner, with a wavy border."""
+    """Assign cells to three domains of equal size, by distance from a point beyond a corner, with wavy borders."""
     x0, y0, x1, y1 = bounds
     size = max(x1 - x0, y1 - y0)
     dx, dy = centers[:, 0] - (x0 - 0.3 * size), centers[:, 1] - (y0 - 0.6 * size)
@@ -130,7 +132,7 @@ def _layers(centers: np.ndarray, bounds: tuple[float, float, float, float], rng:
 
 
 def _program(n: int, n_genes: int, fold: float, rng: np.random.Generator) -> np.ndarray:
-    """Log expression (program, gene): each of ``n`` programs raises its own share of all genes about ``fold`` times."""
+    """Log expression (program, gene): each of ``n`` programs increases its own genes by a factor of about ``fold``."""
     owner = rng.permutation(n_genes) % (n + n // 2)  # a third of the genes belong to no program
     raised = owner[None, :] == np.arange(n)[:, None]
     return np.where(raised, rng.normal(np.log(fold), 0.3, (n, n_genes)), 0.0)
@@ -143,11 +145,11 @@ def scatter_molecules(
     thickness: float,
     rng: np.random.Generator,
 ) -> pd.DataFrame:
-    """Molecules in and between the cells.
+    """Draw molecules in and between the cells.
 
     density: molecules per square micrometre of cell, over all layers. thickness: of the tissue, micrometre; 0 = flat.
-    Returns cell (row of the tissue, -1 = outside cells), gene (column of the profile), x, y and z of the molecules
-    within ``bounds``.
+    Returns cell (row of the tissue, -1 = outside cells), gene (column of the profile), x, y and z (micrometre) of the
+    molecules within ``bounds``.
     """
     number = rng.poisson(density * shapely.area(tissue.outlines) * tissue.amount / tissue.n_layers)
     cell = np.repeat(np.arange(len(number)), number)
@@ -173,7 +175,7 @@ def scatter_molecules(
 
 
 def _points_inside(outlines: np.ndarray, cell: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A uniform point within the outline of each entry of ``cell``, drawn again until it lies inside."""
+    """Draw a uniform point within the outline of each entry of ``cell``, by rejection sampling."""
     low_x, low_y, high_x, high_y = shapely.bounds(outlines).T
     shapely.prepare(outlines)
     x, y = np.empty(len(cell)), np.empty(len(cell))

@@ -1,4 +1,4 @@
-"""The ``spatialvae`` command: train models on tables, and use them."""
+"""The ``spatialvae`` command: train models on tables, and use trained models."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from spatialvae.cli.training import embed, report, train
 from spatialvae.errors import InputError
 
 app = typer.Typer(
-    help="Embeddings of cells and of their neighbourhoods.",
+    help="Embed cells and their neighbourhoods.",
     no_args_is_help=True,
-    rich_markup_mode="markdown",  # "rich" takes units such as [px] for styles and drops them
+    rich_markup_mode="markdown",  # "rich" parses units such as [px] as styles and drops them
 )
 for command in (train, embed, neighbours, dependence, report, evaluate, sample):
     app.command()(command)
@@ -26,7 +26,7 @@ app.add_typer(plot, name="plot")
 
 
 def show_versions(asked: bool) -> None:
-    """Print the versions that results depend on, without importing anything heavy, and exit."""
+    """Print the versions that results depend on, without importing large packages, and exit."""
     if not asked:
         return
     import platform
@@ -48,11 +48,11 @@ def spatialvae(
         bool, typer.Option("--version", is_eager=True, callback=show_versions, help="Show versions and exit.")
     ] = False,
 ) -> None:
-    """Embeddings of cells and of their neighbourhoods."""
+    """Embed cells and their neighbourhoods."""
 
 
 def main() -> None:
-    """Run the command line; bad input ends with one message and exit code 2. A warning is printed on one line."""
+    """Run the command line. Invalid input ends with one message and exit code 2; a warning is printed on one line."""
     warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
     try:
         app()

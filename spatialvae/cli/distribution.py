@@ -1,4 +1,4 @@
-"""Likelihoods of models, and draws from them."""
+"""Commands that evaluate models and draw counts from them."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ if TYPE_CHECKING:
 
 def evaluate(
     table: Table,
-    model: Annotated[Path | None, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")] = None,
-    labels: Annotated[str | None, typer.Option(help="with --model: obs with known domains to compare")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="importance samples of log p(x)")] = 100,
-    seed: Annotated[int, typer.Option(help="of draws, mixtures, weights and held-out cells")] = 0,
+    model: Annotated[Path | None, typer.Option(help="output folder of `spatialvae train`", metavar="DIR")] = None,
+    labels: Annotated[str | None, typer.Option(help="with --model: column of obs with known domains")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="importance samples per cell for log p(x)")] = 100,
+    seed: Annotated[int, typer.Option(help="seed of draws, mixtures, weights and held-out cells")] = 0,
     out: Annotated[Path | None, typer.Option(help="folder for evidence.csv or, with --model, checks.csv")] = None,
     likelihood: Annotated[str, typer.Option(help="without --model: likelihoods to compare")] = ",".join(LIKELIHOODS),
     latent: Annotated[str, typer.Option(help="without --model: latent sizes to compare")] = "10,30",
-    held_out: Annotated[float, typer.Option(min=0, max=1, help="without --model: share of cells")] = 0.1,
+    held_out: Annotated[float, typer.Option(min=0, max=1, help="without --model: share of held-out cells")] = 0.1,
     max_epochs: Annotated[int | None, typer.Option(min=1, help="without --model: passes over the table")] = None,
     layer: Annotated[str | None, typer.Option(help="without --model: layer with counts; X if not given")] = None,
     spatial_key: Annotated[str, typer.Option(help="without --model: obsm with coordinates; '' for none")] = "spatial",
-    sample_key: Annotated[str | None, typer.Option(help="without --model: obs naming sections")] = None,
-    batch_key: Annotated[str | None, typer.Option(help="without --model: obs naming batches")] = None,
+    sample_key: Annotated[str | None, typer.Option(help="without --model: column of obs with sections")] = None,
+    batch_key: Annotated[str | None, typer.Option(help="without --model: column of obs with batches")] = None,
 ) -> None:
     """Evaluate a model on TABLE, or compare models of TABLE by their evidence for held-out cells.
 
-    With --model: prints, as JSON, bounds and evidence in nats per cell, and the agreement of domains with labels; with
-    --out, also compares TABLE with counts drawn from the model's posterior, in OUT/checks.csv and OUT/checks.png.
-    Without --model: trains models with each likelihood and latent size, with and without neighbours, on a part of the
-    cells, and writes their evidence for the others to OUT/evidence.csv and OUT/evidence.png.
+    With --model: prints as JSON the ELBO, the reconstruction error and the evidence, in nats per cell, and with
+    --labels the agreement of domains with labels. With --out, also compares TABLE with counts drawn from the posterior
+    of the model, in OUT/checks.csv and OUT/checks.png.
+    Without --model: trains models with each likelihood and latent size, with and without neighbours, and writes their
+    evidence for held-out cells to OUT/evidence.csv and OUT/evidence.png.
     """
     if model is None and out is None:
         raise InputError("give --model DIR to evaluate a model, or --out DIR to compare models of the table")
@@ -59,8 +60,8 @@ def _evaluate_model(adata: AnnData, model: Path, labels: str | None, samples: in
     from spatialvae.model import SpatialVAE
 
     if labels is not None and labels not in adata.obs:
-        raise InputError(f"no column {labels!r} in obs, which has {', '.join(sorted(adata.obs))}")
-    with status("reading counts, finding neighbours"):
+        raise InputError(f"no column {labels!r} in obs; it has {', '.join(sorted(adata.obs))}")
+    with status("reading counts and finding neighbours"):
         loaded = SpatialVAE.load(model_folder(model), adata)
     evidence, error = loaded.get_marginal_ll(n_mc_samples=samples, seed=seed, return_error=True)
     figures: dict[str, float] = {
@@ -77,7 +78,7 @@ def _evaluate_model(adata: AnnData, model: Path, labels: str | None, samples: in
         figures["ari"] = float(adjusted_rand_score(truth, found))
         figures["nmi"] = float(normalized_mutual_info_score(truth, found))
     if out is not None:
-        with status("drawing counts, comparing them with those of the table"):
+        with status("comparing drawn with measured counts"):
             figures |= _check(loaded, out, seed)
     typer.echo(json.dumps(figures, indent=1))
 
@@ -109,7 +110,7 @@ def _compare(
     from spatialvae import comparison
     from spatialvae._files import whole
 
-    with Console(stderr=True).status("holding cells out") as status:
+    with Console(stderr=True).status("selecting held-out cells") as status:
         found = comparison.compare(
             adata,
             likelihoods,
@@ -130,33 +131,36 @@ def _compare(
 
 def _whole(text: str, option: str) -> int:
     if not text.strip().isdigit():
-        raise InputError(f"{option} holds {text!r}; expected whole numbers with commas between them")
+        raise InputError(f"{option} contains {text!r}; expected whole numbers separated by commas")
     return int(text)
 
 
 def sample(
     table: Table,
-    model: Annotated[Path, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")],
-    out: Annotated[Path, typer.Option(help="where to write the sampled counts", metavar="TABLE2.h5ad")],
+    model: Annotated[Path, typer.Option(help="output folder of `spatialvae train`", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="file for the sampled counts", metavar="TABLE2.h5ad")],
     what: Annotated[str, typer.Option(help="posterior, tissue or prior")] = "posterior",
     given: Annotated[
-        Path | None, typer.Option(help="cells that are given; of TABLE only the positions are then used")
+        Path | None,
+        typer.Option(help="table of cells whose counts are given; of TABLE, positions and total counts are used"),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="posterior: draws, the second and later ones as layers")] = 1,
-    cells: Annotated[str, typer.Option(help="tissue, prior: cells of the 'model', or types of the 'table'")] = "table",
-    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="posterior: number of draws, all but the first as layers")] = 1,
+    cells: Annotated[
+        str, typer.Option(help="tissue, prior: draw z_cell from the 'model', or take it from cells of the 'table'")
+    ] = "table",
+    seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
 ) -> None:
-    """Draw counts from a model: of TABLE's cells (posterior), of new cells at TABLE's positions (tissue), or of as many
-    independent cells (prior)."""
+    """Draw counts from a model: for the cells of TABLE (posterior), for new cells at their positions (tissue), or for
+    the same number of independent cells (prior)."""
     if what not in ("posterior", "tissue", "prior"):
         raise InputError(f"--what is {what!r}; expected posterior, tissue or prior")
     if given is not None and what == "prior":
-        raise InputError("--given is for --what posterior and tissue: cells of the prior are independent")
+        raise InputError("--given cannot be used with --what prior, whose cells are independent")
     adata, known = read_table(table), None if given is None else read_table(given)
     from spatialvae._files import whole
     from spatialvae.model import SpatialVAE
 
-    with status("reading counts, sampling"):
+    with status("reading counts and sampling"):
         loaded = SpatialVAE.load(model_folder(model), adata)
         made = _sampled(loaded, what, known, samples, cells, seed)
         with whole(out) as part:
@@ -177,7 +181,7 @@ def _sampled(model: SpatialVAE, what: str, given: AnnData | None, samples: int, 
         return model.sample_prior(table.n_obs, cells, seed)
     if what == "tissue":
         if model.setup.spatial_key is None:
-            raise InputError("the model was trained without coordinates: use --what prior")
+            raise InputError("the model was trained without coordinates; use --what prior")
         where, names = read_places(table, model.setup)
         return model.sample_tissue(where, names, given, None, cells, seed)
     drawn = model.posterior_predictive_sample(n_samples=samples, given=given, seed=seed)

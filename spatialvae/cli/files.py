@@ -1,4 +1,4 @@
-"""The files that commands read and write."""
+"""Reading and writing of the files of commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def read_table(path: Path) -> AnnData:
-    """The table with its counts, layers and arrays over cells left in the file."""
+    """Open a table, leaving counts, layers and obsm in the file.
+
+    Raises InputError if the file does not exist or cannot be read.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected an AnnData table (.h5ad)")
     import anndata
@@ -37,7 +40,7 @@ def read_table(path: Path) -> AnnData:
             obsm={name: item for name, item in obsm.items() if isinstance(item, h5py.Dataset)},
             layers={name: lazy(item) for name, item in layers.items()},
         )
-    except Exception as error:  # h5py and anndata raise many kinds for what is not a table
+    except Exception as error:  # h5py and anndata raise many kinds of errors for invalid files
         raise InputError(f"{path}: cannot be read as an AnnData file: {error}") from error
 
 
@@ -46,7 +49,7 @@ def model_folder(path: Path) -> Path:
 
 
 def write_table(adata: AnnData, table: Path, path: Path) -> None:
-    """A copy of the file ``table`` with what was found, which ``adata`` holds."""
+    """Write a copy of the file ``table`` to ``path``, with the results in ``adata`` added."""
     import h5py
     from anndata.io import write_elem
 
@@ -66,7 +69,7 @@ def write_table(adata: AnnData, table: Path, path: Path) -> None:
 
 
 def latent_names(table: Path, size: int) -> list[str]:
-    """Names of the columns of the embedding in the file ``table``."""
+    """Names of the ``size`` columns of the embedding in the file ``table``; all "niche" if they are not stored."""
     import h5py
     from anndata.io import read_elem
 
@@ -96,7 +99,7 @@ def write_figure(figure: Figure, path: Path) -> None:
 
 
 def status(text: str) -> AbstractContextManager[object]:
-    """``text`` beside something that moves, on a terminal and while the block lasts."""
+    """Show ``text`` with a spinner on a terminal while the block runs."""
     from rich.console import Console
 
     return Console(stderr=True).status(text)

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Annotated
 import typer
 
 Table = Annotated[Path, typer.Argument(help="AnnData file with counts", metavar="TABLE.h5ad")]
-Labels = Annotated[str, typer.Option(help="obs with the type, or domain, of each cell", metavar="KEY")]
+Labels = Annotated[str, typer.Option(help="column of obs with the type or domain of each cell", metavar="KEY")]
 Places = Annotated[str, typer.Option(help="obsm with coordinates", metavar="KEY")]
-Sections = Annotated[str | None, typer.Option(help="obs naming the section of each cell", metavar="KEY")]
+Sections = Annotated[str | None, typer.Option(help="column of obs with the section of each cell", metavar="KEY")]

@@ -1,4 +1,4 @@
-"""What a table says of types and genes beside each other, and maps of its embedding."""
+"""Commands on neighbouring types, dependence between genes, and figures of an embedding."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def neighbours(
     spatial_key: Places = "spatial",
     sample_key: Sections = None,
 ) -> None:
-    """Find types that are neighbours more, or less, often than their abundances explain: a Potts model of the labels.
+    """Find types that are neighbours more or less often than their abundances predict, by a Potts model of the labels.
 
-    Errors are estimated from blocks of the tissue, so that they account for its gradients.
+    Standard errors are estimated from blocks of the tissue, so that they account for gradients.
     """
     adata = read_table(table)
     from spatialvae import plots
@@ -32,17 +32,17 @@ def neighbours(
 
     types, names = read_codes(adata, labels)
     places, samples = read_places(adata, Setup(None, spatial_key, sample_key))
-    with status("finding neighbours, fitting couplings"):
+    with status("finding neighbours and fitting couplings"):
         adjacency = graphs_of(places, samples).near.adjacency()
         found = interactions(fit_potts(types, adjacency, blocks=spatial_blocks(places, 25, samples)), names)
     write_csv(found, out / "couplings.csv")
     write_figure(plots.couplings(found), out / "couplings.png")
     certain = found[found["fdr"] < 0.05]
-    typer.echo(f"{len(certain)} of {len(found)} pairs attract or repel each other at an FDR of 5 %. Written to {out}")
+    typer.echo(f"{len(certain)} of {len(found)} pairs have a coupling at an FDR of 5 %. Written to {out}")
     for row in certain.head(10).to_dict("records"):
-        verb = "attract" if row["coupling"] > 0 else "repel"
-        size = f"{row['coupling']:+.2f} nats per edge, +- {row['error']:.2f}"
-        typer.echo(f"  {row['label']} and {row['neighbour']} {verb}: {size}")
+        verb = "more" if row["coupling"] > 0 else "less"
+        size = f"{row['coupling']:+.2f} +- {row['error']:.2f} nats per edge"
+        typer.echo(f"  {row['label']} and {row['neighbour']}, neighbours {verb} often than expected: {size}")
 
 
 def dependence(
@@ -51,15 +51,15 @@ def dependence(
     layer: Annotated[str | None, typer.Option(help="layer with counts; X if not given")] = None,
     spatial_key: Places = "spatial",
     sample_key: Sections = None,
-    labels: Annotated[str | None, typer.Option(help="obs with the type of each cell", metavar="KEY")] = None,
-    genes: Annotated[int, typer.Option(min=3, help="number of genes, the most variable")] = 60,
-    max_false: Annotated[float, typer.Option(min=0.01, help="expected number of wrong edges, at most")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of halves")] = 0,
+    labels: Annotated[str | None, typer.Option(help="column of obs with the type of each cell", metavar="KEY")] = None,
+    genes: Annotated[int, typer.Option(min=3, help="number of genes; the most variable are used")] = 60,
+    max_false: Annotated[float, typer.Option(min=0.01, help="largest expected number of wrong edges")] = 1.0,
+    seed: Annotated[int, typer.Option(help="seed of thinning and halving")] = 0,
 ) -> None:
     """Find genes that depend on each other given all others and the neighbours; with labels, effects of neighbours.
 
     Writes edges.csv and edges_without_neighbours.csv; with labels also variance.csv and neighbour_effects.csv; and
-    figures of them.
+    their figures.
     """
     adata = read_table(table)
     import numpy as np
@@ -80,14 +80,14 @@ def dependence(
     names = [cells.genes[gene] for gene in chosen]
     found = []
     for of, name in ((near, "edges"), (None, "edges_without_neighbours")):
-        with status("halving the tissue: " + name.replace("_", " ")):
+        with status("selecting stable " + name.replace("_", " ")):
             found.append(model.partial_correlations(counts[:, chosen], blocks, of, cells.depth, names, max_false, seed))
         write_csv(found[-1], out / f"{name}.csv")
     write_figure(plots.dependence_graph(*found), out / "edges.png")
     typer.echo(f"{len(found[0])} edges between {len(names)} genes given the neighbours, {len(found[1])} without them.")
     if labels is not None:
         expression = model.log_expression(counts)
-        niche = graphs.wide.adjacency() @ np.eye(len(kinds))[types]  # what is around, as long as no model says more
+        niche = graphs.wide.adjacency() @ np.eye(len(kinds))[types]  # types of the neighbours, without an embedding
         if _keys.LATENT in adata.obsm:
             niche = np.asarray(adata.obsm[_keys.LATENT])
             niche = niche[:, [name.startswith("niche") for name in latent_names(table, niche.shape[1])]]
@@ -95,12 +95,12 @@ def dependence(
         write_csv(shares, out / "variance.csv")
         write_figure(plots.variance_bars(shares), out / "variance.png")
         try:
-            with status("comparing cells of a type"):
+            with status("testing effects of neighbours"):
                 effects = model.neighbour_effects(
                     expression, types, near, cells.coordinates, kinds, cells.genes, cells.samples
                 )
-        except InputError as reason:  # the table is good, only too small for this
-            typer.echo(f"No effects of neighbours: {reason}.")
+        except InputError as reason:  # the table is valid, but too small for these tests
+            typer.echo(f"Effects of neighbours were not tested: {reason}.")
         else:
             write_csv(effects, out / "neighbour_effects.csv")
             write_figure(plots.effects(effects), out / "neighbour_effects.png")
@@ -113,9 +113,9 @@ def latent(
     labels: Labels,
     out: Annotated[Path, typer.Option(help="the figure: .png, .pdf or .svg")],
     key: Annotated[str, typer.Option(help="obsm with the embedding")] = "X_spatialvae",
-    seed: Annotated[int, typer.Option(help="of the cells drawn and of the map")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the choice of cells and of the two-dimensional embedding")] = 0,
 ) -> None:
-    """Distances between cells in latent space, ordered by type, and a two-dimensional embedding."""
+    """Draw distances between cells in latent space, ordered by type, and a two-dimensional embedding."""
     adata = read_table(table)
     import numpy as np
 
@@ -124,8 +124,8 @@ def latent(
 
     codes, names = read_codes(adata, labels)
     if key not in adata.obsm:
-        raise InputError(f"no {key!r} in obsm, which has {', '.join(sorted(adata.obsm))}; run `spatialvae embed` first")
-    with status("mapping"):
+        raise InputError(f"no {key!r} in obsm; it has {', '.join(sorted(adata.obsm))}; run `spatialvae embed` first")
+    with status("embedding in two dimensions"):
         figure = plots.latent_distances(np.asarray(adata.obsm[key], float), np.array(names)[codes], seed)
     write_figure(figure, out)
     typer.echo(f"Written to {out}")

@@ -1,4 +1,4 @@
-"""Training a model, embedding with it, its report."""
+"""Commands that train a model, embed a table with it and write its report."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 
 def train(
     table: Table,
-    out: Annotated[Path, typer.Option(help="folder for the model, the table and the plots")],
+    out: Annotated[Path, typer.Option(help="folder for the model, the table and the figures")],
     layer: Annotated[str | None, typer.Option(help="layer with counts; X if not given")] = None,
     spatial_key: Annotated[str, typer.Option(help="obsm with coordinates; '' for none")] = "spatial",
-    sample_key: Annotated[str | None, typer.Option(help="obs naming the section of each cell")] = None,
-    batch_key: Annotated[str | None, typer.Option(help="obs naming batches to correct for")] = None,
-    domains: Annotated[int | None, typer.Option(min=1, help="spatial domains to find")] = None,
-    max_epochs: Annotated[int | None, typer.Option(min=1, help="passes over the table at most")] = None,
-    seed: Annotated[int, typer.Option(help="of weights, held-out cells and noise")] = 0,
+    sample_key: Annotated[str | None, typer.Option(help="column of obs with the section of each cell")] = None,
+    batch_key: Annotated[str | None, typer.Option(help="column of obs with batches to correct for")] = None,
+    domains: Annotated[int | None, typer.Option(min=1, help="number of spatial domains to find")] = None,
+    max_epochs: Annotated[int | None, typer.Option(min=1, help="largest number of passes over the table")] = None,
+    seed: Annotated[int, typer.Option(help="seed of weights, held-out cells and noise")] = 0,
     likelihood: Annotated[
-        str, typer.Option(help="of counts: zinb, nb or poisson; `spatialvae evaluate` says which explains TABLE best")
+        str, typer.Option(help="of counts: zinb, nb or poisson; `spatialvae evaluate` compares them for TABLE")
     ] = LIKELIHOODS[0],
     measurement: Annotated[
         bool,
         typer.Option(
-            "--measurement", help="include detection efficiency and wrong calls, as `merfish run` estimates them"
+            "--measurement", help="model detection efficiencies and wrong calls, as estimated by `merfish run`"
         ),
     ] = False,
     linear_decoder: Annotated[
-        bool, typer.Option("--linear-decoder", help="expression linear in the latents; writes loadings.csv")
+        bool, typer.Option("--linear-decoder", help="make log shares linear in the latents; writes loadings.csv")
     ] = False,
 ) -> None:
-    """Train a model on TABLE; write OUT/model, OUT/table.h5ad, history, plots and run.json.
+    """Train a model on TABLE; write OUT/model, OUT/table.h5ad, history.csv, figures and run.json.
 
-    Several processes train it together under "torchrun --nproc-per-node N --no-python spatialvae train ...".
+    To train with several processes, use "torchrun --nproc-per-node N --no-python spatialvae train ...".
     """
     started = time.time()
     adata = read_table(table)
@@ -53,14 +53,14 @@ def train(
     from spatialvae.model import SpatialVAE
 
     SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
-    with status("reading counts, finding neighbours, fitting the spatial field"):
+    with status("reading counts, finding neighbours and fitting the spatial field"):
         model = SpatialVAE(
             adata, gene_likelihood=likelihood, seed=seed, measurement=measurement, linear_decoder=linear_decoder
         )
     model.train(max_epochs, seed=seed, progress=is_first())
     if not is_first():
         return
-    with status("embedding, writing"):
+    with status("embedding cells and writing results"):
         _embed(model, adata)
         if domains is not None:
             model.domains(domains, seed=seed)
@@ -75,14 +75,14 @@ def train(
 
 def embed(
     table: Table,
-    model: Annotated[Path, typer.Option(help="folder that `spatialvae train` wrote", metavar="DIR")],
-    out: Annotated[Path, typer.Option(help="where to write the table with its embedding", metavar="TABLE2.h5ad")],
+    model: Annotated[Path, typer.Option(help="output folder of `spatialvae train`", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="file for the table with its embedding", metavar="TABLE2.h5ad")],
 ) -> None:
-    """Embed TABLE, which may hold new cells, with a trained model."""
+    """Embed TABLE, which may contain new cells, with a trained model."""
     adata = read_table(table)
     from spatialvae.model import SpatialVAE
 
-    with status("reading counts, finding neighbours, embedding"):
+    with status("reading counts, finding neighbours and embedding cells"):
         loaded = SpatialVAE.load(model_folder(model), adata)
         _embed(loaded, adata)
         write_table(adata, table, out)
@@ -90,18 +90,20 @@ def embed(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="folder that `spatialvae train` wrote", metavar="DIR")],
-    labels: Annotated[str | None, typer.Option(help="obs to compare domains with", metavar="KEY")] = None,
-    gene_sets: Annotated[Path | None, typer.Option(help="GMT file that names programs", metavar="FILE")] = None,
+    folder: Annotated[Path, typer.Argument(help="output folder of `spatialvae train`", metavar="DIR")],
+    labels: Annotated[str | None, typer.Option(help="column of obs to compare domains with", metavar="KEY")] = None,
+    gene_sets: Annotated[
+        Path | None, typer.Option(help="GMT file with gene sets to annotate programs with", metavar="FILE")
+    ] = None,
 ) -> None:
-    """Write DIR/report.html: training, latent space, domains, niches, programs, and what other commands wrote there."""
+    """Write DIR/report.html: training, latent space, domains, niches, programs and figures of other commands."""
     import numpy as np
 
     adata = read_table(folder / "table.h5ad")
     from spatialvae.model import SpatialVAE
     from spatialvae.report import write_report
 
-    with status("reading counts, finding neighbours, drawing"):
+    with status("reading counts, finding neighbours and drawing figures"):
         loaded = SpatialVAE.load(model_folder(folder), adata)
         adata.obsm = {name: np.asarray(value) for name, value in adata.obsm.items()}
         path = write_report(folder, loaded, labels, gene_sets)
