@@ -83,7 +83,7 @@ class Calibration:
 class Survey:
     """Summary of one field; the calibration is computed from several of them.
 
-    spots: corrected for drift only; peaks: the light of some of them in all bits; shifts: that drift, (bit, 2) dy, dx
+    spots: corrected for drift only; peaks: the light of some of them in all bits; shifts: the drift, (bit, 2) dy, dx
     in pixel; glows: of each colour by name, empty if there are no raw images.
     """
 

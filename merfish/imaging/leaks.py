@@ -1,10 +1,10 @@
 """Light of one bit that shows in another: bleed-through between colours, carry-over from an earlier round.
 
 At the bright peaks of a bit, another bit shows the light of molecules that have both bits, or noise, or the leaked
-share of the peak's light. Relative to the peak, the last two are the narrowest group of values, and its centre is the
-share. Words, rounds and colours need not be known. The light of each leak that is found is subtracted before the others
-are judged: otherwise light that two leaks bring to a bit is attributed to bits that are often on together with those
-that leak.
+share of the peak's light. Relative to the peak, the last two are the narrowest group of values, whose centre is the
+share. Neither words nor rounds nor colours need to be known. Where a leak is found, its light is subtracted before the
+others are judged: light that two leaks bring to a bit would otherwise be attributed to bits that are often on together
+with those that leak.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.ndimage import map_coordinates
 
 from merfish._jit import map_bits
 from merfish.imaging._leak_kernels import locate_pairs
-from merfish.imaging.normalize import NOISE_TO_SIGMA, FieldSpots, weighted_median
+from merfish.imaging.normalize import NOISE_TO_SIGMA, FieldSpots, typical_height
 from merfish.imaging.preprocess import Bandpassed, in_rows
 from merfish.imaging.unmixing import Leak
 
@@ -49,7 +49,7 @@ def peak_light(filtered: np.ndarray | Bandpassed, spots: FieldSpots) -> PeakLigh
     for bit in range(len(filtered)):
         own = np.flatnonzero(spots.bit == bit)
         if len(own):
-            own = own[spots.height[own] > BRIGHT * weighted_median(spots.height[own])]
+            own = own[spots.height[own] > BRIGHT * typical_height(spots.height[own])]
             chosen.append(own[:: -(-len(own) // MOST_PEAKS)])
     peak = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
     rows = spots.plane[peak] * spots.shape[0] + spots.y[peak]
