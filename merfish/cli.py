@@ -152,7 +152,7 @@ def decode(
     """Decode one registered stack into OUT/transcripts.parquet."""
     from merfish.pipeline.record import molecule_lines
     from merfish.pipeline.single import decode_file
-    from merfish.report.notices import efficiency_line
+    from merfish.report.notices import efficiency_line, leak_lines
 
     record = decode_file(
         stack,
@@ -162,7 +162,8 @@ def decode(
         preprocess=preprocess,
         misidentification_rate=misidentification_rate,
     )
-    print(*molecule_lines(record["figures"]), *efficiency_line(record), f"results in {out}", sep="\n")
+    lines = [*molecule_lines(record["figures"]), *efficiency_line(record), *leak_lines(record), f"results in {out}"]
+    print(*lines, sep="\n")
 
 
 @app.command()

@@ -11,14 +11,16 @@ WINDOW = 0.2  # share of the values in the narrowest interval; the group must ho
 FEWEST = 20  # values in the group
 CUT = 4.0  # sigmas from the centre at which a value has no weight
 STEPS = 6
+BELOW = 0.25  # values below the group relative to those in it; leaked light is never missing
 
 
 @kernel
 def locate_group(values, least):
     """Centre of the narrowest group of sorted values (n,), and its standard error; NaN if it has below ``least``.
 
-    Starts at the median of the shortest interval with `WINDOW` of the values; the centre is then the mean with
-    biweights (Tukey) that vanish `CUT` sigmas away, sigma the median deviation of the values within 3 sigmas.
+    Starts at the median of the shortest interval with `WINDOW` of the values below `MOST`. The centre is then the mean
+    with biweights (Tukey) that vanish `CUT` sigmas away; sigma is measured on the values within 3 sigmas. NaN too for a
+    group that is no leak: one with many values below it, or cut off by `MOST`.
     """
     n = np.searchsorted(values, MOST)
     inside = max(int(WINDOW * n), FEWEST // 2)
@@ -45,7 +47,8 @@ def locate_group(values, least):
         away = away[away < 3 * sigma]
         count = len(away)
         sigma = max(1.4826 * np.median(away), 1e-6)
-    if count < least:
+    below = np.searchsorted(values, min(centre - 3 * sigma, 0.5 * centre)) if centre > 3 * sigma else 0
+    if count < least or below > BELOW * count or centre + 2 * sigma > MOST:
         return np.nan, np.nan
     return centre, sigma / np.sqrt(count)
 

@@ -34,9 +34,9 @@ def subtract_leaks(stack: np.ndarray, leaks: Sequence[Leak]) -> None:
     weights = unmixing(leaks, len(stack))
     changed = np.flatnonzero((weights != np.eye(len(stack))).any(axis=1))
     pixels = stack.reshape(len(stack), -1)
-    for first in range(0, pixels.shape[1], BLOCK):
+    for first in range(0, pixels.shape[1] if len(changed) else 0, BLOCK):
         part = pixels[:, first : first + BLOCK]
-        part[changed] = [weighted_sum(part, weights[bit]) for bit in changed]
+        part[changed] = np.stack([weighted_sum(part, weights[bit]) for bit in changed])
 
 
 def weighted_sum(images: np.ndarray, weights: np.ndarray) -> np.ndarray:

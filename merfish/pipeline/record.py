@@ -22,12 +22,14 @@ from merfish.calls.fit import FitCounts, Verdict, codebook_fits
 from merfish.codebook import Codebook, check_codebook
 from merfish.config import RunConfig
 from merfish.imaging.experiment import Experiment
+from merfish.imaging.organization import NO_ROUND, Channel
 from merfish.imaging.quality import flag_quality
+from merfish.imaging.unmixing import Leak
 from merfish.pipeline.manifest import versions
 from merfish.pipeline.reconcile import Fields, Reconciled
 from merfish.pipeline.survey import Calibrated
 from merfish.pipeline.tables import Written
-from merfish.report.notices import bit_warnings, efficiency_line, quality_lines, stain_lines, untied_text
+from merfish.report.notices import bit_warnings, efficiency_line, leak_lines, quality_lines, stain_lines, untied_text
 
 
 def run_record(
@@ -67,6 +69,7 @@ def run_record(
         "calibration": {"surveyed": calibrated.surveyed, "notice": calibrated.notice},
         "chromatic": calibration.to_dict()["chromatic"],
         "light": calibration.light_figures(),
+        "leaks": leak_rows(calibration.leaks, book.bit_names, experiment.bits),
         "bit_error_rates": bit_error_rates(found.words, book).to_dict("list"),
         "words": words.to_dict("list"),
         "codebook_fit": asdict(judge_codebook(book, says, calibrated)),
@@ -129,6 +132,25 @@ def call_figures(words: WordTally, codebook: Codebook, blank_share: float) -> di
     }
 
 
+def leak_rows(leaks: Sequence[Leak], names: Sequence[str], channels: Sequence[Channel] = ()) -> list[dict[str, Any]]:
+    """Leaks for a record, the largest first: names of the bits, share, and kind, as far as ``channels`` tell it."""
+    rows = []
+    for source, target, share in sorted(leaks, key=lambda leak: -leak.share):
+        kind = leak_kind(channels[source], channels[target]) if channels else ""
+        rows.append({"source": names[source], "target": names[target], "share": share, "kind": kind})
+    return rows
+
+
+def leak_kind(source: Channel, target: Channel) -> str:
+    """What rounds and colours of two bits say of a leak between them; "" for nothing."""
+    a, b = source.movie.imaging_round, target.movie.imaging_round
+    if NO_ROUND in (a, b):
+        return ""
+    if a == b:
+        return "bleed-through"
+    return "carry-over" if a < b and source.color == target.color else ""
+
+
 def spike_figures(kept: np.ndarray) -> dict[str, Any]:
     """Return the number of added molecules and the fraction of them that is kept; kept: bool (spike,)."""
     return {"spike_in": interval(wilson(int(kept.sum()), int((~kept).sum()))), "n_spikes": len(kept)}
@@ -186,6 +208,7 @@ def run_summary(out: Path) -> dict[str, Any]:
         *efficiency_line(record),
         *([f"warning: {notice}"] if notice else []),
         *bit_warnings(record),
+        *leak_lines(record),
         *quality_lines(record["quality"]),
         *stain_lines(record["fields"]),
         *filter(None, [untied_text(record["stage"])]),

@@ -21,11 +21,11 @@ from merfish.decoding.assumptions import broken_assumptions
 from merfish.decoding.methods import decode_filtered
 from merfish.errors import InputError
 from merfish.imaging.images import read_stack
-from merfish.imaging.preprocess import in_rows
+from merfish.imaging.preprocess import Bandpassed, in_rows
 from merfish.pipeline import folder
 from merfish.pipeline.fields import spikes_of
 from merfish.pipeline.manifest import versions
-from merfish.pipeline.record import call_figures, spike_figures
+from merfish.pipeline.record import call_figures, leak_rows, spike_figures
 from merfish.stack import prepare
 from merfish.transcripts import write_transcripts
 
@@ -66,6 +66,7 @@ def decode_file(
         "bit_error_rates": bit_error_rates(words, book).to_dict("list"),
         "words": statistics.to_dict("list"),
         "codebook_fit": asdict(verdict),
+        "leaks": leak_rows(filtered.leaks, book.bit_names) if isinstance(filtered, Bandpassed) else [],
         "figures": figures,
         "seconds": {"total": time.perf_counter() - started},
     }

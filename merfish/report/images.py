@@ -114,6 +114,7 @@ def image_section(run: Run) -> Section:
         *_quality_table(record["quality"]),
         *_chromatic_table(record["chromatic"]),
         *_light_table(record["light"]),
+        *_leak_table(record.get("leaks", [])),
     ]
     corrections, arrows = _stage_corrections(record["stage"])
     return Section("Images and stage", [text, *corrections], tables, [*shown, *arrows])
@@ -182,6 +183,12 @@ def _chromatic_table(fits: dict[str, dict[str, Any]]) -> list[Table]:
     ]
     columns = ("colour", "largest chromatic shift", "pairs of spots", "error of the map, rms", "corrected")
     return [Table(columns, rows)] if rows else []
+
+
+def _leak_table(leaks: list[dict[str, Any]]) -> list[Table]:
+    rows = [(leak["source"], leak["target"], f"{leak['share']:.1%}", leak["kind"]) for leak in leaks]
+    columns = ("bit", "its light shows in", "share, subtracted", "kind")
+    return [Table(columns, rows, name="leaks")] if rows else []
 
 
 def failed_section(failed: dict[str, str]) -> Section | None:

@@ -26,6 +26,17 @@ def bit_warnings(run: dict[str, Any]) -> list[str]:
     return lines
 
 
+def leak_lines(run: dict[str, Any]) -> list[str]:
+    """Light of bits that shows in others and was subtracted; empty if there is none."""
+    leaks = run.get("leaks", [])
+    if not leaks:
+        return []
+    kinds = [f" ({leak['kind']})" if leak["kind"] else "" for leak in leaks[:MOST_LINES]]
+    each = ["{source} in {target} {share:.0%}".format(**leak) + kind for leak, kind in zip(leaks, kinds, strict=False)]
+    more = f", and {len(leaks) - MOST_LINES} more" if len(leaks) > MOST_LINES else ""
+    return [f"Light of bits that shows in others is subtracted: {', '.join(each)}{more}."]
+
+
 def efficiency_line(run: dict[str, Any]) -> list[str]:
     """Report the share of molecules found and kept, and how it was measured; empty if it is unknown."""
     spiked = run["figures"].get("spike_in")
