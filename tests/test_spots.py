@@ -14,7 +14,7 @@ from merfish.calls.filtering import keep_calls
 from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding._alignment_kernels import weigh_pairs
 from merfish.decoding.alignment import bit_shifts
-from merfish.decoding.candidates import CELL, RADIUS, make_scene
+from merfish.decoding.candidates import CELL, RADIUS, look, make_scene
 from merfish.decoding.evidence import shrunk_shares, start_classes, start_histograms, word_abundance
 from merfish.decoding.overlap import halos
 from merfish.decoding.peaks import Fit
@@ -176,6 +176,23 @@ def test_clusters_are_the_connected_peaks(n_planes):
     assert {frozenset(np.flatnonzero(scene.cluster == k).tolist()) for k in np.unique(scene.cluster)} == expected
     assert sorted(scene.seeds.tolist()) == list(range(n))
     assert (np.diff(scene.cluster[scene.seeds]) >= 0).all()
+
+
+def test_peaks_are_ranked_by_their_score_then_by_their_number():
+    rng = np.random.default_rng(0)
+    fits = [Fit(*rng.uniform(0, 60, (2, 40)), rng.uniform(0.5, 1.5, 40), None, None) for _ in range(16)]
+    scene = make_scene(fits, np.zeros((16, 61, 61), np.int8), 61, 1.35, np.zeros((16, 2, 3)))
+    views, classes = look(scene), start_classes(BOOK, np.ones(16, bool))
+    score = np.empty(BOOK.n_words + 2)
+    expected = []
+    for seed in range(len(scene.px)):
+        best = kernels.best_class(views.seen[seed], views.centre[seed, 2], classes, score)
+        expected.append((np.inf if best == BOOK.n_words else -score[best], scene.order[seed], seed))
+    seeds, negatives = kernels.ranked(scene, 0, views, classes, score)
+    assert len(scene.part) == 2
+    assert list(zip(negatives, scene.order[seeds], seeds, strict=True)) == sorted(expected)
+    assert np.inf in negatives
+    assert (np.diff(negatives[np.isfinite(negatives)]) == 0).any()
 
 
 def test_halos_are_weak_near_a_strong_molecule_of_their_word():

@@ -6,6 +6,8 @@ import numpy as np
 
 from merfish._jit import kernel
 
+FAR = 100.0  # squared residual relative to the variance, beyond which a weight is below the rounding error of 1
+
 
 @kernel
 def weigh_pairs(step, place, a, b, warp, share, width, chance, links, pull):
@@ -33,6 +35,8 @@ def weigh_pairs(step, place, a, b, warp, share, width, chance, links, pull):
             for t in range(n_terms):
                 rest -= (warp[j, axis, t] - warp[i, axis, t]) * place[k, t]
             off += rest * rest
+        if off > FAR * width**2:
+            continue
         near = top * np.exp(-off / (2 * width**2))
         weight = near / (near + others)
         for t in range(n_terms):

@@ -168,8 +168,9 @@ def share_light(image, plane_height, spots, chosen, shape, sweeps, settled):
             i = chosen[k]
             vp = 0.0
             for row in range(inner[k, 0], inner[k, 1]):
-                for column in range(inner[k, 2], inner[k, 3]):
-                    vp += image[row, column] * middle[k, row - inner[k, 0], column - inner[k, 2]]
+                line, weights = image[row, inner[k, 2] : inner[k, 3]], middle[k, row - inner[k, 0]]
+                for column in range(len(line)):
+                    vp += line[column] * weights[column]
             new = max(top[i] + vp / square[k], 0.0) if square[k] > 0.0 else 0.0
             change = top[i] - new
             if abs(change) <= settled:
@@ -177,8 +178,9 @@ def share_light(image, plane_height, spots, chosen, shape, sweeps, settled):
             moved = True
             top[i] = new
             for row in range(box[k, 0], box[k, 1]):
-                for column in range(box[k, 2], box[k, 3]):
-                    image[row, column] += np.float32(change * whole[k, row - box[k, 0], column - box[k, 2]])
+                line, share = image[row, box[k, 2] : box[k, 3]], whole[k, row - box[k, 0]]
+                for column in range(len(line)):
+                    line[column] += np.float32(change * share[column])
         if not moved:
             break
 

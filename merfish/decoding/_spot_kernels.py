@@ -427,6 +427,27 @@ def take_tails(peak, scene, taken):
 
 
 @kernel
+def ranked(scene, part, views, classes, score):
+    """Peaks of one part of a scene (peak,), the highest score first, and their negative scores (peak,).
+
+    Of equal scores, that of the first peak of the fits comes first. A negative score is inf where nothing is likeliest.
+    ``score`` (class,) is overwritten.
+    """
+    seeds = scene.seeds[scene.part[part] : scene.part[part + 1]]
+    nothing = len(score) - 2
+    negatives = np.full(len(seeds), np.inf)
+    best = nothing
+    for k in range(len(seeds)):
+        if k == 0 or not alike(views, seeds[k], seeds[k - 1]):  # the peaks of a molecule often are
+            best = best_class(views.seen[seeds[k]], views.centre[seeds[k], 2], classes, score)
+        if best != nothing:
+            negatives[k] = -score[best]
+    places = np.argsort(scene.order[seeds])
+    places = places[np.argsort(negatives[places], kind="mergesort")]  # stable
+    return seeds[places], negatives[places]
+
+
+@kernel
 def call_part(scene, part, views, classes, explained, taken, out):
     """Call the molecules of one part of a scene, the most certain first; see `call_all`."""
     px, py, pa = scene.px, scene.py, scene.pa
@@ -437,18 +458,20 @@ def call_part(scene, part, views, classes, explained, taken, out):
     seen = np.empty(n_bits, np.uint8)
     score, odds = np.empty(n_classes), np.empty(n_classes)
     is_on = np.empty(n_bits)
-    heap = [(0.0, -1, -1)]  # of equal scores, that of the first peak of the fits comes first
-    best, before = nothing, -1
-    for seed in scene.seeds[scene.part[part] : scene.part[part + 1]]:
-        if before < 0 or not alike(views, seed, before):  # the peaks of a molecule often are
-            best = best_class(views.seen[seed], views.centre[seed, 2], classes, score)
-        before = seed
-        if best != nothing:
-            heap.append((-score[best], scene.order[seed], seed))
-    heapq.heapify(heap)
-    while len(heap) > 0:
-        negative, _, seed = heapq.heappop(heap)
-        if seed < 0 or taken[seed]:
+    seeds, negatives = ranked(scene, part, views, classes, score)
+    end = (np.inf, -1, -1)
+    again = [end]  # heap of peaks that scored less once others had taken some of their peaks
+    done = 0
+    while True:
+        following = (negatives[done], scene.order[seeds[done]], seeds[done]) if done < len(seeds) else end
+        if again[0] < following:
+            following = heapq.heappop(again)
+        else:
+            done += 1
+        negative, _, seed = following
+        if negative == np.inf:
+            break
+        if taken[seed]:
             continue
         if changed(seed, scene, taken):
             cx, cy, bright = observe(seed, scene, taken, members, seen)
@@ -457,7 +480,7 @@ def call_part(scene, part, views, classes, explained, taken, out):
             cx, cy, bright = (views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2])
         best = best_class(seen, bright, classes, score)
         if score[best] < -negative - 1e-9:
-            heapq.heappush(heap, (-score[best], scene.order[seed], seed))
+            heapq.heappush(again, (-score[best], scene.order[seed], seed))
             continue
         if called_before(cx, cy, best, seed, scene, out):
             taken[seed] = True

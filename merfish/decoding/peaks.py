@@ -157,8 +157,9 @@ def measure_profile(
     bins = round(REACH / BIN) + 1
     bin_of = np.rint(distance / (BIN * sigma)).astype(np.int16).ravel()
     order = np.argsort(bin_of, kind="stable")
-    known, starts = np.unique(bin_of[order], return_index=True)
-    medians = [np.median(part) for part in np.split(share.ravel()[order], starts[1:])]
+    counts = np.bincount(bin_of)
+    known = np.flatnonzero(counts)
+    medians = [np.median(part) for part in np.split(share.ravel()[order], np.cumsum(counts[known])[:-1])]
     profile = np.interp(np.arange(bins), known, medians)
     profile[-1] = 0.0
     return profile

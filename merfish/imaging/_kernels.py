@@ -400,6 +400,7 @@ def find_peaks(image, height, threshold, x, y, value):
     """
     n_rows, width = image.shape
     found = 0
+    low = np.float32(threshold)  # no float32 above the threshold is below it
     for row in range(n_rows):
         inside = row % height
         if inside == 0 or inside == height - 1:
@@ -409,7 +410,7 @@ def find_peaks(image, height, threshold, x, y, value):
             last = min(first + _BLOCK, width - 1)
             above = 0
             for column in range(first, last):  # vectorised; most blocks have no pixel above
-                above += np.int32(line[column] > threshold)
+                above += np.int32(line[column] >= low)
             if above == 0:
                 continue
             for column in range(first, last):
