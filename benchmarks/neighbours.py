@@ -1,4 +1,5 @@
-"""Information from the neighbours of a cell: log p(x_i | neighbours) - log p(x_i) of held-out cells, by niche_encoder.
+"""Information from the neighbours of a cell: log p(x_i | neighbours) - log p(x_i) of held-out cells, by niche_encoder;
+and whether posterior regions hold the latents of data drawn from the model.
 
     python benchmarks/neighbours.py TABLE ... [--seeds N] [--samples N] [--models FOLDER]
 
@@ -24,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from heldout_tables import LEAST, REMOVED, dense, prepared, split
-from scipy.stats import multivariate_normal
+from scipy.stats import multivariate_normal, norm
 from sklearn.decomposition import PCA
 from tables import as_markdown
 
@@ -38,6 +39,7 @@ DRAWS, LEVEL = 200, 0.9  # of counts
 LINEAR = "linear Gaussian, 20 principal components"
 
 Row = tuple[str, str, int, float, float, float, float]  # section, method, seed, gain, over field, ranks within, CPU s
+Cover = tuple[str, int, float, float]  # section, seed, of z_niche, of z_cell
 
 
 def trained(name: str, rest: anndata.AnnData, seed: int, models: Path | None) -> SpatialVAE:
@@ -53,9 +55,9 @@ def trained(name: str, rest: anndata.AnnData, seed: int, models: Path | None) ->
     return model
 
 
-def of_section(name: str, table: anndata.AnnData, seed: int, samples: int, models: Path | None) -> Iterator[Row]:
-    rest, held = split(table)
-    model = trained(name, rest, seed, models)
+def of_section(
+    name: str, model: SpatialVAE, rest: anndata.AnnData, held: anndata.AnnData, seed: int, samples: int
+) -> Iterator[Row]:
     alone = model.get_marginal_ll(held, samples, seed, return_mean=False)
     field = None
     for method in neighbours.ENCODERS:
@@ -71,6 +73,16 @@ def of_section(name: str, table: anndata.AnnData, seed: int, samples: int, model
         inside = within(drawn, dense(held.X), seed)
         yield name, method, seed, float((given - alone).mean()), float((given - field).mean()), inside, took
     yield name, LINEAR, seed, linear_gain(rest, held), np.nan, np.nan, np.nan
+
+
+def cover(model: SpatialVAE, table: anndata.AnnData, seed: int) -> tuple[float, float]:
+    """Share of z_niche and of z_cell, of cells drawn at the places and with the total counts of ``table``, that lie in
+    their central ``LEVEL`` posterior intervals, dimension by dimension."""
+    drawn = model.sample_tissue(table.obsm["spatial"], library_size=dense(table.X).sum(1), seed=seed)
+    mean, variance = model.get_latent_representation(drawn, return_dist=True)
+    inside = np.abs(drawn.obsm["X_spatialvae"] - mean) < norm.ppf((1 + LEVEL) / 2) * np.sqrt(variance)
+    n_niche = model.module.shape.n_niche
+    return float(inside[:, :n_niche].mean()), float(inside[:, n_niche:].mean())
 
 
 def first_of_equals(table: anndata.AnnData) -> np.ndarray:
@@ -106,13 +118,14 @@ def linear_gain(rest: anndata.AnnData, held: anndata.AnnData) -> float:
     return float((given - multivariate_normal(y.mean(0), np.cov(y.T)).logpdf(other)).mean())
 
 
-def page(rows: pd.DataFrame, seeds: int, samples: int, command: str) -> str:
+def page(rows: pd.DataFrame, covers: pd.DataFrame, seeds: int, samples: int, command: str) -> str:
     def wide(value: str, digits: int) -> str:
         part = rows.dropna(subset=value)
         table = part.pivot_table(index="method", columns="section", values=value, sort=False)
         table["mean"] = table.mean(1)
         return as_markdown(table.map(lambda v: f"{v:.{digits}f}").reset_index())
 
+    held = covers.groupby("section", sort=False)[["z_niche", "z_cell"]].mean().round(3).reset_index()
     return f"""# What neighbours are worth
 
 Made by `{command}`.
@@ -141,6 +154,14 @@ Share of held-out counts, given neighbours and total counts, whose randomised ra
 
 {wide("within", 3)}
 
+## Cover of posterior regions
+
+Share of latents in their {LEVEL:.0%} posterior intervals (`get_latent_representation(return_dist=True)`), dimension by
+dimension, of one tissue drawn from each trained model (`sample_tissue`) at the places of its table and with its total
+counts; {LEVEL} is right.
+
+{as_markdown(held)}
+
 ## CPU seconds to fit
 
 After encoder, decoder and field, on a machine that others used, too.
@@ -157,20 +178,26 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder of trained models")
     options = parser.parse_args()
     rows: list[Row] = []
+    covers: list[Cover] = []
     for seed, path in product(range(options.seeds), options.tables):
         read = anndata.read_h5ad(path)
         counts = dense(read.layers.get("counts_recovered", read.X))
         seen = counts.sum(0) > 0
         table = prepared(counts[:, seen], read.var_names[seen], read.obsm["spatial"], None)
         table = table[first_of_equals(table)].copy()
-        for row in of_section(path.stem, table, seed, options.samples, options.models):
+        rest, held = split(table)
+        model = trained(path.stem, rest, seed, options.models)
+        covers.append((path.stem, seed, *cover(model, rest, seed)))
+        print(*covers[-1], flush=True)
+        for row in of_section(path.stem, model, rest, held, seed, options.samples):
             rows.append(row)
             print(*row, flush=True)
     columns = ["section", "method", "seed", "gain", "over field", "within", "seconds"]
     names = " ".join(path.name for path in options.tables)
     command = f"python benchmarks/neighbours.py {names} --seeds {options.seeds} --samples {options.samples}"
     RESULTS.mkdir(exist_ok=True)
-    text = page(pd.DataFrame(rows, columns=columns), options.seeds, options.samples, command)
+    shares = pd.DataFrame(covers, columns=["section", "seed", "z_niche", "z_cell"])
+    text = page(pd.DataFrame(rows, columns=columns), shares, options.seeds, options.samples, command)
     (RESULTS / "neighbours.md").write_text(text)
     print(text)
 

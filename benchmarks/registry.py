@@ -204,7 +204,7 @@ BENCHMARKS = (
         figures=[Figure("log p(x) [nats a cell], osmFISH", "osmfish", {"method": "SpatialVAE"}, kind="number")],
     ),
     Benchmark(
-        "neighbours", "information from neighbours by niche_encoder; intervals of held-out counts",
+        "neighbours", "information from neighbours by niche_encoder; intervals of counts, cover of latents",
         "neighbours.py",
         [f"{{data}}/spatial_tables/{name}.h5ad" for name in (
             "starmap_mpfc_BZ5", "starmap_mpfc_BZ14", "osmfish_cortex", "merfish_hypothalamus", "merfish_mop_slice1")],

@@ -1,4 +1,4 @@
-"""The usual analyses of scanpy and squidpy on the table of a run; run by `.ci/exchange`."""
+"""Standard analyses of scanpy and squidpy on the table of a run; run by `.ci/exchange`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from merfish import results
 
 @pytest.fixture
 def genes(done):
-    """The genes of a run's table, without its blanks."""
+    """Return the genes of a run's table, without its blanks."""
     table = anndata.read_h5ad(done / results.CELL_BY_GENE)
     scanpy.pp.calculate_qc_metrics(table, percent_top=None, qc_vars=["is_blank"], inplace=True)
     np.testing.assert_array_equal(table.obs["total_counts"], table.obs["n_transcripts"])
@@ -38,7 +38,7 @@ def test_scanpy_and_squidpy_cluster_cells_and_find_their_neighbours(genes):
     assert found["count"].sum() == 6 * genes.n_obs
     squidpy.gr.spatial_autocorr(genes, mode="moran", n_perms=None)
     moran = genes.uns["moranI"].loc[genes.var_names]
-    # the same by its definition: mean product of a cell and its neighbours over the variance
+    # the same by its definition: mean product of a cell and its neighbours, divided by the variance
     values = genes.X.toarray() - genes.X.toarray().mean(axis=0)
     near = genes.obsp["spatial_connectivities"].toarray() / 6
     expected = (values * (near @ values)).sum(axis=0) / (values**2).sum(axis=0)

@@ -6,13 +6,13 @@ import matplotlib
 import pytest
 from hypothesis import HealthCheck, settings
 
-# These need other environments, which .ci/exchange, .ci/scvi and .ci/napari create.
+# These tests need other environments, which .ci/exchange, .ci/scvi and .ci/napari create.
 collect_ignore = [] if find_spec("squidpy") else ["exchange_roundtrip.py", "analysis_roundtrip.py"]
 collect_ignore += [] if find_spec("scvi") else ["scvi_roundtrip.py"]
 collect_ignore += [] if find_spec("napari_spatialdata") else ["napari_roundtrip.py"]
 
 matplotlib.use("Agg")
-# compilation takes seconds on the first example and no time after it
+# the first example includes seconds of compilation
 settings.register_profile(
     "default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
@@ -29,7 +29,7 @@ def raw(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def done(raw, tmp_path_factory):
-    """The folder of its run."""
+    """The folder of a run of that experiment."""
     import merfish
 
     out = tmp_path_factory.mktemp("run") / "out"
@@ -39,9 +39,9 @@ def done(raw, tmp_path_factory):
 
 @pytest.fixture
 def blank_pictures(request, monkeypatch):
-    """Runs of the test write pages with blank pictures: drawing takes half the time of a run of small fields.
+    """Replace the figures of reports by blank pictures: drawing takes half the time of a run of small fields.
 
-    Whole modules use it that are not about pages; a test among them whose page is unusual is marked ``draws``.
+    Modules whose tests do not concern reports use it; a test among them that needs the figures is marked ``draws``.
     """
     if not request.node.get_closest_marker("draws"):
         empty = '<svg viewBox="0 0 1 1"></svg>'

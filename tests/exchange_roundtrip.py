@@ -1,4 +1,4 @@
-"""What squidpy, spatialdata-io, spatialdata and geopandas read back of a run; `.ci/exchange` runs it in their midst."""
+"""Results of a run as read by squidpy, spatialdata-io, spatialdata and geopandas; run by `.ci/exchange`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_spatialdata_io_reads_merscope(merscope, table, calls, cells):
 
 @pytest.fixture(scope="module")
 def store(raw, done, tmp_path_factory):
-    """The SpatialData store of a run with saved images, and the folder of that run."""
+    """Return the SpatialData store of a run with saved images, and the folder of that run."""
     run = tmp_path_factory.mktemp("with_images") / "out"
     shutil.copytree(done, run)
     merfish.run(raw, out=run, save_images=True)

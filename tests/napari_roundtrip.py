@@ -1,4 +1,4 @@
-"""napari-spatialdata shows the SpatialData store of a run; run by `.ci/napari`."""
+"""napari-spatialdata displays the SpatialData store of a run; run by `.ci/napari`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from merfish.mosaic import section_images
 
 @pytest.fixture
 def layer(done, tmp_path):
-    """Adds an element of the store to a viewer without a window, and returns its layer."""
+    """Add an element of the store to a viewer without a window, and return its layer."""
     write_spatialdata(done, tmp_path / "run.zarr", section_images(done))
     viewer = Interactive(spatialdata.read_zarr(tmp_path / "run.zarr"), headless=True)
 

@@ -1,4 +1,4 @@
-"""Slow, obvious versions of what the packages compute fast."""
+"""Slow, simple reference implementations of the packages' kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def decode_pixel(vector, words, min_magnitude, max_distance):
-    """(word, distance, magnitude) of one normalised pixel vector: Euclidean distance between unit vectors."""
+    """Return (word, distance, magnitude) of one normalised pixel vector: Euclidean distance between unit vectors."""
     vector = np.maximum(np.asarray(vector, float), 0)
     magnitude = np.linalg.norm(vector)
     if magnitude == 0 or magnitude < min_magnitude:
@@ -21,14 +21,14 @@ def decode_pixel(vector, words, min_magnitude, max_distance):
 
 
 def nearest_word(observed, words):
-    """(word, Hamming distance, ambiguous) of one observed word; the first of the nearest."""
+    """Return (word, Hamming distance, ambiguous) of one observed word; ties go to the first word."""
     distances = [int((np.asarray(observed) != word).sum()) for word in words]
     best = min(distances)
     return distances.index(best), best, distances.count(best) > 1
 
 
 def light_by_plane(x, y, on, peaks, radius, left, height):
-    """Mean height of the bits ``on`` at (y rows, x) in the planes below, own and above; peaks: (x, y, height, bit)."""
+    """Mean height of the bits ``on`` at (y rows, x) in the planes below, at and above; peaks: (x, y, height, bit)."""
     light = []
     for plane in (int(y) // height - 1, int(y) // height, int(y) // height + 1):
         rows = left[:, plane * height : (plane + 1) * height] if plane >= 0 else left[:, :0]
@@ -50,7 +50,7 @@ def light_by_plane(x, y, on, peaks, radius, left, height):
 
 
 def tails(peak, peaks, height, near, far, share):
-    """Which peaks (x, y, height, bit) are the light of one of them, out of focus, at most two planes away."""
+    """Return which peaks (x, y, height, bit) are out-of-focus light of another one, at most two planes away."""
     x, y, top, bit = peaks[peak]
     found = []
     for px, py, h, b in peaks:
@@ -62,7 +62,7 @@ def tails(peak, peaks, height, near, far, share):
 
 
 def clusters(x, y, bit, reach, cell, height):
-    """Connected peaks (x, y rows, bit), as sets: near in one plane, or of one bit and above each other."""
+    """Group peaks (x, y rows, bit) into sets: connected if near in one plane, or of one bit and above each other."""
     groups = [{i} for i in range(len(x))]
     for i, j in np.ndindex(len(x), len(x)):
         away = abs(y[i] // height - y[j] // height)
@@ -75,7 +75,7 @@ def clusters(x, y, bit, reach, cell, height):
 
 
 def components(word):
-    """8-connected components of equal word in one plane (y, x): a list of sets of (y, x), in scan order."""
+    """Return 8-connected components of equal word in one plane (y, x): a list of sets of (y, x), in scan order."""
     height, width = word.shape
     seen, found = set(), []
     for start in np.ndindex(height, width):
@@ -102,7 +102,7 @@ def components(word):
 
 
 def spot(shape, y, x, flux, sigma):
-    """(y, x) image of a Gaussian of total ``flux`` averaged over pixels, by its integral along both axes."""
+    """Return an image (y, x) of a Gaussian of total ``flux``, averaged over pixels by its integral along both axes."""
     from scipy.stats import norm
 
     shares = [norm.cdf(np.arange(n) + 0.5, at, sigma) - norm.cdf(np.arange(n) - 0.5, at, sigma)
@@ -111,7 +111,7 @@ def spot(shape, y, x, flux, sigma):
 
 
 def cell_of(x, y, polygons, cell_ids):
-    """Smallest id of the polygons that hold or touch (x, y); -1 if there is none."""
+    """Return the smallest id of the polygons that contain or touch (x, y), -1 if there is none."""
     import shapely
 
     return min((i for i, polygon in zip(cell_ids, polygons, strict=True) if polygon.intersects(shapely.Point(x, y))),
@@ -119,7 +119,7 @@ def cell_of(x, y, polygons, cell_ids):
 
 
 def filter_plane(plane, start, taps_y, taps_x):
-    """Sum of taps times the mirrored plane (y, x), pixel by pixel."""
+    """Return the sum of taps times the mirrored plane (y, x), pixel by pixel."""
     height, width = plane.shape
 
     def mirrored(index, size):
@@ -137,7 +137,7 @@ def filter_plane(plane, start, taps_y, taps_x):
 
 
 def remove_hot_pixels(image):
-    """A pixel that stands over its neighbours, but the highest, by 4 times their range becomes the next highest."""
+    """Replace pixels that exceed the lowest neighbour by 4 times the neighbours' range, the highest one excluded."""
     out = image.astype(float)
     for y, x in np.ndindex(image.shape):
         block = image[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].astype(float)
@@ -149,7 +149,7 @@ def remove_hot_pixels(image):
 
 
 def patch_step(fixed, moving, center, radius):
-    """Step of one patch by numpy's least squares; see the kernel of the same name."""
+    """Return the step of one patch by numpy's least squares; see the kernel of the same name."""
     v, u = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     y, x = (c + d[v**2 + u**2 <= radius**2] for c, d in zip(center, (v, u), strict=True))
     mean = (fixed.astype(float) + moving) / 2
@@ -162,7 +162,7 @@ def patch_step(fixed, moving, center, radius):
 
 
 def nearest_neighbours(coordinates, samples, k):
-    """List of sets of distances: those of each cell to its k nearest others of the same sample, sorted."""
+    """Return a list of sets of distances: from each cell to its k nearest others in the same sample, sorted."""
     out = []
     for i, here in enumerate(coordinates):
         others = [
@@ -173,7 +173,7 @@ def nearest_neighbours(coordinates, samples, k):
 
 
 def smooth_part(laplacian, y, r, a, smooth, rough, noise):
-    """Posterior mean of the smooth field, one direction at a time, with dense matrices."""
+    """Return the posterior mean of the smooth field, one direction at a time, with dense matrices."""
     one = np.eye(len(laplacian))
     field = smooth[:, None, None] * np.linalg.inv(one + r * laplacian)
     rest = rough[:, None, None] * np.linalg.inv(one + a * laplacian) + noise[:, None, None] * one
@@ -181,7 +181,7 @@ def smooth_part(laplacian, y, r, a, smooth, rough, noise):
 
 
 def field_log_likelihood(laplacian, y, r, a, smooth, rough, noise):
-    """log N(y; 0, V) of one direction with dense matrices."""
+    """Return log N(y; 0, V) of one direction with dense matrices."""
     from scipy.stats import multivariate_normal
 
     one = np.eye(len(laplacian))
@@ -191,7 +191,7 @@ def field_log_likelihood(laplacian, y, r, a, smooth, rough, noise):
 
 
 def niche_divergence(mean, variance, laplacian, r, prior_variance):
-    """KL of independent Gaussians (cell, dim) from the joint Gaussian field, summed over cells and dimensions."""
+    """Return the KL of independent Gaussians (cell, dim) from the joint Gaussian field, summed over both axes."""
     total = 0.0
     root = np.eye(len(laplacian)) + r * laplacian
     for d in range(mean.shape[1]):
@@ -207,7 +207,7 @@ def niche_divergence(mean, variance, laplacian, r, prior_variance):
 
 
 def cell_bound(x, shares, zeros, theta, mean, variance, prior_mean, prior_variance):
-    """(log likelihood, KL of z_cell) of one cell at a given draw, gene by gene and dimension by dimension."""
+    """Return (log likelihood, KL of z_cell) of one cell for a given draw, gene by gene and dimension by dimension."""
     from scipy.stats import nbinom
 
     depth = x.sum()
@@ -222,7 +222,7 @@ def cell_bound(x, shares, zeros, theta, mean, variance, prior_mean, prior_varian
 
 
 def peaks(image, threshold):
-    """Inner pixels (y, x) of an image above a threshold that no neighbour exceeds, in scan order."""
+    """Return inner pixels (y, x) of an image above a threshold that no neighbour exceeds, in scan order."""
     return [
         (y, x)
         for y in range(1, image.shape[0] - 1)
@@ -232,7 +232,7 @@ def peaks(image, threshold):
 
 
 def word_scores(seen, ratio, log_prior, words):
-    """Log posterior odds of each word: its prior and what each of its on-bits shows."""
+    """Return the log posterior odds of each word: its prior and the evidence of each of its on-bits."""
     return [
         log_prior[w] + sum(ratio[bit][seen[bit]] for bit in range(len(word)) if word[bit])
         for w, word in enumerate(words)
@@ -240,7 +240,7 @@ def word_scores(seen, ratio, log_prior, words):
 
 
 def refit_spot(image, x, y, height, shape):
-    """Least squares of height, height * step in x and y of one spot, by NumPy's solver; returns x, y, height."""
+    """Fit height, and height * step in x and y, of one spot by NumPy's least squares; returns x, y, height."""
     places = np.arange(len(shape.profile)) / shape.bins
     rows, values = [], []
     for row in range(image.shape[0]):
@@ -260,7 +260,7 @@ def refit_spot(image, x, y, height, shape):
 
 
 def word_tally(word, shown, probability, kept, codebook):
-    """What `merfish.calls.error_model.tally_words` counts, call by call."""
+    """Return what `merfish.calls.error_model.tally_words` counts, call by call."""
     tally = {name: np.zeros(codebook.n_words) for name in ("found", "kept", "kept_exact", "right", "exact")}
     tally |= {name: np.zeros(codebook.n_bits) for name in ("lost", "gained")}
     for w, bits, p, keep in zip(word, shown, probability, kept, strict=True):
@@ -279,7 +279,7 @@ def word_tally(word, shown, probability, kept, codebook):
 
 
 def pairs_of_fields(a, b, radius):
-    """One-to-one pairs of equal word within ``radius``, the closest first."""
+    """Return one-to-one pairs of equal word within ``radius``, the closest first."""
     near = sorted(
         (np.hypot(a.x[i] - b.x[j], a.y[i] - b.y[j]), i, j)
         for i in range(len(a.word))
@@ -294,7 +294,7 @@ def pairs_of_fields(a, b, radius):
 
 
 def share_light(image, x, y, top, shape):
-    """One sweep of heights at fixed places: each spot takes its least-squares share of what the others leave."""
+    """Update heights at fixed places once: each spot gets its least-squares share of the residual of the others."""
     places, (rows, columns) = np.arange(len(shape.profile)) / shape.bins, np.indices(image.shape)
     left, top = image.astype(float), list(top)
     for i in range(len(x)):
@@ -308,7 +308,7 @@ def share_light(image, x, y, top, shape):
 
 
 def tile_noise(planes, tile, every):
-    """Medians, and median distances from them, of tiles of (plane, y, x), by NumPy; both (plane, row, column)."""
+    """Return medians and median absolute deviations of tiles of (plane, y, x), by NumPy; both (plane, row, column)."""
     (n_planes, height, width), (tile_y, tile_x) = planes.shape, tile
     medians, deviations = np.empty((2, n_planes, height // tile_y, width // tile_x))
     for p, row, column in np.ndindex(medians.shape):
@@ -319,7 +319,7 @@ def tile_noise(planes, tile, every):
 
 
 def weigh_pairs(step, place, a, b, warp, share, width, chance):
-    """What the kernel of the same name fills and returns, pair by pair."""
+    """Return what the kernel of the same name fills and returns, pair by pair."""
     from scipy.stats import norm
 
     n, terms = len(warp), place.shape[1]
@@ -346,7 +346,7 @@ def mixture_log_density(weight, mean, variance, z):
 
 
 def nearest_words(codebook) -> np.ndarray:
-    """Whether no other word is nearer to a gene's word than this one, (word, word) float64."""
+    """Return whether no other word is nearer to a gene's word than this one, (word, word) float64."""
     near = np.zeros((codebook.n_words, codebook.n_words))
     for gene in np.flatnonzero(~codebook.is_blank):
         distance = (codebook.words != codebook.words[gene]).sum(axis=1)

@@ -1,4 +1,4 @@
-"""The harness of the benchmarks: what it reads from their pages."""
+"""The harness of the benchmarks: parsing of their pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to the calls of many fields: odds, filter, rates of errors, molecules that two fields show."""
+"""Calls of many fields: odds, filter, error rates, and molecules seen in two fields."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def words_of(found: pd.DataFrame, kept: np.ndarray | None = None) -> WordTally:
 
 
 def drawn_calls(n: int, book: Codebook, seed: int = 3) -> tuple[pd.DataFrame, np.ndarray]:
-    """Calls whose stated odds are true, and which of them are wrong; wrong ones fall on any word alike."""
+    """Simulate calls with true odds, and which of them are wrong; wrong calls are spread evenly over the words."""
     rng = np.random.default_rng(seed)
     odds = rng.normal(2.5, 3, n)
     wrong = rng.random(n) < 1 / (1 + np.exp(odds))
@@ -77,7 +77,7 @@ def test_odds_are_calibrated_and_the_rate_is_held():
     keep = log_odds_wrong(quality, odds) <= threshold_at_rate(tally, odds, 0.05)
     assert wrong[keep].mean() == pytest.approx(0.05, abs=0.02)
     assert keep.mean() > 0.5
-    assert keep.mean() == pytest.approx(keep_at_rate(probability, 0.05).mean(), abs=0.01)  # a bin holds that many
+    assert keep.mean() == pytest.approx(keep_at_rate(probability, 0.05).mean(), abs=0.01)  # up to one bin
 
 
 @given(st.lists(st.tuples(st.floats(-12, 12), st.booleans(), st.integers(0, 2)), max_size=40))
@@ -128,7 +128,7 @@ def test_threshold__of_nothing_and_of_what_is_always_wrong():
 def test_blank_share__follows_the_molecules_that_are_confused():
     rng = np.random.default_rng(1)
     abundance = np.where(BOOK.is_blank, 0.0, rng.lognormal(0, 1, BOOK.n_words))
-    abundance[0] = abundance.sum()  # one gene makes half of all molecules
+    abundance[0] = abundance.sum()  # one gene makes up half of all molecules
     near = reference.nearest_words(BOOK)
     received = near @ abundance
     expected = received[BOOK.is_blank].sum() / received.sum()
@@ -241,6 +241,6 @@ def test_pair_up__equals_the_reference_from_both_sides(seed):
     pairs = sorted(zip(*(rows.tolist() for rows in pair_up(*fields)), strict=True))
     assert pairs == reference.pairs_of_fields(*fields, FIELD_RADIUS)
     worse = [seen_better_elsewhere(fields[k], [fields[1 - k]]) for k in (0, 1)]
-    # of each pair one stays, and nothing else is dropped
+    # one of each pair is kept, and nothing else is dropped
     assert all(worse[0][i] != worse[1][j] for i, j in pairs)
     assert sum(part.sum() for part in worse) == len(pairs)

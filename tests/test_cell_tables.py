@@ -1,4 +1,4 @@
-"""What a run says of its cells: stains, depth, expected counts, genes imaged one by one, segmenters of others."""
+"""Cell tables of a run: stains, depth, expected counts, genes imaged one by one, custom segmenters."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from merfish.transcripts import read_transcripts
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 MPP, SHAPE = 0.108, (400, 400)
-GENES = ("Malat1", "Gene001")  # the second is in the codebook as well
+GENES = ("Malat1", "Gene001")  # the second is also in the codebook
 
 
 def smfish(raw, per_cell, seed=0):
-    """Add genes imaged one by one, a frame each, to a simulated experiment; returns true counts (cell, gene)."""
+    """Add genes imaged one by one, one frame each, to a simulated experiment; returns true counts (cell, gene)."""
     rng = np.random.default_rng(seed)
     cells = read_cells(raw / "truth" / "cells.parquet")
     outlines, counts = cells["geometry"].to_numpy(), np.zeros((len(cells), len(GENES)))
@@ -96,7 +96,7 @@ def done(experiment, tmp_path_factory):
 
 
 def matched(done, raw):
-    """Rows of the cells found and of the true cells that they are, those that are imaged whole."""
+    """Return the rows of found cells and of the matching true cells, for cells that are imaged whole."""
     truth = read_cells(raw / "truth" / "cells.parquet")
     match = match_cells(read_cells(done / results.CELLS)["geometry"].to_numpy(), truth["geometry"].to_numpy())
     whole = np.flatnonzero((match >= 0) & (truth["visible"].to_numpy() > 0.999))
@@ -129,7 +129,7 @@ def test_run__tells_depth_stains_and_nuclei_of_cells(done, experiment):
     assert cells["nucleus_area"].div(cells["area"]).median() == pytest.approx(0.32, abs=0.06)
     for stain in ("DAPI", "polyT"):
         np.testing.assert_allclose(cells[f"{stain}_total"], cells[f"{stain}_mean"] * cells["area"] / MPP**2)
-    # a nucleus shines with 500 photons and more over a background of 60 and an offset of 100
+    # a nucleus has at least 500 photons over a background of 60 and an offset of 100
     dark = cells["DAPI_mean"] - 160
     assert (dark / (cells["nucleus_area"] / cells["area"])).median() == pytest.approx(600, rel=0.2)
     table = anndata.read_h5ad(done / results.CELL_BY_GENE)
@@ -178,7 +178,7 @@ def test_count_file__of_blocks_of_cells_reads_as_the_table_of_all(tmp_path):
     np.testing.assert_array_equal(table.layers["expected"].todense(), dense["expected"])
     np.testing.assert_array_equal(table.obsm["spatial"], cells[["center_x", "center_y"]])
     pd.testing.assert_frame_equal(table.obs, cells.set_index(cells["cell_id"].astype(str).rename(None)))
-    with h5py.File(tmp_path / "blocks.h5ad") as file:  # blocks of one value took 7 kB of memory each
+    with h5py.File(tmp_path / "blocks.h5ad") as file:  # blocks of one value would use 7 kB of memory each
         grown = [*file["obs"].values(), *file["X"].values(), *file["layers/expected"].values()]
         assert min(vector.chunks[0] for vector in grown) >= CHUNK
 
@@ -187,7 +187,7 @@ def test_count_file__of_blocks_of_cells_reads_as_the_table_of_all(tmp_path):
 
 
 def test_find_cells__measures_how_deep_cells_reach():
-    """Three columns that shine in 2, 3 and 5 of 5 planes, which are 1, 2 and 2 micrometre apart."""
+    """Make three columns that are stained in 2, 3 and 5 of 5 planes, with spacings of 1, 2 and 2 micrometres."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:150, :450]
     light = np.full((2, 5, 150, 450), 60.0)
@@ -213,7 +213,7 @@ def test_find_cells__measures_how_deep_cells_reach():
 
 
 def whole_blocks(nuclei, cytoplasm, microns_per_pixel):
-    """Cells are squares, whatever is in the images; labels are not in a row."""
+    """Return squares as cells, whatever the images show; labels are not consecutive."""
     assert nuclei.shape == cytoplasm.shape == SHAPE
     y, x = np.indices(nuclei.shape)
     labels = (10 * (y // 40) + 1000 * (x // 40) + 7).astype(np.uint16)
@@ -231,7 +231,7 @@ def wrong_type(nuclei, cytoplasm, microns_per_pixel):
 
 @pytest.fixture
 def importable(tmp_path, monkeypatch):
-    """This file as a module that a run can import."""
+    """Write this file as a module that a run can import."""
     shutil.copy(__file__, tmp_path / "lab_segmenters.py")
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -340,7 +340,7 @@ def test_embed_run__of_cells_some_of_which_are_empty(done, tmp_path, monkeypatch
     assert table.obs["spatial_domain"].nunique() <= 3
     assert (table.X != before.X).nnz == 0
     assert list(before.obs.columns) == list(table.obs.columns.drop("spatial_domain"))
-    assert published(out)["key"]  # the results count as whole
+    assert published(out)["key"]  # the results are complete
     with pytest.warns(UserWarning, match="1 cell without counts"):
         model = SpatialVAE.load(out / MODEL, table)
     np.testing.assert_allclose(model.get_latent_representation(), table.obsm["X_spatialvae"], atol=1e-4)
@@ -350,7 +350,7 @@ def test_embed_run__of_cells_some_of_which_are_empty(done, tmp_path, monkeypatch
 
 
 def with_an_empty_cell(out):
-    """Take the molecules of one cell out of a run's table; its record fits it."""
+    """Remove the molecules of one cell from a run's table, and adapt its record."""
     path = out / results.CELL_BY_GENE
     table = anndata.read_h5ad(path)
     lines = np.ones(table.n_obs)

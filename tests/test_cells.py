@@ -156,7 +156,7 @@ def test_read_cells__rejects_other_files(tmp_path):
 
 
 def stained_field(shape=(300, 300), light=None, seed=0):
-    """Nuclei and bodies of nine cells, three of them dim, over camera noise; light: (y, x) illumination."""
+    """Simulate nuclei and bodies of nine cells, three of them dim, with camera noise; light: (y, x) illumination."""
     rng = np.random.default_rng(seed)
     nuclei, bodies = np.full(shape, 60.0), np.full(shape, 60.0)
     truth = np.zeros(shape, int)
@@ -172,7 +172,7 @@ def stained_field(shape=(300, 300), light=None, seed=0):
 
 
 def agreement(labels, truth):
-    """Intersection over union of each true cell with the label that covers most of it."""
+    """Return the intersection over union of each true cell with the label that covers most of it."""
     found = []
     for number in range(1, truth.max() + 1):
         label = np.argmax(np.bincount(labels[truth == number]))
@@ -192,7 +192,7 @@ def test_segment__finds_bright_and_dim_cells():
 def test_segment__parts_cells_and_nuclei_that_touch():
     rng = np.random.default_rng(3)
     nuclei, bodies = np.full((160, 220), 60.0), np.full((160, 220), 60.0)
-    for x, strength in ((90, 1.0), (130, 0.6)):  # nuclei of radius 22 that share a lens of 4 pixels
+    for x, strength in ((90, 1.0), (130, 0.6)):  # nuclei of radius 22 that overlap in a lens of 4 pixels
         nuclei[disk((80, x), 22)] = 60 + 500 * strength
     bodies[disk((80, 90), 40)] = bodies[disk((80, 130), 40)] = 360
     labels = segment(rng.poisson(gaussian_filter(nuclei, 2)), rng.poisson(gaussian_filter(bodies, 2)), MPP)
@@ -279,7 +279,7 @@ def disc(x, y, radius):
 
 
 def merge_fields(outlines_by_fov, positions, shape, scale):
-    """All cells of some fields, merged as a run does it, but all at once."""
+    """Merge all cells of some fields as a run does, but all at once."""
     fovs = sorted(outlines_by_fov)
     shapes = {
         fov: in_stage_frame(np.array([*outlines_by_fov[fov].values(), None], dtype=object)[:-1], positions[fov], scale)
@@ -302,7 +302,7 @@ def merge_fields(outlines_by_fov, positions, shape, scale):
 
 
 def test_merge_fields__counts_a_cell_in_an_overlap_once():
-    # fields of 100 x 100 pixels of 1 micrometre that share 40 columns; the cell at 80 is seen whole by both
+    # fields of 100 x 100 pixels of 1 micrometre with 40 common columns; both show the whole cell at 80
     left = {1: disc(80, 50, 12), 2: disc(20, 20, 10)}
     right = {1: disc(20.5, 50, 12), 2: disc(70, 70, 10)}
     cells = merge_fields({0: left, 1: right}, [(0, 0), (60, 0)], (100, 100), 1.0)
@@ -328,7 +328,7 @@ def test_merge_fields__joins_a_cell_that_each_field_cuts():
 
 
 def test_merge_fields__a_sliver_belongs_to_the_cell_that_the_neighbour_sees():
-    whole = disc(80, 50, 15)  # reaches 5 micrometre into the other field
+    whole = disc(80, 50, 15)  # extends 5 micrometres into the other field
     sliver = shapely.transform(whole & shapely.box(89.5, 0, 200, 99.5), lambda xy: xy - [90, 0])
     cells = merge_fields({0: {1: whole}, 1: {1: sliver}}, [(0, 0), (90, 0)], (100, 100), 1.0)
     assert len(cells) == 1
@@ -336,7 +336,7 @@ def test_merge_fields__a_sliver_belongs_to_the_cell_that_the_neighbour_sees():
 
 
 def test_merge_fields__neighbours_stay_apart_and_never_overlap():
-    left, right = {1: disc(75, 50, 12)}, {1: disc(36, 50, 12)}  # at 96: they share a lens
+    left, right = {1: disc(75, 50, 12)}, {1: disc(36, 50, 12)}  # at 96: they overlap in a lens
     cells = merge_fields({0: left, 1: right}, [(0, 0), (60, 0)], (100, 100), 1.0)
     a, b = cells["geometry"]
     assert a.intersection(b).area < 1e-6

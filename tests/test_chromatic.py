@@ -1,4 +1,4 @@
-"""Chromatic maps against drawn molecules whose colours are bent by known maps."""
+"""Chromatic maps of simulated molecules whose colours are distorted by known maps."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw_bits(points: np.ndarray, words: np.ndarray, seed: int) -> np.ndarray:
 
 
 def spots_of(places: list[np.ndarray], plane: int = 0) -> FieldSpots:
-    """Spots at the places (spot, 2) y, x of each bit."""
+    """Return spots at the positions (spot, 2) y, x of each bit."""
     bit = np.repeat(np.arange(len(places)), [len(p) for p in places])
     y, x = np.concatenate(places).T
     ones = np.ones(len(bit), np.float32)
@@ -47,7 +47,7 @@ def spots_of(places: list[np.ndarray], plane: int = 0) -> FieldSpots:
 
 
 def drifted_field(seed: int, maps: np.ndarray = TRUE, spread: float = 0.1) -> tuple[FieldSpots, np.ndarray]:
-    """Spots of molecules after their drift, up to 20 px, was taken out, and that drift; the first bits have none."""
+    """Return spots of molecules corrected for their drift of up to 20 px, and that drift; the first bits have none."""
     places, words = molecules(seed)
     rng = np.random.default_rng([seed, 1])
     drift = rng.uniform(-20, 20, (6, 2)) * (COLORS > 0)[:, None]

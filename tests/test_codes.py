@@ -1,4 +1,4 @@
-"""Codebooks other than 16 bits of distance 4: in-situ sequencing's rounds of one colour each, distance 2, more bits."""
+"""Codebooks other than 16 bits of distance 4: in-situ sequencing with one colour per round, distance 2, more bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ N_BLANKS = 12
 
 
 def one_hot_codebook(last_checks: bool) -> Codebook:
-    """4 rounds x 4 colours, one colour a round; the last round is free or the check of the others."""
+    """Make 4 rounds x 4 colours, one colour per round; the last round is free or a checksum of the others."""
     words = [
         np.eye(4, dtype=np.uint8)[list(w)].ravel()
         for w in product(range(4), repeat=4)
@@ -30,7 +30,7 @@ def one_hot_codebook(last_checks: bool) -> Codebook:
 
 
 def pairs_codebook() -> Codebook:
-    """14 bits, weight 4, distance 2: any four bits."""
+    """Make 14 bits, weight 4, distance 2: any four bits."""
     words = np.array([w for w in product((0, 1), repeat=14) if sum(w) == 4], np.uint8)
     chosen = np.random.default_rng(1).permutation(words)[:200]
     names = [f"g{k}" for k in range(len(chosen) - 40)] + [f"Blank-{k}" for k in range(40)]

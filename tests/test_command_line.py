@@ -23,7 +23,7 @@ from merfish.transcripts import read_transcripts
 
 
 def call(monkeypatch, *arguments):
-    """Exit code of ``merfish arguments``."""
+    """Return the exit code of ``merfish arguments``."""
     monkeypatch.setattr(sys, "argv", ["merfish", *map(str, arguments)])
     try:
         cli.main()
@@ -171,7 +171,7 @@ def test_whole_file_replaces_a_folder_whole(tmp_path):
 
 
 def commands(app):
-    """Name and click command of every command of a command line."""
+    """Return name and click command of every command of a command line."""
     group = typer.main.get_command(app)
     stack = [((), group)]
     while stack:

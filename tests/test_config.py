@@ -1,4 +1,4 @@
-"""Parameters of a run: what is refused, and why."""
+"""Parameters of a run: rejected values, and their messages."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_read_config__of_nothing_is_the_defaults(tmp_path):
 
 @pytest.mark.parametrize("smoothing", [LEAST_SIGMA, 1.0, 10.0])
 def test_filter__works_at_the_limits_of_what_may_be_asked(smoothing):
-    """A spot as wide as the filter's stays the highest place, at its place, and its height is far above rounding."""
+    """A spot as wide as the filter's remains the highest peak, at its position, with a height far above rounding."""
     background = smoothing * LEAST_RATIO if smoothing > LEAST_SIGMA else 100.0
     y, x = np.mgrid[-60:61, -60:61]
     spot = 1000 * np.exp(-(y**2 + x**2) / (2 * max(smoothing, 1.0) ** 2)) + 100

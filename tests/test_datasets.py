@@ -1,4 +1,4 @@
-"""The data that come with the package."""
+"""The bundled data."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_merscope_tables_have_vizgens_columns(monkeypatch, tmp_path, done):
     calls = pd.read_csv(out / "detected_transcripts.csv", index_col=0)
     expected = "barcode_id global_x global_y global_z x y fov gene transcript_id cell_id"
     assert calls.columns.tolist() == expected.split()
-    # the transform leads from micrometres to pixels of a mosaic whose first is the first of the first field
+    # the transform maps micrometres to pixels of a mosaic whose first pixel is that of the first field
     matrix = np.loadtxt(out / "images" / "micron_to_mosaic_pixel_transform.csv")
     pixel = calls[["global_x", "global_y"]].to_numpy() @ matrix[:2, :2].T + matrix[:2, 2]
     first = calls["fov"].to_numpy() == 0

@@ -119,7 +119,7 @@ def test_read_outlines__of_everyones_polygons(tmp_path):
     (tmp_path / "baysor.json").write_text(json.dumps({"geometries": baysor, "type": "GeometryCollection"}))
     (tmp_path / "lines.geojson").write_text("\n".join(map(json.dumps, features("cell_id"))))
     wkb = pa.array(shapely.to_wkb(shapely.multipolygons([[square] for square in SQUARES])), pa.binary())
-    # MERSCOPE has a row a plane
+    # MERSCOPE has one row per plane
     table = pa.table({"EntityID": [6, 5, 6], "ZIndex": [0, 0, 1], "Geometry": [wkb[1], wkb[0], wkb[1]]})
     pq.write_table(table.replace_schema_metadata(geo_schema(table.schema, "Geometry").metadata), tmp_path / "m.parquet")
     for path in tmp_path.iterdir():
@@ -170,7 +170,7 @@ def copy_of_run(done, tmp_path):
 
 
 def pixel_labels(out, folder):
-    """The cells of a run as a label image for each field, cell + 100 where the field is 1: numbers need not agree."""
+    """Write the cells of a run as a label image per field, with cell + 100 in field 1: numbers need not agree."""
     folder.mkdir()
     record = results.read_run(out)
     cells = read_cells(out / results.CELLS)
@@ -186,8 +186,8 @@ def test_assign__own_cells_give_the_same_results(done, copy_of_run, tmp_path):
     assign(copy_of_run, tmp_path / "cells.parquet")
     assert (copy_of_run / results.TRANSCRIPTS).read_bytes() == (done / results.TRANSCRIPTS).read_bytes()
     before, after = (anndata.read_h5ad(out / results.CELL_BY_GENE) for out in (done, copy_of_run))
-    after = after[before.obs_names]  # rows go by field, which here is where the centre of a cell lies
-    shared = [name for name in after.obs if name != "fov"]  # neither nuclei nor stains are measured in others' cells
+    after = after[before.obs_names]  # rows are sorted by field, here the one that contains the centre of a cell
+    shared = [name for name in after.obs if name != "fov"]  # nuclei and stains of such cells are not measured
     pd.testing.assert_frame_equal(after.obs[shared], before.obs[shared])
     assert {"volume", "n_transcripts", "is_empty"} <= set(shared)
     assert abs(after.layers["expected"] - before.layers["expected"]).max() < 1e-5
@@ -203,7 +203,7 @@ def test_assign__labels_of_each_field_make_one_cell_of_those_that_cross(done, co
     pixel_labels(done, tmp_path / "labels")
     assign(copy_of_run, tmp_path / "labels")
     before, after = (read_transcripts(out / results.TRANSCRIPTS)["cell_id"] for out in (done, copy_of_run))
-    # each new cell is an old one: no cell was cut at a border, none was joined with another
+    # each new cell is an old one: no cell was cut at a border or merged with another
     both = (before >= 0) & (after >= 0)
     pairs = pd.crosstab(before[both], after[both])
     assert pairs.max(axis=1).sum() > 0.98 * len(before[both])

@@ -25,13 +25,13 @@ N = 40
 
 @pytest.fixture
 def truth():
-    """Counts (cell, gene) and places (cell, 2), micrometre."""
+    """Return counts (cell, gene) and positions (cell, 2), in micrometres."""
     rng = np.random.default_rng(0)
     return rng.poisson(3, (N, len(GENES))), rng.uniform(0, 500, (N, 2))
 
 
 def write_10x(path, counts, names, kinds, barcodes):
-    matrix = csc_matrix(counts.T)  # (feature, barcode) by columns, as 10x Genomics has it
+    matrix = csc_matrix(counts.T)  # (feature, barcode) by columns, as in 10x Genomics' files
     with h5py.File(path, "w") as file:
         group = file.create_group("matrix")
         for name in ("data", "indices", "indptr", "shape"):
@@ -56,7 +56,7 @@ def write_visium(folder, counts, places):
     write_10x(folder / "filtered_feature_bc_matrix.h5", counts, GENES, kinds, barcodes)
     (folder / "spatial").mkdir()
     (folder / "spatial" / "scalefactors_json.json").write_text('{"spot_diameter_fullres": 130.0}')
-    x, y = places.T * 2  # a pixel of 0.5 micrometre
+    x, y = places.T * 2  # pixels of 0.5 micrometres
     spots = pd.DataFrame({"b": barcodes, "in": 1, "row": 0, "col": range(N), "y": y, "x": x})
     spots.to_csv(folder / "spatial" / "tissue_positions_list.csv", index=False, header=False)
 
@@ -160,7 +160,11 @@ def spoil(path, old, new):
         ("merscope", lambda f: spoil(f / "cell_metadata.csv", "center_x", "x"), "no column center_x; it has EntityID"),
         ("slideseq", lambda f: (f / "BeadLocationsForR.csv").write_text("a,1,2\n"), "no row or column is a bead"),
         ("xenium", lambda f: (f / "cell_feature_matrix.h5").write_bytes(b"HDF"), "not a feature-barcode matrix"),
-        ("visium", lambda f: (f / "spatial/scalefactors_json.json").write_text("{}"), "expected microns_per_pixel or"),
+        (
+            "visium",
+            lambda f: (f / "spatial/scalefactors_json.json").write_text("{}"),
+            "expected a positive microns_per_pixel or",
+        ),
     ],
 )
 def test_faulty_folders_are_named(tmp_path, truth, kind, fault, message):

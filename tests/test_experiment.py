@@ -1,4 +1,4 @@
-"""Tables of an experiment in the dialects that labs write, and the files that belong to them."""
+"""Tables of an experiment in the variants that laboratories write, and the corresponding image files."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_open_experiment__codebook_of_fewer_bits(folder):
     )
     with pytest.raises(InputError, match=r"3 bits, but the table has more: line 5 \('bit4'\)"):
         open_experiment(folder)
-    # a number that follows the bits', in their images and a colour of theirs, is one whatever its name
+    # a number that follows those of the bits, in their images and with one of their colours, is a bit for any name
     edit(folder / "data_organization.csv", "bit4,R4", "last,R4")
     with pytest.raises(InputError, match=r"line 5 \('last'\)"):
         open_experiment(folder)
@@ -291,7 +291,7 @@ def test_open_experiment__one_file_by_two_expressions(folder):
 @pytest.mark.parametrize(
     ("bits", "extra"),
     [
-        # readout names for bits, stains numbered far beyond; genes imaged one by one right after the bits
+        # readout names for bits, stains with much higher numbers; genes imaged one by one directly after the bits
         (("RS0247", "RS0255"), (("polyT", 25, "hal-stains", 488), ("DAPI", 47, "hal-stains", 405))),
         (("bit1", "bit2"), (("polyT", 48, "hal", 488), ("DAPI", 47, "hal", 405))),
         (("bit1", "bit2"), (("Ncdn", 3, "hal-single", 650), ("Cck", 4, "hal-single", 750), ("DAPI", 47, "dapi", 405))),

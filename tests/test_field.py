@@ -1,4 +1,4 @@
-"""Stains of a field: registered together as one by one, and said where they are not."""
+"""Stains of a field: the same when registered together or one by one, and a message if they cannot be aligned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A codebook that is not the images' own is named."""
+"""Codebooks that do not belong to the images are reported."""
 
 from __future__ import annotations
 

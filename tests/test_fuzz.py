@@ -1,4 +1,4 @@
-"""Some hundred of the mutated inputs of benchmarks/fuzz.py: accepted, or refused by our own error."""
+"""A few hundred of the mutated inputs of benchmarks/fuzz.py are accepted or rejected by InputError."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def test_whole_inputs_are_accepted():
     fuzz.check_whole()
 
 
-@pytest.mark.filterwarnings("ignore")  # of libraries, about what is in a damaged file
+@pytest.mark.filterwarnings("ignore")  # warnings of libraries about damaged files
 @pytest.mark.parametrize("kind", fuzz.KINDS)
 def test_mutated_inputs_are_accepted_or_refused(kind, monkeypatch):
     monkeypatch.setattr(fuzz.signal, "alarm", lambda seconds: None)

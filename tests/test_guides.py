@@ -1,4 +1,4 @@
-"""Guides and README: every code block runs, in order, on one small experiment."""
+"""Guides and README: every code block is run, in order, on one small experiment."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ APPS = {"merfish": cli.app, "spatialvae": spatialvae.cli.app}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder in which guides run one after the other."""
+    """A folder in which the guides are run in sequence."""
     return tmp_path_factory.mktemp("guides")
 
 
 def run_line(line):
-    """One line of a shell block, through the command lines in this process."""
+    """Run one line of a shell block with the command lines in this process."""
     if wrote := re.fullmatch(r'echo "(.*)" > (\S+)', line):
         Path(wrote[2]).write_text(wrote[1] + "\n")
         return
@@ -58,7 +58,7 @@ def run_blocks(text, variables):
 
 @contextmanager
 def local_jobs(jobs, shared):
-    """What `_slurm_cluster` gives, with threads of this process for jobs."""
+    """Replace `_slurm_cluster` by a cluster with threads of this process for jobs."""
     from distributed import LocalCluster
 
     with LocalCluster(1, processes=False, dashboard_address=None) as local:
@@ -71,7 +71,7 @@ def local_jobs(jobs, shared):
 def test_guide_runs(name, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setattr(cluster, "_slurm_cluster", local_jobs)
-    train = SpatialVAE.train  # `--embed` has no option to stop early
+    train = SpatialVAE.train  # `--embed` has no option that limits the epochs
     monkeypatch.setattr(SpatialVAE, "train", lambda self, *given, **named: train(self, *given, **FEW_STEPS | named))
     run_blocks(read_guide(name), {})
     plt.close("all")
@@ -98,7 +98,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 @pytest.mark.filterwarnings("ignore:1 cell without counts", "ignore:Number of distinct clusters")
 def test_readme_runs_on_real_images(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(datasets.merfish_raw(), "experiment")  # a cell without counts is among the few
+    shutil.copytree(datasets.merfish_raw(), "experiment")  # one of its few cells has no counts
     run_blocks(re.sub(r"^```sh\n.*?^```", "", README, flags=re.M | re.S), {})
     plt.close("all")
 

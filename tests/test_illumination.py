@@ -1,4 +1,4 @@
-"""Light, dark level and hot pixels against drawn spots under known light."""
+"""Illumination, dark level and hot pixels of simulated spots under a known illumination."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ EVEN = np.ones(SHAPE, np.float32)
 
 
 def field(light: np.ndarray, seed: int, n: int = 4000) -> tuple[FieldSpots, np.ndarray, Glow]:
-    """Spots of two bits of different brightness, their drift up to 15 px, and the glow over a dark level of 100."""
+    """Return spots of two bits of different brightness, their drift (up to 15 px), and glow over a dark level 100."""
     rng = np.random.default_rng(seed)
     bit, shift = rng.integers(0, 2, n), rng.uniform(-15, 15, (2, 2))
     place = np.stack([rng.uniform(0, side - 1, n) for side in SHAPE], axis=1)
     seen = np.clip((place + shift[bit]).round().astype(int), 0, np.array(SHAPE) - 1)
     height = np.array([100, 300])[bit] * rng.lognormal(0, 0.3, n) * light[seen[:, 0], seen[:, 1]]
-    # the tissue's own glow is not the light's
+    # the tissue's autofluorescence is not the illumination's
     level = 100 + 80 * light * (1 + 0.1 * rng.normal(size=(BLOCKS, BLOCKS)).repeat(13, 0)[:200].repeat(15, 1))
     spots = FieldSpots(
         bit, np.zeros(n, int), *place.T, height.astype(np.float32), np.zeros(2, np.float32), SHAPE
@@ -59,7 +59,7 @@ def test_fit_light__finds_light_and_dark_level():
 def test_fit_light__even_light_stays_even():
     light = fitted(EVEN)
     assert light.even or light.share(SHAPE).min() > 0.95
-    assert fitted(VIGNETTE, fields=1).even  # nothing to try a fit on
+    assert fitted(VIGNETTE, fields=1).even  # no other field to check a fit on
 
 
 def test_fit_light__what_is_known_is_not_measured():
@@ -93,11 +93,11 @@ def test_correct_light__inverts_what_was_done():
 def test_measure_glow__hot_pixels_and_no_spots():
     rng = np.random.default_rng(1)
     y, x = np.mgrid[0:128, 0:128]
-    spot = 2000 * np.exp(-((y - 40) ** 2 + (x - 40) ** 2) / (2 * 0.7**2))  # in all images, and as sharp as it gets
+    spot = 2000 * np.exp(-((y - 40) ** 2 + (x - 40) ** 2) / (2 * 0.7**2))  # in all images, and as sharp as possible
     hot = np.array([[5, 5], [0, 0], [100, 127]])
     images = rng.poisson(200 + spot, (8, 128, 128))
     images[:, hot[:, 0], hot[:, 1]] += 300
-    images[3, 70, 70] += 3000  # once only
+    images[3, 70, 70] += 3000  # in one image only
     found = measure_glow(images.astype(np.uint16))
     assert sorted(map(tuple, found.hot)) == sorted(map(tuple, hot))
     assert found.level == pytest.approx(np.full((BLOCKS, BLOCKS), 200), abs=20)

@@ -1,4 +1,4 @@
-"""Image files that are made, or damaged, so that reading them would never end or fill the memory."""
+"""Image files that are written, or damaged, so that reading them would not end or would fill the memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOVIE = np.random.default_rng(0).integers(90, 4000, (3, 16, 16), dtype=np.uint16
 
 
 def refused(path: Path, message: str) -> None:
-    """Every way to the file ends with our error, or says what is wrong with the header."""
+    """Check that every way to read the file raises InputError or reports a faulty header."""
     try:
         problem = read_header(path).problem
     except InputError as error:
@@ -51,7 +51,7 @@ def write_tiff(path: Path, **options: object) -> Path:
 
 
 def links_of_pages(path: Path) -> list[int]:
-    """Where each page of a classic little-endian TIFF says where the next one is."""
+    """Return the offsets at which the pages of a classic little-endian TIFF store the position of the next one."""
     data, places = path.read_bytes(), []
     (offset,) = struct.unpack("<I", data[4:8])
     while offset:

@@ -1,4 +1,4 @@
-"""Image files: every format read alike, every fault said."""
+"""Image files: every format is read alike, every fault is reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_dax(path: Path, movie: np.ndarray, order: str, said: str | None = None
 
 
 def write_single_series(path: Path, movie: np.ndarray) -> Path:
-    """Each frame a series of its own, for which tifffile.imread returns the first frame only."""
+    """Write each frame as a separate series, of which tifffile.imread returns only the first."""
     with tifffile.TiffWriter(path) as tif:
         for frame in movie:
             tif.write(frame, contiguous=False)
@@ -94,7 +94,7 @@ def test_read_frames__frame_that_is_not_there(name, tmp_path):
 
 @pytest.mark.parametrize("name", ONE_FILE)
 def test_read_header__finds_every_cut(name, tmp_path):
-    """Wherever a file is cut, it says so, or shows fewer frames, or all pixels are still right."""
+    """Check that a truncated file raises an error, has fewer frames, or has the same pixels."""
     path = FORMATS[name](tmp_path, MOVIE)
     whole = path.read_bytes()
     for size in np.linspace(0, len(whole) - 1, 60).astype(int):
@@ -217,7 +217,7 @@ def test_read_stack__axes_by_name(axes, kind, tmp_path):
 
 
 def test_read_stack__ome_tiff_opens_no_other_file(tmp_path):
-    """OME-XML may say that further channels stand in other files, wherever they are."""
+    """OME-XML may refer to further channels in other files at any path."""
     (tmp_path / "in").mkdir()
     path = write_tiff(tmp_path / "in" / "m.ome.tif", MOVIE, metadata={"axes": "CYX"})
     other = write_tiff(tmp_path / "m.ome.tif", MOVIE + 1, metadata={"axes": "CYX"})
@@ -228,7 +228,7 @@ def test_read_stack__ome_tiff_opens_no_other_file(tmp_path):
     data += f'<TiffData FirstC="5" IFD="0" PlaneCount="5">{there}</TiffData>'
     xml = xml[: xml.index("<TiffData")] + data + "</Pixels></Image></OME>"
     tifffile.tiffcomment(path, xml.replace('SizeC="5"', 'SizeC="10"').encode())
-    np.testing.assert_array_equal(tifffile.imread(path)[5:], tifffile.imread(other))  # tifffile alone follows it
+    np.testing.assert_array_equal(tifffile.imread(path)[5:], tifffile.imread(other))  # tifffile follows the reference
     np.testing.assert_array_equal(read_stack(path), MOVIE)
 
 

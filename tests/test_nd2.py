@@ -1,4 +1,4 @@
-"""Nikon's .nd2, read from files written here in version 2.1 of the format: nothing but what a reader must find."""
+"""Nikon's .nd2, read from minimal files written here in version 2.1 of the format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def xml(name: str, value: object) -> str:
 
 
 def write_nd2(path: Path, movie: np.ndarray, loop: int = Z_STACK, lost: int | None = None) -> Path:
-    """Write images (image, channel, y, x) uint16; ``lost`` is an image that is left out."""
+    """Write images (image, channel, y, x) uint16; ``lost`` is the index of an omitted image."""
     n, channels, height, width = movie.shape
     attributes = {
         "uiWidth": width, "uiWidthBytes": 2 * channels * width, "uiHeight": height, "uiComp": channels,

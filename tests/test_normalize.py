@@ -1,4 +1,4 @@
-"""Scale of the bits from fields of which some say nothing, or wrong things."""
+"""Scale of the bits from fields of which some have few molecules, or misleading spots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCALE = np.array([100.0, 200.0, 300.0, 400.0])
 
 
 def field(seed: int, n: int, heights: np.ndarray = SCALE) -> FieldSpots:
-    """n spots in each bit that is not dark, half of whose light lies above the heights (bit,)."""
+    """Return n spots in each bit that is not dark, half of whose light lies above the heights (bit,)."""
     rng = np.random.default_rng(seed)
     bit = np.repeat(np.flatnonzero(heights), n)
     # the light-weighted median of a lognormal of sigma 0.3 is exp(0.3 ** 2) times its median
@@ -32,9 +32,9 @@ def test_shared_normalization__fields_without_cells_or_too_bright_do_not_count()
 def test_shared_normalization__a_dead_bit_stays_dead():
     dead = SCALE * [1, 0, 1, 1]
     assert (shared_normalization([field(0, 2000, dead)], 4).scale > 0).tolist() == [True, False, True, True]
-    spikes = field(1, 3, SCALE * [0, 0.1, 0, 0])  # noise, in a field of its own and beside molecules
+    spikes = field(1, 3, SCALE * [0, 0.1, 0, 0])  # noise, in a separate field and beside molecules
     assert shared_normalization([field(0, 2000, dead), spikes], 4).scale[1] == 0
-    assert shared_normalization([field(0, 2000, SCALE * [1, 0.1, 1, 1])], 4).scale[1] > 0  # dim, but there
+    assert shared_normalization([field(0, 2000, SCALE * [1, 0.1, 1, 1])], 4).scale[1] > 0  # dim, but detectable
 
 
 def test_shared_normalization__of_nothing():

@@ -23,7 +23,7 @@ def render(x, y, top, shape):
 
 @pytest.fixture(scope="module")
 def crowd():
-    """300 x 300 px with lone spots on a lattice, and pairs 2.6 px apart."""
+    """Simulate 300 x 300 px with single spots on a lattice, and pairs 2.6 px apart."""
     rng = np.random.default_rng(0)
     lattice = np.stack(np.meshgrid(np.arange(15, 290, 20.0), np.arange(15, 290, 20.0)), -1).reshape(-1, 2)
     x, y = (lattice + rng.uniform(-2, 2, lattice.shape)).T

@@ -1,4 +1,4 @@
-"""A molecule between planes: counted once, its z below the distance of the planes."""
+"""A molecule between planes is counted once, and its z is more accurate than the distance of the planes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ N_BITS, N_PLANES, HEIGHT, WIDTH = 3, 3, 6, 7
 
 
 def some_scene(rng):
-    """A scene of 60 peaks in three planes, and the peaks as (x, y, height, bit)."""
+    """Return a scene of 60 peaks in three planes, and the peaks as (x, y, height, bit)."""
     left = rng.integers(-20, 20, (N_BITS, N_PLANES * HEIGHT, WIDTH)).astype(np.int8)
     n = 60
     plane = rng.integers(0, N_PLANES, n) * HEIGHT

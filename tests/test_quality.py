@@ -1,4 +1,4 @@
-"""Quality of each bit's images: healthy fields give no reasons, single faults do; the camera's ceiling."""
+"""Quality of each bit's images: normal fields give no reasons, single faults do; saturation of the camera."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from merfish.simulate import simulate_experiment
 
 @pytest.fixture(scope="module", params=[5])
 def healthy(request, tmp_path_factory):
-    """An experiment and the quality of its fields."""
+    """Return an experiment and the quality of its fields."""
     raw = tmp_path_factory.mktemp("quality") / "raw"
     simulate_experiment(raw, fields=(1, 4), shape=(256, 256), seed=request.param)
     opened = open_experiment(raw)
@@ -64,7 +64,7 @@ def test_flag_quality__one_bit_of_one_field(healthy, fault, reason):
 def test_flag_quality__rounds_swapped_in_one_field(healthy):
     _, table = healthy
     table = table.copy()
-    # rounds whose bits differ: the values of one color of rounds 1 and 6 are made unlike each other in every field
+    # rounds with different bits: the values of one colour in rounds 1 and 6 are made to differ in every field
     values = ["brightness", "spots", "background", "noise", "width"]
     table.loc[table["round"] == 6, ["brightness", "noise"]] *= 1.8
     place = {r: table[(table["fov"] == 1) & (table["round"] == r)].sort_values("color").index for r in (1, 6)}

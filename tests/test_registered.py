@@ -18,8 +18,8 @@ from merfish.imaging.preflight import preflight
 from merfish.simulate import match_calls, simulate_stack
 from merfish.transcripts import read_transcripts
 
-SCALE = 0.1  # micrometre a pixel
-STEP = 96  # pixel from the first field to the second
+SCALE = 0.1  # micrometres per pixel
+STEP = 96  # pixels from the first field to the second
 BOOK = merfish.mhd4_codebook([f"G{k}" for k in range(40)])
 
 
@@ -48,7 +48,7 @@ def test_run__of_registered_stacks(folder, tmp_path):
     places = calls[["barcode_id"]].assign(x=(calls["global_x"] - 5) / SCALE, y=(calls["global_y"] - 7) / SCALE)
     paired, _ = match_calls(places, truth)
     assert len(paired) > 0.75 * len(truth)
-    assert len(paired) > 0.9 * len(calls)  # each counted once
+    assert len(paired) > 0.9 * len(calls)  # each is counted once
     assert set(calls["fov"]) == {0, 1}
     assert "already registered" in (tmp_path / "out" / results.REPORT).read_text()
 

@@ -1,4 +1,4 @@
-"""Drift against the truth of drawn beads; resampling against SciPy and against itself."""
+"""Drift of simulated beads compared with the truth; resampling compared with SciPy and with itself."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ BEAD_SIGMA = 1.4
 
 
 def draw(points: np.ndarray, light: np.ndarray, shape: tuple[int, int], sigma: float = BEAD_SIGMA) -> np.ndarray:
-    """Expected light (y, x) of Gaussian beads at (bead, 2) y, x."""
+    """Return the expected light (y, x) of Gaussian beads at (bead, 2) y, x."""
     y, x = (np.exp(-0.5 * ((np.arange(n) - p[:, None]) / sigma) ** 2) for n, p in zip(shape, points.T, strict=True))
     return np.einsum("b,by,bx->yx", light, y, x)
 
 
 def bead_images(drift: np.ndarray, *, size: int = 256, beads: int = 60, seed: int = 0, sigma: float = BEAD_SIGMA):
-    """Camera images (round, y, x) uint16 of the same beads, drifted by (round, 2)."""
+    """Return camera images (round, y, x) uint16 of the same beads, drifted by (round, 2)."""
     rng = np.random.default_rng(seed)
     points, light = rng.uniform(-20, size + 20, (beads, 2)), 1000 * rng.lognormal(0, 0.5, beads)
     expected = [100 + draw(points + step, light, (size, size), sigma) for step in drift]
@@ -80,9 +80,9 @@ def test_measure_drift__beads_that_move_vanish_and_saturate():
     size, beads, step = 384, 80, np.array([-8.7, 13.1])
     points, light = rng.uniform(0, size, (beads, 2)), 2000 * rng.lognormal(0, 1, beads)
     moved = points + step
-    moved[:20] += rng.normal(0, 4, (20, 2))  # a quarter is loose
-    later = light * (rng.random(beads) > 0.25)  # a quarter is gone
-    slope = np.linspace(0.5, 1, size)[:, None]  # light falls off to one side
+    moved[:20] += rng.normal(0, 4, (20, 2))  # a quarter of the beads is loose
+    later = light * (rng.random(beads) > 0.25)  # a quarter of the beads is lost
+    slope = np.linspace(0.5, 1, size)[:, None]  # illumination decreases to one side
     glow = ndimage.gaussian_filter(rng.normal(size=(size, size)).astype(np.float32), 8, mode="mirror")
     glow = 400 * np.clip(glow / glow.max(), 0, 1)  # cells
     first = rng.poisson(slope * (100 + glow + draw(points, light, (size, size))))
@@ -155,8 +155,11 @@ def test_measure_drift__rejects(images, options, message):
 
 @pytest.mark.parametrize("fov", [0, 1])
 def test_measure_drift__real_beads_agree_with_correlation_of_each(fov):
-    """The beads of these fields are rings, a handful in 128 x 128 px. Independent estimate: for each bead away from
-    the border, the shift that correlates its surroundings best, found by simplex search; their median."""
+    """The beads of these fields are rings, a handful in 128 x 128 px.
+
+    Independent estimate: for each bead away from the border, the shift with the highest correlation of its
+    surroundings, found by simplex search; then the median over the beads.
+    """
     beads, _ = read_fiducials(open_experiment(datasets.merfish_raw()), fov)
     table = measure_drift(beads)
     assert table["ok"].all()

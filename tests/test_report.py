@@ -1,4 +1,4 @@
-"""The page of a run: what it decides, what it sums up, what it writes."""
+"""The report of a run: its decisions, sums and files."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_report__shows_the_domains_of_an_embedded_run(done, tmp_path):
     cells = pd.read_csv(out / "report" / "domains.csv", dtype={"domain": str})
     assert cells["domain"].tolist() == domain.tolist()
     np.testing.assert_allclose(cells[["x", "y"]], table.obsm["spatial"][:, :2], rtol=1e-5)
-    assert np.ptp(cells["pc1"]) < 10  # of the niche dimensions alone
+    assert np.ptp(cells["pc1"]) < 10  # contains only the niche dimensions
     genes = table[:, ~table.var["is_blank"]].X.toarray()
     rows = pd.read_csv(out / "report" / "domain_table.csv")
     assert rows["cells"].tolist() == [(domain == "0").sum(), (domain == "1").sum()]
@@ -104,7 +104,7 @@ def test_report__shows_the_domains_of_an_embedded_run(done, tmp_path):
 
 def test_top_genes__are_those_whose_share_is_raised():
     total = np.array([[100, 100, 0, 3], [300, 100, 100, 0]])
-    assert domains.top_genes(total, list("abcd")) == [["b"], ["c", "a"]]  # too few molecules of d
+    assert domains.top_genes(total, list("abcd")) == [["b"], ["c", "a"]]  # d has too few molecules
 
 
 def test_page__shows_names_as_they_are(tmp_path):

@@ -58,7 +58,7 @@ def test_run_writes_what_it_promises(done):
     figures = record["figures"]
     assert figures["by_blanks"]["low"] <= figures["misidentification_rate"] <= figures["by_blanks"]["high"]
     assert figures["held_out"]["low"] <= 0.05 <= figures["held_out"]["high"]
-    assert not [path for path in done.glob("**/.*") if path.name != ".lock"]  # nothing half-written
+    assert not [path for path in done.glob("**/.*") if path.name != ".lock"]  # no partially written files
 
 
 def call(*arguments):
@@ -91,7 +91,7 @@ def test_run_cost__grows_as_the_work_does(raw):
 
     ten, twenty, forty = (cost(2048, n).seconds for n in (10, 20, 40))
     assert forty - twenty == pytest.approx(2 * (twenty - ten))
-    assert twenty < 2 * ten  # calibration is done once
+    assert twenty < 2 * ten  # calibration is done only once
     assert cost(2048, 100).seconds == pytest.approx(4 * cost(1024, 100).seconds)
     assert cost(2048, 100).disk == pytest.approx(4 * cost(1024, 100).disk)
     assert cost(2048, 2, segmented=False).seconds < cost(2048, 2).seconds
@@ -111,7 +111,7 @@ def test_run_recovers_the_simulated_truth(done, raw):
     score = score_run(done, raw)
     assert score["recall"] > 0.75
     assert score["precision"] > 0.9
-    assert score["cells_found"] > 0.75  # slivers at the outer border included
+    assert score["cells_found"] > 0.75  # includes slivers at the outer border
     assert score["count_r"] > 0.9
 
 
@@ -131,7 +131,7 @@ def test_run_takes_out_chromatic_shifts(tmp_path):
 
 
 def test_run_of_images_as_cameras_make_them(tmp_path):
-    """Vignetting, hot pixels, a dead bit, and a field far too bright: that one is left out, the others bear it."""
+    """Vignetting, hot pixels and a dead bit are tolerated; a field that is far too bright is excluded."""
     wrong = Disturbances(vignetting=0.5, hot_pixels=50, dead_bit=3, saturated_fov=2)
     raw = simulate_experiment(tmp_path / "raw", fields=(1, 3), shape=(256, 256), seed=4, disturbances=wrong)
     merfish.run(raw, out=tmp_path / "out")

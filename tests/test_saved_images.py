@@ -1,4 +1,4 @@
-"""Registered images that a run keeps, mosaics of them, and what a viewer is shown."""
+"""Registered images saved by a run, mosaics of them, and the layers of a viewer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def done(raw, tmp_path_factory):
 
 
 def saved(out):
-    """Names and bytes of all files with images."""
+    """Return names and bytes of all files with images."""
     root = out / results.IMAGES
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 

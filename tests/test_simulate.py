@@ -157,7 +157,7 @@ def test_score_calls__counts_each_molecule_once():
 
 def test_score_calls__margin_hurts_neither_side():
     truth = table((0, 9.4, 30), (0, 9.6, 60), (1, 50, 50))
-    calls = table((0, 9.6, 30), (0, 9.4, 60), (1, 50, 50))  # each partner on the other side of the margin's edge
+    calls = table((0, 9.6, 30), (0, 9.4, 60), (1, 50, 50))  # each partner lies on the other side of the margin's edge
     score = score_calls(calls, truth, shape=(100, 100))
     assert (score["recall"], score["precision"]) == (1.0, 1.0)
     assert (score["n_truth"], score["n_calls"]) == (2, 2)
@@ -217,7 +217,7 @@ def test_simulate_experiment__writes_what_its_tables_say(experiment):
 
 
 def share_shining(folder):
-    """Share of molecules that shine where the tables of truth put them: place, stage error, drift, chromatic map."""
+    """Return the share of molecules visible where the truth puts them: position, stage error, drift, chromatic map."""
     channels = pd.read_csv(folder / "data_organization.csv")
     molecules = pd.read_parquet(folder / "truth" / "molecules.parquet")
     fields = pd.read_csv(folder / "truth" / "fields.csv")
@@ -254,7 +254,7 @@ def test_simulate_experiment__fields_show_truth_moved_by_all_that_disturbs(tmp_p
     assert share_shining(folder) > 0.95
     chromatic = tmp_path / "e" / "truth" / "chromatic.csv"
     pd.read_csv(chromatic).assign(yy=1, yx=0, y1=0, xy=0, xx=1, x1=0).to_csv(chromatic, index=False)
-    assert share_shining(folder) < 0.9  # without the map many are missed: it does what it says
+    assert share_shining(folder) < 0.9  # without the map many are missed, so the test can fail
 
 
 def test_simulate_experiment__loose_beads_leave_their_place(tmp_path):

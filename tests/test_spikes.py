@@ -1,4 +1,4 @@
-"""Molecules added to a field's own images are found as often as those that were there."""
+"""Molecules added to a field's own images are found as often as its original molecules."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_spikes_are_found_as_often_as_molecules(method):
         number += len(spikes)
     assert number >= 250
     true = len(match_calls(kept(calls), truth)[0]) / len(truth)
-    assert found / number == pytest.approx(true, abs=0.08)  # bias of up to 0.04, and two sigmas of so few
+    assert found / number == pytest.approx(true, abs=0.08)  # bias of up to 0.04, and two sigmas of this small number
 
 
 def test_a_field_with_few_molecules_gets_no_spikes():

@@ -210,6 +210,15 @@ def test_noise_map_equals_the_reference(size):
     assert noise.sigmas == pytest.approx(1.4826 * sigmas, rel=1e-6)
 
 
+def test_noise_is_interpolated_between_tiles():
+    rng = np.random.default_rng(0)
+    noise = NoiseMap(*rng.random((2, 3, 4, 5), np.float32), 40, (10, 12))
+    x, y = rng.uniform(0, 59, 100), rng.integers(0, 3, 100) * 40 + rng.uniform(0, 39, 100)
+    places = [y // 40, (y % 40 + 0.5) / 10 - 0.5, (x + 0.5) / 12 - 0.5]
+    assert noise.level(x, y) == pytest.approx(ndimage.map_coordinates(noise.medians, places, order=1, mode="nearest"))
+    assert noise.sigma(x, y) == pytest.approx(ndimage.map_coordinates(noise.sigmas, places, order=1, mode="nearest"))
+
+
 def test_weigh_pairs_equals_the_reference():
     rng = np.random.default_rng(0)
     a, b = np.sort(np.argsort(rng.random((50, 4)), axis=1)[:, :2], axis=1).T.copy()

@@ -1,4 +1,4 @@
-"""Cells that lie above each other: segmented in space, and with outlines and molecules of each plane in a run."""
+"""Cells above each other: 3-D segmentation, and outlines and molecules of each plane in a run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def raw(tmp_path_factory):
 
 
 def same_volume(outlines, truth, heights):
-    """Whether cells (true, found) agree: intersection over union of their volumes above a half.
+    """Return whether cells (true, found) match: an intersection over union of their volumes above 0.5.
 
     outlines: (found, plane) at ``heights``; true cells fill the lower or the upper half of them.
     """
@@ -53,7 +53,7 @@ def same_volume(outlines, truth, heights):
 
 
 def f1(same, truth):
-    """Of cells of which half was imaged."""
+    """Return F1, with the recall of cells of which more than half was imaged."""
     recall, precision = same[truth["visible"] > 0.5].any(axis=1).mean(), same.any(axis=0).mean()
     return 2 * recall * precision / (recall + precision)
 
@@ -93,7 +93,7 @@ def test_run__has_cells_and_molecules_of_each_plane(raw, done):
     assert f1(same_volume(outlines, truth, heights), truth) >= 0.9
     np.testing.assert_allclose(cells["volume"], (shapely.area(outlines) * thickness(heights)).sum(axis=1))
     np.testing.assert_allclose(shapely.area(cells["geometry"].to_numpy()), cells["area"])
-    # no place belongs to two cells
+    # no position belongs to two cells
     for plane in outlines.T:
         assert shapely.union_all(plane).area == pytest.approx(shapely.area(plane).sum(), abs=1e-6)
     calls = pd.read_parquet(done / results.TRANSCRIPTS)
@@ -147,7 +147,7 @@ def test_merscope__has_the_outlines_of_each_plane(done, tmp_path):
     row = np.searchsorted(cells["cell_id"], rows["EntityID"])
     assert shapely.equals(shapely.from_wkb(rows["Geometry"].to_numpy()), outlines[row, rows["ZIndex"]]).all()
     assert len(rows) == (~shapely.is_empty(outlines)).sum() < outlines.size
-    # and a run takes them
+    # a run uses them
     out = shutil.copytree(done, tmp_path / "run")
     assign(out, tmp_path / "region")
     again = read_cells(out / results.CELLS).set_index("cell_id").loc[cells["cell_id"]]
@@ -158,14 +158,14 @@ def test_merscope__has_the_outlines_of_each_plane(done, tmp_path):
 
 @given(hnp.arrays(np.int32, (3, 4, 5), elements=st.integers(0, 3)))
 def test_link__joins_only_what_lies_on_each_other(labels):
-    # labels of a plane are its own
+    # labels differ between planes
     labels += np.where(labels > 0, 3 * np.arange(3, dtype=np.int32)[:, None, None], 0)
     dense = np.unique(np.append(labels, 0), return_inverse=True)[1][:-1].reshape(labels.shape)
     linked = link(dense)
     np.testing.assert_array_equal(linked > 0, dense > 0)
     of_plane = {int(label): k for k, plane in enumerate(dense) for label in np.unique(plane) if label}
     pairs = sorted({(int(b), int(a)) for a, b in zip(dense.ravel(), linked.ravel(), strict=True) if a})
-    assert len(pairs) == len(of_plane)  # a label is not torn
+    assert len(pairs) == len(of_plane)  # no label is split
     for _, members in groupby(pairs, key=lambda pair: pair[0]):
         layers = sorted(of_plane[label] for _, label in members)
         assert layers == list(range(layers[0], layers[-1] + 1))
@@ -176,6 +176,6 @@ def test_part__lets_cells_lie_above_each_other():
     shapes = np.array([[low, low, none], [none, high, high]])
     cells = pd.DataFrame({"cell": [0, 1], "fov": 0, "geometry": stack(shapes)})
     parted = planes(trim_overlaps(cells, cells)["geometry"].to_numpy(object))
-    # the first is the larger one, and takes the plane in which both lie
+    # the first is larger, and keeps the plane in which both lie
     assert shapely.equals(parted, [[low, low, none], [none, shapely.difference(high, low), high]]).all()
     assert shapely.area(footprints(stack(shapes))).tolist() == [64.0, 49.0]

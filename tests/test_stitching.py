@@ -1,4 +1,4 @@
-"""Stage positions against molecules drawn at known places in fields whose stage errs."""
+"""Stage positions from simulated molecules in fields with stage errors."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 from merfish.calls import stitching
 from merfish.calls.stitching import FieldPlaces, Links, link_field, overlapping_fields, shared_offset, solve_positions
 
-SIZE = 50.0  # micrometre, of a field
-SEEN = 0.7  # of the molecules, in each field
-PLACED = 0.02  # micrometre, error of a molecule's place
+SIZE = 50.0  # micrometres; side of a field
+SEEN = 0.7  # share of the molecules that each field shows
+PLACED = 0.02  # micrometres; error of a molecule's position
 
 
 def draw(side: int, stage_error: float, seed: int, density: float = 0.5):
-    """Molecules of a grid of fields as each sees them, where the stage says the fields are, and where they are."""
+    """Return the molecules seen in each field of a grid, the reported positions of the fields, and the true ones."""
     rng = np.random.default_rng(seed)
     said = np.array([(c, r) for r in range(side) for c in range(side)]) * 0.9 * SIZE
     true = said + rng.normal(0, stage_error, said.shape)
@@ -33,7 +33,7 @@ def draw(side: int, stage_error: float, seed: int, density: float = 0.5):
 
 
 def link(word, x, y, fov, said) -> list[Links]:
-    """Links of all fields, each with the later ones near it."""
+    """Return the links of all fields, each with the later ones near it."""
 
     def read(number: int) -> FieldPlaces:
         return FieldPlaces(word[fov == number], x[fov == number], y[fov == number])
@@ -74,7 +74,7 @@ def test_stitch__leaves_fields_that_share_nothing():
 def test_stitch__tells_fields_that_are_mirrored():
     (word, x, y, fov), said, _ = draw(2, 0.1, seed=4)
     found = stitch(word, SIZE - x, y, fov, said)
-    assert found.untied >= 2  # those side by side at least
+    assert found.untied >= 2  # at least those side by side
 
 
 def test_stitch__of_nothing():

@@ -1,4 +1,4 @@
-"""Runs into a folder that something happened to: other inputs, other routes, damage, kills, a full disk."""
+"""Runs into a folder whose state has changed: other inputs, other workers, damage, kills, a full disk."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def other_positions(experiment):
     "change", [rename_gene, swap_words, other_pixel_size, flip, other_image, swap_fields, other_positions]
 )
 def test_run_again__after_a_change_equals_a_fresh_run(experiment, out, tmp_path, change):
-    shutil.rmtree(out / results.FIELDS / "fov_0001")  # some fields are done, one is not
+    shutil.rmtree(out / results.FIELDS / "fov_0001")  # one field is missing, the others are done
     why = change(experiment)
     merfish.run(experiment, out=out)
     merfish.run(experiment, out=tmp_path / "fresh")
@@ -203,7 +203,7 @@ def test_decode_and_run_keep_out_of_each_other_s_folders(raw, done, tmp_path):
 
 
 def darken(experiment, fovs):
-    """Fields without molecules: noise in the bits, beads as they were."""
+    """Make fields without molecules: noise in the bits, unchanged beads."""
     rng = np.random.default_rng(0)
     for path in (path for fov in fovs for path in experiment.glob(f"merfish_{fov:03d}_*.tif")):
         images = tifffile.imread(path)

@@ -1,4 +1,4 @@
-"""Layers that a viewer is shown, as plain data."""
+"""Layers of the viewer as plain data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_layers_of_a_field__lie_on_each_other(done):
     kept = kept[(kept["fov"] == 1) & ~kept["is_blank"]]
     shown = {tuple(place) for place in layers["molecules"].data}
     assert {(row.global_y, row.global_x) for row in kept.itertuples()} <= shown
-    # molecules stand on light of their bits
+    # molecules lie on light of their bits
     pixels = (layers["molecules"].data - image.options["translate"]) / image.options["scale"]
     rows, columns = np.clip(np.rint(pixels).astype(int), 0, 159).T
     brightest = np.max([layers[f"bit{k}"].data[0] for k in range(1, 17)], axis=0)

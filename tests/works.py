@@ -1,4 +1,4 @@
-"""Functions that worker processes of tests run; a module of its own, so that they can import it."""
+"""Functions that worker processes of tests run, in a module that they can import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def square(item: int) -> int:
 
 
 def faulty(item: int) -> int:
-    """1 has bad data, 2 kills its worker every time, 3 shows a mistake of the program."""
+    """Return the item; 1 raises InputError, 2 kills its worker every time, 3 raises an unexpected error."""
     if item == 1:
         raise InputError("bad data")
     if item == 2:
@@ -24,7 +24,7 @@ def faulty(item: int) -> int:
 
 
 class DiesOnce:
-    """Kills the first worker that is given an item."""
+    """Kill the first worker that is given an item."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

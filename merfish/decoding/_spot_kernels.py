@@ -320,6 +320,15 @@ def best_class(seen, bright, classes, score):
     return best
 
 
+@kernel
+def alike(views, i, j):
+    """Whether two peaks look the same to `best_class`."""
+    for bit in range(views.seen.shape[1]):
+        if views.seen[i, bit] != views.seen[j, bit]:
+            return False
+    return step_of(views.centre[i, 2]) == step_of(views.centre[j, 2])
+
+
 class Calls(NamedTuple):
     """Calls of one round, each at the index of the peak from which it started.
 
@@ -429,8 +438,11 @@ def call_part(scene, part, views, classes, explained, taken, out):
     score, odds = np.empty(n_classes), np.empty(n_classes)
     is_on = np.empty(n_bits)
     heap = [(0.0, -1, -1)]  # of equal scores, that of the first peak of the fits comes first
+    best, before = nothing, -1
     for seed in scene.seeds[scene.part[part] : scene.part[part + 1]]:
-        best = best_class(views.seen[seed], views.centre[seed, 2], classes, score)
+        if before < 0 or not alike(views, seed, before):  # the peaks of a molecule often are
+            best = best_class(views.seen[seed], views.centre[seed, 2], classes, score)
+        before = seed
         if best != nothing:
             heap.append((-score[best], scene.order[seed], seed))
     heapq.heapify(heap)

@@ -86,9 +86,8 @@ def bit_shifts(
 
 def shifts_at(warp: np.ndarray, bit: np.ndarray | int, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Shifts along y and x (peak,), pixel, of the images of bits at y (within the plane), x; see `BitShifts.warp`."""
-    down, across = np.moveaxis(warp[bit], -2, 0)
-    terms = np.column_stack([np.ones(len(x)), y, x])
-    return (down * terms).sum(axis=1), (across * terms).sum(axis=1)
+    down, across = np.moveaxis(warp[bit], (-2, -1), (0, 1))
+    return down[0] + down[1] * y + down[2] * x, across[0] + across[1] * y + across[2] * x
 
 
 def _near_pairs(

@@ -76,7 +76,7 @@ def half_radius(image: np.ndarray) -> float:
     columns = np.rint(x[chosen]).astype(int)[:, None, None] + around
     place = np.hypot(rows - y[chosen, None, None], columns - x[chosen, None, None]) / STEP
     share = image[rows, columns] / top[chosen, None, None]
-    bin_of = np.rint(place).astype(int).ravel()
+    bin_of = np.rint(place).astype(np.int16).ravel()
     order = np.argsort(bin_of, kind="stable")
     ends = np.searchsorted(bin_of[order], np.arange(int(RANGE[1] / STEP) + 1))
     values = share.ravel()[order]

@@ -324,19 +324,20 @@ def median_of(values):
     bits, keys = values.view(np.int32), np.empty(n, np.int32)
     ends = np.empty(2, np.float32)
     end_bits = ends.view(np.int32)
-    low, high = np.int64(2**31), np.int64(-(2**31))
+    least, most = np.int32(-(2**31)), np.int32(2**31 - 1)  # beyond the keys of finite values
+    low, high = most, least
     for i in range(n):
         keys[i] = in_order(bits[i])
         low, high = min(low, keys[i]), max(high, keys[i])
     while low < high:
-        end_bits[0], end_bits[1] = in_order(np.int32(low)), in_order(np.int32(high))
+        end_bits[0], end_bits[1] = in_order(low), in_order(high)
         ends[0] += (ends[1] - ends[0]) / np.float32(2.0)
-        limit = min(np.int64(in_order(end_bits[0])), high - 1)
-        number, below, above = 0, np.int64(-(2**31)), np.int64(2**31)
+        limit = np.int32(min(in_order(end_bits[0]), high - 1))
+        number, below, above = np.int32(0), least, most
         for i in range(n):
             number += np.int32(keys[i] <= limit)
-            below = max(below, keys[i] if keys[i] <= limit else -(2**31))
-            above = min(above, keys[i] if keys[i] > limit else 2**31)
+            below = max(below, keys[i] if keys[i] <= limit else least)
+            above = min(above, keys[i] if keys[i] > limit else most)
         if number == middle:
             low, high = below, above if n % 2 == 0 else below
             break
@@ -344,7 +345,7 @@ def median_of(values):
             high = below
         else:
             low = above
-    end_bits[0], end_bits[1] = in_order(np.int32(low)), in_order(np.int32(high))
+    end_bits[0], end_bits[1] = in_order(low), in_order(high)
     return (ends[0] + ends[1]) / np.float32(2.0)
 
 
@@ -368,6 +369,26 @@ def tile_noise(planes, tile_y, tile_x, every, medians, deviations):
                     values[i] = abs(values[i] - middle)
                 medians[p, row, column] = middle
                 deviations[p, row, column] = median_of(values)
+
+
+@kernel
+def between_tiles(values, height, tile_y, tile_x, x, y, out):
+    """Interpolate values of tiles (plane, row, column) linearly between the centres of the tiles of each plane.
+
+    height: rows of a plane; tile_y, tile_x: pixel; x, y (rows) (place,). out: (place,) float32; beyond the outermost
+    centres the values continue unchanged.
+    """
+    _, n_down, n_across = values.shape
+    for i in range(len(x)):
+        plane = int(y[i]) // height
+        v = min(max((y[i] - plane * height + 0.5) / tile_y - 0.5, 0.0), n_down - 1.0)
+        u = min(max((x[i] + 0.5) / tile_x - 0.5, 0.0), n_across - 1.0)
+        row, column = int(v), int(u)
+        below, right = min(row + 1, n_down - 1), min(column + 1, n_across - 1)
+        v, u = v - row, u - column
+        upper = values[plane, row, column] * (1 - u) + values[plane, row, right] * u
+        lower = values[plane, below, column] * (1 - u) + values[plane, below, right] * u
+        out[i] = upper * (1 - v) + lower * v
 
 
 @kernel

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import map_coordinates
 
 from merfish._jit import map_bits
-from merfish.imaging._kernels import find_peaks, tile_noise
+from merfish.imaging._kernels import between_tiles, find_peaks, tile_noise
 from merfish.imaging.preprocess import Bandpassed, in_rows
 
 NOISE_TO_SIGMA = 1.4826  # ratio of the sigma of a Gaussian to its median absolute deviation
@@ -207,9 +206,9 @@ class NoiseMap:
         return self._at(self.sigmas, x, y)
 
     def _at(self, values: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        plane, row = np.divmod(y, self.height)
-        places = [plane, (row + 0.5) / self.tile[0] - 0.5, (x + 0.5) / self.tile[1] - 0.5]
-        return np.asarray(map_coordinates(values, places, order=1, mode="nearest"), float)
+        out = np.empty(len(x), np.float32)
+        between_tiles(values, self.height, *self.tile, x, y, out)
+        return out.astype(float)
 
 
 def locate_peaks(image: np.ndarray, height: int, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
