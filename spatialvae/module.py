@@ -115,6 +115,7 @@ class SpatialModule(nn.Module):
     decode: Tensor
     left: Tensor
     share: Tensor
+    shift: Tensor
     range: Tensor
     smooth_variance: Tensor
     spread: Tensor
@@ -132,6 +133,7 @@ class SpatialModule(nn.Module):
             "decode": start.decode,
             "left": start.left,
             "share": start.share,
+            "shift": start.shift,
             "range": field.range if field else 0.0,
             "smooth_variance": field.smooth if field else np.ones(shape.n_niche),
             "spread": field.spread if field else 1.0,
@@ -181,7 +183,12 @@ class SpatialModule(nn.Module):
         of ``rows``."""
         index = torch.from_numpy(rows)
         depth, batch = section.depth[index].to(x.device), section.batch[index].to(x.device)
-        scale = self.scale
+        target, log_precision = self.cell_encoder(self.log_counts(section, rows, x), batch)
+        return target, torch.where((depth > LEAST_DEPTH)[:, None], log_precision, NOTHING)
+
+    def log_counts(self, section: Section, rows: np.ndarray, x: Tensor) -> Tensor:
+        """Log-normalised counts (B, gene) of ``rows``; genes that were not measured are filled in."""
+        depth, scale = section.depth[torch.from_numpy(rows)].to(x.device), self.scale
         if section.fill is not None:
             missing = torch.from_numpy(section.cells.missing).to(x.device)
             share = self.share
@@ -192,8 +199,17 @@ class SpatialModule(nn.Module):
         if section.fill is not None:
             weight, constant = section.fill
             y[:, missing] = y[:, ~missing] @ weight + constant
-        target, log_precision = self.cell_encoder(y, batch)
-        return target, torch.where((depth > LEAST_DEPTH)[:, None], log_precision, NOTHING)
+        return y
+
+    @torch.no_grad()
+    def linear_scores(self, section: Section) -> np.ndarray:
+        """Linear scores (cell, dim) of the log counts of all cells, as z_cell was before training: dimensions of unit
+        variance, the D that vary most in space first, without the shifts of the batches."""
+        scores = []
+        for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE):
+            y, batch = self.log_counts(section, rows, self.counts(section, rows)), section.batch[torch.from_numpy(rows)]
+            scores.append(((y - self.mean) @ self.encode - self.shift[batch.to(y.device)]).cpu().numpy())
+        return np.concatenate(scores)
 
     @torch.no_grad()
     def sites(self, section: Section) -> Sites:
