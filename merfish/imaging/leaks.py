@@ -26,8 +26,9 @@ MOST_PEAKS = 300  # of a bit in a field; a share is then known to about 0.002
 ROUNDS = 12  # in each, the clearest new leak into each bit is found; three or four are enough for two into each bit
 # Height of leaked light in a bit relative to a molecule's there. Less is below the peaks that decoders look at.
 LEAST = 0.03
-# In simulated fields without leaks (25 kinds of images and books, seeds 3200-3202, filters of `spots` and `pixels`), the
-# only shares above LEAST of more than 7.3 errors were of 0.04 to 0.06, four in books of two and five genes.
+# In simulated fields without leaks (25 kinds of images and books, seeds 3200-3202, filters of `spots` and `pixels`),
+# the only shares above LEAST of more than 7.3 errors were of 0.04 to 0.06: in books of two and five genes, and one with
+# bits shifted by 0.8 px.
 SIGMAS = 8.0
 LEAST_GROUP = 0.1  # share of a bit's peaks that show no more than the leak in the other bit
 LIKELY = 3.0  # sigmas with which a leak is subtracted until all others are known
