@@ -13,7 +13,6 @@ import pandas as pd
 from spatialvae.errors import InputError, check_count
 
 if TYPE_CHECKING:
-    import scipy.sparse as sp
     from sklearn.mixture import GaussianMixture
 
 MIXTURE_STARTS = 20  # the likelihood has several maxima: with 5 starts, seeds disagreed on one of two sections
@@ -22,13 +21,6 @@ HALVINGS = 10  # random halvings of the cells for each number
 HALVING_STARTS = 2
 MOST_HALVED = 10_000  # cells
 LEAST_AGREEMENT = 0.5  # adjusted Rand index; if no number of domains reaches it, there is one domain
-
-
-def averaged(scores: np.ndarray, neighbours: sp.csr_array, there: np.ndarray) -> np.ndarray:
-    """Means of ``scores`` (cell, dim) over each cell and its ``neighbours`` (cell, cell), of those that are ``there``
-    (cell,); zero if none is."""
-    total, number = (a + neighbours @ a for a in (np.where(there[:, None], scores, 0), there.astype(float)))
-    return total / np.maximum(number, 1)[:, None]
 
 
 def stability(latent: np.ndarray, seed: int = 0) -> pd.DataFrame:

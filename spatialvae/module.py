@@ -39,7 +39,7 @@ from spatialvae import likelihoods, loss
 from spatialvae.celltypes import Types
 from spatialvae.data import Cells, Graphs, minibatches
 from spatialvae.decoder import Decoder
-from spatialvae.encoder import CellEncoder, combined, log_normalised
+from spatialvae.encoder import FIRST_PRECISION, CellEncoder, combined, log_normalised
 from spatialvae.field import Measure, laplacian_of, solve, trace_measure
 from spatialvae.linear import LinearStart
 from spatialvae.measurement import Measurement
@@ -116,6 +116,7 @@ class SpatialModule(nn.Module):
     left: Tensor
     share: Tensor
     shift: Tensor
+    own: Tensor
     range: Tensor
     smooth_variance: Tensor
     spread: Tensor
@@ -134,6 +135,7 @@ class SpatialModule(nn.Module):
             "left": start.left,
             "share": start.share,
             "shift": start.shift,
+            "own": start.own,
             "range": field.range if field else 0.0,
             "smooth_variance": field.smooth if field else np.ones(shape.n_niche),
             "spread": field.spread if field else 1.0,
@@ -202,14 +204,18 @@ class SpatialModule(nn.Module):
         return y
 
     @torch.no_grad()
-    def linear_scores(self, section: Section) -> np.ndarray:
-        """Linear scores (cell, dim) of the log counts of all cells, as z_cell was before training: dimensions of unit
-        variance, the D that vary most in space first, without the shifts of the batches."""
-        scores = []
-        for rows in minibatches(np.arange(section.cells.n_cells), ROWS_AT_ONCE):
-            y, batch = self.log_counts(section, rows, self.counts(section, rows)), section.batch[torch.from_numpy(rows)]
-            scores.append(((y - self.mean) @ self.encode - self.shift[batch.to(y.device)]).cpu().numpy())
-        return np.concatenate(scores)
+    def linear_latents(self, section: Section) -> Tensor:
+        """Posterior means of z_cell (cell, dim) of all cells before training: of linear scores of the log counts, given
+        the niches. The dimensions have unit variance, and the D that vary most in space come first."""
+        n = section.cells.n_cells
+        target, log_precision = torch.empty(n, self.shape.n_cell), torch.full((n, 1), FIRST_PRECISION).log()
+        for rows in minibatches(np.arange(n), ROWS_AT_ONCE):
+            index = torch.from_numpy(rows)
+            y = self.log_counts(section, rows, self.counts(section, rows)) - self.mean
+            target[index] = (y @ self.encode - self.shift[section.batch[index].to(y.device)]).cpu()
+        empty = section.depth[:, None] <= LEAST_DEPTH
+        sites = Sites(target, torch.where(empty, NOTHING, log_precision).expand_as(target))
+        return self.cells_given(sites, self.solve(section.space, sites, own=self.own), self.own)[0]
 
     @torch.no_grad()
     def sites(self, section: Section) -> Sites:
@@ -222,10 +228,16 @@ class SpatialModule(nn.Module):
 
     @torch.no_grad()
     def solve(
-        self, space: Space | None, sites: Sites, known: np.ndarray | None = None, start: Tensor | None = None
+        self,
+        space: Space | None,
+        sites: Sites,
+        known: np.ndarray | None = None,
+        start: Tensor | None = None,
+        own: Tensor | None = None,
     ) -> Niche:
         """Posterior of z_niche of all cells, given the ``sites`` of the cells that are ``known``, bool (cell,), all by
-        default. ``start`` (cell, D) is the initial guess of the mean.
+        default. ``start`` (cell, D) is the initial guess of the mean. ``own`` (dim,) is the variance S, by default the
+        trained one.
 
         The mean is exact up to ``field.TOLERANCE``. Divergence and variance are approximated with g averaged over
         cells (``spatialvae.posterior`` computes the variance of each cell).
@@ -233,7 +245,7 @@ class SpatialModule(nn.Module):
         n = len(sites.target)
         if space is None:
             return Niche(torch.empty(n, 0), torch.empty(n, 0), torch.zeros(n))
-        weight, target, v, r = self._system(sites, known)
+        weight, target, v, r = self._system(sites, known, own)
         first = None if start is None else start.numpy()
         mean = solve(space.laplacian, r, weight, weight * target, first)
         nodes, shares = space.measure
@@ -247,20 +259,23 @@ class SpatialModule(nn.Module):
         divergence = 0.5 * (energy + entropy).sum(1)
         return Niche(*(torch.from_numpy(np.asarray(a, np.float32)) for a in (mean, variance, divergence)))
 
-    def _system(self, sites: Sites, known: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    def _system(
+        self, sites: Sites, known: np.ndarray | None, own: Tensor | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """v g and t, (cell, D) each, of the system for z_niche; v (D,) and r."""
         d = self.shape.n_niche
-        own = self.log_residual.detach()[:d].exp().cpu().double().numpy()
+        own = self.log_residual.detach().exp() if own is None else own
         v = self.smooth_variance.cpu().double().numpy()
-        weight = v / (own + np.exp(-sites.log_precision[:, :d].double().numpy()))
+        weight = v / (own[:d].cpu().double().numpy() + np.exp(-sites.log_precision[:, :d].double().numpy()))
         if known is not None:
             weight = np.where(known[:, None], weight, 0.0)
         return weight, sites.target[:, :d].double().numpy(), v, float(self.range)
 
     @torch.no_grad()
-    def cells_given(self, sites: Sites, niche: Niche) -> tuple[Tensor, Tensor]:
-        """Posterior mean and variance (cell, dim) of z_cell, including the uncertainty of ``niche``."""
-        own = self.log_residual.exp().cpu()
+    def cells_given(self, sites: Sites, niche: Niche, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance (cell, dim) of z_cell, including the uncertainty of ``niche``; ``own``: see
+        ``solve``."""
+        own = (self.log_residual.exp() if own is None else own).cpu()
         prior_mean = self.prior_of_cells(niche.mean)[0]
         mean, log_variance = combined(sites.target, sites.log_precision, prior_mean, own)
         variance = log_variance.exp()

@@ -147,9 +147,9 @@ def test_training__improves_the_bound_and_finds_the_domains(trained):
 def test_domains__are_those_of_before_training(trained, tmp_path):
     table, model = trained
     fresh = SpatialVAE(table)
-    scores = fresh.module.linear_scores(fresh._section)
-    np.testing.assert_allclose(scores, fresh.module.sites(fresh._section).target, atol=1e-4)
-    np.testing.assert_allclose(model.module.linear_scores(model._section), scores, atol=1e-4)
+    latents = fresh.module.linear_latents(fresh._section)
+    np.testing.assert_allclose(latents, fresh._means(fresh._section)[1], atol=1e-4)
+    np.testing.assert_allclose(model.module.linear_latents(model._section), latents, atol=1e-4)
     before = fresh.domains(2)
     model.save(tmp_path / "model")
     for trained_one in (model, SpatialVAE.load(tmp_path / "model", table)):
@@ -312,12 +312,6 @@ def test_domains__number_is_chosen_when_not_given():
     table = tissue(300)
     SpatialVAE.setup_anndata(table)
     assert len(set(SpatialVAE(table).domains())) == 2
-
-
-def test_averages__are_of_cells_with_counts():
-    scores, there = np.array([[1.0], [5.0], [9.0], [7.0]]), np.array([True, False, True, False])
-    neighbours = sp.csr_array([[0, 1, 1, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]])
-    np.testing.assert_allclose(analysis.averaged(scores, neighbours, there)[:, 0], [5, 5, 9, 0])
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
