@@ -316,7 +316,7 @@ def embed(
     from spatialvae import plots as embedding_plots
 
     started = time.perf_counter()
-    model = fit_embedding(table, n_domains, max_epochs=EPOCHS, progress=progress)
+    model = fit_embedding(table, n_domains, max_epochs=EPOCHS, neighbours=False, progress=progress)
     seconds = time.perf_counter() - started
     labels = table.obs["spatial_domain"].astype(str).to_numpy()
     known = truth != ""

@@ -28,12 +28,18 @@ def need_embedding(what: str) -> None:
 
 
 def fit_embedding(
-    table: AnnData, n_domains: int | None, *, max_epochs: int | None = None, progress: bool = True
+    table: AnnData,
+    n_domains: int | None,
+    *,
+    max_epochs: int | None = None,
+    neighbours: bool = True,
+    progress: bool = True,
 ) -> SpatialVAE:
     """Train a model on a table of counts, and add its embedding and spatial domains to the table.
 
     n_domains: by default the number whose domains are most reproducible in halves of the cells. max_epochs: by default
-    training stops when the loss of held-out cells no longer improves. Adds ``obsm["X_spatialvae"]``, the names of its
+    training stops when the loss of held-out cells no longer improves. neighbours: whether to fit the prediction of a
+    cell from its neighbours, which embedding and domains do not use. Adds ``obsm["X_spatialvae"]``, the names of its
     columns as ``uns["X_spatialvae_names"]``, ``obsm["spatial_domain_probability"]`` and ``obs["spatial_domain"]``.
     Raises InputError for a table that cannot be embedded.
     """
@@ -42,7 +48,7 @@ def fit_embedding(
 
     try:
         SpatialVAE.setup_anndata(table)
-        model = SpatialVAE(table, seed=SEED)
+        model = SpatialVAE(table, niche_encoder="gatv2" if neighbours else "field", seed=SEED)
         model.train(max_epochs, progress=progress)
         table.obsm[results.LATENT] = model.get_latent_representation()
         table.uns[results.LATENT_NAMES] = model.latent_names
