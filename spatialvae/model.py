@@ -859,8 +859,8 @@ class SpatialVAE:
         over each cell and its 15 nearest neighbours; without coordinates, of z_cell itself.
 
         z_cell is that of the model before training (``SpatialModule.linear_latents``), so that training does not change
-        domains: with trained z_cell they agreed less with labels of two STARmap sections and of simulated tissues, and
-        equally well with those of osmFISH.
+        domains: with trained z_cell they agreed less with the labels of one of three real sections and equally well
+        with the others, and more with those of two of four simulated tissues.
 
         Parameters
         ----------
