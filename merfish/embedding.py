@@ -48,7 +48,7 @@ def fit_embedding(
 
     try:
         SpatialVAE.setup_anndata(table)
-        model = SpatialVAE(table, niche_encoder="gatv2" if neighbours else "field", seed=SEED)
+        model = SpatialVAE(table, seed=SEED) if neighbours else SpatialVAE(table, niche_encoder="field", seed=SEED)
         model.train(max_epochs, progress=progress)
         table.obsm[results.LATENT] = model.get_latent_representation()
         table.uns[results.LATENT_NAMES] = model.latent_names

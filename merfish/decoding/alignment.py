@@ -38,17 +38,12 @@ class BitShifts:
     """Shifts of the bits of a field.
 
     warp: (bit, 2, 3) float64, coefficients of 1, y and x (pixel) of the shifts along y and x (pixel) of a bit's image
-    relative to the mean of all bits. shift: (bit, 2) float64, y, x in pixel, at the centre of the field. spread: pixel,
-    root mean square of the shifts along an axis, over bits and the corners of the field. pairs: (bit,) float64, number
-    of pairs of peaks of one molecule that include the bit. width: pixel, standard deviation of the displacement of such
-    a pair along an axis; NaN without pairs.
+    relative to the mean of all bits. spread: pixel, root mean square of the shifts along an axis, over bits and the
+    corners of the field.
     """
 
     warp: np.ndarray
-    shift: np.ndarray
     spread: float
-    pairs: np.ndarray
-    width: float
 
 
 def bit_shifts(
@@ -57,7 +52,7 @@ def bit_shifts(
     """Estimate the shifts of the bits of a field; x, y (pixel), plane, bit: (peak,); sigma: of the PSF, pixel."""
     i, j = _near_pairs(x, y, plane, bit, REACH * sigma)
     if not len(i):
-        return BitShifts(np.zeros((n_bits, 2, TERMS)), np.zeros((n_bits, 2)), 0.0, np.zeros(n_bits), np.nan)
+        return BitShifts(np.zeros((n_bits, 2, TERMS)), 0.0)
     step = np.column_stack([y[j] - y[i], x[j] - x[i]])
     # terms of about equal magnitude: the position relative to the centre, in units of half the field
     (middle_y, half_y), (middle_x, half_x) = ((np.ptp(a) / 2 + a.min(), max(np.ptp(a) / 2, 1.0)) for a in (y, x))
@@ -75,13 +70,12 @@ def bit_shifts(
             spread = np.sqrt(scatter / (2 * max(total, 1e-9)))
             width = float(np.clip(spread, NARROWEST * sigma, WIDTHS[0] * sigma))
         warp = _solve(links, pull, width, USUAL_SHIFT * sigma, vary=iteration >= CONSTANT)
-    pairs = links[:, :, 0, 0]
     corners = np.array([[1.0, v, u] for v in (-1, 1) for u in (-1, 1)])
     rms = float(np.sqrt(np.mean((warp @ corners.T) ** 2)))
     constant, down, across = np.moveaxis(warp, 2, 0)
     down, across = down / half_y, across / half_x
     pixels = np.stack([constant - middle_y * down - middle_x * across, down, across], axis=2)
-    return BitShifts(pixels, constant, rms, pairs.sum(axis=0) + pairs.sum(axis=1), width)
+    return BitShifts(pixels, rms)
 
 
 def shifts_at(warp: np.ndarray, bit: np.ndarray | int, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
