@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
 from merfish.codebook import Codebook, min_distance
@@ -19,22 +22,47 @@ MOST_WIDTH = 1.48  # relative to `USUAL_SIGMA`
 LEAST_DISTANCE = 3  # of the codebook; the smallest that corrects one error
 
 
-def broken_assumptions(
-    stack: np.ndarray | Bandpassed, codebook: Codebook, normalization: Normalization, height: int
-) -> list[str]:
-    """Reasons why more calls of `pixels` and `hamming` may be wrong than stated; empty if there are none.
+class Optics(NamedTuple):
+    """Measurements at the centre of a field.
 
-    stack: (bit, plane * height, x), band-passed.
+    n_peaks: number of peaks of all bits. sigma: of the PSF, pixel. shift: of the bits relative to each other, root mean
+    square along an axis, pixel.
     """
-    sigma = psf_sigma(stack, height)
+
+    n_peaks: int
+    sigma: float
+    shift: float
+
+
+def measure_optics(
+    stack: np.ndarray | Bandpassed, normalization: Normalization, height: int, filters: tuple[float, float]
+) -> Optics:
+    """Measure width and shifts of the spots of a field.
+
+    stack: (bit, plane * height, x), band-passed. filters: see `psf_sigma`.
+    """
+    sigma = psf_sigma(stack, height, filters)
     part = middle(stack, height)
     fits = gather_peaks(part, normalization, part.shape[1], sigma, np.empty(part.shape, np.int8))
     shift = measure_shifts(fits, part.shape[1], sigma).spread
+    return Optics(sum(len(fit.x) for fit in fits), sigma, shift)
+
+
+def broken_assumptions(fields: Sequence[Optics], codebook: Codebook) -> list[str]:
+    """Reasons why more calls of `pixels` and `hamming` may be wrong than stated; empty if there are none.
+
+    Fields are weighted by their number of peaks.
+    """
     reasons = []
-    if shift > MOST_SHIFT * sigma:
-        reasons.append(f"the bits are shifted relative to each other: root mean square {shift:.1f} px along an axis")
-    if sigma > MOST_WIDTH * USUAL_SIGMA:
-        reasons.append(f"the spots are wide: sigma {sigma:.1f} px; {USUAL_SIGMA} px is usual")
+    weight, sigmas, shifts = np.array(fields, float).reshape(-1, 3).T
+    if weight.any():
+        sigma, shift = np.average(sigmas, weights=weight), np.sqrt(np.average(shifts**2, weights=weight))
+        if shift > MOST_SHIFT * sigma:
+            reasons.append(
+                f"the bits are shifted relative to each other: root mean square {shift:.1f} px along an axis"
+            )
+        if sigma > MOST_WIDTH * USUAL_SIGMA:
+            reasons.append(f"the spots are wide: sigma {sigma:.1f} px; {USUAL_SIGMA} px is usual")
     distance = min_distance(codebook.codes)
     if distance < LEAST_DISTANCE:
         reasons.append(f"the codebook cannot correct errors: its minimum distance is {distance}")

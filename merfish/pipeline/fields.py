@@ -23,6 +23,7 @@ from merfish.cells.measure import FieldCells, column_name, find_cells, find_stac
 from merfish.cells.merging import DEPTH
 from merfish.codebook import Codebook
 from merfish.config import RunConfig
+from merfish.decoding.assumptions import measure_optics
 from merfish.decoding.methods import decode_filtered
 from merfish.decoding.psf import psf_sigma
 from merfish.decoding.sequential import SPOT_DTYPE, find_molecules
@@ -107,6 +108,11 @@ def process_field(
     # pixels without an image in some round cannot be decoded
     calls = calls[field.valid[np.rint(calls["y"]).astype(int), np.rint(calls["x"]).astype(int)]]
     clock.lap("decode")
+    optics = None
+    if config.method != "spots":
+        rows, height = in_rows(field.bits)
+        optics = measure_optics(rows, calibration.normalization, height, config.filter_sigmas)
+        clock.lap("check assumptions")
     if spiked:
         spikes = spikes_of(
             field.bits, calls, experiment.codebook, calibration.normalization, config.method, config.filter_sigmas
@@ -139,6 +145,7 @@ def process_field(
         "quality": field.quality.to_dict("list"),
         "n_found": len(calls),
         "fit": asdict(count_fit(calls)),
+        "optics": optics,
         "n_outlines": len(cells.outlines),
         "n_sequential": dict(zip(genes, map(len, spots), strict=True)),
         "stains_not_aligned": faults,

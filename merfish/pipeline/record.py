@@ -21,6 +21,7 @@ from merfish.calls.filtering import few_blanks
 from merfish.calls.fit import FitCounts, Verdict, codebook_fits
 from merfish.codebook import Codebook, check_codebook
 from merfish.config import RunConfig
+from merfish.decoding.assumptions import Optics, broken_assumptions
 from merfish.imaging.experiment import Experiment
 from merfish.imaging.organization import NO_ROUND, Channel
 from merfish.imaging.quality import flag_quality
@@ -29,7 +30,15 @@ from merfish.pipeline.manifest import versions
 from merfish.pipeline.reconcile import Fields, Reconciled
 from merfish.pipeline.survey import Calibrated
 from merfish.pipeline.tables import Written
-from merfish.report.notices import bit_warnings, efficiency_line, leak_lines, quality_lines, stain_lines, untied_text
+from merfish.report.notices import (
+    assumption_lines,
+    bit_warnings,
+    efficiency_line,
+    leak_lines,
+    quality_lines,
+    stain_lines,
+    untied_text,
+)
 
 
 def run_record(
@@ -81,6 +90,7 @@ def run_record(
             **call_figures(found.words, book, found.filter.blank_share),
             "held_out": interval(found.filter.held_out),
             **spike_figures(spikes),
+            **({"broken_assumptions": unmet(says, book)} if config.method != "spots" else {}),
             "n_fields": len(fields.fovs),
             "n_duplicates": int(found.words.kept.sum()) - written.n_molecules,
             "n_kept": written.n_molecules,
@@ -97,6 +107,11 @@ def judge_codebook(codebook: Codebook, says: Mapping[int, Mapping[str, Any]], ca
     scale = calibrated.calibration.normalization.scale
     dead = tuple(name for name, height in zip(codebook.bit_names, scale, strict=True) if height == 0)
     return codebook_fits(counts, codebook, dead)
+
+
+def unmet(says: Mapping[int, Mapping[str, Any]], codebook: Codebook) -> list[str]:
+    """Return which assumptions of the pixel decoders the fields and the codebook do not meet."""
+    return broken_assumptions([Optics(*said["optics"]) for said in says.values()], codebook)
 
 
 def unusual_images(says: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -182,10 +197,7 @@ def molecule_lines(figures: Mapping[str, Any]) -> list[str]:
     if rate is None:
         return [line, *warnings]
     few = few_blanks(figures["n_found_blank"], figures["blanks_in_book"])
-    broken = [
-        f"warning: more molecules may be wrong than expected: {reason}; --method spots accounts for this"
-        for reason in figures.get("broken_assumptions", [])
-    ]
+    broken = [f"warning: {text}" for text in assumption_lines(figures)]
     return [f"{line}, {rate:.1%} expected to be wrong", *([few] if few else []), *broken, *warnings]
 
 

@@ -17,7 +17,7 @@ from merfish.calls.filtering import keep_at_rate, learn_odds, with_odds
 from merfish.calls.fit import codebook_fits, count_fit, refuse_misfit
 from merfish.codebook import read_codebook
 from merfish.config import FILTER_SIGMAS
-from merfish.decoding.assumptions import broken_assumptions
+from merfish.decoding.assumptions import broken_assumptions, measure_optics
 from merfish.decoding.methods import decode_filtered
 from merfish.errors import InputError
 from merfish.imaging.images import read_stack
@@ -56,7 +56,8 @@ def decode_file(
     figures = {**call_figures(words, book, share), **spike_figures(spike_kept)}
     if method != "spots":
         rows, height = in_rows(filtered)
-        figures["broken_assumptions"] = broken_assumptions(rows, book, normalization, height)
+        optics = measure_optics(rows, normalization, height, FILTER_SIGMAS[method])
+        figures["broken_assumptions"] = broken_assumptions([optics], book)
     statistics = word_statistics(words, book, share, spikes["spike"].to_numpy(), spike_kept)
     record = {
         "versions": versions(),

@@ -9,7 +9,7 @@ from merfish.calls.filtering import few_blanks
 from merfish.errors import InputError
 from merfish.report import figures
 from merfish.report.findings import findings, overall
-from merfish.report.notices import bit_warnings, quality_lines, stain_lines
+from merfish.report.notices import assumption_lines, bit_warnings, quality_lines, stain_lines
 from merfish.report.page import Section, picture
 from merfish.report.run import Run
 from merfish.report.summary import log_correlation
@@ -32,6 +32,7 @@ def headline(run: Run, others: dict[str, pd.Series]) -> Section:
     text = [
         VERDICTS[overall(found)],
         *([f"Warning: {notice}."] if notice else []),
+        *(f"Warning: {text}." for text in assumption_lines(figure)),
         *bit_warnings(record),
         *quality_lines(record["quality"]),
         *stain_lines(record["fields"]),

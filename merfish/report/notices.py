@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,14 @@ def bit_warnings(run: dict[str, Any]) -> list[str]:
         each = ", ".join(f"{name} {count:,}" for name, count in zip(names, total.tolist(), strict=True) if count)
         lines.append(f"Saturated pixels, most of them in field {worst}: {each}.")
     return lines
+
+
+def assumption_lines(figures: Mapping[str, Any]) -> list[str]:
+    """List the assumptions of the pixel decoders that the images or the codebook do not meet."""
+    return [
+        f"more molecules may be wrong than expected: {reason}; --method spots accounts for this"
+        for reason in figures.get("broken_assumptions", [])
+    ]
 
 
 def leak_lines(run: dict[str, Any]) -> list[str]:
