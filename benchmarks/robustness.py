@@ -104,6 +104,7 @@ WORLDS = (
     World("errors 20 % / 6 %", imaging=Imaging(lost=0.2, gained=0.06)),
     World("PSF sigma 1.8 px", imaging=Imaging(psf_sigma=(1.8, 1.8))),
     World("PSF sigma 2.2 px", imaging=Imaging(psf_sigma=(2.2, 2.2))),
+    World("PSF 1.34 times as high as wide", imaging=Imaging(psf_ratio=1.34)),
     World("signal 8 times weaker", imaging=Imaging(peak=50.0)),
     World("bleed-through 10 %", options={"bleed_through": 0.1}),
     World("carry-over 10 %", options={"carry_over": 0.1}),

@@ -101,12 +101,12 @@ def components(word):
 # --- simulation and cells ---------------------------------------------------------------------------------------
 
 
-def spot(shape, y, x, flux, sigma):
+def spot(shape, y, x, flux, sigma_y, sigma_x):
     """Return an image (y, x) of a Gaussian of total ``flux``, averaged over pixels by its integral along both axes."""
     from scipy.stats import norm
 
     shares = [norm.cdf(np.arange(n) + 0.5, at, sigma) - norm.cdf(np.arange(n) - 0.5, at, sigma)
-              for n, at in zip(shape, (y, x), strict=True)]  # fmt: skip
+              for n, at, sigma in zip(shape, (y, x), (sigma_y, sigma_x), strict=True)]  # fmt: skip
     return flux * np.outer(*shares)
 
 
@@ -245,12 +245,13 @@ def refit_spot(image, x, y, height, shape):
     rows, values = [], []
     for row in range(image.shape[0]):
         for column in range(image.shape[1]):
-            dx, dy = column - x, row - y
-            square = dx**2 + dy**2
+            away = np.array([column - x, row - y])
+            metric = np.array([[shape.xx, shape.xy], [shape.xy, shape.yy]])
+            square = away @ metric @ away
             if square > shape.core**2:
                 continue
             p, fall = np.interp(square, places, shape.profile), np.interp(square, places, shape.fall)
-            rows.append([p, fall * dx, fall * dy])
+            rows.append([p, *(fall * (metric @ away))])
             values.append(image[row, column] + height * p)
     for k in (1, 2):
         rows.append([np.sqrt(shape.stiffness) * (j == k) for j in range(3)])
@@ -298,7 +299,8 @@ def share_light(image, x, y, top, shape):
     places, (rows, columns) = np.arange(len(shape.profile)) / shape.bins, np.indices(image.shape)
     left, top = image.astype(float), list(top)
     for i in range(len(x)):
-        square = (rows - y[i]) ** 2 + (columns - x[i]) ** 2
+        dx, dy = columns - x[i], rows - y[i]
+        square = shape.xx * dx**2 + 2 * shape.xy * dx * dy + shape.yy * dy**2
         spot = np.interp(square, places, shape.profile)
         near = np.where(square <= shape.core**2, spot, 0)
         new = max(top[i] + (left * near).sum() / (near**2).sum(), 0)

@@ -5,39 +5,52 @@ import pytest
 
 import reference
 from merfish.decoding import _peak_kernels as kernels
-from merfish.decoding.peaks import BIN, REACH, Fit, fit_peaks, measure_profile, shape_of, share_peaks
+from merfish.decoding.peaks import BIN, REACH, Fit, Profile, fit_peaks, measure_profile, shape_of, share_peaks
 from merfish.imaging.normalize import NoiseMap, locate_peaks
 
 SIGMA = 1.35
 BINS = 1 / (BIN * SIGMA)
 N_BINS = round(REACH / BIN)
-PROFILE = np.append(np.exp(-((np.arange(N_BINS) / BINS) ** 2) / (2 * SIGMA**2)), 0.0)
+PROFILE = Profile(np.append(np.exp(-((np.arange(N_BINS) / BINS) ** 2) / (2 * SIGMA**2)), 0.0))
 SHAPE = shape_of(PROFILE, SIGMA)
+RATIO, TILT = 1.4, np.radians(30)  # axes of an elliptical spot, and direction of the long one
+LONG, SHORT = np.cos(TILT) ** 2, np.sin(TILT) ** 2
+ELLIPSE = (
+    LONG / RATIO + SHORT * RATIO,
+    np.cos(TILT) * np.sin(TILT) * (1 / RATIO - RATIO),
+    SHORT / RATIO + LONG * RATIO,
+)
 
 
-def render(x, y, top, shape):
+def render(x, y, top, shape, metric=(1, 0, 1)):
     row, column = np.mgrid[: shape[0], : shape[1]]
-    spots = zip(x, y, top, strict=True)
-    return sum(c * np.exp(-((row - b) ** 2 + (column - a) ** 2) / (2 * SIGMA**2)) for a, b, c in spots)
+    out = np.zeros(shape)
+    for a, b, c in zip(x, y, top, strict=True):
+        dx, dy = column - a, row - b
+        out += c * np.exp(-(metric[0] * dx**2 + 2 * metric[1] * dx * dy + metric[2] * dy**2) / (2 * SIGMA**2))
+    return out
 
 
-@pytest.fixture(scope="module")
-def crowd():
-    """Simulate 300 x 300 px with single spots on a lattice, and pairs 2.6 px apart."""
+@pytest.fixture(scope="module", params=[(1, 0, 1), ELLIPSE], ids=["round", "elliptical"])
+def crowd(request):
+    """Simulate 300 x 300 px with single spots on a lattice, and pairs 2.6 px apart by the metric of the spots."""
     rng = np.random.default_rng(0)
     lattice = np.stack(np.meshgrid(np.arange(15, 290, 20.0), np.arange(15, 290, 20.0)), -1).reshape(-1, 2)
     x, y = (lattice + rng.uniform(-2, 2, lattice.shape)).T
     top = rng.uniform(0.6, 1.5, len(x))
     pair = np.arange(0, len(x), 3)
     angle = rng.uniform(0, 2 * np.pi, len(pair))
-    x, y = np.append(x, x[pair] + 2.6 * np.cos(angle)), np.append(y, y[pair] + 2.6 * np.sin(angle))
+    dx, dy = np.cos(angle), np.sin(angle)
+    xx, xy, yy = request.param
+    away = 2.6 / np.sqrt(xx * dx**2 + 2 * xy * dx * dy + yy * dy**2)
+    x, y = np.append(x, x[pair] + away * dx), np.append(y, y[pair] + away * dy)
     top = np.append(top, 0.8 * top[pair])
-    image = render(x, y, top, (300, 300)) + rng.normal(0, 0.01, (300, 300))
-    return image.astype(np.float32), x, y, top
+    image = render(x, y, top, (300, 300), request.param) + rng.normal(0, 0.01, (300, 300))
+    return image.astype(np.float32), x, y, top, request.param
 
 
 def test_pairs_that_show_one_peak_are_told_apart(crowd):
-    image, x, y, top = crowd
+    image, x, y, top, _ = crowd
     assert len(locate_peaks(image, 300, 0.15)[0]) < 0.95 * len(x)
     found_x, found_y, found_top, *_ = fit_peaks(image.copy(), 300, SIGMA)
     assert len(x) <= len(found_x) <= 1.1 * len(x)
@@ -56,17 +69,19 @@ def test_the_light_of_the_peaks_is_taken_out(crowd):
 
 
 def test_the_profile_is_measured_in_spite_of_neighbours(crowd):
-    image = crowd[0]
+    image, metric = crowd[0], crowd[-1]
     profile = measure_profile(image, 300, *locate_peaks(image, 300, 0.15), SIGMA)
-    assert profile == pytest.approx(PROFILE, abs=0.06)
+    assert profile.height == pytest.approx(PROFILE.height, abs=0.06)
+    assert profile.metric == pytest.approx(metric, abs=0.05)
 
 
-def test_refit_spot_equals_least_squares():
-    x, y, top = 10.2, 9.7, 1.1
-    image = render([10.35], [9.6], [1.3], (20, 20)).astype(np.float32)
-    kernels.add_spot(image, 0, 19, x, y, -top, SHAPE)
-    got = kernels.refit_spot(image, 0, 19, x, y, top, SHAPE)
-    expected = reference.refit_spot(image, x, y, top, SHAPE)
+@pytest.mark.parametrize("metric", [(1.0, 0.0, 1.0), ELLIPSE])
+def test_refit_spot_equals_least_squares(metric):
+    x, y, top, shape = 10.2, 9.7, 1.1, shape_of(Profile(PROFILE.height, metric), SIGMA)
+    image = render([10.35], [9.6], [1.3], (20, 20), metric).astype(np.float32)
+    kernels.add_spot(image, 0, 19, x, y, -top, shape)
+    got = kernels.refit_spot(image, 0, 19, x, y, top, shape)
+    expected = reference.refit_spot(image, x, y, top, shape)
     assert got == pytest.approx(expected, abs=1e-5)
     assert got == pytest.approx((10.35, 9.6, 1.3), abs=0.03)
 
@@ -95,12 +110,13 @@ def test_the_light_of_one_peak_is_shared_by_the_molecules_that_make_it():
     assert got.x == pytest.approx([20, 20.9, 40], abs=0.15)
 
 
-def test_share_light_equals_the_reference():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("metric", [(1.0, 0.0, 1.0), ELLIPSE])
+def test_share_light_equals_the_reference(metric):
+    rng, shape = np.random.default_rng(0), shape_of(Profile(PROFILE.height, metric), SIGMA)
     x, y, top = rng.uniform(5, 25, 6), rng.uniform(5, 25, 6), rng.uniform(0, 1, 6)
     image = rng.normal(0, 0.2, (30, 30)).astype(np.float32)
-    left, heights = reference.share_light(image, x, y, top, SHAPE)
-    kernels.share_light(image, 30, kernels.Spots(x, y, top), np.arange(6), SHAPE, 1, 0.0)
+    left, heights = reference.share_light(image, x, y, top, shape)
+    kernels.share_light(image, 30, kernels.Spots(x, y, top), np.arange(6), shape, 1, 0.0)
     assert top == pytest.approx(heights, abs=1e-5)
     assert image == pytest.approx(left, abs=1e-5)
 
@@ -115,6 +131,9 @@ def test_find_near_equals_the_reference(n):
     assert near.tolist() == [bool((np.hypot(x - a, y - b) < 2.0).any()) for a, b in zip(px, py, strict=True)]
 
 
-def test_the_tables_of_a_spot_reach_to_the_corners_of_its_square():
-    assert 2 * SHAPE.reach**2 * SHAPE.bins + 1 < len(SHAPE.profile)
-    assert not SHAPE.profile[round(SHAPE.reach**2 * SHAPE.bins) :].any()
+@pytest.mark.parametrize("metric", [(1.0, 0.0, 1.0), ELLIPSE])
+def test_the_tables_of_a_spot_reach_to_the_corners_of_its_rectangle(metric):
+    shape = shape_of(Profile(PROFILE.height, metric), SIGMA)
+    corners = [(a * shape.across * shape.reach, b * shape.down * shape.reach) for a in (-1, 1) for b in (-1, 1)]
+    assert max(kernels.squared_distance(*at, shape) for at in corners) * shape.bins + 1 < len(shape.profile)
+    assert not shape.profile[round(shape.reach**2 * shape.bins) :].any()

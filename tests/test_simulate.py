@@ -37,7 +37,10 @@ def shown_bits(table: pd.DataFrame, n_bits: int = 16) -> np.ndarray:
 def test_add_spot__is_the_integral_of_the_gaussian(y, x):
     image = np.zeros((24, 26), np.float32)
     add_spot(image, y, x, 1000.0, 1.3)
-    np.testing.assert_allclose(image, reference.spot(image.shape, y, x, 1000.0, 1.3), atol=0.01)
+    np.testing.assert_allclose(image, reference.spot(image.shape, y, x, 1000.0, 1.3, 1.3), atol=0.01)
+    image[:] = 0
+    add_spot(image, y, x, 1000.0, 1.2, 2.25)
+    np.testing.assert_allclose(image, reference.spot(image.shape, y, x, 1000.0, 1.8, 0.8), atol=0.01)
 
 
 @pytest.mark.parametrize("expected", [0.0, 0.5, 15.9, 16.1, 100.0, 5000.0])

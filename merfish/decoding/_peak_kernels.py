@@ -11,14 +11,22 @@ from merfish.decoding._spot_kernels import fill_grid
 
 
 class Shape(NamedTuple):
-    """Radial profile of a spot, and parameters of the fit of its position.
+    """Profile of a spot, and parameters of the fit of its position.
 
+    The squared distance of a pixel (dx, dy) from the centre is xx dx^2 + 2 xy dx dy + yy dy^2, so that spots may be
+    elliptical; xx yy - xy^2 = 1. across and down: the roots of yy and xx; an ellipse of points at distance 1 extends so
+    far along x and y.
     profile (bin,): a spot of height 1 by squared distance from its centre, ``bins`` bins per square pixel. fall (bin,):
     negative slope of the profile divided by the distance, per square pixel. reach: pixel, radius of the profile; both
-    tables are 0 from there to the corners of a square around it. core: pixel, radius of the fit. stiffness: regularises
-    a poorly determined position. most_step: pixel, largest change of a position in one step.
+    tables are 0 from there to the corners of a rectangle around it. core: pixel, radius of the fit. stiffness:
+    regularises a poorly determined position. most_step: pixel, largest change of a position in one step.
     """
 
+    xx: float
+    xy: float
+    yy: float
+    across: float
+    down: float
     profile: np.ndarray
     fall: np.ndarray
     bins: float
@@ -44,13 +52,19 @@ def at(profile, place):
 
 
 @kernel
+def squared_distance(dx, dy, shape):
+    """Squared distance of a pixel from the centre of a spot, see `Shape`."""
+    return shape.xx * dx * dx + 2.0 * shape.xy * dx * dy + shape.yy * dy * dy
+
+
+@kernel
 def add_spot(image, first_row, last_row, x, y, height, shape):
     """Add a spot to an image (row, x) float32, within the rows of its plane."""
     profile, bins = shape.profile, shape.bins
-    reach = shape.reach
-    for row in range(max(first_row, int(np.ceil(y - reach))), min(last_row, int(y + reach)) + 1):
-        for column in range(max(0, int(np.ceil(x - reach))), min(image.shape[1] - 1, int(x + reach)) + 1):
-            square = (row - y) ** 2 + (column - x) ** 2
+    down, across = shape.reach * shape.down, shape.reach * shape.across
+    for row in range(max(first_row, int(np.ceil(y - down))), min(last_row, int(y + down)) + 1):
+        for column in range(max(0, int(np.ceil(x - across))), min(image.shape[1] - 1, int(x + across)) + 1):
+            square = squared_distance(column - x, row - y, shape)
             image[row, column] += np.float32(height * at(profile, square * bins))
 
 
@@ -61,17 +75,18 @@ def refit_spot(image, first_row, last_row, x, y, height, shape):
     image (row, x): the residual of all spots. The position is updated by one linearised step.
     """
     profile, bins, core = shape.profile, shape.bins, shape.core
+    down, across = core * shape.down, core * shape.across
     pp = px = py = xx = xy = yy = vp = vx = vy = 0.0
-    for row in range(max(first_row, int(np.ceil(y - core))), min(last_row, int(y + core)) + 1):
-        for column in range(max(0, int(np.ceil(x - core))), min(image.shape[1] - 1, int(x + core)) + 1):
+    for row in range(max(first_row, int(np.ceil(y - down))), min(last_row, int(y + down)) + 1):
+        for column in range(max(0, int(np.ceil(x - across))), min(image.shape[1] - 1, int(x + across)) + 1):
             dx, dy = column - x, row - y
-            square = dx * dx + dy * dy
+            square = squared_distance(dx, dy, shape)
             if square > core * core:
                 continue
             p = at(profile, square * bins)
             value = image[row, column] + height * p
             fall = at(shape.fall, square * bins)
-            gx, gy = fall * dx, fall * dy
+            gx, gy = fall * (shape.xx * dx + shape.xy * dy), fall * (shape.xy * dx + shape.yy * dy)
             pp += p * p
             px += p * gx
             py += p * gy
@@ -131,12 +146,13 @@ def draw_spot(image, plane_height, x, y, radius, shape, box, out):
     profile, bins = shape.profile, shape.bins
     first_row = int(y) // plane_height * plane_height
     last_row, last_column = first_row + plane_height - 1, image.shape[1] - 1
-    box[0], box[1] = max(first_row, int(np.ceil(y - radius))), min(last_row, int(y + radius)) + 1
-    box[2], box[3] = max(0, int(np.ceil(x - radius))), min(last_column, int(x + radius)) + 1
+    down, across = radius * shape.down, radius * shape.across
+    box[0], box[1] = max(first_row, int(np.ceil(y - down))), min(last_row, int(y + down)) + 1
+    box[2], box[3] = max(0, int(np.ceil(x - across))), min(last_column, int(x + across)) + 1
     total = 0.0
     for row in range(box[0], box[1]):
         for column in range(box[2], box[3]):
-            square = (row - y) ** 2 + (column - x) ** 2
+            square = squared_distance(column - x, row - y, shape)
             p = at(profile, square * bins) if square <= radius * radius else 0.0
             out[row - box[0], column - box[2]] = p
             total += p * p
@@ -154,8 +170,8 @@ def share_light(image, plane_height, spots, chosen, shape, sweeps, settled):
     core = shape.core
     reach = shape.reach
     # each spot and its core, drawn at height 1: the same in every sweep
-    whole = np.empty((len(chosen), int(2 * reach) + 2, int(2 * reach) + 2))
-    middle = np.empty((len(chosen), int(2 * core) + 2, int(2 * core) + 2))
+    whole = np.empty((len(chosen), int(2 * reach * shape.down) + 2, int(2 * reach * shape.across) + 2))
+    middle = np.empty((len(chosen), int(2 * core * shape.down) + 2, int(2 * core * shape.across) + 2))
     box, inner = np.empty((len(chosen), 4), np.int64), np.empty((len(chosen), 4), np.int64)
     square = np.empty(len(chosen))
     for k in range(len(chosen)):

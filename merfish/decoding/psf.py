@@ -81,7 +81,7 @@ def half_radius(image: np.ndarray) -> float:
     ends = np.searchsorted(bin_of[order], np.arange(int(RANGE[1] / STEP) + 1))
     values = share.ravel()[order]
     profile = [np.median(values[a:b]) if b > a else np.nan for a, b in pairwise(ends)]
-    return _crossing(np.arange(len(profile)) * STEP, np.array(profile))
+    return crossing(np.arange(len(profile)) * STEP, np.array(profile))
 
 
 def expected_half_radius(sigma: float, smoothing: float, background: float) -> float:
@@ -89,10 +89,10 @@ def expected_half_radius(sigma: float, smoothing: float, background: float) -> f
     radius = np.arange(0, 3 * RANGE[1], STEP)
     near, far = (sigma**2 + 1 / 12 + width**2 for width in (smoothing, background))
     profile = np.exp(-(radius**2) / (2 * near)) / near - np.exp(-(radius**2) / (2 * far)) / far
-    return _crossing(radius, profile / profile[0])
+    return crossing(radius, profile / profile[0])
 
 
-def _crossing(radius: np.ndarray, profile: np.ndarray) -> float:
+def crossing(radius: np.ndarray, profile: np.ndarray) -> float:
     """Radius at which a profile first falls below one half, interpolated linearly; NaN if it does not."""
     known = np.isfinite(profile)
     radius, profile = radius[known], profile[known]

@@ -21,20 +21,24 @@ def _pixel_shares(centre, sigma, first, share):
 
 
 @kernel
-def add_spot(image, y, x, flux, sigma):
-    """Add a pixel-integrated Gaussian of total ``flux`` at (y, x) to ``image`` (y, x), truncated at 5 sigma."""
+def add_spot(image, y, x, flux, sigma, ratio=1.0):
+    """Add a pixel-integrated Gaussian of total ``flux`` at (y, x) to ``image`` (y, x), truncated at 5 sigma.
+
+    sigma: geometric mean of the widths along y and x, whose ratio is ``ratio``.
+    """
     height, width = image.shape
-    reach = math.ceil(5.0 * sigma)
-    top = max(math.floor(y) - reach, 0)
-    bottom = min(math.floor(y) + reach + 2, height)
-    left = max(math.floor(x) - reach, 0)
-    right = min(math.floor(x) + reach + 2, width)
+    sigma_y, sigma_x = sigma * math.sqrt(ratio), sigma / math.sqrt(ratio)
+    reach_y, reach_x = math.ceil(5.0 * sigma_y), math.ceil(5.0 * sigma_x)
+    top = max(math.floor(y) - reach_y, 0)
+    bottom = min(math.floor(y) + reach_y + 2, height)
+    left = max(math.floor(x) - reach_x, 0)
+    right = min(math.floor(x) + reach_x + 2, width)
     if top >= bottom or left >= right:
         return
     down = np.empty(bottom - top)
     across = np.empty(right - left)
-    _pixel_shares(y, sigma, top, down)
-    _pixel_shares(x, sigma, left, across)
+    _pixel_shares(y, sigma_y, top, down)
+    _pixel_shares(x, sigma_x, left, across)
     for i in range(bottom - top):
         row = flux * down[i]
         for j in range(right - left):
@@ -42,11 +46,11 @@ def add_spot(image, y, x, flux, sigma):
 
 
 @parallel_kernel
-def render_spots(y, x, z, flux, sigma, focal_range, image):
+def render_spots(y, x, z, flux, sigma, ratio, focal_range, image):
     """Add the spots of all molecules to every bit and plane.
 
     y, x (bit, molecule) pixels, in the image of each bit; z (molecule,) plane index; flux (bit, molecule) total
-    photons, 0 = dark; sigma (bit,) pixels in focus; out: image (bit, z, y, x) float32, added to.
+    photons, 0 = dark; sigma (bit,) pixels in focus, ratio: see `add_spot`; out: image (bit, z, y, x) float32, added to.
     Out of focus, a spot widens like a Gaussian beam at constant flux, sigma * sqrt(1 + (dz / focal_range)^2), with dz
     and focal_range in planes.
     Each bit is rendered by one thread, so that sums do not depend on the number of threads.
@@ -63,4 +67,4 @@ def render_spots(y, x, z, flux, sigma, focal_range, image):
                     wide *= math.sqrt(1.0 + defocus * defocus)
                     if wide > 8.0 * sigma[bit]:
                         continue  # the peak is below 2 % of that in focus
-                add_spot(image[bit, plane], y[bit, m], x[bit, m], flux[bit, m], wide)
+                add_spot(image[bit, plane], y[bit, m], x[bit, m], flux[bit, m], wide, ratio)

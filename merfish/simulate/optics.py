@@ -14,7 +14,8 @@ from merfish.simulate._kernels import render_spots
 class Imaging:
     """Chemistry, optics and camera of a simulated experiment. Lengths in pixels, light in photons.
 
-    psf_sigma: range from which the PSF width of each bit is drawn. peak: photons per pixel at the centre of a
+    psf_sigma: range from which the PSF width of each bit is drawn. psf_ratio: width along y relative to that along x,
+    whose geometric mean is the PSF width. peak: photons per pixel at the centre of a
     spot of brightness 1, before integration over pixels. background: photons per pixel.
     Counts are camera_offset + camera_gain * Poisson(photons) + read_noise * N(0, 1), rounded, within uint16.
     molecule_spread, bit_spread: sigma of the lognormal brightness of molecules, and of their bits relative to it.
@@ -26,6 +27,7 @@ class Imaging:
     """
 
     psf_sigma: tuple[float, float] = (1.2, 1.5)
+    psf_ratio: float = 1.0
     peak: float = 400.0
     background: float = 100.0
     camera_offset: float = 100.0
@@ -80,7 +82,8 @@ def photons(
     image = np.full((n_bits, *shape), imaging.background, np.float32)
     flux = np.ascontiguousarray((brightness * (peak * 2.0 * np.pi * sigma**2)).T)
     places = [np.ascontiguousarray(np.broadcast_to(a, flux.shape), dtype=np.float64) for a in (y, x)]
-    render_spots(*places, np.asarray(z, np.float64), flux, sigma, imaging.focal_range / imaging.plane_step, image)
+    focal_range = imaging.focal_range / imaging.plane_step
+    render_spots(*places, np.asarray(z, np.float64), flux, sigma, imaging.psf_ratio, focal_range, image)
     return image
 
 

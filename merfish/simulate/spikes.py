@@ -14,7 +14,7 @@ from merfish.codebook import Codebook
 from merfish.decoding._peak_kernels import Spots, add_spots
 from merfish.decoding.alignment import shifts_at
 from merfish.decoding.candidates import Peaks, joined
-from merfish.decoding.peaks import BIN, REACH, Fit, shape_of
+from merfish.decoding.peaks import BIN, REACH, Fit, Profile, shape_of
 from merfish.decoding.spots import gather_peaks, measure_shifts
 from merfish.imaging.normalize import Normalization
 from merfish.imaging.preprocess import Bandpassed, bandpass
@@ -131,11 +131,11 @@ def add_spikes(
     return out.reshape(filtered.shape), added
 
 
-def profiles(fits: list[Fit]) -> list[np.ndarray]:
-    """Radial profile of a spot in each bit; an unknown one is the mean of the others or, without any, a Gaussian."""
-    known = [fit.profile for fit in fits if fit.profile is not None]
+def profiles(fits: list[Fit]) -> list[Profile]:
+    """Profile of a spot in each bit; an unknown one is round and the mean of the others or, without any, a Gaussian."""
+    known = [fit.profile.height for fit in fits if fit.profile is not None]
     usual = np.mean(known, axis=0) if known else np.exp(-0.5 * (BIN * np.arange(round(REACH / BIN) + 1)) ** 2)
-    return [usual if fit.profile is None else fit.profile for fit in fits]
+    return [fit.profile or Profile(usual) for fit in fits]
 
 
 def belong(peaks: Peaks, plane_height: int, calls: pd.DataFrame, sigma: float) -> np.ndarray:
