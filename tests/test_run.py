@@ -23,6 +23,8 @@ from merfish.simulate import simulate_experiment
 from merfish.simulate.disturbances import Disturbances, illumination
 from merfish.transcripts import COLUMNS, read_transcripts
 
+pytestmark = pytest.mark.usefixtures("short_reports")
+
 TABLES = [results.TRANSCRIPTS, results.ALL_TRANSCRIPTS, results.CELLS, results.CELL_BY_GENE]
 
 
