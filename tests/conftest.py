@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
-import matplotlib
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -11,7 +11,9 @@ collect_ignore = [] if find_spec("squidpy") else ["exchange_roundtrip.py", "anal
 collect_ignore += [] if find_spec("scvi") else ["scvi_roundtrip.py"]
 collect_ignore += [] if find_spec("napari_spatialdata") else ["napari_roundtrip.py"]
 
-matplotlib.use("Agg")
+os.environ["MPLBACKEND"] = "Agg"
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process uses one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the first example includes seconds of compilation
 settings.register_profile(
     "default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow], print_blob=True
