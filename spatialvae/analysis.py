@@ -99,7 +99,7 @@ def refined(latent: np.ndarray, neighbours: sp.csr_array, probability: np.ndarra
     Cell i is averaged over itself and its neighbours j with weights w_ij = sum_d p_id p_jd, the probability that both
     are in one domain. In domain d this average is N(mean_d, S / m_i), where m_i is the sum of its weights; S is fitted
     to the averages, so that it includes the correlation of neighbours. Weights, parameters and probabilities are
-    updated in turn until no label changes, at most ``REFINEMENTS`` times.
+    updated in turn until no label changes or a domain would be lost, at most ``REFINEMENTS`` times.
 
     Parameters
     ----------
@@ -124,9 +124,12 @@ def refined(latent: np.ndarray, neighbours: sp.csr_array, probability: np.ndarra
         precision = np.linalg.inv(scatter / len(mean) + ridge * np.eye(len(scatter)))
         distance = -2 * mean @ precision @ centre.T + np.einsum("de,de->d", centre @ precision, centre)
         log_joint = np.log(np.maximum(probability.mean(0), 1e-12)) - 0.5 * size[:, None] * distance
-        before, odds = probability.argmax(1), np.exp(log_joint - log_joint.max(1, keepdims=True))
+        before, now = probability.argmax(1), log_joint.argmax(1)
+        if len(np.unique(now)) < len(np.unique(before)):
+            break
+        odds = np.exp(log_joint - log_joint.max(1, keepdims=True))
         probability = odds / odds.sum(1, keepdims=True)
-        if (probability.argmax(1) == before).all():
+        if (now == before).all():
             break
     return probability
 
