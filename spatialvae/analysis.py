@@ -27,9 +27,7 @@ MOST_DOMAINS = 20  # largest number tried if none is given
 HALVINGS = 10  # random halvings of the cells for each number
 HALVING_STARTS = 2
 MOST_HALVED = 10_000  # cells
-REFINED_NEIGHBOURS = (
-    36  # three rings of a hexagonal grid; 24 to 80 gain similarly on tissues of 33 to 400 cells a patch
-)
+REFINED_NEIGHBOURS = 36  # three rings of a hexagonal grid; 24 to 80 gained similarly on patches of 33 to 400 cells
 REFINEMENTS = 10
 ROWS_AT_ONCE = 4096
 LEAST_AGREEMENT = 0.5  # adjusted Rand index; if no number of domains reaches it, there is one domain
