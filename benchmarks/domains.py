@@ -3,8 +3,8 @@
     python benchmarks/domains.py TABLE:LABEL ... [--seeds N] [--simulated N]
 
 TABLE is an AnnData file with counts in X and obsm["spatial"], LABEL a column of obs with known domains. In addition,
-tissues are simulated: patches of 3 to 12 domains, which differ in the frequencies of 14 cell types. Writes
-benchmarks/results/domains.md.
+tissues are simulated: patches of 3 to 12 domains, which differ in the frequencies of 14 cell types; and each again as
+four samples, in which the same genes differ in abundance. Writes benchmarks/results/domains.md.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ from spatialvae import SpatialVAE
 
 CELLS, GENES, TYPES = 2000, 120, 14  # of a simulated tissue
 PATCHES = 3  # of each domain
+SAMPLES = 4  # of a tissue with several
+EFFECT = 0.5  # standard deviation of the effect of a sample on log shares of genes
 
 Row = dict[str, str | int | float]
 
 
-def tissue(k: int, seed: int) -> anndata.AnnData:
-    """Simulate cells in a square of patches of ``k`` domains, obs["domain"]; negative binomial counts, 60 per cell."""
+def tissue(k: int, seed: int, samples: int = 1) -> anndata.AnnData:
+    """Simulate cells in a square of patches of ``k`` domains, obs["domain"]; negative binomial counts, 60 per cell.
+
+    With several ``samples``, obs["sample"], shares of genes differ between these."""
     rng = np.random.default_rng(seed)
     places = rng.uniform(0, 100, (CELLS, 2))
     patch = cKDTree(rng.uniform(0, 100, (PATCHES * k, 2))).query(places)[1]
@@ -43,8 +47,13 @@ def tissue(k: int, seed: int) -> anndata.AnnData:
     share = rng.gamma(0.5, 1, (TYPES, GENES))
     share /= share.sum(1, keepdims=True)
     depth = rng.gamma(4, 60 / 4, CELLS)
-    counts = rng.poisson(depth[:, None] * share[kind] * rng.gamma(3, 1 / 3, (CELLS, GENES)))
-    obs = pd.DataFrame({"domain": (patch % k).astype(str)}, index=[f"cell{i}" for i in range(CELLS)])
+    sample = np.arange(CELLS) % samples
+    effect = np.exp(EFFECT * (samples > 1) * np.random.default_rng(seed).standard_normal((samples, GENES)))
+    expected = share[kind] * effect[sample]
+    expected /= expected.sum(1, keepdims=True)
+    counts = rng.poisson(depth[:, None] * expected * rng.gamma(3, 1 / 3, (CELLS, GENES)))
+    labels = {"domain": (patch % k).astype(str), "sample": sample.astype(str)}
+    obs = pd.DataFrame(labels, index=[f"cell{i}" for i in range(CELLS)])
     return anndata.AnnData(sp.csr_matrix(counts.astype(np.float32)), obs, obsm={"spatial": places})
 
 
@@ -52,7 +61,7 @@ def rows_of(name: str, table: anndata.AnnData, label: str, seeds: int) -> Iterat
     """Return a row for each seed."""
     table = table[np.asarray(table.X.sum(1)).ravel() > 0].copy()
     truth = table.obs[label].astype(str)
-    SpatialVAE.setup_anndata(table)
+    SpatialVAE.setup_anndata(table, sample_key="sample" if "sample" in table.obs else None)
     for seed in range(seeds):
         model = SpatialVAE(table, seed=seed, niche_encoder="field")
         found = len(set(model.domains(seed=seed)))
@@ -87,7 +96,8 @@ Made by `{command}`.
 
 Seeds of the mixture: {seeds}; models are not trained, since `domains` does not depend on it. "found": by `domains()`
 without a number, for each seed, and the agreement of halves that it has; "spread": the range over seeds of the ARI of
-`domains(k)`, k true. "simulated K": {CELLS:,} cells, patches of K domains.
+`domains(k)`, k true. "simulated K": {CELLS:,} cells, patches of K domains; "four samples": the shares of genes differ
+between samples, by factors with a standard deviation of the logarithm of {EFFECT}.
 
 {as_markdown(table.reset_index())}
 
@@ -107,8 +117,9 @@ def main() -> None:
         rows += rows_of(Path(path).stem, anndata.read_h5ad(path), label, options.seeds)
         print(*rows[-options.seeds :], sep="\n", flush=True)
     for i, k in enumerate(np.linspace(3, 12, options.simulated).round().astype(int)):
-        rows += rows_of(f"simulated {k}", tissue(k, 100 + i), "domain", options.seeds)
-        print(*rows[-options.seeds :], sep="\n", flush=True)
+        for samples, suffix in ((1, ""), (SAMPLES, ", four samples")):
+            rows += rows_of(f"simulated {k}{suffix}", tissue(k, 100 + i, samples), "domain", options.seeds)
+            print(*rows[-options.seeds :], sep="\n", flush=True)
     names = " ".join(f"{Path(asked.rsplit(':', 1)[0]).name}:{asked.rsplit(':', 1)[1]}" for asked in options.tables)
     command = f"python benchmarks/domains.py {names} --seeds {options.seeds} --simulated {options.simulated}"
     text = page(pd.DataFrame(rows), options.seeds, command)

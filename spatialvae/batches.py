@@ -6,8 +6,9 @@ For the scores y of cell i in batch s::
     y_i | type k ~ N(t_k + shift_s, V_k),   p(k | s) = pi_sk,   V_k diagonal
 
 fitted by ECM (Meng & Rubin 1993): shifts given types, types given shifts. A difference of batch means that is due to
-composition is thus explained by pi, not by the shift. The initial types are clusters of unshifted cells: if batches are
-further apart than types, a shift cannot be distinguished from a difference in types.
+composition is thus explained by pi, not by the shift. The initial types are clusters of cells, once unshifted and once
+less the mean of their batch: clusters of unshifted cells are batches if these are further apart than types. The shifts
+with the higher likelihood are used.
 """
 
 from __future__ import annotations
@@ -39,13 +40,20 @@ def batch_shifts(scores: np.ndarray, batches: np.ndarray, n_batch: int, seed: in
     rng = np.random.default_rng(seed)
     shuffled = [rng.permutation(np.flatnonzero(batches == b)) for b in range(n_batch)]
     rows = np.concatenate([of[: max(CELLS // n_batch, LEAST_CELLS)] for of in shuffled])
-    for _ in range(ROUNDS):
-        shift = _fitted(scores[rows], batches[rows], shift, seed)
+    y, batch = scores[rows], batches[rows]
+    fits = []
+    for first in (shift, np.array([y[batch == b].mean(0) for b in range(n_batch)])):
+        fit = (first, -math.inf)
+        for _ in range(ROUNDS):
+            fit = _fitted(y, batch, fit[0], seed)
+        fits.append(fit)
+    shift = max(fits, key=lambda fit: fit[1])[0]
     return shift - (np.bincount(batches, minlength=n_batch) / len(batches)) @ shift
 
 
-def _fitted(y: np.ndarray, batches: np.ndarray, shift: np.ndarray, seed: int) -> np.ndarray:
-    """Shifts (batch, score) fitted to ``y`` (cell, score), starting from the clusters of ``y`` less ``shift``."""
+def _fitted(y: np.ndarray, batches: np.ndarray, shift: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
+    """Shifts (batch, score) fitted to ``y`` (cell, score), starting from the clusters of ``y`` less ``shift``, and the
+    mean log likelihood of a cell, in nats."""
     member = np.eye(len(shift))[batches]
     variance = np.maximum((y - shift[batches]).var(0), ROUNDING * y.var(0).max())
     share, before = _clusters(y - shift[batches], seed), -math.inf
@@ -65,7 +73,7 @@ def _fitted(y: np.ndarray, batches: np.ndarray, shift: np.ndarray, seed: int) ->
         if total.mean() < before + LEAST_GAIN:
             break
         before = float(total.mean())
-    return shift
+    return shift, float(total.mean())
 
 
 def _clusters(y: np.ndarray, seed: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from spatialvae.celltypes import Types
 from spatialvae.data import build_graphs, check_table, fingerprint, minibatches, read_cells
 from spatialvae.differential import Selection
 from spatialvae.errors import InputError, check_count
+from spatialvae.graph import knn_graph
 from spatialvae.linear import fit_linear
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, Shape, SpatialModule
@@ -856,11 +857,11 @@ class SpatialVAE:
         self, k: int | None = None, adata: AnnData | None = None, seed: int = 0, smooth: bool = False
     ) -> np.ndarray:
         """Find ``k`` spatial domains, by a Gaussian mixture of the dimensions of z_cell that vary in space, averaged
-        over each cell and its 15 nearest neighbours; without coordinates, of z_cell itself.
+        over each cell and its 15 nearest neighbours, and then over those of 36 neighbours that are in the same domain
+        (``analysis.refined``); without coordinates, by a mixture of z_cell itself.
 
         z_cell is that of the model before training (``SpatialModule.linear_latents``), so that training does not change
-        domains: with trained z_cell they agreed less with the labels of one of three real sections and equally well
-        with the others, and more with those of two of four simulated tissues.
+        domains. Differences between samples that all their cells share do not, either.
 
         Parameters
         ----------
@@ -878,17 +879,20 @@ class SpatialVAE:
         """
         target = self.adata if adata is None else adata
         section = self._read(adata)
-        graphs = section.graphs
-        if graphs is None:
+        graphs, coordinates = section.graphs, section.cells.coordinates
+        if graphs is None or coordinates is None:
             latent = self._means(section)[1].numpy()
         else:
-            latent = self.module.linear_latents(section)[:, : self.module.shape.n_niche].numpy()
-            latent = (latent + graphs.wide.adjacency() @ latent) / (1 + graphs.wide.degree)[:, None]
+            of_cells = self.module.linear_latents(section)[:, : self.module.shape.n_niche].numpy()
+            latent = (of_cells + graphs.wide.adjacency() @ of_cells) / (1 + graphs.wide.degree)[:, None]
         target.uns.pop(_keys.DOMAIN_NUMBER, None)  # it belongs to the domains that are replaced
         if k is None:
             target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latent, seed)
             k = analysis.most_stable(found)
         labels, probability = analysis.find_domains(latent, k, seed)
+        if coordinates is not None:
+            near = knn_graph(coordinates, analysis.REFINED_NEIGHBOURS, section.cells.samples)
+            labels, probability = analysis.in_order_of_size(analysis.refined(of_cells, near.adjacency(), probability))
         if smooth and graphs is not None:
             from spatialvae.potts import smooth_labels
 

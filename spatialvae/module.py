@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from spatialvae import likelihoods, loss
+from spatialvae.batches import batch_shifts
 from spatialvae.celltypes import Types
 from spatialvae.data import Cells, Graphs, minibatches
 from spatialvae.decoder import Decoder
@@ -206,7 +207,10 @@ class SpatialModule(nn.Module):
     @torch.no_grad()
     def linear_latents(self, section: Section) -> Tensor:
         """Posterior means of z_cell (cell, dim) of all cells before training: of linear scores of the log counts, given
-        the niches. The dimensions have unit variance, and the D that vary most in space come first."""
+        the niches. The dimensions have unit variance, and the D that vary most in space come first.
+
+        Shifts of samples are subtracted like those of batches (``batches``): samples have cell types and domains in
+        common, each with its own frequencies."""
         n = section.cells.n_cells
         target, log_precision = torch.empty(n, self.shape.n_cell), torch.full((n, 1), FIRST_PRECISION).log()
         for rows in minibatches(np.arange(n), ROWS_AT_ONCE):
@@ -214,8 +218,21 @@ class SpatialModule(nn.Module):
             y = self.log_counts(section, rows, self.counts(section, rows)) - self.mean
             target[index] = (y @ self.encode - self.shift[section.batch[index].to(y.device)]).cpu()
         empty = section.depth[:, None] <= LEAST_DEPTH
+        target -= self._sample_shifts(section, target, ~empty[:, 0])
         sites = Sites(target, torch.where(empty, NOTHING, log_precision).expand_as(target))
         return self.cells_given(sites, self.solve(section.space, sites, own=self.own), self.own)[0]
+
+    def _sample_shifts(self, section: Section, target: Tensor, there: Tensor) -> Tensor:
+        """The shift (cell, dim) of the sample of each cell, from ``target`` (cell, dim) of the cells ``there`` (cell,).
+        It is estimated in components of log counts, not in ``target``, whose dimensions all have unit variance."""
+        names, code = np.unique(section.cells.samples, return_inverse=True)
+        if len(names) == len(section.batch.unique()):  # one sample, or samples that are the batches
+            return torch.zeros_like(target)
+        decode = self.decode.cpu().double().numpy()
+        values, vectors = np.linalg.eigh(decode.T @ decode)
+        known, root = there.numpy(), vectors * np.sqrt(np.maximum(values, 1e-12))
+        shift = batch_shifts(target.numpy()[known] @ root, code[known], len(names))
+        return torch.from_numpy((shift @ np.linalg.pinv(root))[code].astype(np.float32))
 
     @torch.no_grad()
     def sites(self, section: Section) -> Sites:

@@ -199,7 +199,7 @@ def own_values(module: SpatialModule, sites: Sites) -> Tensor:
 @threads_for(0)  # the matrices are small: one thread is fastest
 def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, plan: Plan) -> None:
     """Fit the cell types of ``module``, and ``prior``, in place to the training cells of ``plan``, until log p(x |
-    others) of the held-out cells stops improving."""
+    others) of the held-out cells stops improving, in ``plan.max_steps`` at most."""
     rng, device = np.random.default_rng(plan.seed), module.mean.device
     held, rows = divided(section, plan, rng)
     sites = module.sites(section)
@@ -237,8 +237,8 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
         return (torch.logsumexp(log_weight + density, 1) - np.log(DRAWS)).mean()
 
     optimiser = torch.optim.Adam(prior.parameters(), LEARNING_RATE, weight_decay=plan.weight_decay / len(rows))
-    best, kept, steps, since = -np.inf, prior.state_dict(), 0, 0
-    while steps < MOST_STEPS and since < PATIENCE:
+    best, kept, steps, since = -np.inf, _copied(prior), 0, 0
+    while steps < min(MOST_STEPS, plan.max_steps) and since < PATIENCE:
         prior.train()
         for part in minibatches(rows, plan.batch_size, rng):
             optimiser.zero_grad()
@@ -254,9 +254,13 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
             since += CHECK
             if score > best:
                 best, since = score, 0
-                kept = {name: value.clone() for name, value in prior.state_dict().items()}
+                kept = _copied(prior)
     prior.load_state_dict(kept)
     prior.eval()
+
+
+def _copied(prior: NeighbourPrior) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in prior.state_dict().items()}
 
 
 def _hidden_in_turn(

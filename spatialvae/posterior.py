@@ -284,14 +284,21 @@ def _exact(
 
     ``root`` (row, dim, dim) is the Cholesky factor of the precision of the Gaussian that they are drawn from.
     """
-    x, device = module.counts(section, rows), module.mean.device
+    x, device, root = module.counts(section, rows), module.mean.device, root.to(module.mean.device)
+    together, moves = max(block_size(module) // len(rows), 1), []  # samples at a time: few rows take as long as many
+    for z, here in zip(z_cell.split(together), niche.split(together), strict=True):
+        n, prior = len(z), module.cells_within(here.flatten(0, 1).to(device))
+        density = partial(_log_density, module, section, np.tile(rows, n), x.repeat(n, 1), prior)
+        end = moved(density, z.flatten(0, 1).to(device), root.repeat(n, 1, 1), generator)
+        moves.append(end.unflatten(0, (n, len(rows))))
+    return torch.cat(moves)
 
-    def log_density(z: Tensor, prior: Mixture) -> Tensor:
-        return module.log_likelihood(section, rows, x, z) + prior.log_density(z[:, None])[:, 0]
 
-    priors = (module.cells_within(here.to(device)) for here in niche)
-    pairs = zip(z_cell.to(device), priors, strict=True)
-    return torch.stack([moved(partial(log_density, prior=prior), z, root.to(device), generator) for z, prior in pairs])
+def _log_density(
+    module: SpatialModule, section: Section, rows: np.ndarray, x: Tensor, prior: Mixture, z: Tensor
+) -> Tensor:
+    """log p(x, z_cell = ``z`` | z_niche) of ``rows``, (row,)."""
+    return module.log_likelihood(section, rows, x, z) + prior.log_density(z[:, None])[:, 0]
 
 
 def niche_draws(
@@ -450,6 +457,11 @@ def refined(
 
 
 def blocks(module: SpatialModule, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """``rows`` in blocks whose slopes, and precisions for each type, have at most ``ENTRIES`` entries."""
+    """``rows`` in blocks of ``block_size``."""
+    return minibatches(rows, block_size(module))
+
+
+def block_size(module: SpatialModule) -> int:
+    """Number of rows whose slopes, and precisions for each type, have at most ``ENTRIES`` entries."""
     dim, parts = module.shape.n_cell, 1 + module.shape.n_types
-    return minibatches(rows, max(ENTRIES // (dim * max(module.shape.n_genes, parts * dim)), 1))
+    return max(ENTRIES // (dim * max(module.shape.n_genes, parts * dim)), 1)

@@ -32,9 +32,9 @@ class Plan:
 
     The weight of the KL terms is raised from 0 to 1 over ``warm_up`` steps. Training stops after ``max_steps``, or
     after ``patience`` steps without better evidence of the ``held_out`` share of cells, and the best parameters are
-    kept. The parameters that are evaluated and kept are running averages over the last steps. ``weight_decay`` is the
-    precision of a Gaussian prior of all parameters; it counts once per table, not per cell, so that small tables are
-    regularised most.
+    kept. The parameters that are evaluated and kept are running averages over the last steps. The fit of the neighbour
+    prior, which follows, also has at most ``max_steps``. ``weight_decay`` is the precision of a Gaussian prior of all
+    parameters; it counts once per table, not per cell, so that small tables are regularised most.
     """
 
     max_steps: int = 20_000

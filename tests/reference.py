@@ -347,6 +347,30 @@ def mixture_log_density(weight, mean, variance, z):
     return out
 
 
+def refined_once(latent, neighbours, probability):
+    """Probabilities of domains (cell, domain) from averages over the neighbours in the same domain, cell by cell."""
+    n, k = probability.shape
+    mean, size = np.zeros(latent.shape), np.zeros(n)
+    for i in range(n):
+        mean[i], size[i] = latent[i], 1
+        for j in neighbours[i]:
+            same = probability[i] @ probability[j]
+            mean[i] += same * latent[j]
+            size[i] += same
+        mean[i] /= size[i]
+    centre = [np.average(mean, 0, probability[:, d] * size) for d in range(k)]
+    scatter = np.zeros((latent.shape[1],) * 2)
+    for i in range(n):
+        for d in range(k):
+            scatter += probability[i, d] * size[i] * np.outer(mean[i] - centre[d], mean[i] - centre[d]) / n
+    new = np.zeros((n, k))
+    for i in range(n):
+        for d in range(k):
+            off = mean[i] - centre[d]
+            new[i, d] = probability[:, d].mean() * np.exp(-0.5 * size[i] * off @ np.linalg.solve(scatter, off))
+    return new / new.sum(1, keepdims=True)
+
+
 def nearest_words(codebook) -> np.ndarray:
     """Return whether no other word is nearer to a gene's word than this one, (word, word) float64."""
     near = np.zeros((codebook.n_words, codebook.n_words))

@@ -34,7 +34,7 @@ from merfish.simulate import simulate_experiment
 from merfish.simulate.optics import Imaging, expose, photons
 from merfish.transcripts import read_transcripts
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("short_reports")
 
 MPP, SHAPE = 0.108, (400, 400)
 GENES = ("Malat1", "Gene001")  # the second is also in the codebook
@@ -320,7 +320,6 @@ def test_brighter_beside__only_looks_one_plane_away():
 # --- embedding ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.draws
 def test_embed_run__of_cells_some_of_which_are_empty(done, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("torch_geometric")

@@ -18,7 +18,7 @@ from merfish.exchange.plain import read_csv
 from merfish.pipeline.assign import assign
 from merfish.transcripts import read_transcripts
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("short_reports")
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from merfish.pipeline.assign import assign
 from merfish.pipeline.segmentations import find_segmentation
 from merfish.transcripts import read_transcripts
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("short_reports")
 
 SQUARES = [shapely.box(0, 0, 4, 4), shapely.box(10, 0, 14, 4)]
 

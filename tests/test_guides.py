@@ -65,7 +65,7 @@ def local_jobs(jobs, shared):
         yield local
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("short_reports")
 @pytest.mark.filterwarnings("ignore:the table lacks")
 @pytest.mark.parametrize("name", GUIDES)
 def test_guide_runs(name, place, monkeypatch, capsys):

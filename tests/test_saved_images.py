@@ -25,7 +25,7 @@ from merfish.pipeline import images
 from merfish.pipeline.survey import read_calibration
 from merfish.simulate import simulate_experiment
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("short_reports")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 
 import reference
 from merfish import datasets
-from spatialvae import InputError, SpatialVAE, analysis, batches, likelihoods, plots, training
+from spatialvae import InputError, SpatialVAE, analysis, batches, graph, likelihoods, plots, training
 from spatialvae.celltypes import Types
 
 
@@ -312,6 +312,39 @@ def test_domains__number_is_chosen_when_not_given():
     table = tissue(300)
     SpatialVAE.setup_anndata(table)
     assert len(set(SpatialVAE(table).domains())) == 2
+
+
+def test_domains__do_not_follow_genes_that_differ_between_samples():
+    rng = np.random.default_rng(1)
+    n, samples = 600, 3
+    table = tissue(n, 12, 1)
+    table.obs["section"] = np.arange(n) % samples
+    rate = np.where(table.obs["domain"].to_numpy()[:, None] == np.arange(12) % 2, 4.0, 2.0)
+    rate = rate * np.exp(rng.normal(0, 1, (samples, 12)))[table.obs["section"]]
+    table.X = sp.csr_matrix(rng.poisson(rate).astype(np.float32))
+    SpatialVAE.setup_anndata(table, sample_key="section")
+    agree = (SpatialVAE(table, niche_encoder="field").domains(2) == table.obs["domain"]).mean()
+    assert max(agree, 1 - agree) > 0.9
+
+
+def test_refined__matches_loops_and_sharpens_borders():
+    rng = np.random.default_rng(0)
+    place = rng.uniform(0, 1, (400, 2))
+    domain = (place[:, 0] > 0.5).astype(int)
+    latent = rng.normal(size=(400, 3)) + 0.7 * domain[:, None]
+    wide, near = (graph.knn_graph(place, k).adjacency() for k in (36, 15))
+    start = analysis.find_domains((latent + near @ latent) / 16, 2)[1]
+    few = [row.indices for row in wide[:60, :60]]
+    part = np.clip(start[:60], 0.2, 0.8)
+    part /= part.sum(1, keepdims=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "REFINEMENTS", 1)
+        patch.setattr(analysis, "ROWS_AT_ONCE", 16)
+        found = analysis.refined(latent[:60], wide[:60, :60], part)
+    np.testing.assert_allclose(found, reference.refined_once(latent[:60], few, part), atol=1e-4)
+    new = analysis.refined(latent, wide, start)
+    wrong = [min((p.argmax(1) == domain).mean(), (p.argmax(1) != domain).mean()) for p in (start, new)]
+    assert wrong[1] < wrong[0]
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from merfish._jit import kernel
-from merfish.decoding._spot_kernels import fill_grid
+from merfish.decoding._spot_kernels import fill_grid, group
+from merfish.imaging._kernels import median_of
 
 
 class Shape(NamedTuple):
@@ -231,3 +232,35 @@ def find_near(x, y, px, py, radius, near):
         for row in range(max(int((py[k] - radius) / cell), 0), min(int((py[k] + radius) / cell), n_down - 1) + 1):
             for i in order[start[row * n_across + first] : start[row * n_across + last + 1]]:
                 near[k] |= (x[i] - px[k]) ** 2 + (y[i] - py[k]) ** 2 < radius * radius
+
+
+@kernel
+def spot_medians(image, spots, margin, xx, xy, yy, bins, out):
+    """Medians over spots of their light, by direction and distance from their centres.
+
+    image (row, x) float32; spots: `Spots`, at least ``margin`` pixels from the edges. xx, xy, yy: see `Shape`.
+    out: (sector, bin) float64, relative to the tops of the spots; bin k is at distance k / ``bins`` pixels, sector j of
+    n at the angle j pi / n from x, and opposite to it. NaN without a pixel.
+    """
+    n_sectors, n_bins = out.shape
+    side = 2 * margin - 1
+    values, place = np.empty(len(spots.x) * side * side, np.float32), np.empty(len(spots.x) * side * side, np.int64)
+    n = 0
+    for i in range(len(spots.x)):
+        x, y = spots.x[i], spots.y[i]
+        first_row, first_column = int(np.rint(y)) - margin + 1, int(np.rint(x)) - margin + 1
+        for row in range(first_row, first_row + side):
+            for column in range(first_column, first_column + side):
+                dx, dy = column - x, row - y
+                k = int(np.rint(np.sqrt(xx * dx * dx + 2.0 * xy * dx * dy + yy * dy * dy) * bins))
+                if k >= n_bins:
+                    continue
+                sector = int(np.rint(np.arctan2(dy, dx) * (n_sectors / np.pi))) % n_sectors if n_sectors > 1 else 0
+                place[n] = sector * n_bins + k
+                values[n] = image[row, column] / spots.top[i]
+                n += 1
+    start, order = np.empty(n_sectors * n_bins + 1, np.int64), np.empty(n, np.int64)
+    group(place[:n], start, order)
+    for k in range(n_sectors * n_bins):
+        some = order[start[k] : start[k + 1]]
+        out[k // n_bins, k % n_bins] = median_of(values[some]) if len(some) else np.nan

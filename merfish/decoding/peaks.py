@@ -172,55 +172,33 @@ def measure_profile(
         return None
     bright = np.flatnonzero(whole & (top >= np.median(top[whole])))
     chosen = bright[:: max(len(bright) // PROFILE_PEAKS, 1)]
-    around = np.arange(-margin + 1, margin)
-    rows = np.rint(y[chosen]).astype(int)[:, None, None] + around[:, None]
-    columns = np.rint(x[chosen]).astype(int)[:, None, None] + around
-    share = image[rows, columns] / top[chosen, None, None]
-    dx, dy = columns - x[chosen, None, None], rows - y[chosen, None, None]
-    distance = np.hypot(dy, dx) / (BIN * sigma)
-    xx, xy, yy = metric = spot_metric(dx, dy, distance, share)
-    if metric != ROUND:
-        distance = np.sqrt(xx * dx**2 + 2 * xy * dx * dy + yy * dy**2) / (BIN * sigma)
-    profile = medians(share, np.rint(distance).astype(np.int16))
+    spots, bins = kernels.Spots(x[chosen], y[chosen], top[chosen]), round(REACH / BIN) + 1
+    by_sector, (profile,) = np.empty((ORIENTATIONS, bins)), np.empty((1, bins))
+    kernels.spot_medians(image, spots, margin, *ROUND, 1 / (BIN * sigma), by_sector)
+    metric = spot_metric(by_sector)
+    kernels.spot_medians(image, spots, margin, *metric, 1 / (BIN * sigma), profile[None])
     known = np.flatnonzero(np.isfinite(profile))
-    profile = np.interp(np.arange(round(REACH / BIN) + 1), known, profile[known])
+    profile = np.interp(np.arange(bins), known, profile[known])
     profile[-1] = 0.0
     return Profile(profile, metric)
 
 
-def spot_metric(dx: np.ndarray, dy: np.ndarray, distance: np.ndarray, share: np.ndarray) -> tuple[float, float, float]:
+def spot_metric(profiles: np.ndarray) -> tuple[float, float, float]:
     """Metric in which spots are round, see `Profile`; `ROUND` if the ratio of their axes is below `LEAST_RATIO`.
 
-    dx (peak, 1, column), dy (peak, row, 1): pixel, from the centre of a peak; distance (peak, row, column): in bins of
-    `BIN`; share (peak, row, column): of the height of the peak. In the direction a, 1 / radius^2 at half the height is
-    even + plus cos 2a + cross sin 2a.
+    profiles (sector, bin): heights by distance in sectors of directions, see `_peak_kernels.spot_medians`. In the
+    direction a, 1 / radius^2 at half the height is even + plus cos 2a + cross sin 2a.
     """
-    sector = np.rint(np.arctan2(dy, dx) * (ORIENTATIONS / np.pi)).astype(np.int16) % ORIENTATIONS
-    bins = round(REACH / BIN) + 1
-    near = distance < bins - 1
-    place = sector[near] * bins + np.rint(distance[near]).astype(np.int16)
-    profiles = np.full(ORIENTATIONS * bins, np.nan)
-    found = medians(share[near], place)
-    profiles[: len(found)] = found
-    radii = [crossing(np.arange(bins) * 1.0, np.append(1.0, part[1:])) for part in profiles.reshape(-1, bins)]
+    bins = np.arange(profiles.shape[1], dtype=float)
+    radii = np.array([crossing(bins, np.append(1.0, part[1:])) for part in profiles])
     if not np.isfinite(radii).all():
         return ROUND
-    angle = np.arange(ORIENTATIONS) * np.pi / ORIENTATIONS
-    square = np.array(radii) ** -2.0
-    blur = np.sinc(1 / ORIENTATIONS)  # mean over a sector of the cosine of twice the angle from its middle
+    angle = np.arange(len(radii)) * np.pi / len(radii)
+    square = radii**-2.0
+    blur = np.sinc(1 / len(radii))  # mean over a sector of the cosine of twice the angle from its middle
     even, plus, cross = square.mean(), *(2 / blur * (square * wave(2 * angle)).mean() for wave in (np.cos, np.sin))
     uneven = np.hypot(plus, cross)
     if even + uneven < LEAST_RATIO**2 * (even - uneven):
         return ROUND
     root = np.sqrt(even**2 - uneven**2)
     return float((even + plus) / root), float(cross / root), float((even - plus) / root)
-
-
-def medians(values: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Median (bin,) of the values in each bin, NaN for an empty one; place: int16 like ``values``, their bins."""
-    order = np.argsort(place, axis=None, kind="stable")
-    counts = np.bincount(place.ravel())
-    known = np.flatnonzero(counts)
-    out = np.full(len(counts), np.nan)
-    out[known] = [np.median(part) for part in np.split(values.ravel()[order], np.cumsum(counts[known])[:-1])]
-    return out

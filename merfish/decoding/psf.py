@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 
 from merfish._jit import map_bits
 from merfish.config import FILTER_SIGMAS
+from merfish.decoding import _peak_kernels as kernels
 from merfish.imaging.normalize import NoiseMap, locate_peaks
 from merfish.imaging.preprocess import Bandpassed
 
@@ -71,17 +71,11 @@ def half_radius(image: np.ndarray) -> float:
     if clear.sum() < FEWEST_SPOTS:
         return np.nan
     chosen = np.flatnonzero(clear & (top >= np.median(top[clear])))[:MOST_SPOTS]
-    around = np.arange(-margin + 1, margin)
-    rows = np.rint(y[chosen]).astype(int)[:, None, None] + around[:, None]
-    columns = np.rint(x[chosen]).astype(int)[:, None, None] + around
-    place = np.hypot(rows - y[chosen, None, None], columns - x[chosen, None, None]) / STEP
-    share = image[rows, columns] / top[chosen, None, None]
-    bin_of = np.rint(place).astype(np.int16).ravel()
-    order = np.argsort(bin_of, kind="stable")
-    ends = np.searchsorted(bin_of[order], np.arange(int(RANGE[1] / STEP) + 1))
-    values = share.ravel()[order]
-    profile = [np.median(values[a:b]) if b > a else np.nan for a, b in pairwise(ends)]
-    return crossing(np.arange(len(profile)) * STEP, np.array(profile))
+    profile = np.empty((1, int(RANGE[1] / STEP)))
+    kernels.spot_medians(
+        image, kernels.Spots(x[chosen], y[chosen], top[chosen]), margin, 1.0, 0.0, 1.0, 1 / STEP, profile
+    )
+    return crossing(np.arange(profile.shape[1]) * STEP, profile[0])
 
 
 def expected_half_radius(sigma: float, smoothing: float, background: float) -> float:
