@@ -6,9 +6,8 @@ For the scores y of cell i in batch s::
     y_i | type k ~ N(t_k + shift_s, V_k),   p(k | s) = pi_sk,   V_k diagonal
 
 fitted by ECM (Meng & Rubin 1993): shifts given types, types given shifts. A difference of batch means that is due to
-composition is thus explained by pi, not by the shift. The initial types are clusters of cells, once unshifted and once
-less the mean of their batch: clusters of unshifted cells are batches if these are further apart than types. The shifts
-with the higher likelihood are used.
+composition is thus explained by pi, not by the shift. The initial types are clusters of unshifted cells: if batches are
+further apart than types, a shift cannot be distinguished from a difference in types.
 """
 
 from __future__ import annotations
@@ -40,20 +39,13 @@ def batch_shifts(scores: np.ndarray, batches: np.ndarray, n_batch: int, seed: in
     rng = np.random.default_rng(seed)
     shuffled = [rng.permutation(np.flatnonzero(batches == b)) for b in range(n_batch)]
     rows = np.concatenate([of[: max(CELLS // n_batch, LEAST_CELLS)] for of in shuffled])
-    y, batch = scores[rows], batches[rows]
-    fits = []
-    for first in (shift, np.array([y[batch == b].mean(0) for b in range(n_batch)])):
-        fit = (first, -math.inf)
-        for _ in range(ROUNDS):
-            fit = _fitted(y, batch, fit[0], seed)
-        fits.append(fit)
-    shift = max(fits, key=lambda fit: fit[1])[0]
+    for _ in range(ROUNDS):
+        shift = _fitted(scores[rows], batches[rows], shift, seed)
     return shift - (np.bincount(batches, minlength=n_batch) / len(batches)) @ shift
 
 
-def _fitted(y: np.ndarray, batches: np.ndarray, shift: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
-    """Shifts (batch, score) fitted to ``y`` (cell, score), starting from the clusters of ``y`` less ``shift``, and the
-    mean log likelihood of a cell, in nats."""
+def _fitted(y: np.ndarray, batches: np.ndarray, shift: np.ndarray, seed: int) -> np.ndarray:
+    """Shifts (batch, score) fitted to ``y`` (cell, score), starting from the clusters of ``y`` less ``shift``."""
     member = np.eye(len(shift))[batches]
     variance = np.maximum((y - shift[batches]).var(0), ROUNDING * y.var(0).max())
     share, before = _clusters(y - shift[batches], seed), -math.inf
@@ -73,7 +65,7 @@ def _fitted(y: np.ndarray, batches: np.ndarray, shift: np.ndarray, seed: int) ->
         if total.mean() < before + LEAST_GAIN:
             break
         before = float(total.mean())
-    return shift, float(total.mean())
+    return shift
 
 
 def _clusters(y: np.ndarray, seed: int) -> np.ndarray:

@@ -68,13 +68,13 @@ class Types:
     def around(self, niche: Gaussian, own: Tensor) -> Mixture:
         """Distribution of z_cell, (B, 1 + type, dim), if z_niche has the Gaussian distribution ``niche``; ``own``
         (dim,) is S. The first component is that centred on the niche."""
-        return self._beside(around_niche(niche, own), self.log_frequency_around(niche))
+        return self.beside(around_niche(niche, own), self.log_frequency_around(niche))
 
     def within(self, niche: Tensor, own: Tensor) -> Mixture:
         """As ``around``, for a known ``niche`` (B, D)."""
-        return self._beside(around_niche((niche, torch.zeros_like(niche)), own), self.log_frequency(niche))
+        return self.beside(around_niche((niche, torch.zeros_like(niche)), own), self.log_frequency(niche))
 
-    def _beside(self, alone: Mixture, log_frequency: Tensor) -> Mixture:
+    def beside(self, alone: Mixture, log_frequency: Tensor) -> Mixture:
         """The mixture of ``alone``, the component centred on the niche, and types with ``log_frequency`` (B, type)."""
         if not len(self.bias):
             return alone

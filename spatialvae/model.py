@@ -860,8 +860,9 @@ class SpatialVAE:
         over each cell and its 15 nearest neighbours, and then over those of 36 neighbours that are in the same domain
         (``analysis.refined``); without coordinates, by a mixture of z_cell itself.
 
-        z_cell is that of the model before training (``SpatialModule.linear_latents``), so that training does not change
-        domains. Differences between samples that all their cells share do not, either.
+        z_cell is that of the model before training (``SpatialModule.linear_latents``): with trained z_cell, domains
+        agreed less with those known, by .03 in adjusted Rand index in the mean over nine real and simulated tissues.
+        Shifts that all cell types of a sample share are subtracted.
 
         Parameters
         ----------

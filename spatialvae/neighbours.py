@@ -38,7 +38,7 @@ from spatialvae.errors import InputError
 from spatialvae.evidence import drawn
 from spatialvae.graph import NeighbourGraph
 from spatialvae.mixture import Mixture
-from spatialvae.module import Section, Sites, SpatialModule
+from spatialvae.module import ROWS_AT_ONCE, Section, Sites, SpatialModule
 from spatialvae.sampling import Places
 from spatialvae.training import MOST_HELD, Plan, divided, threads_for
 
@@ -228,12 +228,17 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
     known[held] = False
     index, distance = neighbours_among(section.graphs.wide, section.cells.samples, known & (section.cells.depth > 0))
     around = Surroundings(mean, variance, index, distance, own_values(module, sites))
+    types, own = module.types, module.log_residual.detach().exp()
+    niches = ((mean[part].to(device), variance[part].to(device)) for part in torch.from_numpy(used).split(ROWS_AT_ONCE))
+    log_frequency = torch.cat([types.log_frequency_around(niche) for niche in niches])  # a tenth of the time of a step
 
     def mean_log_p(part: np.ndarray) -> Tensor:
-        z, log_weight = (value[torch.from_numpy(place[part])].to(device) for value in cells)
-        with torch.no_grad():
-            field = of_field(part)
-        density = prior(around.of(part, device), field).log_density(z)
+        rows_used = torch.from_numpy(place[part])
+        z, log_weight = (value[rows_used].to(device) for value in cells)
+        here = around.of(part, device)
+        alone = celltypes.around_niche((here.mean, here.variance), own)
+        field = types.beside(alone, log_frequency[rows_used.to(device)])
+        density = prior(here, field).log_density(z)
         return (torch.logsumexp(log_weight + density, 1) - np.log(DRAWS)).mean()
 
     optimiser = torch.optim.Adam(prior.parameters(), LEARNING_RATE, weight_decay=plan.weight_decay / len(rows))
