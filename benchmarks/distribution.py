@@ -169,21 +169,21 @@ def imputed(table: anndata.AnnData, name: str, seed: int, peers: Path | None) ->
     }
 
 
-def imputation(data: Path, peers: Path | None) -> str:
+def imputation(data: Path, peers: Path | None, seeds: int) -> str:
     rows, read = [], sections(data)
     for name in IMPUTED:
         table = with_panels(read[name], SEEDS)
         if peers:
             peers.mkdir(parents=True, exist_ok=True)
             table.write_h5ad(peers / f"{name}.h5ad")
-            embed.deliver(peers / f"{name}.h5ad", peers, ["scVI_panel"], SEEDS, embed.CACHE)
-        found = pd.DataFrame([imputed(table, name, seed, peers) for seed in range(SEEDS)])
+            embed.deliver(peers / f"{name}.h5ad", peers, ["scVI_panel"], seeds, embed.CACHE)
+        found = pd.DataFrame([imputed(table, name, seed, peers) for seed in range(seeds)])
         rows.append({"table": name, "genes imputed": round(MISSING * table.n_vars)} | found.mean().to_dict())
         print(found, flush=True)
     return f"""## Imputed genes
 
 {MISSING:.0%} of the genes of the cells held out, from their other genes and the cells beside them: median over genes of
-Spearman's correlation with the counts, which are noisy themselves; mean of {SEEDS} seeds, each with other genes.
+Spearman's correlation with the counts, which are noisy themselves; seeds, each with other genes: {seeds}; means.
 "nearest": the mean of {SMOOTHED} training cells that are nearest in 20 principal components, or in scVI's latent space,
 of the panel that is left. Expected counts are means over {SAMPLES // 4} draws of the latents. "ranks within": of counts
 among {SAMPLES // 2} draws, as above.
@@ -290,9 +290,9 @@ def compared_groups(seed: int) -> tuple[anndata.AnnData, list[tuple[int | None, 
     return table, compared
 
 
-def differential(peers: Path | None) -> str:
+def differential(peers: Path | None, seeds: int) -> str:
     tally: dict[tuple[str, int | None], np.ndarray] = {}  # called, wrong, real
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         table, compared = compared_groups(seed)
         model, calls = trained(table, seed), {}
         calls["SpatialVAE"] = [
@@ -322,7 +322,7 @@ def differential(peers: Path | None) -> str:
     ]
     return f"""## Differential expression
 
-Simulated counts of 3 types of cells, 200 genes of which about 40 % differ by 0.25 in log2 or more, {SEEDS} seeds, two
+Simulated counts of 3 types of cells, 200 genes of which about 40 % differ by 0.25 in log2 or more. Seeds: {seeds}; two
 pairs of types each. "wrong": share of the genes called; target: 5 %. "found": share of the genes that differ. scVI: its
 defaults with NB, mode "change", delta 0.25.
 
@@ -369,15 +369,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--peers", type=Path, help="folder for tables and results of scVI")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of imputation and of differential expression")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES)
     asked = parser.parse_args()
     made = {
         "evidence": evidence,
         "likelihoods": lambda: likelihoods(asked.data),
         "intervals": lambda: intervals(asked.data),
-        "imputation": lambda: imputation(asked.data, asked.peers),
+        "imputation": lambda: imputation(asked.data, asked.peers, asked.seeds),
         "tissue": lambda: tissue(asked.data),
-        "differential": lambda: differential(asked.peers),
+        "differential": lambda: differential(asked.peers, asked.seeds),
         "measurement": measurement,
     }
     for name in asked.only:

@@ -103,12 +103,13 @@ def fit_field(y: np.ndarray, laplacian: sp.csr_array, max_directions: int) -> Fi
 
 
 def solve(
-    laplacian: sp.csr_array, r: float, weight: np.ndarray, target: np.ndarray, start: np.ndarray | None = None
+    laplacian: sp.csr_array, r: np.ndarray, weight: np.ndarray, target: np.ndarray, start: np.ndarray | None = None
 ) -> np.ndarray:
     """Solve (1 + r L) m + W m = target by conjugate gradients with a diagonal preconditioner.
 
     Parameters
     ----------
+    r : float (dim,)
     weight : W, float (cell, dim), non-negative; or (cell, dim, dim), positive semidefinite matrices
     target : float (cell, dim)
     start : float (cell, dim), the initial guess; zero if None
@@ -118,7 +119,7 @@ def solve(
     m : float64 (cell, dim)
     """
     joined = weight.ndim == 3
-    diagonal = 1 + r * laplacian.diagonal()[:, None] + (np.einsum("idd->id", weight) if joined else weight)
+    diagonal = 1 + np.outer(laplacian.diagonal(), r) + (np.einsum("idd->id", weight) if joined else weight)
     m = np.zeros(target.shape) if start is None else np.array(start, float)
 
     def times(v: np.ndarray) -> np.ndarray:
@@ -146,15 +147,15 @@ def solve(
     return m
 
 
-def draws(laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One draw of N(0, (1 + r L + W)^-1), float64 (cell, dim), W as in ``solve``.
+def draws(laplacian: sp.csr_array, r: np.ndarray, weight: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One draw of N(0, (1 + r L + W)^-1), float64 (cell, dim), r and W as in ``solve``.
 
     The precision matrix is B'B for a matrix B with a row for each edge and cell; B' times standard normal noise
     therefore has the precision matrix as covariance (Papandreou & Yuille 2010).
     """
     shape, upper = weight.shape[:2], sp.triu(-laplacian, 1, format="coo")
     columns = np.arange(upper.nnz)
-    noise = rng.standard_normal((upper.nnz, shape[1])) * np.sqrt(r * upper.data)[:, None]
+    noise = rng.standard_normal((upper.nnz, shape[1])) * np.sqrt(np.outer(upper.data, r))
     ends = np.repeat([1.0, -1.0], upper.nnz), (np.r_[upper.row, upper.col], np.r_[columns, columns])
     target = sp.csr_array(ends, shape=(shape[0], upper.nnz)) @ noise
     excess = np.maximum(np.asarray(laplacian.sum(1)).reshape(-1, 1), 0)  # of cells without neighbours
@@ -169,19 +170,20 @@ def draws(laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.
 
 
 def posterior_covariance(
-    laplacian: sp.csr_array, r: float, weight: np.ndarray, rng: np.random.Generator, samples: int
+    laplacian: sp.csr_array, r: np.ndarray, weight: np.ndarray, rng: np.random.Generator, samples: int
 ) -> np.ndarray:
-    """Diagonal blocks of (1 + r L + W)^-1, float64 (cell, dim, dim), with W (cell, dim, dim) as in ``solve``.
+    """Diagonal blocks of (1 + r L + W)^-1, float64 (cell, dim, dim), with r and W (cell, dim, dim) as in
+    ``solve``.
 
     The covariance of a cell given its neighbours is exact; only the contribution of the neighbours is estimated, from
     ``samples`` draws (Siden, Lindgren, Bolin & Villani 2018).
     """
-    own = r * laplacian.diagonal()
-    given = np.linalg.inv(weight + (1 + own)[:, None, None] * np.eye(weight.shape[1]))
-    others = sp.csr_array(sp.diags_array(own) - r * laplacian)
+    diagonal = laplacian.diagonal()
+    given = np.linalg.inv(weight + (1 + np.outer(diagonal, r))[..., None] * np.eye(weight.shape[1]))
+    others = sp.csr_array(sp.diags_array(diagonal) - laplacian)
     added = np.zeros(weight.shape)
     for _ in range(samples):
-        moved = np.einsum("ide,ie->id", given, others @ draws(laplacian, r, weight, rng))
+        moved = np.einsum("ide,ie->id", given, r * (others @ draws(laplacian, r, weight, rng)))
         added += moved[:, :, None] * moved[:, None]
     return given + added / samples
 

@@ -166,7 +166,7 @@ def neighbour_reach(model: SpatialVAE) -> pd.DataFrame:
         raise InputError("the model was set up without spatial_key and has no niches")
     near, d = section.graphs.near, model.module.shape.n_niche
     far = float(np.median(near.distance[near.index >= 0]))
-    reach = far * float(np.sqrt(float(model.module.range) * near.degree.mean() / 4))
+    reach = far * np.sqrt(model.module.range.cpu().numpy() * near.degree.mean() / 4)
     smooth = (model.module.smooth_variance * model.module.spread).cpu().numpy()[:d]
     own = model.module.log_residual.detach().exp().cpu().numpy()[:d]
     names = [name for name in model.latent_names if name.startswith("niche")]

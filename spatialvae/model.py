@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from spatialvae import _keys, analysis, differential, evidence, neighbours, sampling, saving, verbs
+from spatialvae import _keys, analysis, differential, evidence, neighbours, niche_prior, sampling, saving, verbs
 from spatialvae._defaults import LIKELIHOODS
 from spatialvae.celltypes import Types
 from spatialvae.data import build_graphs, check_table, fingerprint, minibatches, read_cells
@@ -250,6 +250,7 @@ class SpatialVAE:
         self.module.set_types(Types.of_sizes(0, self.module.shape.n_niche, self.module.shape.n_cell))
         with _bar(plan.max_steps, progress) as report:
             history = pd.DataFrame(train(self.module, section, plan, report))
+        section = self._section = niche_prior.fit(self.module, section)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             neighbours.fit(self.neighbours, self.module, section, plan)

@@ -2,7 +2,7 @@ r"""The model, on tensors.
 
 For cell i, gene g and latent dimension d::
 
-    z_niche_.d ~ N(0, v_d (1 + r L)^-1)                a smooth field over the cells of a section
+    z_niche_.d ~ N(0, v_d (1 + r_d L)^-1)              a smooth field over the cells of a section
     z_cell_id  ~ N(z_niche_id, S_d), d <= D            the cell, given its niche
     z_cell_id  ~ N(0, S_d), d > D                      dimensions that do not vary in space
     x_ig       ~ pi_ig [x = 0] + (1 - pi_ig) NB(l_i rho_ig / (1 - pi_ig), theta_g)
@@ -11,15 +11,16 @@ For cell i, gene g and latent dimension d::
 
 L is the Laplacian of the neighbour graph, l_i the total count and s_i the batch; pi is 0 except for "zinb". Latent
 dimensions are directions of unit variance, those that vary most in space first; z_niche is the smooth part of the first
-D. ``LinearStart`` gives the initial values and the parameters of the field.
+D. ``LinearStart`` gives the initial values and the parameters of the field, with one range r for all dimensions.
 
-After training, a share of the cells is assigned to cell types, whose frequencies depend on the niche, instead of
-N(z_niche, S) (``celltypes``). What follows is the approximate posterior of the evidence lower bound.
+After training, v, r and S are fitted again (``niche_prior``), and a share of the cells is assigned to cell types, whose
+frequencies depend on the niche, instead of N(z_niche, S) (``celltypes``). What follows is the approximate posterior of
+the evidence lower bound.
 
 The encoder approximates the likelihood of each cell by a Gaussian N(t_i; z_cell_i, 1 / Lambda_i). Given these, the
 posterior of both latents is Gaussian and exact. With g_id = 1 / (S_d + 1 / Lambda_id)::
 
-    z_niche_.d | t ~ N(m_d, P_d^-1),   P_d = (1 + r L) / v_d + diag(g_d),   P_d m_d = g_d t_d
+    z_niche_.d | t ~ N(m_d, P_d^-1),   P_d = (1 + r_d L) / v_d + diag(g_d),   P_d m_d = g_d t_d
 
 a sparse system that is solved for a whole section by conjugate gradients (``SpatialModule.solve``); z_cell given
 z_niche is a product of Gaussians for each cell. Training alternates between the niches given the encoder and the
@@ -121,6 +122,8 @@ class SpatialModule(nn.Module):
     range: Tensor
     smooth_variance: Tensor
     spread: Tensor
+    first_range: Tensor
+    first_variance: Tensor
 
     def __init__(self, shape: Shape, start: LinearStart | None = None) -> None:
         """Without ``start``, parameters and buffers get placeholders of the right shapes, to be loaded from a file."""
@@ -137,9 +140,11 @@ class SpatialModule(nn.Module):
             "share": start.share,
             "shift": start.shift,
             "own": start.own,
-            "range": field.range if field else 0.0,
+            "range": np.full(shape.n_niche, field.range if field else 0.0),
             "smooth_variance": field.smooth if field else np.ones(shape.n_niche),
-            "spread": field.spread if field else 1.0,
+            "spread": np.full(shape.n_niche, field.spread if field else 1.0),
+            "first_range": np.full(shape.n_niche, field.range if field else 0.0),
+            "first_variance": field.smooth if field else np.ones(shape.n_niche),
         }
         for name, value in given.items():
             self.register_buffer(name, _tensor(value))
@@ -160,9 +165,10 @@ class SpatialModule(nn.Module):
         return Section(cells, graphs, space, depth, torch.from_numpy(cells.batches), fill, cells.measurement)
 
     def space(self, graphs: Graphs) -> Space:
-        """The graph of the field. A cell without neighbours gets the mean prior variance of a cell in the field."""
+        """The graph of the field. A cell without neighbours gets the mean prior variance of a cell in the field (on
+        average over dimensions, if their ranges differ)."""
         laplacian = laplacian_of(graphs.near.adjacency())
-        excess = (1 / float(self.spread) - 1) / max(float(self.range), 1e-12)
+        excess = float(((1 / self.spread - 1) / self.range.clamp(min=1e-12)).mean())
         alone = np.where(laplacian.diagonal() == 0, excess, 0.0)
         laplacian = sp.csr_array(laplacian + sp.diags_array(alone))
         return Space(laplacian, trace_measure(laplacian))
@@ -253,8 +259,8 @@ class SpatialModule(nn.Module):
         own: Tensor | None = None,
     ) -> Niche:
         """Posterior of z_niche of all cells, given the ``sites`` of the cells that are ``known``, bool (cell,), all by
-        default. ``start`` (cell, D) is the initial guess of the mean. ``own`` (dim,) is the variance S, by default the
-        trained one.
+        default. ``start`` (cell, D) is the initial guess of the mean. ``own`` (dim,) is S before training, used
+        with the v and r of then; all three are the fitted ones by default.
 
         The mean is exact up to ``field.TOLERANCE``. Divergence and variance are approximated with g averaged over
         cells (``spatialvae.posterior`` computes the variance of each cell).
@@ -266,11 +272,11 @@ class SpatialModule(nn.Module):
         first = None if start is None else start.numpy()
         mean = solve(space.laplacian, r, weight, weight * target, first)
         nodes, shares = space.measure
-        prior = (1 + r * nodes)[:, None]
+        prior = 1 + np.outer(nodes, r)
         after = prior + weight.mean(0)
         others = 1 / (shares @ (1 / after)) - weight.mean(0)  # mean precision that the field contributes at a cell
         alone = np.asarray(space.laplacian.sum(1)).reshape(-1, 1) > 0
-        variance = v / (np.where(alone, 1 / float(self.spread), others) + weight)
+        variance = v / (np.where(alone, 1 / self.spread.cpu().numpy(), others) + weight)
         entropy = shares @ (prior / after - 1 + np.log(after / prior))
         energy = mean * (mean + r * (space.laplacian @ mean)) / v
         divergence = 0.5 * (energy + entropy).sum(1)
@@ -278,15 +284,16 @@ class SpatialModule(nn.Module):
 
     def _system(
         self, sites: Sites, known: np.ndarray | None, own: Tensor | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """v g and t, (cell, D) each, of the system for z_niche; v (D,) and r."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """v g and t, (cell, D) each, of the system for z_niche; v and r, (D,) each."""
         d = self.shape.n_niche
+        v, r = (self.smooth_variance, self.range) if own is None else (self.first_variance, self.first_range)
         own = self.log_residual.detach().exp() if own is None else own
-        v = self.smooth_variance.cpu().double().numpy()
+        v, r = v.cpu().double().numpy(), r.cpu().double().numpy()
         weight = v / (own[:d].cpu().double().numpy() + np.exp(-sites.log_precision[:, :d].double().numpy()))
         if known is not None:
             weight = np.where(known[:, None], weight, 0.0)
-        return weight, sites.target[:, :d].double().numpy(), v, float(self.range)
+        return weight, sites.target[:, :d].double().numpy(), v, r
 
     @torch.no_grad()
     def cells_given(self, sites: Sites, niche: Niche, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -299,6 +306,14 @@ class SpatialModule(nn.Module):
         d = self.shape.n_niche
         variance[:, :d] += (variance[:, :d] / own[:d]) ** 2 * niche.variance
         return mean, variance
+
+    @torch.no_grad()
+    def recentre(self, mean: Tensor) -> None:
+        """Subtract ``mean`` (dim,) from z_cell, without changing p(x): encoder and decoder are shifted by it."""
+        self.cell_encoder.first.bias[: self.shape.n_cell] -= mean
+        for layer in (self.decoder.hidden, self.decoder.out, self.decoder.zero):
+            if layer is not None:
+                layer.bias += layer.weight[:, : self.shape.n_cell] @ mean
 
     def set_types(self, types: Types) -> None:
         """Set the cell types, which define p(z_cell | z_niche)."""

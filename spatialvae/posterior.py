@@ -328,10 +328,10 @@ def niche_draws(
     return out
 
 
-def _scaled(module: SpatialModule, weight: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+def _scaled(module: SpatialModule, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """sqrt(v), r and ``weight`` for z_niche / sqrt(v), whose prior precision is 1 + r L."""
     sd = module.smooth_variance.sqrt().cpu().double().numpy()
-    return sd, float(module.range), weight * sd[:, None] * sd
+    return sd, module.range.cpu().double().numpy(), weight * sd[:, None] * sd
 
 
 def _niche_mean(module: SpatialModule, space: Space | None, weight: np.ndarray, target: np.ndarray) -> Tensor:

@@ -22,9 +22,9 @@ def test_solve__gives_the_posterior_mean_of_dense_algebra(section):
     smooth, noise = np.array([20, 5.0, 0.5]), np.array([0.3, 0.5, 0.1])
     weight = np.broadcast_to(smooth / noise, y.shape)
     expected = reference.smooth_part(laplacian.toarray(), y, 9.0, 1.0, smooth, 0 * smooth, noise)
-    found = field.solve(laplacian, 9.0, weight, weight * y)
+    found = field.solve(laplacian, np.full(3, 9.0), weight, weight * y)
     np.testing.assert_allclose(found, expected, atol=1e-3)
-    again = field.solve(laplacian, 9.0, weight, weight * y, start=found)
+    again = field.solve(laplacian, np.full(3, 9.0), weight, weight * y, start=found)
     np.testing.assert_allclose(again, expected, atol=1e-3)
 
 
@@ -32,7 +32,7 @@ def test_posterior_covariance__has_the_diagonal_of_the_dense_inverse(section):
     _, _, laplacian = section
     rng = np.random.default_rng(2)
     weight = rng.gamma(1, 2, (150, 2)) * (rng.random((150, 1)) < 0.8)  # some cells have no information
-    blocks = field.posterior_covariance(laplacian, 9.0, weight[..., None] * np.eye(2), rng, 200)
+    blocks = field.posterior_covariance(laplacian, np.full(2, 9.0), weight[..., None] * np.eye(2), rng, 200)
     found = np.einsum("idd->id", blocks)
     for d in range(2):
         exact = np.linalg.inv(np.eye(150) + 9 * laplacian.toarray() + np.diag(weight[:, d])).diagonal()
@@ -45,14 +45,15 @@ def test_solve_and_draws__join_dimensions_as_dense_algebra_does(section):
     rng = np.random.default_rng(5)
     root = rng.normal(size=(150, 2, 2))
     weight, target = root @ root.transpose(0, 2, 1), rng.normal(size=(150, 2))
-    dense = np.kron(np.eye(150) + 4 * laplacian.toarray(), np.eye(2))
+    r = np.array([4.0, 9.0])
+    dense = np.eye(300) + np.kron(laplacian.toarray(), np.diag(r))
     for i, own in enumerate(weight):
         dense[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] += own
     inverse = np.linalg.inv(dense)
     np.testing.assert_allclose(
-        field.solve(laplacian, 4.0, weight, target), (inverse @ target.ravel()).reshape(150, 2), atol=1e-3
+        field.solve(laplacian, r, weight, target), (inverse @ target.ravel()).reshape(150, 2), atol=1e-3
     )
-    found = field.posterior_covariance(laplacian, 4.0, weight, rng, 400)
+    found = field.posterior_covariance(laplacian, r, weight, rng, 400)
     exact = np.einsum("idie->ide", inverse.reshape(150, 2, 150, 2))
     np.testing.assert_allclose(found, exact, rtol=0.25, atol=0.02)
 

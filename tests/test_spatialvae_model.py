@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 
 import reference
 from merfish import datasets
-from spatialvae import InputError, SpatialVAE, analysis, batches, graph, likelihoods, plots, training
+from spatialvae import InputError, SpatialVAE, analysis, batches, graph, likelihoods, niche_prior, plots, training
 from spatialvae.celltypes import Types
 
 
@@ -83,9 +83,9 @@ def test_niche__is_the_posterior_of_dense_algebra(trained):
     module, section = model.module, model._section
     sites = module.sites(section)
     niche = module.solve(section.space, sites)
-    root = np.eye(len(niche.mean)) + float(module.range) * section.space.laplacian.toarray()
     total = 0.0
-    for d, v in enumerate(module.smooth_variance.tolist()):
+    for d, (v, r) in enumerate(zip(module.smooth_variance.tolist(), module.range.tolist(), strict=True)):
+        root = np.eye(len(niche.mean)) + r * section.space.laplacian.toarray()
         own = np.exp(module.log_residual[d].item())
         g = 1 / (own + np.exp(-sites.log_precision[:, d].numpy().astype(float)))
         covariance = np.linalg.inv(root / v + np.diag(g))
@@ -295,7 +295,7 @@ def test_cell_without_neighbours__has_the_prior_of_one_whose_neighbours_are_unkn
     SpatialVAE.setup_anndata(table, sample_key="section")
     model = SpatialVAE(table)
     module, space = model.module, model._section.space
-    precision = 1 + float(module.range) * space.laplacian.diagonal()[0]
+    precision = 1 + module.range * space.laplacian.diagonal()[0]
     np.testing.assert_allclose(module.smooth_variance / precision, module.niche_variance, rtol=1e-5)
     unknown = model._around(table[:1].copy(), table[1:].copy())
     torch.testing.assert_close(unknown.mean, torch.zeros_like(unknown.mean))
@@ -535,3 +535,25 @@ def test_osmfish__is_bundled():
     assert table.shape == (4839, 33)
     assert table.obs["Region"].nunique() == 11
     SpatialVAE.setup_anndata(table)
+
+
+def test_niche_prior__has_the_mean_and_variance_of_the_posterior_and_leaves_counts_alone(trained):
+    """Parameters of the field that are far off, and latents that are moved, are found again."""
+    _, model = trained
+    module, section, wanted = copy.deepcopy(model.module), model._section, model.module
+    rows, moved = np.arange(section.cells.n_cells), torch.zeros(module.shape.n_cell)
+    moved[: module.shape.n_niche] = -2.0
+    with torch.no_grad():
+        before = module.logits(section, rows, module.sites(section).target)[0]
+        module.recentre(moved)
+        torch.testing.assert_close(
+            module.logits(section, rows, module.sites(section).target)[0], before, atol=1e-3, rtol=0
+        )
+    module.smooth_variance /= 20
+    module.range.fill_(3.0)
+    again = niche_prior.fit(module, section)
+    niche = module.solve(again.space, module.sites(again))
+    torch.testing.assert_close(niche.mean.mean(0), torch.zeros(module.shape.n_niche), atol=0.1, rtol=0)
+    square = (niche.mean**2 + niche.variance).mean(0)
+    torch.testing.assert_close(square, module.niche_variance, rtol=0.3, atol=0)
+    torch.testing.assert_close(module.niche_variance, wanted.niche_variance, rtol=0.3, atol=0)
