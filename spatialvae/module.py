@@ -259,8 +259,8 @@ class SpatialModule(nn.Module):
         own: Tensor | None = None,
     ) -> Niche:
         """Posterior of z_niche of all cells, given the ``sites`` of the cells that are ``known``, bool (cell,), all by
-        default. ``start`` (cell, D) is the initial guess of the mean. ``own`` (dim,) is S before training, used
-        with the v and r of then; all three are the fitted ones by default.
+        default. ``start`` (cell, D) is the initial guess of the mean. ``own`` (dim,) is S before training, with which v
+        and r before training are used; by default all three are the fitted ones.
 
         The mean is exact up to ``field.TOLERANCE``. Divergence and variance are approximated with g averaged over
         cells (``spatialvae.posterior`` computes the variance of each cell).
@@ -287,9 +287,9 @@ class SpatialModule(nn.Module):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """v g and t, (cell, D) each, of the system for z_niche; v and r, (D,) each."""
         d = self.shape.n_niche
-        v, r = (self.smooth_variance, self.range) if own is None else (self.first_variance, self.first_range)
+        field = (self.smooth_variance, self.range) if own is None else (self.first_variance, self.first_range)
         own = self.log_residual.detach().exp() if own is None else own
-        v, r = v.cpu().double().numpy(), r.cpu().double().numpy()
+        v, r = (value.cpu().double().numpy() for value in field)
         weight = v / (own[:d].cpu().double().numpy() + np.exp(-sites.log_precision[:, :d].double().numpy()))
         if known is not None:
             weight = np.where(known[:, None], weight, 0.0)
@@ -313,7 +313,7 @@ class SpatialModule(nn.Module):
         self.cell_encoder.first.bias[: self.shape.n_cell] -= mean
         for layer in (self.decoder.hidden, self.decoder.out, self.decoder.zero):
             if layer is not None:
-                layer.bias += layer.weight[:, : self.shape.n_cell] @ mean
+                layer.bias.add_(layer.weight[:, : self.shape.n_cell] @ mean)
 
     def set_types(self, types: Types) -> None:
         """Set the cell types, which define p(z_cell | z_niche)."""
