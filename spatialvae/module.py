@@ -270,9 +270,9 @@ class SpatialModule(nn.Module):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """v g and t, (cell, D) each, of the system for z_niche; v and r, (D,) each."""
         d = self.shape.n_niche
-        v, r = (self.smooth_variance, self.range) if own is None else (self.first_variance, self.first_range)
+        field = (self.smooth_variance, self.range) if own is None else (self.first_variance, self.first_range)
         own = self.log_residual.detach().exp() if own is None else own
-        v, r = v.cpu().double().numpy(), r.cpu().double().numpy()
+        v, r = (value.cpu().double().numpy() for value in field)
         weight = v / (own[:d].cpu().double().numpy() + np.exp(-sites.log_precision[:, :d].double().numpy()))
         if known is not None:
             weight = np.where(known[:, None], weight, 0.0)
@@ -293,10 +293,10 @@ class SpatialModule(nn.Module):
     @torch.no_grad()
     def recentre(self, mean: Tensor) -> None:
         """Subtract ``mean`` (dim,) from z_cell, without changing p(x): encoder and decoder are shifted by it."""
-        self.cell_encoder.first.bias[: self.shape.n_cell] -= mean
+        self.cell_encoder.first.bias[: self.shape.n_cell].sub_(mean)
         for layer in (self.decoder.hidden, self.decoder.out, self.decoder.zero):
             if layer is not None:
-                layer.bias += layer.weight[:, : self.shape.n_cell] @ mean
+                layer.bias.add_(layer.weight[:, : self.shape.n_cell] @ mean)
 
     def set_types(self, types: Types) -> None:
         """Set the cell types, which define p(z_cell | z_niche)."""
