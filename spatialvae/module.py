@@ -310,7 +310,7 @@ class SpatialModule(nn.Module):
     @torch.no_grad()
     def recentre(self, mean: Tensor) -> None:
         """Subtract ``mean`` (dim,) from z_cell, without changing p(x): encoder and decoder are shifted by it."""
-        self.cell_encoder.first.bias[: self.shape.n_cell] -= mean
+        self.cell_encoder.first.bias[: self.shape.n_cell].sub_(mean)
         for layer in (self.decoder.hidden, self.decoder.out, self.decoder.zero):
             if layer is not None:
                 layer.bias.add_(layer.weight[:, : self.shape.n_cell] @ mean)
