@@ -47,7 +47,7 @@ def test_the_console_names_what_the_decoder_does_not_allow_for():
     assert "the bits are shifted; --method spots" in molecule_lines(figures)[1]
 
 
-@pytest.mark.usefixtures("blank_pictures")
+@pytest.mark.usefixtures("short_reports")
 def test_a_run_names_them_on_the_console_and_in_the_report(tmp_path):
     wide = Imaging(psf_sigma=(2.3, 2.3))
     raw = simulate_experiment(tmp_path / "raw", fields=(1, 1), shape=(256, 256), seed=5, imaging=wide)
