@@ -84,7 +84,7 @@ def test_two_processes_train_the_model_that_one_trains(table, tmp_path):
     train = ["spatialvae.cli", "train", str(table), "--max-epochs", "3"]
     together = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     for out, command in (("one", [sys.executable, "-m"]), ("two", together)):
-        subprocess.run([*command, *train, "--out", str(tmp_path / out)], check=True, capture_output=True, timeout=120)
+        subprocess.run([*command, *train, "--out", str(tmp_path / out)], check=True, capture_output=True, timeout=400)
     one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         # types and the neighbour prior are fitted to the other parameters and amplify rounding errors
