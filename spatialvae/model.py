@@ -876,7 +876,7 @@ class SpatialVAE:
 
         Returns
         -------
-        int64 (cell,), the labels, 0 the largest domain of the mixture. They are also written to
+        int64 (cell,), the labels, 0 the largest domain before smoothing. They are also written to
         ``obs["spatial_domain"]``, and the probabilities to ``obsm["spatial_domain_probability"]``, float64 (cell, k).
         """
         target = self.adata if adata is None else adata

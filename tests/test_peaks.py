@@ -5,7 +5,7 @@ import pytest
 
 import reference
 from merfish.decoding import _peak_kernels as kernels
-from merfish.decoding.peaks import BIN, REACH, Fit, Profile, fit_peaks, measure_profile, shape_of, share_peaks
+from merfish.decoding.peaks import BIN, REACH, ROUND, Fit, Profile, fit_peaks, measure_profile, shape_of, share_peaks
 from merfish.imaging.normalize import NoiseMap, locate_peaks
 
 SIGMA = 1.35
@@ -73,6 +73,16 @@ def test_the_profile_is_measured_in_spite_of_neighbours(crowd):
     profile = measure_profile(image, 300, *locate_peaks(image, 300, 0.15), SIGMA)
     assert profile.height == pytest.approx(PROFILE.height, abs=0.06)
     assert profile.metric == pytest.approx(metric, abs=0.05)
+
+
+def test_spots_are_round_if_only_some_of_the_bright_ones_are_elongated():
+    rng, lattice = np.random.default_rng(0), np.mgrid[15:290:15, 15:290:15].reshape(2, -1).T
+    x, y = (lattice + rng.uniform(-2, 2, lattice.shape)).T
+    long = rng.random(len(x)) < 0.45
+    image = render(x[~long], y[~long], 1 + 0 * x[~long], (300, 300))
+    image += render(x[long], y[long], 1 + 0 * x[long], (300, 300), (0.2, 0.0, 5.0))
+    image = (image + rng.normal(0, 0.01, image.shape)).astype(np.float32)
+    assert measure_profile(image, 300, *locate_peaks(image, 300, 0.15), SIGMA).metric == ROUND
 
 
 @pytest.mark.parametrize("metric", [(1.0, 0.0, 1.0), ELLIPSE])

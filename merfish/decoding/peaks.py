@@ -37,6 +37,8 @@ STAY = 0.7  # relative to the threshold; fitted peaks below it are dropped
 # ratio of the axes of a filtered spot; smaller ones are ignored. On simulated round spots, ratios of 1.01 to 1.03 are
 # measured on 300 of them, and up to 1.10 on 15
 LEAST_RATIO = 1.1
+MAJORITY_SIGMAS = 3.0  # standard errors by which most spots must fit an ellipse better than a circle
+MISFIT_RADIUS = 2.0  # sigmas; most of the light of a spot is nearer
 ORIENTATIONS = 4  # sectors of directions in which the width is measured
 FEWEST_PEAKS = 30  # with fewer, a bit is not crowded and its profile cannot be measured
 
@@ -172,15 +174,40 @@ def measure_profile(
         return None
     bright = np.flatnonzero(whole & (top >= np.median(top[whole])))
     chosen = bright[:: max(len(bright) // PROFILE_PEAKS, 1)]
-    spots, bins = kernels.Spots(x[chosen], y[chosen], top[chosen]), round(REACH / BIN) + 1
-    by_sector, (profile,) = np.empty((ORIENTATIONS, bins)), np.empty((1, bins))
+    spots = kernels.Spots(x[chosen], y[chosen], top[chosen])
+    by_sector = np.empty((ORIENTATIONS, round(REACH / BIN) + 1))
     kernels.spot_medians(image, spots, margin, *ROUND, 1 / (BIN * sigma), by_sector)
-    metric = spot_metric(by_sector)
-    kernels.spot_medians(image, spots, margin, *metric, 1 / (BIN * sigma), profile[None])
-    known = np.flatnonzero(np.isfinite(profile))
-    profile = np.interp(np.arange(bins), known, profile[known])
-    profile[-1] = 0.0
-    return Profile(profile, metric)
+    metric, usual = spot_metric(by_sector), median_profile(image, spots, margin, ROUND, sigma)
+    if metric == ROUND:
+        return usual
+    elliptical = median_profile(image, spots, margin, metric, sigma)
+    # hot pixels among the peaks can make round spots seem elliptical, but most of the spots are then round
+    better = misfit(image, spots, elliptical, sigma) < misfit(image, spots, usual, sigma)
+    return elliptical if better.mean() > 0.5 + MAJORITY_SIGMAS * 0.5 / np.sqrt(len(better)) else usual
+
+
+def median_profile(
+    image: np.ndarray, spots: kernels.Spots, margin: int, metric: tuple[float, float, float], sigma: float
+) -> Profile:
+    """Profile with the given metric, of medians over ``spots``, which are at least ``margin`` from the border."""
+    medians = np.empty((1, round(REACH / BIN) + 1))
+    kernels.spot_medians(image, spots, margin, *metric, 1 / (BIN * sigma), medians)
+    known = np.flatnonzero(np.isfinite(medians[0]))
+    height = np.interp(np.arange(medians.shape[1]), known, medians[0, known])
+    height[-1] = 0.0
+    return Profile(height, metric)
+
+
+def misfit(image: np.ndarray, spots: kernels.Spots, profile: Profile, sigma: float) -> np.ndarray:
+    """Mean absolute difference (peak,) of ``image`` from ``profile`` around each spot, relative to its height."""
+    (xx, xy, yy), reach = profile.metric, int(np.ceil(MISFIT_RADIUS * sigma))
+    down, across = (part.ravel() for part in np.mgrid[-reach : reach + 1, -reach : reach + 1])
+    inside = np.hypot(down, across) <= MISFIT_RADIUS * sigma
+    rows, columns = np.rint(spots.y)[:, None] + down[inside], np.rint(spots.x)[:, None] + across[inside]
+    dx, dy = columns - spots.x[:, None], rows - spots.y[:, None]
+    place = np.sqrt(xx * dx**2 + 2 * xy * dx * dy + yy * dy**2) / (BIN * sigma)
+    expected = np.interp(place, np.arange(len(profile.height)), profile.height)
+    return np.abs(image[rows.astype(int), columns.astype(int)] / spots.top[:, None] - expected).mean(1)
 
 
 def spot_metric(profiles: np.ndarray) -> tuple[float, float, float]:
