@@ -12,8 +12,14 @@ collect_ignore += [] if find_spec("scvi") else ["scvi_roundtrip.py"]
 collect_ignore += [] if find_spec("napari_spatialdata") else ["napari_roundtrip.py"]
 
 os.environ["MPLBACKEND"] = "Agg"
-if "PYTEST_XDIST_WORKER" in os.environ:  # each process uses one core
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process has one core; threads of torch that wait for others are slow
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if find_spec("torch"):
+        import numba
+        import torch
+
+        numba.get_num_threads()  # launches Numba's threads, which sets the number of torch's
+        torch.set_num_threads(1)
 # the first example includes seconds of compilation
 settings.register_profile(
     "default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow], print_blob=True
