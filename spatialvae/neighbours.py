@@ -40,7 +40,7 @@ from spatialvae.graph import NeighbourGraph
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, Sites, SpatialModule
 from spatialvae.sampling import Places
-from spatialvae.training import MOST_HELD, Plan, divided, threads_for
+from spatialvae.training import MOST_HELD, Plan, copied, divided, threads_for
 
 CONVOLUTIONS = ("gatv2", "sage", "gin")
 ENCODERS = ("field", *CONVOLUTIONS)
@@ -230,7 +230,7 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
     around = Surroundings(mean, variance, index, distance, own_values(module, sites))
     types, own = module.types, module.log_residual.detach().exp()
     niches = ((mean[part].to(device), variance[part].to(device)) for part in torch.from_numpy(used).split(ROWS_AT_ONCE))
-    log_frequency = torch.cat([types.log_frequency_around(niche) for niche in niches])  # a tenth of the time of a step
+    log_frequency = torch.cat([types.log_frequency_around(niche) for niche in niches])  # once: a tenth of each step
 
     def mean_log_p(part: np.ndarray) -> Tensor:
         rows_used = torch.from_numpy(place[part])
@@ -242,7 +242,7 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
         return (torch.logsumexp(log_weight + density, 1) - np.log(DRAWS)).mean()
 
     optimiser = torch.optim.Adam(prior.parameters(), LEARNING_RATE, weight_decay=plan.weight_decay / len(rows))
-    best, kept, steps, since = -np.inf, _copied(prior), 0, 0
+    best, kept, steps, since = -np.inf, copied(prior), 0, 0
     while steps < min(MOST_STEPS, plan.max_steps) and since < PATIENCE:
         prior.train()
         for part in minibatches(rows, plan.batch_size, rng):
@@ -259,13 +259,9 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
             since += CHECK
             if score > best:
                 best, since = score, 0
-                kept = _copied(prior)
+                kept = copied(prior)
     prior.load_state_dict(kept)
     prior.eval()
-
-
-def _copied(prior: NeighbourPrior) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in prior.state_dict().items()}
 
 
 def _hidden_in_turn(

@@ -59,7 +59,7 @@ def train(module: SpatialModule, section: Section, plan: Plan, report: Report) -
 
     Raises FloatingPointError if the bound becomes non-finite in the last restart.
     """
-    start = {name: value.clone() for name, value in module.state_dict().items()}
+    start = copied(module)
     with threads_for(plan.batch_size * module.shape.n_genes), team_of_processes() as team:
         for restart in range(RESTARTS + 1):
             module.load_state_dict(start)
@@ -73,6 +73,11 @@ def train(module: SpatialModule, section: Section, plan: Plan, report: Report) -
             if history[-1].get("used_cell_dimensions") != 0:
                 break
     return [row | {"restart": float(restart)} for row in history]
+
+
+def copied(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a module, which training does not change."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 @contextmanager

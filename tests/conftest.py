@@ -46,11 +46,14 @@ def done(raw, tmp_path_factory):
 
 
 @pytest.fixture
-def short_reports(monkeypatch):
+def short_reports(request, monkeypatch):
     """Leave the figures out of reports, which take two fifths of the time of a run of small fields.
 
-    Modules whose tests do not concern figures use it. Verdicts and warnings remain.
+    Modules whose tests do not concern figures use it. Verdicts and warnings remain. A test of unusual data, for which
+    figures must be drawn as well, is marked ``draws``.
     """
     from merfish.report import sections
 
+    if request.node.get_closest_marker("draws"):
+        return
     monkeypatch.setattr(sections, "sections_of", lambda run, others: [sections.headline(run, others)])

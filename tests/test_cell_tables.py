@@ -320,6 +320,7 @@ def test_brighter_beside__only_looks_one_plane_away():
 # --- embedding ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_embed_run__of_cells_some_of_which_are_empty(done, tmp_path, monkeypatch):
     pytest.importorskip("torch")
     pytest.importorskip("torch_geometric")

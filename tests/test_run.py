@@ -117,6 +117,7 @@ def test_run_recovers_the_simulated_truth(done, raw):
     assert score["count_r"] > 0.9
 
 
+@pytest.mark.draws
 def test_run_takes_out_chromatic_shifts(tmp_path):
     raw = simulate_experiment(
         tmp_path / "raw", fields=(1, 2), shape=(256, 256), seed=3, disturbances=Disturbances(chromatic=3.0)
@@ -128,9 +129,11 @@ def test_run_takes_out_chromatic_shifts(tmp_path):
     found = json.loads((tmp_path / "out" / results.RUN).read_text())["chromatic"]["750"]
     corners = np.array([[0, 0, 1], [0, 255, 1], [255, 0, 1], [255, 255, 1]]).T
     assert np.hypot(*((np.array(found["map"]) - bent) @ corners)).max() < 0.15
+    assert "750" in (tmp_path / "out" / results.REPORT).read_text()
     assert score_run(tmp_path / "out", raw)["recall"] > 0.7
 
 
+@pytest.mark.draws
 def test_run_of_images_as_cameras_make_them(tmp_path):
     """Vignetting, hot pixels and a dead bit are tolerated; a field that is far too bright is excluded."""
     wrong = Disturbances(vignetting=0.5, hot_pixels=50, dead_bit=3, saturated_fov=2)
@@ -203,6 +206,7 @@ def test_run__names_a_missing_file_before_any_work(copy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.draws
 def test_run_keep_going_leaves_out_faulty_fields(copy, tmp_path):
     broken = copy / "merfish_001_03.tif"
     broken.write_bytes(broken.read_bytes()[:1000])
@@ -213,6 +217,7 @@ def test_run_keep_going_leaves_out_faulty_fields(copy, tmp_path):
     assert set(read_transcripts(tmp_path / "out" / results.TRANSCRIPTS)["fov"]) == {0, 2, 3}
 
 
+@pytest.mark.draws
 def test_run__marks_a_field_whose_rounds_do_not_match(copy, tmp_path):
     import tifffile
 
@@ -228,6 +233,7 @@ def test_run__marks_a_field_whose_rounds_do_not_match(copy, tmp_path):
     assert "rounds 4 do not match" in failed["2"]
 
 
+@pytest.mark.draws
 def test_run_of_an_empty_sample_is_empty_and_whole(tmp_path):
     raw = simulate_experiment(tmp_path / "raw", fields=(1, 1), shape=(128, 128), density=0.0)
     table = merfish.run(raw, out=tmp_path / "out")
@@ -237,6 +243,7 @@ def test_run_of_an_empty_sample_is_empty_and_whole(tmp_path):
     assert (tmp_path / "out" / results.REPORT).is_file()
 
 
+@pytest.mark.draws
 def test_run_without_stains_has_no_cells(copy, tmp_path):
     rows = (copy / "data_organization.csv").read_text().splitlines(keepends=True)
     (copy / "data_organization.csv").write_text("".join(row for row in rows if not row.startswith(("DAPI", "polyT"))))
@@ -261,6 +268,7 @@ def test_read_config__rejects(tmp_path, text, message):
         read_config(tmp_path / "run.yaml")
 
 
+@pytest.mark.draws
 def test_the_demo_runs_and_the_real_codebook_stands_clear(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("merfish.demo.EPOCHS", 1)
     page = run_demo(tmp_path / "demo", fields=(2, 2), shape=(256, 256))

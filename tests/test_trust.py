@@ -211,6 +211,7 @@ def darken(experiment, fovs):
         tifffile.imwrite(path, images, photometric="minisblack")
 
 
+@pytest.mark.draws
 def test_calibration__fields_count_for_what_they_show(experiment, tmp_path):
     first = spread_order((0, 1, 2))[0]
     darken(experiment, [first])
@@ -221,6 +222,7 @@ def test_calibration__fields_count_for_what_they_show(experiment, tmp_path):
     assert set(calls_of(tmp_path / "out")["fov"]) == {0, 1, 2} - {first}
 
 
+@pytest.mark.draws
 def test_calibration__where_no_field_shows_molecules_it_is_said_and_not_kept(experiment, raw, done, tmp_path):
     darken(experiment, [0, 1, 2])
     merfish.run(experiment, out=tmp_path / "out")
@@ -239,6 +241,7 @@ def test_spread_order__holds_every_field_once_and_begins_spread(n):
     assert np.diff(sorted(order[:6])).max(initial=1) <= max(n // 3, 1)
 
 
+@pytest.mark.draws
 def test_run_without_blanks__keeps_the_posterior(experiment, tmp_path):
     path = experiment / "codebook.csv"
     lines = path.read_text().splitlines()
@@ -256,6 +259,7 @@ def test_run_without_blanks__keeps_the_posterior(experiment, tmp_path):
 # --- images of one field that are unlike the others' ------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_run__flags_a_bit_that_shows_nothing_in_one_field(experiment, tmp_path):
     path = experiment / "merfish_001_02.tif"
     images = tifffile.imread(path)
@@ -279,6 +283,7 @@ def test_run__a_stain_that_is_asked_for_and_not_there_is_an_error(raw, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.draws
 def test_run__with_a_codebook_of_other_images_ends_with_a_message(experiment, tmp_path, monkeypatch, capsys):
     path = experiment / "codebook.csv"
     book = merfish.read_codebook(path)
