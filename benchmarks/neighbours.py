@@ -29,13 +29,12 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal, norm
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
-from tables import as_markdown
+from tables import RESULTS, as_markdown
 
 from spatialvae import SpatialVAE, neighbours
 from spatialvae.graph import knn_graph
 from spatialvae.training import Plan
 
-RESULTS = Path(__file__).parent / "results"
 COMPONENTS, AVERAGED = 20, 15  # of the linear predictor: principal components, neighbours
 DRAWS, LEVEL = 200, 0.9  # of counts
 LINEAR = "linear Gaussian, 20 principal components"
@@ -212,7 +211,6 @@ def main() -> None:
     columns = ["section", "method", "seed", "gain", "over field", "within", "seconds", "log p(y)"]
     names = " ".join(path.name for path in options.tables)
     command = f"python benchmarks/neighbours.py {names} --seeds {options.seeds} --samples {options.samples}"
-    RESULTS.mkdir(exist_ok=True)
     shares = pd.DataFrame(covers, columns=["section", "seed", "z_niche", "z_cell"])
     text = page(pd.DataFrame(rows, columns=columns), shares, options.seeds, options.samples, command)
     (RESULTS / "neighbours.md").write_text(text)
