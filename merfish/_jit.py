@@ -18,6 +18,7 @@ kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="num
 parallel_kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 # for sums of products of images: fused multiply-add is faster and more accurate
 fused_kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+jitable: Callable[..., Any] = numba.extending.register_jitable  # for functions that Python and kernels call
 prange = numba.prange
 
 

@@ -73,7 +73,7 @@ def half_radius(image: np.ndarray) -> float:
     chosen = np.flatnonzero(clear & (top >= np.median(top[clear])))[:MOST_SPOTS]
     profile = np.empty((1, int(RANGE[1] / STEP)))
     kernels.spot_medians(
-        image, kernels.Spots(x[chosen], y[chosen], top[chosen]), margin, 1.0, 0.0, 1.0, 1 / STEP, profile
+        image, kernels.Spots(x[chosen], y[chosen], top[chosen]), margin, kernels.ROUND, 1 / STEP, profile
     )
     return crossing(np.arange(profile.shape[1]) * STEP, profile[0])
 
