@@ -32,6 +32,7 @@ from sklearn.mixture import GaussianMixture
 from tables import RESULTS, as_markdown
 
 from spatialvae import SpatialVAE, neighbours
+from spatialvae.celltypes import Types
 from spatialvae.graph import knn_graph
 from spatialvae.training import Plan
 
@@ -62,12 +63,14 @@ def of_section(
     name: str, model: SpatialVAE, rest: anndata.AnnData, held: anndata.AnnData, seed: int, samples: int
 ) -> Iterator[Row]:
     alone = model.get_marginal_ll(held, samples, seed, return_mean=False)
-    field = None
+    field, shape = None, model.module.shape
+    without = Types.of_sizes(0, shape.n_niche, shape.n_cell)
     for method in neighbours.ENCODERS:
         began = time.process_time()
         torch.manual_seed(seed)
         model.neighbours = neighbours.prior_for(method, model.module)
         if model.neighbours is not None:
+            model.module.set_types(without)  # as at the end of training
             neighbours.fit(model.neighbours, model.module, model._section, Plan(seed=seed).fitted_to(rest.n_obs))
         took = time.process_time() - began
         given = model.get_marginal_ll(held, samples, seed, given=rest, return_mean=False)
