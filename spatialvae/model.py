@@ -14,7 +14,18 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from spatialvae import _keys, analysis, differential, evidence, neighbours, niche_prior, sampling, saving, verbs
+from spatialvae import (
+    _keys,
+    analysis,
+    differential,
+    evidence,
+    neighbours,
+    niche_prior,
+    sampling,
+    saving,
+    units,
+    verbs,
+)
 from spatialvae._defaults import LIKELIHOODS
 from spatialvae.celltypes import Types
 from spatialvae.data import build_graphs, check_table, fingerprint, minibatches, read_cells
@@ -251,6 +262,7 @@ class SpatialVAE:
         with _bar(plan.max_steps, progress) as report:
             history = pd.DataFrame(train(self.module, section, plan, report))
         section = self._section = niche_prior.fit(self.module, section)
+        units.fit(self.module, section, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             neighbours.fit(self.neighbours, self.module, section, plan)
@@ -296,7 +308,8 @@ class SpatialVAE:
         """Return the embedding: posterior means of z_niche and z_cell.
 
         z_cell describes the cell and is used to find cell types; z_niche, the smooth part of its first dimensions,
-        describes the surroundings and is used to find domains. Both have a standard deviation of about 1 over cells.
+        describes the surroundings and is used to find domains. After training, dimensions that change expression more
+        vary more (``spatialvae.units``), so that distances between cells are suitable for clustering.
 
         Parameters
         ----------
