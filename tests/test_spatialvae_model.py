@@ -575,7 +575,8 @@ def test_units__a_molecule_is_as_informative_about_each_dimension_and_p_of_x_doe
     _, model = trained
     module, section = copy.deepcopy(model.module), model._section
     rows = np.arange(section.cells.n_cells)
-    found = units.information(module, section, rows)
+    z = torch.from_numpy(model.get_latent_representation(which="cell"))
+    found = units.information(module, section, rows, z)
     torch.testing.assert_close(found, torch.full_like(found, float(found.mean())), rtol=1e-2, atol=0)
     module.set_types(Types.of_sizes(0, module.shape.n_niche, module.shape.n_cell))
     before, divergence = evidence.log_evidence(module, section, rows, 20)[0], divergence_of(module, section)
