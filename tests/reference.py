@@ -190,22 +190,6 @@ def field_log_likelihood(laplacian, y, r, a, smooth, rough, noise):
     return multivariate_normal(np.zeros(len(y)), covariance).logpdf(y)
 
 
-def niche_divergence(mean, variance, laplacian, r, prior_variance):
-    """Return the KL of independent Gaussians (cell, dim) from the joint Gaussian field, summed over both axes."""
-    total = 0.0
-    root = np.eye(len(laplacian)) + r * laplacian
-    for d in range(mean.shape[1]):
-        precision = root / prior_variance[d]
-        total += 0.5 * (
-            np.trace(precision @ np.diag(variance[:, d]))
-            + mean[:, d] @ precision @ mean[:, d]
-            - len(mean)
-            - np.linalg.slogdet(precision)[1]
-            - np.log(variance[:, d]).sum()
-        )
-    return total
-
-
 def cell_bound(x, shares, zeros, theta, mean, variance, prior_mean, prior_variance):
     """Return (log likelihood, KL of z_cell) of one cell for a given draw, gene by gene and dimension by dimension."""
     from scipy.stats import nbinom
