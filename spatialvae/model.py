@@ -69,8 +69,8 @@ class SpatialVAE:
         pass messages from the 15 nearest neighbours; "gatv2" predicts best (benchmarks/results/neighbours.md). "field"
         uses the Gaussian field alone; cells can then be drawn jointly, not only one by one. A ``torch.nn.Module`` is
         called as forward(x, edge_index, edge_attr) and returns one row per node: x (node, dim) is z_cell of the
-        neighbours, zeros for the cells to be predicted; edge_index (2, edge) points from neighbours to these cells;
-        edge_attr (edge, 1) is the distance in units of the mean distance between neighbours
+        neighbours in prior standard deviations, zeros for the cells to be predicted; edge_index (2, edge) points from
+        neighbours to these cells; edge_attr (edge, 1) is the distance in units of the mean distance between neighbours
 
     Raises
     ------

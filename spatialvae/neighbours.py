@@ -4,13 +4,16 @@ Given the counts of other cells, the field predicts z_cell at the position of ce
 weights w_ip, means m_ip and variances V_ip (``celltypes``). Here weights and means also depend on the individual
 neighbours::
 
-    p(z_cell_i | others) = sum_p f_ip N(z_cell_i; m_ip + a_p + A (g_p * c_i), exp(e_p) V_ip)
+    p(z_cell_i | others) = sum_p f_ip N(z_cell_i; m_ip + s (a_p + A (g_p * c_i)), exp(e_p) V_ip)
     f_ip = softmax_p(log w_ip + u_p + (U c_i)_p)
 
+s is the prior standard deviation of each dimension of z_cell.
+
 The context c_i is the output of a graph network on the neighbours' z_cell, each estimated from that neighbour's counts
-alone. The network runs on star graphs: a node without features for cell i, a node for each of its neighbours, and edges
-from the neighbours to cell i. The counts of a cell therefore cannot reach its own context, whatever the number of
-layers. u, U, a, A and e are initialised with zeros, and the weights g_p of the columns of c_i with ones.
+alone and divided by s. The network runs on star graphs: a node without features for cell i, a node for each of its
+neighbours, and edges from the neighbours to cell i. The counts of a cell therefore cannot reach its own context,
+whatever the number of layers. u, U, a, A and e are initialised with zeros, and the weights g_p of the columns of c_i
+with ones.
 
 Training maximises the mean of log p(x_i | others). The likelihood of each cell is represented by fixed weighted draws
 z_is from a wide Gaussian r_i around the mode (``evidence.weighted_draws``)::
@@ -69,13 +72,15 @@ class Surroundings:
 
     ``mean`` and ``variance`` (position, D): z_niche given the other cells. ``index`` int64 (position, slot): the
     neighbours as rows of ``values``, -1 in empty slots. ``distance`` float32 (position, slot): their distances in units
-    of the mean distance between neighbours. ``values`` (cell, dim): z_cell of each cell given its own counts.
+    of the mean distance between neighbours. ``sd`` (dim,): the prior standard deviation of z_cell. ``values`` (cell,
+    dim): z_cell of each cell given its own counts, in units of ``sd``.
     """
 
     mean: Tensor
     variance: Tensor
     index: Tensor
     distance: Tensor
+    sd: Tensor
     values: Tensor
 
     def of(self, rows: np.ndarray, device: torch.device) -> Surroundings:
@@ -83,7 +88,7 @@ class Surroundings:
         chosen = torch.from_numpy(rows)
         mean, variance = self.mean[chosen].to(device), self.variance[chosen].to(device)
         index, distance = self.index[chosen].to(device), self.distance[chosen].to(device)
-        return Surroundings(mean, variance, index, distance, self.values)
+        return Surroundings(mean, variance, index, distance, self.sd.to(device), self.values)
 
     def thinned(self, share: float) -> Surroundings:
         """Without a random ``share`` of the neighbours."""
@@ -162,7 +167,7 @@ class NeighbourPrior(nn.Module):
         context = F.dropout(self.encoder(*around.stars())[: len(around.mean)], DROPPED, self.training)
         parts = slice(field.log_weight.shape[1])
         log_weight = torch.log_softmax(field.log_weight + self.weights(context)[:, parts], 1)
-        mean = field.mean + self.moved[parts] + self.shift(self.gains[parts] * context[:, None])
+        mean = field.mean + around.sd * (self.moved[parts] + self.shift(self.gains[parts] * context[:, None]))
         return Mixture(log_weight, mean, field.variance * self.log_wider[parts].exp())
 
 
@@ -194,7 +199,7 @@ def surroundings(module: SpatialModule, places: Places, section: Section, known:
     niche = module.solve(module.space(graphs), joined, known=np.arange(n + m) >= n)
     index, distance = neighbours_among(graphs.wide, samples, np.arange(n + m) >= n)
     index = torch.where(index >= n, index - n, -1)[:n]
-    return Surroundings(niche.mean[:n], niche.variance[:n], index, distance[:n], own_values(module, sites))
+    return Surroundings(niche.mean[:n], niche.variance[:n], index, distance[:n], *own_values(module, sites))
 
 
 def neighbours_among(graph: NeighbourGraph, samples: np.ndarray, known: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -208,9 +213,12 @@ def neighbours_among(graph: NeighbourGraph, samples: np.ndarray, known: np.ndarr
     return torch.from_numpy(index), torch.from_numpy((graph.distance / spacing[code, None]).astype(np.float32))
 
 
-def own_values(module: SpatialModule, sites: Sites) -> Tensor:
-    """Posterior mean (cell, dim) of z_cell of each cell given its own counts alone."""
-    return torch.sigmoid(sites.log_precision + module.cell_variance.cpu().log()) * sites.target
+def own_values(module: SpatialModule, sites: Sites) -> tuple[Tensor, Tensor]:
+    """Prior standard deviation (dim,) of z_cell, and in units of it the posterior mean (cell, dim) of z_cell of each
+    cell given its own counts alone."""
+    variance = module.cell_variance.cpu()
+    sd = variance.sqrt()
+    return sd, torch.sigmoid(sites.log_precision + variance.log()) * sites.target / sd
 
 
 @threads_for(0)  # the matrices are small: one thread is fastest
@@ -243,7 +251,7 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
     known = np.ones(section.cells.n_cells, bool)
     known[held] = False
     index, distance = neighbours_among(section.graphs.wide, section.cells.samples, known & (section.cells.depth > 0))
-    around = Surroundings(mean, variance, index, distance, own_values(module, sites))
+    around = Surroundings(mean, variance, index, distance, *own_values(module, sites))
     types, own = module.types, module.log_residual.detach().exp()
     niches = ((mean[part].to(device), variance[part].to(device)) for part in torch.from_numpy(used).split(ROWS_AT_ONCE))
     log_frequency = torch.cat([types.log_frequency_around(niche) for niche in niches])  # once: a tenth of each step
