@@ -11,11 +11,12 @@ from scipy import ndimage, optimize
 import reference
 from merfish import datasets
 from merfish.errors import InputError
-from merfish.imaging._kernels import filter_planes, patch_steps, remove_hot_pixels
+from merfish.imaging._kernels import patch_steps, remove_hot_pixels
 from merfish.imaging.frames import read_fiducials
 from merfish.imaging.opening import open_experiment
 from merfish.imaging.registration import (
     align,
+    filter_planes,
     measure_drift,
     measure_field_drift,
     seen_by_all,

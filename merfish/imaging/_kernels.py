@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from merfish._jit import fused_kernel, kernel, parallel_kernel, prange
+from merfish._jit import fused_kernel, kernel
 
 _BLOCK = 64  # pixels of a row that are searched for peaks only if one is above the threshold
 _ROWS = 32  # rows of a strip; filtered along x, it stays in the cache of a core while it is filtered along y
 
 
-@parallel_kernel
-def filter_planes(planes, starts, taps_y, taps_x, out):
+@kernel
+def filter_strips(first, last, planes, starts, taps_y, taps_x, out):
     """Filter each plane of (plane, y, x) along x and y with its own weights into ``out`` float32.
 
     out[p, y, x] = sum over s, t of taps_y[p, s] taps_x[p, t] planes[p, y + starts[p, 0] + s, x + starts[p, 1] + t];
     beyond its edges a plane is mirrored about its outermost pixels. starts: (plane, 2) int64; taps: (plane, tap)
-    float32, a multiple of 4 taps (see `filled_taps`).
+    float32, a multiple of 4 taps (see `filled_taps`). Only strips ``first`` to ``last`` - 1 are filtered, of
+    len(planes) * strips_of(planes) in all.
     """
-    for strip in prange(len(planes) * strips_of(planes)):
-        filter_strip(planes, strip, starts, taps_y, taps_x, out)
-
-
-@kernel
-def filter_planes_alone(planes, starts, taps_y, taps_x, out):
-    """`filter_planes` on a single thread, for `merfish._jit.map_bits`."""
-    for strip in range(len(planes) * strips_of(planes)):
+    for strip in range(first, last):
         filter_strip(planes, strip, starts, taps_y, taps_x, out)
 
 
@@ -37,7 +31,7 @@ def strips_of(planes):
 
 @kernel
 def filter_strip(planes, strip, starts, taps_y, taps_x, out):
-    """Filter one strip of `filter_planes`; strips are counted over all planes."""
+    """Filter one strip of `filter_strips`; strips are counted over all planes."""
     _, height, width = planes.shape
     n_y, n_x = taps_y.shape[1], taps_x.shape[1]
     p = strip // strips_of(planes)
@@ -103,8 +97,9 @@ def bandpass_rows(image, first, last, narrow, wide, out):
         index = _mirror(first + r - reach, height)
         same = index - first + reach  # value of r for which that row was filtered
         if 0 <= same < r < same + len(wide):
-            far[r % len(wide)] = far[same % len(wide)]
-            near[r % len(wide)] = near[same % len(wide)]
+            for x in range(width):  # the assignment of a slice takes seconds to compile
+                far[r % len(wide), x] = far[same % len(wide), x]
+                near[r % len(wide), x] = near[same % len(wide), x]
         else:
             source = image[index]
             for x in range(width):
@@ -128,19 +123,6 @@ def radius_of(taps):
     while taps[n - 1] == 0.0:
         n -= 1
     return (n - 1) // 2
-
-
-@kernel
-def bandpass_image(image, narrow, wide, out):
-    """Band-pass a whole image (y, x); see `bandpass_rows`."""
-    bandpass_rows(image, 0, len(image), narrow, wide, out)
-
-
-@parallel_kernel
-def bandpass_strip(images, first, last, narrow, wide, out):
-    """Band-pass rows ``first`` to ``last`` - 1 of each image (bit, y, x) into ``out`` (bit, row, x)."""
-    for bit in prange(len(images)):
-        bandpass_rows(images[bit], first, last, narrow, wide, out[bit])
 
 
 @kernel
@@ -171,7 +153,8 @@ def remove_hot_pixels(image, out):
         for r in range(3):
             for x in range(width):
                 rows[r, x] = image[y - 1 + r, x]
-        out[y, 0], out[y, width - 1] = _not_hot(image, y, 0), _not_hot(image, y, width - 1)
+        for x in (0, width - 1):
+            out[y, x] = _not_hot(image, y, x)
         _without_hot(rows[0], rows[1], rows[2], out[y])
 
 
@@ -259,20 +242,21 @@ def patch_steps(fixed, moving, bounds, centers, radius, steps, variances):
         variances[k] = residual * (inverse[0, 0] + inverse[1, 1]) / 2 * factor**2
 
 
-@parallel_kernel
-def warp_planes(coefficients, maps, out):
+@kernel
+def warp_rows(first, last, coefficients, maps, out):
     """Resample planes (plane, y, x) of B-spline coefficients at maps[p] @ (y, x, 1) into ``out`` float32.
 
-    maps: (plane, 2, 3) float64. Beyond its edges a plane is mirrored about its outermost pixels.
+    maps: (plane, 2, 3) float64. Beyond its edges a plane is mirrored about its outermost pixels. Only the rows
+    ``first`` to ``last`` - 1 are computed, counted over all planes.
     """
-    n_planes, height, width = coefficients.shape
-    for task in prange(n_planes * height):
+    _, height, width = coefficients.shape
+    weight_y = np.empty(4, np.float32)
+    weight_x = np.empty(4, np.float32)
+    for task in range(first, last):
         p = task // height
         y = task % height
         plane = coefficients[p]
         at = maps[p]
-        weight_y = np.empty(4, np.float32)
-        weight_x = np.empty(4, np.float32)
         for x in range(width):
             v = at[0, 0] * y + at[0, 1] * x + at[0, 2]
             u = at[1, 0] * y + at[1, 1] * x + at[1, 2]

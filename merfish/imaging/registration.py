@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage, spatial, special
 
-from merfish._jit import map_bits
+from merfish._jit import in_parts, map_bits
 from merfish.errors import InputError
-from merfish.imaging._kernels import filter_planes, filter_planes_alone, patch_steps, remove_hot_pixels, warp_planes
+from merfish.imaging._kernels import filter_strips, patch_steps, remove_hot_pixels, strips_of, warp_rows
 from merfish.imaging.preprocess import Bandpassed, filled_taps
 
 MAX_DRIFT = 40.0  # pixel, along y and along x
@@ -308,6 +308,29 @@ def _translate(planes: np.ndarray, shift: np.ndarray, out: np.ndarray, filtered:
     taps = spline_taps(shift - whole)
     starts = _repeat(whole.astype(np.int64) - (_TAPS // 2 - 1), len(planes))
     filtered(planes, starts, _repeat(taps[0], len(planes)), _repeat(taps[1], len(planes)), out)
+
+
+def filter_planes(
+    planes: np.ndarray, starts: np.ndarray, taps_y: np.ndarray, taps_x: np.ndarray, out: np.ndarray
+) -> None:
+    """Filter planes as described in `_kernels.filter_strips`."""
+    in_parts(
+        lambda first, last: filter_strips(first, last, planes, starts, taps_y, taps_x, out),
+        len(planes) * strips_of(planes),
+    )
+
+
+def filter_planes_alone(
+    planes: np.ndarray, starts: np.ndarray, taps_y: np.ndarray, taps_x: np.ndarray, out: np.ndarray
+) -> None:
+    """`filter_planes` on a single thread, for `merfish._jit.map_bits`."""
+    filter_strips(0, len(planes) * strips_of(planes), planes, starts, taps_y, taps_x, out)
+
+
+def warp_planes(coefficients: np.ndarray, maps: np.ndarray, out: np.ndarray) -> None:
+    """Resample planes as described in `_kernels.warp_rows`."""
+    n_rows = coefficients.shape[0] * coefficients.shape[1]
+    in_parts(lambda first, last: warp_rows(first, last, coefficients, maps, out), n_rows)
 
 
 def _repeat(values: np.ndarray, times: int) -> np.ndarray:
