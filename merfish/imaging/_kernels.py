@@ -7,7 +7,7 @@ import numpy as np
 from merfish._jit import fused_kernel, kernel
 
 _BLOCK = 64  # pixels of a row that are searched for peaks only if one is above the threshold
-_ROWS = 32  # rows of a strip; filtered along x, it stays in the cache of a core while it is filtered along y
+ROWS = 32  # rows of a strip; filtered along x, it stays in the cache of a core while it is filtered along y
 
 
 @kernel
@@ -16,43 +16,32 @@ def filter_strips(first, last, planes, starts, taps_y, taps_x, out):
 
     out[p, y, x] = sum over s, t of taps_y[p, s] taps_x[p, t] planes[p, y + starts[p, 0] + s, x + starts[p, 1] + t];
     beyond its edges a plane is mirrored about its outermost pixels. starts: (plane, 2) int64; taps: (plane, tap)
-    float32, a multiple of 4 taps (see `filled_taps`). Only strips ``first`` to ``last`` - 1 are filtered, of
-    len(planes) * strips_of(planes) in all.
+    float32, a multiple of 4 taps (see `filled_taps`). Only strips ``first`` to ``last`` - 1, of `ROWS` rows each and
+    counted over all planes, are filtered.
     """
-    for strip in range(first, last):
-        filter_strip(planes, strip, starts, taps_y, taps_x, out)
-
-
-@kernel
-def strips_of(planes):
-    """Number of strips of a plane."""
-    return (planes.shape[1] + _ROWS - 1) // _ROWS
-
-
-@kernel
-def filter_strip(planes, strip, starts, taps_y, taps_x, out):
-    """Filter one strip of `filter_strips`; strips are counted over all planes."""
     _, height, width = planes.shape
     n_y, n_x = taps_y.shape[1], taps_x.shape[1]
-    p = strip // strips_of(planes)
-    first = (strip % strips_of(planes)) * _ROWS
-    last = min(first + _ROWS, height)
+    of_plane = (height + ROWS - 1) // ROWS
     padded = np.empty(width + n_x - 1, np.float32)
-    rows = np.empty((last - first + n_y - 1, width), np.float32)
-    left = min(max(0, -starts[p, 1]), len(padded))
-    right = min(max(left, width - starts[p, 1]), len(padded))
-    for r in range(len(rows)):
-        source = planes[p, _mirror(first + r + starts[p, 0], height)]
-        for c in range(left):
-            padded[c] = source[_mirror(c + starts[p, 1], width)]
-        for c in range(left, right):
-            padded[c] = source[c + starts[p, 1]]
-        for c in range(right, len(padded)):
-            padded[c] = source[_mirror(c + starts[p, 1], width)]
-        along_row(rows[r], padded, taps_x[p])
-    for r in range(first, last):
-        out[p, r] = 0.0
-        across_rows(out[p, r], rows, r - first, taps_y[p])
+    rows = np.empty((ROWS + n_y - 1, width), np.float32)
+    for strip in range(first, last):
+        p = strip // of_plane
+        top = strip % of_plane * ROWS
+        bottom = min(top + ROWS, height)
+        left = min(max(0, -starts[p, 1]), len(padded))
+        right = min(max(left, width - starts[p, 1]), len(padded))
+        for r in range(bottom - top + n_y - 1):
+            source = planes[p, _mirror(top + r + starts[p, 0], height)]
+            for c in range(left):
+                padded[c] = source[_mirror(c + starts[p, 1], width)]
+            for c in range(left, right):
+                padded[c] = source[c + starts[p, 1]]
+            for c in range(right, len(padded)):
+                padded[c] = source[_mirror(c + starts[p, 1], width)]
+            along_row(rows[r], padded, taps_x[p])
+        for r in range(top, bottom):
+            out[p, r] = 0.0
+            across_rows(out[p, r], rows, r - top, taps_y[p])
 
 
 @fused_kernel
@@ -195,21 +184,17 @@ def _ranked(ranks, other):
 
 
 @kernel
-def patch_steps(fixed, moving, bounds, centers, radius, steps, variances):
-    """Measure the displacement of each patch of ``moving`` (y, x) from the same patch of ``fixed``, by least squares.
+def patch_sums(fixed, moving, bounds, centers, radius, normal, target, total, count):
+    """Sums over the pixels of each patch, for `merfish.imaging.registration.patch_steps`.
 
-    Within ``radius`` of each centre (patch, 2) int64, moving = gain * fixed + offset - gain * step . gradient, where
-    the gradient is that of the mean of both images, so that the noise of neither biases the step towards 0. Valid for
-    steps well below the width of the structure; repeat on the realigned image. Only pixels from bounds[0] to
-    bounds[1] - 1 along y and from bounds[2] to bounds[3] - 1 along x are used; they must lie 1 px inside the images.
-    out: steps (patch, 2) y, x in pixel; variances (patch,), of a step along one axis; NaN and inf if undetermined.
+    Within ``radius`` of each centre (patch, 2) int64, the terms are the gradient of the mean of both images along y and
+    x, ``fixed`` relative to the centre, and 1; the value is ``moving`` relative to ``fixed`` at the centre. Only pixels
+    from bounds[0] to bounds[1] - 1 along y and from bounds[2] to bounds[3] - 1 along x are used.
+    out, 0 on entry: normal (patch, 4, 4), target (patch, 4), total (patch,), sums of products of two terms, of a term
+    and the value, and of squared values; count (patch,), pixels.
     """
-    for k in range(centers.shape[0]):
-        normal = np.zeros((4, 4))
-        target = np.zeros(4)
-        total = 0.0
-        count = 0
-        term = np.empty(4)
+    term = np.empty(4)
+    for k in range(len(centers)):
         base = fixed[centers[k, 0], centers[k, 1]]
         for y in range(max(bounds[0], centers[k, 0] - radius), min(bounds[1], centers[k, 0] + radius + 1)):
             for x in range(max(bounds[2], centers[k, 1] - radius), min(bounds[3], centers[k, 1] + radius + 1)):
@@ -220,26 +205,12 @@ def patch_steps(fixed, moving, bounds, centers, radius, steps, variances):
                 term[2] = fixed[y, x] - base
                 term[3] = 1.0
                 value = moving[y, x] - base
-                total += value * value
-                count += 1
+                total[k] += value * value
+                count[k] += 1
                 for i in range(4):
-                    target[i] += term[i] * value
+                    target[k, i] += term[i] * value
                     for j in range(4):
-                        normal[i, j] += term[i] * term[j]
-        steps[k] = np.nan
-        variances[k] = np.inf
-        scale = normal[0, 0] * normal[1, 1] * normal[2, 2]
-        if 2 * count < radius * radius or scale <= 0 or np.linalg.det(normal) < 1e-9 * scale * count:
-            continue
-        inverse = np.linalg.inv(normal)
-        solution = inverse @ target
-        gain = solution[2]
-        if gain <= 0:
-            continue
-        factor = (1.0 + gain) / (2.0 * gain)  # the mean gradient is (1 + gain) / 2 that of fixed
-        residual = max(total - (solution * target).sum(), 0.0) / max(count - 4, 1)
-        steps[k] = -solution[:2] * factor
-        variances[k] = residual * (inverse[0, 0] + inverse[1, 1]) / 2 * factor**2
+                        normal[k, i, j] += term[i] * term[j]
 
 
 @kernel
