@@ -30,7 +30,7 @@ class _Once(event.Listener):
     def on_start(self, event: Any) -> None:
         if self.say is not None:
             say, self.say = self.say, None
-            say("compiling for this machine; this is done once and takes about a minute")
+            say("compiling for this machine; this is done once and takes about half a minute")
 
     def on_end(self, event: Any) -> None:
         pass
