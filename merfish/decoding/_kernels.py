@@ -47,8 +47,9 @@ def decode_rows(first, last, stack, model, word, distance, magnitude):
             left = block * _BLOCK
             right = min(left + _BLOCK, width)
             for bit in range(n_bits):
-                for x in range(left, right):
-                    values[bit, x - left] = stack[bit, row, x]
+                line, source = values[bit], stack[bit, row, left:right]
+                for x in range(len(source)):
+                    line[x] = source[x]
             decode_block(values, model, word[row, left:right], distance[row, left:right], magnitude[row, left:right])
 
 

@@ -86,9 +86,10 @@ def bandpass_rows(image, first, last, narrow, wide, out):
         index = _mirror(first + r - reach, height)
         same = index - first + reach  # value of r for which that row was filtered
         if 0 <= same < r < same + len(wide):
-            for x in range(width):  # the assignment of a slice takes seconds to compile
-                far[r % len(wide), x] = far[same % len(wide), x]
-                near[r % len(wide), x] = near[same % len(wide), x]
+            far_row, near_row = far[r % len(wide)], near[r % len(wide)]
+            far_kept, near_kept = far[same % len(wide)], near[same % len(wide)]
+            for x in range(width):  # assignments of slices take seconds to compile
+                far_row[x], near_row[x] = far_kept[x], near_kept[x]
         else:
             source = image[index]
             for x in range(width):
