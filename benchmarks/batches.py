@@ -113,15 +113,15 @@ def page(rows: pd.DataFrame, seeds: int, command: str) -> str:
 
 Made by `{command}`.
 
-Share of cells whose type is that of most of their {NEIGHBOURS} nearest cells of other batches, in z_cell; mean over
-{seeds} seeds of table and training. Simulated: {BATCHES} batches of {CELLS} cells, {GENES} genes, {TYPES} types,
-effects of a batch on log shares of genes of standard deviation {EFFECT}. STARmap: sections BZ5 and BZ14; where
+Share of cells that have the most frequent type of their {NEIGHBOURS} nearest cells in other batches, in z_cell; mean
+over {seeds} seeds of table and training. Simulated: {BATCHES} batches of {CELLS} cells, {GENES} genes, {TYPES} types,
+effects of a batch on log shares of genes with a standard deviation of {EFFECT}. STARmap: sections BZ5 and BZ14; where
 compositions are unequal, the cells of half of the types are thinned to {KEPT:.0%} in one, those of the others in the
-other. scVI has its defaults, and knows the batch.
+other. scVI is used with its defaults and with the batch.
 
 {as_markdown(mean.reset_index())}
 
-Of each seed:
+For each seed:
 
 {as_markdown(each.reset_index())}
 """

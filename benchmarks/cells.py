@@ -1,8 +1,9 @@
-"""Segmentation of simulated tissue with several cell sizes and densities: quality, and CPU time at full resolution.
+"""Segmentation of simulated tissues with several cell sizes and densities: quality, and CPU time.
 
 Each tissue is stained, imaged (blur, uneven brightness between and within cells, camera noise), segmented, and compared
-with its true outlines: F1 of cells at an intersection over union of 0.5, cells merged or split, and the share of places
-more than 1 micrometre inside a cell that are assigned to it. "Full" is the same segmentation at full camera resolution.
+with its true outlines: F1 of cells at an intersection over union of 0.5, cells merged or split, and the share of
+positions more than 1 micrometre inside a cell that are assigned to it. "Full" is the same segmentation at full camera
+resolution.
 
     python benchmarks/cells.py
 """
@@ -129,7 +130,7 @@ def score(
         "F1": 2 * recall * precision / (recall + precision),
         "merged or split": wrong.sum() / real.sum(),
         "IoU, median": float(np.median((common / union)[same])),
-        "places right": right,
+        "positions right": right,
         "volume found / true, median": float(np.median(ratio)) if planes > 1 else np.nan,
         "volume, r": float(np.corrcoef(volume[j[whole]], true_volume[i[whole]])[0, 1]) if planes > 1 else np.nan,
     }

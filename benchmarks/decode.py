@@ -150,12 +150,12 @@ def main(quick: bool) -> None:
     text = f"""Made by `python benchmarks/decode.py{" --quick" if quick else ""}`.
 
 Raw stacks of {shape[0]} x {shape[1]}, {seeds} seeds, calls kept at the default rate of 5 %. `recall_at`: recall when
-calls are kept from the most probable on until precision falls to {targets} molecules/px.
+calls are kept in order of decreasing probability until precision falls to {targets} molecules/px.
 `ece`: expected calibration error of `probability`. Errors in pixels. `recall_se`: standard error over seeds.
 
 {as_markdown(mean.join(error).reset_index())}
 
-## Five planes of {shape[0] // 2} x {shape[1] // 2}, {seeds} seeds, density of each plane; errors of z in planes
+## Five planes of {shape[0] // 2} x {shape[1] // 2}, {seeds} seeds, density per plane; errors of z in planes
 
 {as_markdown(accuracy_in_planes(shape[0] // 2, seeds))}
 """

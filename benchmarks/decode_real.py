@@ -293,12 +293,12 @@ def of_molecules(path: Path, codebook: Codebook, name: str, quick: bool) -> tupl
     n_genes = len(np.unique(sample.molecules["barcode_id"]))
     text = f"""### {name.capitalize()}
 
-{len(sample.molecules):,} molecules of {n_genes} genes, {magnification} px to a pixel of the table, {len(stacks)} fields
+{len(sample.molecules):,} molecules of {n_genes} genes, {magnification} px per pixel of the table, {len(stacks)} fields
 of {FIELD} px: {density.max():.3f} molecules/px in the brightest cell, {np.median(density):.3f} in the median cell.
 
 {as_markdown(pd.DataFrame(rows).set_index("method").T.reset_index(names=""))}
 
-Recall by the number of other molecules within 5 px, as a density:
+Recall by local density, from the number of other molecules within 5 px:
 
 {as_markdown(by_crowding.drop(columns="recall"))}
 
@@ -311,7 +311,7 @@ def main(data: Path, quick: bool) -> None:
     needed = [data / "molecules" / "u2os_merfish_sample.h5ad", data / "codebooks" / "L26E1.csv"]
     missing = ", ".join(str(path) for path in needed if not path.is_file())
     if missing:
-        sys.exit(f"error: not found: {missing}; say with --data in which folder molecules/ and codebooks/ are")
+        sys.exit(f"error: not found: {missing}; pass the folder that contains molecules/ and codebooks/ as --data")
     counts, rates = real_fields()
     codebook = read_codebook(needed[1])
     parts = {name: of_molecules(needed[0], codebook, name, quick) for name in SAMPLES}
@@ -330,13 +330,15 @@ Error rates of each bit from the calls of both fields, with 95 % intervals:
 
 ## Images of real molecules
 
-Molecules of 15 U-2 OS cells at their places, with the words of L26E1 (its {int(codebook.is_blank.sum())} blanks stay
-empty; the table's 5 controls have no word and are left out), optics and errors as in `benchmarks/decode.py`, all
-planes of the cells in one image. The table lists a molecule once for each plane that shows it, most often five times
-within 1.5 px. Rendered as listed, several rows are one spot and can be found once; so they are rendered merged as well.
+Molecules of 15 U-2 OS cells at their measured positions, with the words of L26E1 (no molecule has the word of one of
+its {int(codebook.is_blank.sum())} blanks; the table's 5 controls have no word and are omitted), optics and errors as in
+`benchmarks/decode.py`, all planes of the cells in one image. The table lists a molecule once for each plane that shows
+it, most often five times within 1.5 px. If all rows are rendered, several of them are one spot, which can be found only
+once; in a second rendering they are therefore merged.
 
-Calls kept at the default rate of 5 %. Counts of each gene in each cell; `slope`: called over true; nuclear fraction:
-share of a gene's molecules in cells that lies in nuclei, one value a gene, called against true.
+Calls kept at the default rate of 5 %. Counts of each gene in each cell are compared, called
+against true; `slope`: of called on true counts. Nuclear fraction: share of a gene's molecules in cells that lie in
+nuclei, one value per gene.
 
 {"".join(part for part, _ in parts.values())}"""
     (RESULTS / "decode_real.md").write_text(text)

@@ -176,12 +176,12 @@ NumPy {version("numpy")}, Numba {version("numba")}. Shortest of five runs.
 
 ## Time of one 16 x {side} x {side} stack, 0.01 molecules/px
 
-Floor: reading the stack once, {floor / side**2 * 1e9:.1f} ns a pixel. Pixels with molecules are {ratio:.0f} times
-faster than the reference.
+Lower bound: reading the stack once, {floor / side**2 * 1e9:.1f} ns per pixel. `pixels`, with the measurement of
+molecules, is {ratio:.0f} times faster than the reference.
 
 {as_markdown(times)}
 
-## Peak memory of a decode, the stack included
+## Peak memory of decoding, including the stack
 
 {as_markdown(memory)}
 """

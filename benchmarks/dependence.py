@@ -42,7 +42,7 @@ from test_spatialvae_potts import lattice
 
 TITLE = """# Dependence, neighbours and Potts models
 
-Measured by `python benchmarks/dependence.py`, parts by themselves with --only.
+Made by `python benchmarks/dependence.py`, or one part at a time with --only.
 """
 SEEDS = 20
 RUNS = 100  # without effects: a share of 10 % is known to 3 %
@@ -57,7 +57,7 @@ def chains(n: int, depth: float) -> list[dict[str, object]]:
         logs, pairs = np.log1p(counts), list(itertools.combinations(range(len(names)), 2))
         joined = {frozenset((names[a], names[b])) for a, b in pairs if pearsonr(logs[:, a], logs[:, b])[1] < 0.05 / 66}
         found["correlation, p < .05 / pairs"].append(joined)
-        for method, near in (("partial, neighbours not known", None), ("partial, given the neighbours", graph)):
+        for method, near in (("partial, without the neighbours", None), ("partial, given the neighbours", graph)):
             edges = partial_correlations(counts, blocks, near, np.ones(n), names, seed=seed)
             pairs_found = zip(edges["gene"], edges["other"], strict=True)
             found.setdefault(method, []).append({frozenset(pair) for pair in pairs_found})
@@ -65,13 +65,13 @@ def chains(n: int, depth: float) -> list[dict[str, object]]:
     return [
         {
             "cells": n,
-            "counts a gene": f"{depth:g}",
+            "counts per gene": f"{depth:g}",
             "method": method,
             **{
                 f"{a}-{b}": f"{np.mean([frozenset((a, b)) in each for each in edges]):.0%}"
                 for a, b in ("AB", "BC", "AC")
             },
-            "other wrong edges a run": f"{np.mean([len(each - true - {frozenset('AC')}) for each in edges]):.2f}",
+            "other wrong edges per run": f"{np.mean([len(each - true - {frozenset('AC')}) for each in edges]):.2f}",
         }
         for method, edges in found.items()
     ]
@@ -93,8 +93,12 @@ def coverage() -> dict[str, object]:
         seconds.append(time.perf_counter() - started)
         off.append(((model.couplings - centred) / model.coupling_errors)[np.triu_indices(5)])
     held = (np.abs(off) < 1.96).mean()
-    return {"seeds": SEEDS, "95 % intervals hold": f"{held:.1%}", "sd of error / stated": f"{np.std(off):.2f}",
-            "fit, s": f"{np.median(seconds):.2f}"}  # fmt: skip
+    return {
+        "seeds": SEEDS,
+        "coverage of 95 % intervals": f"{held:.1%}",
+        "sd of error / estimated error": f"{np.std(off):.2f}",
+        "fit, s": f"{np.median(seconds):.2f}",
+    }
 
 
 def onsager(beta: float, clusters: bool) -> dict[str, object]:
@@ -115,12 +119,12 @@ def onsager(beta: float, clusters: bool) -> dict[str, object]:
     return {
         "coupling / critical": f"{beta / (np.log(1 + np.sqrt(2)) / 2):.2f}",
         "sampler": "Swendsen-Wang" if clusters else "Gibbs",
-        "energy a cell": f"{u:.4f}",
+        "energy per cell": f"{u:.4f}",
         "Onsager": f"{energy:.4f}",
-        "off": f"{u / energy - 1:+.2%}",
+        "deviation": f"{u / energy - 1:+.2%}",
         "magnetisation": f"{m:.4f}" if ordered else "",
         "exact": f"{magnetisation:.4f}" if ordered else "",
-        "off ": f"{m / magnetisation - 1:+.2%}" if ordered else "",
+        "deviation ": f"{m / magnetisation - 1:+.2%}" if ordered else "",
     }
 
 
@@ -141,9 +145,9 @@ def partition(k: int, shape: tuple[int, int]) -> dict[str, object]:
     return {
         "labels": k,
         "lattice": f"{shape[0]} x {shape[1]}",
-        "stated error, nats": f"{np.median(errors):.4f}",
-        "within 2 errors": f"{(np.abs(off) < 2).mean():.0%}",
-        "mean error / stated": f"{np.mean(off):+.2f}",
+        "estimated error, nats": f"{np.median(errors):.4f}",
+        "within 2 estimated errors": f"{(np.abs(off) < 2).mean():.0%}",
+        "mean error / estimated error": f"{np.mean(off):+.2f}",
     }
 
 
@@ -204,9 +208,9 @@ def power(effect: float) -> dict[str, object]:
         hit = int(((called["type"] == "a") & (called["neighbour"] == "b") & (called["gene"] == "g0")).sum())
         hits, others = hits + hit, others + len(called) - hit
     return {
-        "effect a neighbour, log rate": effect,
+        "effect per neighbour, log rate": effect,
         "found": f"{hits} of {SEEDS}",
-        "others a run": f"{others / SEEDS:.2f}",
+        "others per run": f"{others / SEEDS:.2f}",
     }
 
 
@@ -221,22 +225,25 @@ def main() -> None:
         sections.append((Path(path).stem, anndata.read_h5ad(path), label, layer[0] if layer else None))
     parts: tuple[tuple[str, str, str, Callable[[], list[dict[str, object]]]], ...] = (
         ("partial", "Partial correlations",
-            "A -> B -> C, and a gene of the neighbours that acts on A and on C. Edges found, share of 20 seeds.",
+            "A -> B -> C, and a gene of the neighbours that acts on A and on C. Share of 20 seeds in which each edge "
+            "is found.",
             lambda: [*chains(2000, 10), *chains(2000, 3), *chains(6000, 10)]),
-        ("neighbours", "Neighbour effects: where there are none",
-            "Share of runs that report any at an FDR of 10 %. permuted: coordinates, among all cells. shifted: each "
-            "cell gets the expression of the cell that is nearest after a shift around the torus, of whatever type, so "
-            "that expression is smooth and has steps but knows nothing of neighbours; within types: of a cell of its "
-            "own type. And the number of effects in the tissue as it is.",
+        ("neighbours", "Neighbour effects: false discoveries",
+            "Share of runs that report any effect at an FDR of 10 % in tissues without effects. permuted: coordinates "
+            "are permuted among all cells. shifted: each cell gets the expression of the cell that is nearest to its "
+            "position after a shift of the tissue with periodic boundaries, so that expression is as smooth as in the "
+            "tissue, but independent of the neighbours; within types: the nearest cell of its own type. Last column: "
+            "number of effects in the unchanged tissue.",
             lambda: [without_effects(table, name, label, layer) for name, table, label, layer in sections]),
-        ("neighbours", "Neighbour effects: where there is one",
-            "Simulated tissue of 1,500 cells of 3 types, 12 genes that vary in space, 108 tests; FDR 10 %. others: of "
-            "the same gene with other neighbours, and of other genes, whose share of the cell falls.",
+        ("neighbours", "Neighbour effects: power",
+            "Simulated tissue of 1,500 cells of 3 types, 12 genes that vary in space, 108 tests; FDR 10 %. others: "
+            "effects of other neighbours on the same gene, and on other genes, whose share of the counts decreases.",
             lambda: [power(effect) for effect in (0.05, 0.1, 0.2)]),
-        ("potts", "Potts: couplings", "5 labels, 20,000 cells, couplings of sd 0.25 drawn anew for each seed.",
+        ("potts", "Potts: couplings", "5 labels, 20,000 cells, couplings with standard deviation 0.25, drawn "
+            "for each seed.",
             lambda: [coverage()]),
         ("potts", "Ising: 64 x 64 torus",
-            "2,000 draws, two sweeps apart, of a finite torus; exact: the infinite lattice.",
+            "2,000 draws, two sweeps apart, on a finite torus; exact: values of the infinite lattice.",
             lambda: [onsager(beta, clusters) for beta in (0.2, 0.3, 0.38, 0.5, 0.6) for clusters in (False, True)]),
         ("potts", "log Z", "Annealed importance sampling, 500 steps, 100 chains, 20 models each.",
             lambda: [partition(2, (4, 4)), partition(3, (2, 5))]),

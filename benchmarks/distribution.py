@@ -69,9 +69,9 @@ def evidence(seeds: int = 20) -> str:
     off, stated = np.array(rows).T
     return f"""## Evidence
 
-Linear-Gaussian model with 8 latent dimensions, 40 cells, 5,000 samples, {seeds} seeds. Estimate less truth, nats a
-cell: at most {np.abs(off).max():.5f}, root mean square {np.sqrt((off**2).mean()):.5f}. Stated error:
-{stated.mean():.5f}; within two stated errors in {(np.abs(off) < 2 * stated).sum()} of {seeds}.
+Linear-Gaussian model with 8 latent dimensions, 40 cells, 5,000 samples, {seeds} seeds. Difference of estimate and
+truth, nats per cell: at most {np.abs(off).max():.5f}, root mean square {np.sqrt((off**2).mean()):.5f}. Estimated error:
+{stated.mean():.5f}; the difference is within two estimated errors in {(np.abs(off) < 2 * stated).sum()} of {seeds}.
 """
 
 
@@ -88,19 +88,19 @@ def likelihoods(data: Path, seeds: int = 1) -> str:
             log_p = model.get_marginal_ll(held_out, 300, seed)
             rows.append((name, likelihood, log_p, seconds, 1e3 * seconds / steps))
             print(*rows[-1], flush=True)
-    found = pd.DataFrame(rows, columns=["table", "likelihood", "log p", "training, CPU s", "a step, ms"])
+    found = pd.DataFrame(rows, columns=["table", "likelihood", "log p", "training, CPU s", "ms per step"])
     medians = found.groupby(["table", "likelihood"], sort=False).median().reset_index()
     return f"""## Likelihoods of counts
 
-Mean log p(x_i) of the cells held out, nats a cell, by themselves, given their total counts; z of {LATENT} dimensions,
-300 importance samples. Training to its end on one core, without what neighbours say.
+Mean log p(x_i) of held-out cells, nats per cell, without their neighbours, given their total counts; {LATENT} latent
+dimensions, 300 importance samples. Training on one core until it stops, without the prediction from neighbours.
 Seeds: {seeds}; medians.
 
 {as_markdown(medians)}
 """
 
 
-def held_within(rank: np.ndarray) -> float:
+def central_share(rank: np.ndarray) -> float:
     return float((np.abs(rank - 0.5) < LEVEL / 2).mean())
 
 
@@ -110,7 +110,7 @@ def ranks(drawn: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return (drawn < counts[..., None]).mean(-1) + noise * (drawn == counts[..., None]).mean(-1)
 
 
-def whole_numbers(drawn: np.ndarray, counts: np.ndarray) -> float:
+def integer_coverage(drawn: np.ndarray, counts: np.ndarray) -> float:
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1, method="inverted_cdf")
     return float(((low <= counts) & (counts <= high)).mean())
 
@@ -164,8 +164,8 @@ def imputed(table: anndata.AnnData, name: str, seed: int, peers: Path | None) ->
     return {
         "SpatialVAE": gene_by_gene(found.X, truth),
         **{method: gene_by_gene(smoothed(x, y, panel, latent), truth) for method, latent in nearest.items()},
-        "ranks within": held_within(ranks(drawn, truth)),
-        "interval of whole numbers holds": whole_numbers(drawn, truth),
+        "coverage by rank": central_share(ranks(drawn, truth)),
+        "coverage of integer intervals": integer_coverage(drawn, truth),
     }
 
 
@@ -182,11 +182,11 @@ def imputation(data: Path, peers: Path | None, seeds: int) -> str:
         print(found, flush=True)
     return f"""## Imputed genes
 
-{MISSING:.0%} of the genes of the cells held out, from their other genes and the cells beside them: median over genes of
-Spearman's correlation with the counts, which are noisy themselves; seeds, each with other genes: {seeds}; means.
-"nearest": the mean of {SMOOTHED} training cells that are nearest in 20 principal components, or in scVI's latent space,
-of the panel that is left. Expected counts are means over {SAMPLES // 4} draws of the latents. "ranks within": of counts
-among {SAMPLES // 2} draws, as above.
+{MISSING:.0%} of the genes of held-out cells are predicted from their other genes and from neighbouring cells: median
+over genes of Spearman's correlation with the counts, which are noisy themselves; mean of {seeds} seeds, each with other
+genes. "nearest": the mean of the {SMOOTHED} nearest training cells in 20 principal components, or in scVI's latent
+space, of the remaining genes. Expected counts are means over {SAMPLES // 4} draws of the latents. Coverage as above,
+among {SAMPLES // 2} draws.
 
 {as_markdown(pd.DataFrame(rows))}
 """
@@ -204,15 +204,16 @@ def intervals(data: Path) -> str:
             {
                 "table": name,
                 "cells": held_out.n_obs,
-                "ranks within": held_within(ranks(drawn, counts)),
-                "interval of whole numbers holds": whole_numbers(drawn, counts),
+                "coverage by rank": central_share(ranks(drawn, counts)),
+                "coverage of integer intervals": integer_coverage(drawn, counts),
             }
         )
     return f"""## Intervals of held-out cells
 
-90 % intervals of {SAMPLES} draws of the counts of cells held out, given their places, total counts and the other cells'
-counts ({STEPS:,} steps). "ranks within": of counts among draws with ties broken at random, which is {LEVEL:.0%} for
-draws from the truth; intervals of whole numbers hold more, since counts are small.
+90 % intervals of {SAMPLES} draws of the counts of held-out cells, given their positions, total counts and the counts of
+the other cells ({STEPS:,} training steps). "coverage by rank": share of counts whose rank among the draws, with ties
+broken at random, lies in the central {LEVEL:.0%}; it is {LEVEL:.0%} for draws from the true distribution. Integer
+intervals cover more, because counts are small.
 
 {as_markdown(pd.DataFrame(rows))}
 """
@@ -226,17 +227,24 @@ def tissue(data: Path) -> str:
             model = trained(rest, niche_encoder="field")
             rows += [{"table": name} | row for row in of_tissue(model, rest) + of_marginals(rest)]
             print(pd.DataFrame(rows), flush=True)
-    return f"""## Real or sampled
+    return f"""## Detection of sampled counts
 
-Area under the ROC curve of gradient boosting on the logs of counts of a cell ("cell") and of it and the mean of its 6
-neighbours ("neighbourhood"), on parts of the tissue that it has not seen; 0.5 is best. On the places of the training
-cells. "posterior": the same cells again. "new cells": niches drawn from the field given what the cells of the table say
-of them, each with the z_cell and total count of a cell of the table in a similar niche. "new tissue, cells of the
-table": the cells of the table in a new arrangement, in which neighbours are on average as similar as in the table. Real
-and sampled tissue then have the same composition, so that a part that has more cells of a type than the other leaves
-less of it elsewhere; a classifier that learns from elsewhere can be below 0.5. "new tissue, cells of the model": niches
-drawn from the field alone, z_cell from these, so that composition differs, too. "slope of neighbours": of the
-correlation of genes between a cell and its neighbours, sampled by real; 1 is best.
+Area under the ROC curve of a gradient-boosting classifier of real against sampled cells, in held-out parts of the
+tissue; 0.5 is best. Its features are the log counts of a cell ("cell"), or these and the mean of its 6 neighbours
+("neighbourhood"). Counts are sampled at the positions of the training cells:
+
+- "posterior": for the same cells
+- "new cells, cells of the table": niches are drawn from the field given the counts of the table; each new cell has the
+  z_cell and the total count of a cell of the table in a similar niche
+- "new tissue, cells of the table": the cells of the table in a new arrangement, in which neighbours are on average as
+  similar as in the table. Real and sampled tissue then have the same composition: a type that is more frequent in one
+  part of the sampled tissue is less frequent in the others, so that the area in held-out parts can be below 0.5
+- "new tissue, cells of the model": niches are drawn from the field alone, and z_cell from the niches, so that the
+  composition differs, too
+- "each gene's counts, permuted" and "each gene's NB, by moments": genes are independent
+
+Slopes are those of sampled on real correlations, of two genes ("slope of gene pairs") or of a gene in a cell and its
+neighbours ("slope of neighbours"); 1 is best.
 
 {as_markdown(pd.DataFrame(rows))}
 """
@@ -259,7 +267,7 @@ def of_marginals(rest: anndata.AnnData) -> list[dict[str, object]]:
     mean, variance = real.mean(0), real.var(0)
     theta = mean**2 / np.maximum(variance - mean, 1e-6 * mean)
     fitted = rng.poisson(rng.gamma(theta, mean / theta, real.shape)).astype(float)
-    made = {"each gene's counts, exchanged": rng.permuted(real, axis=0), "each gene's NB, by moments": fitted}
+    made = {"each gene's counts, permuted": rng.permuted(real, axis=0), "each gene's NB, by moments": fitted}
     return [{"sampled": what} | beside_real(counts, rest) for what, counts in made.items()]
 
 
@@ -313,7 +321,7 @@ def differential(peers: Path | None, seeds: int) -> str:
     rows = [
         {
             "method": method,
-            "cells a group": size or "about 200",
+            "cells per group": size or "about 200",
             "called": int(called),
             "wrong": wrong / max(called, 1),
             "found": (called - wrong) / real,
@@ -323,8 +331,8 @@ def differential(peers: Path | None, seeds: int) -> str:
     return f"""## Differential expression
 
 Simulated counts of 3 types of cells, 200 genes of which about 40 % differ by 0.25 in log2 or more. Seeds: {seeds}; two
-pairs of types each. "wrong": share of the genes called; target: 5 %. "found": share of the genes that differ. scVI: its
-defaults with NB, mode "change", delta 0.25.
+pairs of types each. "wrong": share of the genes called that do not differ; the target is 5 %. "found": share of the
+genes that differ that are called. scVI: defaults with NB, mode "change", delta 0.25.
 
 {as_markdown(pd.DataFrame(rows))}
 """
@@ -345,14 +353,15 @@ def measurement(seeds: int = 3) -> str:
                 "measurement=True": error(ours, there),
                 "plain": error(plain, there),
                 "plain / efficiency": error(plain / efficiency, there),
-                "plain, wrong calls taken away, / efficiency": error(plain * (1 - wrong) / efficiency, there),
+                "plain, wrong calls subtracted, / efficiency": error(plain * (1 - wrong) / efficiency, there),
                 "counts / efficiency": error(table.X / efficiency, there),
             }
         )
-    return f"""## Expression as it was before it was measured
+    return f"""## Expression before measurement errors
 
-Simulated tissue of 800 cells and 40 genes, efficiencies of 0.3 to 0.9, 20 % wrong calls that fall on genes unevenly:
-root mean square error, over cells and genes, of square roots of the molecules that were there.
+Simulated tissue of 800 cells and 40 genes, efficiencies of 0.3 to 0.9, 20 % wrong calls that are unevenly
+distributed over genes: root mean square error, over cells and genes, of the square root of the true number of
+molecules.
 
 {as_markdown(pd.DataFrame(rows))}
 """
@@ -360,7 +369,7 @@ root mean square error, over cells and genes, of square roots of the molecules t
 
 TITLE = """# The fitted distribution
 
-Made by `python benchmarks/distribution.py DATA --peers FOLDER`, sections by themselves with --only.
+Made by `python benchmarks/distribution.py DATA --peers FOLDER`, or one section at a time with --only.
 """
 FIGURES = ("evidence", "likelihoods", "intervals", "imputation", "tissue", "differential", "measurement")
 

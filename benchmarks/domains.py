@@ -94,14 +94,15 @@ def page(rows: pd.DataFrame, seeds: int, command: str) -> str:
 
 Made by `{command}`.
 
-Seeds of the mixture: {seeds}; models are not trained, since `domains` does not depend on it. "found": by `domains()`
-without a number, for each seed, and the agreement of halves that it has; "spread": the range over seeds of the ARI of
-`domains(k)`, k true. "simulated K": {CELLS:,} cells, patches of K domains; "four samples": the shares of genes differ
-between samples, by factors with a standard deviation of the logarithm of {EFFECT}.
+Seeds of the mixture: {seeds}; models are not trained, since `domains` does not depend on it. "found": number found by
+`domains()` without a number, for each seed, and the agreement of halves for this number; "spread": the range over seeds
+of the ARI of `domains(k)` with the true number k. "simulated K": {CELLS:,} cells, patches of K domains; "four samples":
+the shares of genes differ between samples, by factors with a standard deviation of the logarithm of {EFFECT}.
 
 {as_markdown(table.reset_index())}
 
-Within 2 of the true number: {near.mean():.0%} of all runs; {good} of {len(each)} sections in most seeds.
+Within 2 of the true number: {near.mean():.0%} of all runs; {good} of {len(each)} sections in more than half of the
+seeds.
 """
 
 

@@ -68,8 +68,8 @@ def main() -> None:
     text = f"""Made by `python benchmarks/efficiency.py`.
 
 Share of true molecules that are kept at {MISIDENTIFICATION_RATE:.0%} misidentification; `stated`: the share of
-molecules added to the same images that are kept, which is what a run states; `by error rates alone`: what it would
-state without them. Means of {len(SEEDS)} simulated fields; `spikes`: molecules added to each.
+the molecules added to the same images that are kept, as reported by a run; `by error rates alone`: the value that it
+would report without them. Means of {len(SEEDS)} simulated fields; `spikes`: molecules added to each.
 
 {as_markdown(table)}
 """

@@ -197,25 +197,25 @@ def main() -> None:
     columns = ["cells", "molecules", "share in cells", "counts add up", "seconds", *COST]
     table = pd.DataFrame(rows, columns=columns)
     sizes = f"--cells {' '.join(map(str, options.cells))} --pixels {' '.join(map(str, options.pixels))}"
-    page = f"""# Others' cells for molecules that were decoded already
+    page = f"""# Cells from other programs
 
     python benchmarks/exchange.py {sizes}
 
 ## Real outlines
 
-U-2 OS (bento-tools): of {n:,} molecules {share:.3%} are in the cell that the authors put them in, by `merfish assign`
-with the authors' outlines as GeoJSON.
+U-2 OS (bento-tools): with the authors' outlines as GeoJSON, `merfish assign` assigns {share:.3%} of {n:,} molecules to
+the same cell as the authors.
 
 ## Large sections
 
-`merfish assign` of outlines with 32 corners in one GeoParquet file, one process: reading cells, placing molecules, and
-writing the tables. A circle takes {np.pi * 16 / 81:.1%} of the square in which the molecules of its cell lie.
+`merfish assign` of outlines with 32 corners in one GeoParquet file, one process: reading cells, assigning molecules,
+and writing the tables. A circle covers {np.pi * 16 / 81:.1%} of the square in which the molecules of its cell lie.
 
 {as_markdown(table)}
 
 ## Label images of large sections
 
-Outlines of a label image uint32 in a tiled TIFF (zlib), read in blocks of rows.
+Outlines of a uint32 label image in a tiled TIFF (zlib), which is read in blocks of rows.
 
 {as_markdown(images)}
 """

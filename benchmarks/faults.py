@@ -229,7 +229,9 @@ def inputs(raw: Path, folder: Path) -> Iterator[str]:
             flat = " ".join(said.split())
             missing = [word for word in words if word not in flat]
             if found != code or missing or "Traceback" in said:
-                wrong.append(f"place {place}: exit {found} instead of {code}, not said: {missing}: {flat[:300]}")
+                wrong.append(
+                    f"place {place}: exit {found} instead of {code}, missing in the output: {missing}: {flat[:300]}"
+                )
             shutil.rmtree(copy.parent)
         good += PLACES - len(wrong)
         total += PLACES
@@ -342,8 +344,8 @@ def disk(raw: Path, folder: Path, n: int) -> Iterator[str]:
             same += code == 0 and contents(mount / "out") == fresh
         finally:
             subprocess.run(["umount", str(mount)], check=True)
-    yield f"Disk full at {full} of {n} sizes: one clear error, or none needed, in {said_once}; "
-    yield f"the same bytes with room again in {same} of {n}."
+    yield f"Disk full at {full} of {n} sizes: one error message, or no error, in {said_once}; "
+    yield f"the same bytes after space was freed in {same} of {n}."
 
 
 def routes(raw: Path, folder: Path) -> Iterator[str]:
@@ -356,7 +358,7 @@ def routes(raw: Path, folder: Path) -> Iterator[str]:
         "one worker, then two for another half": [("--fov", "0-1", "--workers", "1"), ("--workers", "2")],
         "two workers": [("--workers", "2")],
     }
-    yield "| route | same bytes as all at once |\n|---|---|"
+    yield "| route | same bytes as one run of all fields |\n|---|---|"
     for name, steps in ways.items():
         out = folder / name
         codes = [finish(start(raw, out, *options))[0] for options in steps]
@@ -387,7 +389,7 @@ def hosts(raw: Path, folder: Path) -> Iterator[str]:
         os.killpg(group[0].pid, signal.SIGKILL)
         code, said = finish(process)
         same = code == 0 and contents(out) == fresh
-        yield f"One of two workers cut off in mid-run: {'same bytes' if same else f'exit {code}: {said[-500:]}'}."
+        yield f"One of two workers killed during the run: {'same bytes' if same else f'exit {code}: {said[-500:]}'}."
     finally:
         for process in (*group[1:], scheduler):
             os.killpg(process.pid, signal.SIGKILL)

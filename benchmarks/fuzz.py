@@ -144,7 +144,7 @@ def _too_long(*_: object) -> None:
 
 
 def try_one(kind: str, seed: int) -> tuple[str, float]:
-    """Return ("accepted", "refused" or the unexpected outcome, seconds) for one mutated input."""
+    """Return ("accepted", "rejected" or the unexpected outcome, seconds) for one mutated input."""
     rng = np.random.default_rng([seed, list(KINDS).index(kind)])
     write, read = KINDS[kind]
     folder = Path(tempfile.mkdtemp())
@@ -161,7 +161,7 @@ def try_one(kind: str, seed: int) -> tuple[str, float]:
             read(folder)
             outcome = "accepted"
         except InputError:
-            outcome = "refused"
+            outcome = "rejected"
         except BaseException:
             outcome = traceback.format_exc(limit=-2).strip()
         finally:
@@ -188,20 +188,20 @@ def main() -> None:
     lines = [
         "# Mutated inputs",
         "",
-        f"`python benchmarks/fuzz.py --number {options.number}`: each input under {SECONDS} s and {BYTES >> 30} GB.",
+        f"`python benchmarks/fuzz.py --number {options.number}`; limits of each input: {SECONDS} s, {BYTES >> 30} GB.",
         "",
-        "| kind | accepted | refused by our error | anything else | slowest, s |",
+        "| kind | accepted | rejected with InputError | other outcomes | slowest, s |",
         "|---|---|---|---|---|",
     ]
     with ProcessPoolExecutor(options.workers, initializer=limit) as pool:
         for kind in KINDS:
             outcomes = list(pool.map(partial(try_one, kind), range(options.number), chunksize=50))
-            count = Counter(outcome if outcome in ("accepted", "refused") else "else" for outcome, _ in outcomes)
+            count = Counter(outcome if outcome in ("accepted", "rejected") else "else" for outcome, _ in outcomes)
             slowest = max(seconds for _, seconds in outcomes)
-            lines.append(f"| {kind} | {count['accepted']} | {count['refused']} | {count['else']} | {slowest:.2f} |")
+            lines.append(f"| {kind} | {count['accepted']} | {count['rejected']} | {count['else']} | {slowest:.2f} |")
             print(lines[-1], flush=True)
             for seed, (outcome, _) in enumerate(outcomes):
-                if outcome not in ("accepted", "refused"):
+                if outcome not in ("accepted", "rejected"):
                     print(f"seed {seed}: {outcome}", flush=True)
     (RESULTS / "fuzz.md").write_text("\n".join(lines) + "\n")
 

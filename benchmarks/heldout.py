@@ -137,7 +137,7 @@ def picture(rows: pd.DataFrame, path: Path) -> None:
     colours = {"SpatialVAE": "#2563eb", "SpatialVAE, given neighbours": "#7c3aed", "scVI": "#ea580c"}
     titles = {
         "types": "cell types: NMI of leiden (higher is better)",
-        "cells": "held-out cells: log p, nats a cell above scVI's (higher is better)",
+        "cells": "held-out cells: log p relative to scVI's, nats per cell (higher is better)",
         "counts": "held-out counts: deviance over scVI's (lower is better)",
     }
     for ax, (name, title) in zip(axes, titles.items(), strict=True):
@@ -177,8 +177,8 @@ def of_types(rows: pd.DataFrame, samples: int) -> str:
     return f"""
 ## Cell types
 
-NMI of leiden (15 neighbours, the best of {grid}) on `z_cell` and on scVI's latent, both models
-with their defaults, trained on all cells without labels.
+NMI of Leiden clusters (15 neighbours, the best of {grid}) of `z_cell` and of scVI's latent space, both
+models with their defaults, trained on all cells without labels.
 
 {summary(rows, "types", 3)}
 """
@@ -188,12 +188,12 @@ def of_cells(rows: pd.DataFrame, samples: int) -> str:
     return f"""
 ## Held-out cells
 
-Mean log p(x_i) in nats a cell of {REMOVED:.0%} of the cells, the same for both; NB, z of {LATENT} dimensions, total
-counts given. Importance samples: {samples:,} for SpatialVAE, from its approximate posterior (`spatialvae/evidence.py`);
-1,000 for scVI, from q(z | x_i) with its standard deviations 1.3 times as wide. scVI has its defaults, with early
-stopping.
-"SpatialVAE" and "scVI" see nothing but the cell; "given neighbours" is log p(x_i | counts of the training cells),
-another quantity: the field of the training cells at the place of the held-out one.
+Mean log p(x_i) of {REMOVED:.0%} of the cells, the same for both, in nats per cell, given their total counts; NB,
+{LATENT} latent dimensions. Importance samples: {samples:,} for SpatialVAE, from its approximate posterior
+(`spatialvae/evidence.py`); 1,000 for scVI, from q(z | x_i) with its standard deviations 1.3 times as wide. scVI is used
+with its defaults and early stopping. "SpatialVAE" and "scVI" use only the counts of the cell itself. "given neighbours"
+is another quantity, log p(x_i | counts of the training cells), with the field that these predict at the position of the
+held-out cell.
 
 {summary(rows, "cells", 2)}
 """
@@ -203,10 +203,10 @@ def of_counts(rows: pd.DataFrame, samples: int) -> str:
     return f"""
 ## Held-out counts
 
-Of each count {REMOVED:.0%} was thinned away binomially; the models were trained on the rest (NB, z of {LATENT}
-dimensions). Mean Poisson deviance of the removed counts, an entry; expected: the model's share of the gene times the
-cell's remaining total times {REMOVED:g} / {1 - REMOVED:g}. Poisson, because it asks for nothing but the mean.
-SpatialVAE at posterior means (it sees the neighbours), scVI averaged over 25 draws.
+{REMOVED:.0%} of the molecules were removed by binomial thinning; the models were trained on the rest (NB, {LATENT}
+latent dimensions). Mean Poisson deviance per entry of the removed counts from their expected values: the model's share
+of the gene times the cell's remaining total times {REMOVED:g} / {1 - REMOVED:g}. The Poisson deviance depends on the
+mean only. SpatialVAE at posterior means, which depend on the neighbours; scVI averaged over 25 draws.
 
 {summary(rows, "counts", 4)}
 """
@@ -219,12 +219,12 @@ def of_transfer(rows: pd.DataFrame, samples: int) -> str:
     return f"""
 ## A new section
 
-Mean log p(x_i) of the held-out cells of MOp slice 10 by a model of slice 1 and by one of the other cells of slice 10;
-given neighbours: given those other cells. Defaults.
+Mean log p(x_i) of the held-out cells of MOp slice 10 under a model trained on slice 1, and under one trained on the
+other cells of slice 10; given neighbours: given those other cells. Defaults.
 
 {summary(rows, "transfer", 2)}
 
-Slice 1 over slice 10, medians (log p is negative: above 1 is worse): {ratios}.
+Ratio of the medians, slice 1 to slice 10 (log p is negative, so that values above 1 are worse): {ratios}.
 """
 
 

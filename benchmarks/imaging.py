@@ -181,7 +181,7 @@ def overlaps(case: Case) -> dict[str, float]:
     before = np.unique(in_overlap(matched(case, kept), seen))
     after = in_overlap(matched(case, final), seen)
     return {
-        "molecules called there": len(before),
+        "molecules called in overlaps": len(before),
         "duplicates left": 1 - len(np.unique(after)) / max(len(after), 1),
         "lost": 1 - len(np.unique(after)) / max(len(before), 1),
     }
@@ -269,7 +269,7 @@ def field_time(size: int, calibration: Calibration, source: Experiment) -> list[
     floor = best_of(lambda: [fft.irfft2(fft.rfft2(p, workers=2), workers=2) for p in planes])
     pixels = planes.size
     return [
-        {"what": name, "seconds": value, "ns a pixel": value / pixels * 1e9}
+        {"what": name, "seconds": value, "ns per pixel": value / pixels * 1e9}
         for name, value in (
             ("field with drift and colours", seconds),
             ("field with drift alone", plain),
@@ -307,16 +307,16 @@ def main() -> None:
 NumPy {np.__version__}, Numba {numba.__version__}.
 
 Disturbances: {everything}, drift up to {DRIFT:g} px in y and x. 3 x 3 fields of {shape[0]} x {shape[1]} px,
-{DENSITY:g} molecules a pixel of cell, `spots`, the same tissue each time.
+{DENSITY:g} molecules per pixel of cell, `spots`; the tissue is the same in all experiments.
 
 ## Molecules
 
-Recall {MARGIN} px inside each field, calls ranked by their probability; `default`: what a run keeps.
+Recall {MARGIN} px inside each field, calls ranked by their probability; `default`: the calls that a run keeps.
 At 0.94 precision the disturbances cost {100 * (perfect["recall at 0.94"] - lost["recall at 0.94"]):.1f} points.
 
 {as_markdown([{"experiment": k, **recall(c, (4,) if "saturated" in k else ())} for k, c in cases.items()])}
 
-The last row is of the other eight fields; a bit that is dead costs the words that have it a bit each.
+The last row refers to the other eight fields. Words that contain the dead bit lose one bit.
 
 ## Colours
 
@@ -330,11 +330,11 @@ The last row is of the other eight fields; a bit that is dead costs the words th
 
 {as_markdown([{"experiment": name, **positions(case)} for name, case in moved.items()])}
 
-Of nine fields. An overlap is 51 px wide in the mean; what drift hides at the borders, both fields lose of it.
-"As magnified": as large as the reference colour shows the tissue. The beads' colour is another one, and molecules
-cannot tell how much the reference colour magnifies.
+Nine fields, with a mean overlap of 51 px, less the borders that drift moves out of view in either field.
+"As magnified": true positions are multiplied by the magnification of the reference colour, which differs from the
+colour of the beads and cannot be measured from molecules.
 
-## Few beads, nothing else to see
+## Drift from few beads
 
 {as_markdown(few_beads(5 if quick else 40))}
 

@@ -38,7 +38,7 @@ def main(demo: Path) -> None:
     right.set(aspect="equal", xticks=[], yticks=[])
     right.invert_yaxis()
     right.spines[:].set_visible(False)
-    right.set_title("cells, coloured by the domain found from their counts and places", fontsize=10)
+    right.set_title("cells, coloured by the domain found from counts and positions", fontsize=10)
     figure.savefig(RESULTS / "demo.png", metadata={"Software": None})
 
 

@@ -238,7 +238,7 @@ def main() -> None:
         f"Made by `python benchmarks/pipeline_scale.py --fields {' '.join(map(str, options.fields))} "
         f"--molecules {options.molecules} --workers {options.workers}`.",
         "",
-        "| fields | molecules found | cells | minutes | peak memory, MB | ms a field | error of positions, um |",
+        "| fields | molecules found | cells | minutes | peak memory, MB | ms per field | error of positions, um |",
         "|---|---|---|---|---|---|---|",
         *(
             f"| {r['fields']} | {r['molecules']:,} | {r['cells']:,} | {r['seconds'] / 60:.1f} | {r['peak'] / 1e6:.0f} "

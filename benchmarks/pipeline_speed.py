@@ -53,7 +53,7 @@ def tiny(folder: Path, n: int) -> list[str]:
     corners = np.random.default_rng(0).choice(360**2, n, replace=False)  # duplicate positions are rejected
     for k, (top, left) in enumerate(zip(*divmod(corners, 360), strict=True)):
         np.save(raw / f"stack_{k}.npy", stack[:, top : top + 24, left : left + 24])
-    rows = ["| fields | processes | ms a field | peak memory of the parent, MB |", "|---|---|---|---|"]
+    rows = ["| fields | processes | ms per field | peak memory of the parent, MB |", "|---|---|---|---|"]
     for fovs, workers in ((range(n // 10), None), (range(n), None), (range(n), 2)):
         started = time.perf_counter()
         merfish.run(raw, out=folder / f"out {len(fovs)} {workers}", fovs=list(fovs), workers=workers)
@@ -83,7 +83,7 @@ def scaling(folder: Path, _: int) -> list[str]:
 
 def memory(folder: Path, _: int) -> list[str]:
     """Measure peak memory of a process that runs two fields of 16 bits on all cores, and disk space of the results."""
-    rows = ["| field, px | peak memory, MB | molecules found | disk, MB a field |", "|---|---|---|---|"]
+    rows = ["| field, px | peak memory, MB | molecules found | disk, MB per field |", "|---|---|---|---|"]
     code = "import merfish, resource, sys; merfish.run(sys.argv[1], out=sys.argv[2]); "
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     for side in (1024, 2048):

@@ -99,7 +99,7 @@ BENCHMARKS = (
         figures=[spots("recall"), spots("precision"), spots("recall", "pixels")],
     ),
     Benchmark(
-        "robustness", "the decoders when cells glow, bits are shifted, or rates, PSF, signal or codebook differ",
+        "robustness", "the decoders on autofluorescent cells, shifted bits, and other rates, PSF, signal or codebooks",
         "robustness.py", quick=["--quick"],
         figures=[
             Figure(f"recall, {world}", "recall", {"world": world, "method": "spots"})
@@ -107,7 +107,7 @@ BENCHMARKS = (
         ],
     ),
     Benchmark(
-        "efficiency", "detection efficiency as a run states it, against the truth", "efficiency.py",
+        "efficiency", "detection efficiency reported by a run, against the truth", "efficiency.py",
         figures=[
             Figure(f"{column}, spots", column, {"method": "spots", "molecules/px": "0.01"})
             for column in ("true", "stated")
@@ -144,14 +144,14 @@ BENCHMARKS = (
         ],
     ),
     Benchmark(
-        "registration", "drift of 200 rounds with beads that move, vanish or saturate", "registration.py",
+        "registration", "drift of 200 rounds with beads that move, disappear or saturate", "registration.py",
         quick=["--quick"],
     ),
     Benchmark(
         "pipeline_speed", "time of a large field by step, of tiny ones, one worker against two; memory and disk",
         "pipeline_speed.py", quick=["--only", "tiny", "--tiny", "20"],
         figures=[
-            Figure("ms a tiny field, two processes", "ms a field", {"processes": "2"}, kind="number"),
+            Figure("ms per tiny field, two processes", "ms per field", {"processes": "2"}, kind="number"),
         ],
     ),
     Benchmark(
@@ -160,9 +160,9 @@ BENCHMARKS = (
     ),
     Benchmark("faults", "faulty inputs, kills, damage, a full disk: messages, and the same results", "faults.py"),
     Benchmark(
-        "fuzz", "mutated images and tables: what is accepted, what is refused, how fast", "fuzz.py",
+        "fuzz", "mutated images and tables: which are accepted or rejected, and how fast", "fuzz.py",
         quick=["--number", "20"],
-        figures=[Figure("TIFF, neither accepted nor refused", "anything else", {"kind": "TIFF"}, kind="number")],
+        figures=[Figure("TIFF, neither accepted nor rejected", "other outcomes", {"kind": "TIFF"}, kind="number")],
     ),
     Benchmark(
         "cells", "segmentation of simulated tissues: cells, molecules in their cells, volumes, borders", "cells.py",
@@ -190,36 +190,36 @@ BENCHMARKS = (
         ],
     ),
     Benchmark(
-        "domains", "number of domains that is found, and spread of domains over seeds", "domains.py",
+        "domains", "number of domains, and their variation between seeds", "domains.py",
         [f"{{data}}/spatial_tables/{name}" for name in (
             "starmap_mpfc_BZ5.h5ad:z", "starmap_mpfc_BZ14.h5ad:z", "osmfish_cortex.h5ad:Region")],
         ["--seeds", "1", "--simulated", "1"],
     ),
     Benchmark(
-        "batches", "cell types carried to another batch, with and without batch_key", "batches.py", ["{data}"],
+        "batches", "transfer of cell types to another batch, with and without batch_key", "batches.py", ["{data}"],
     ),
     Benchmark(
         "heldout", "likelihood of held-out cells and counts, cell types; needs '.[vae,analysis]'", "heldout.py",
         ["{data}"],
-        figures=[Figure("log p(x) [nats a cell], osmFISH", "osmfish", {"method": "SpatialVAE"}, kind="number")],
+        figures=[Figure("log p(x) [nats per cell], osmFISH", "osmfish", {"method": "SpatialVAE"}, kind="number")],
     ),
     Benchmark(
-        "neighbours", "information from neighbours by niche_encoder; intervals of counts, cover of latents",
+        "neighbours", "information from neighbours by niche_encoder; coverage of intervals of counts and latents",
         "neighbours.py",
         [f"{{data}}/spatial_tables/{name}.h5ad" for name in (
             "starmap_mpfc_BZ5", "starmap_mpfc_BZ14", "osmfish_cortex", "merfish_hypothalamus", "merfish_mop_slice1")],
     ),
     Benchmark(
-        "distribution", "evidence, cover of intervals, imputation, differential expression, sampled tissue",
+        "distribution", "evidence, coverage of intervals, imputation, differential expression, sampled tissue",
         "distribution.py", ["{data}"],
-        figures=[Figure("90 % intervals hold, osmFISH", "ranks within", {"table": "osmfish"})],
+        figures=[Figure("coverage of 90 % intervals, osmFISH", "coverage by rank", {"table": "osmfish"})],
     ),
     Benchmark(
         "dependence", "partial correlations of a known chain, neighbour effects, Potts models", "dependence.py",
-        figures=[Figure("95 % intervals of couplings hold", "95 % intervals hold", {"seeds": "20"})],
+        figures=[Figure("coverage of 95 % intervals of couplings", "coverage of 95 % intervals", {"seeds": "20"})],
     ),
     Benchmark(
-        "single_cell", "dissociated cells: clusters and held-out likelihood, scVI beside it", "single_cell.py",
+        "single_cell", "dissociated cells: clusters and held-out likelihood, compared with scVI", "single_cell.py",
         ["--data", "{data}/single_cell"], peer=True,
     ),
     Benchmark(

@@ -128,16 +128,16 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--peers", type=Path, help="where scVI's results are kept")
+    parser.add_argument("--peers", type=Path, help="folder for tables and results of scVI")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     options = parser.parse_args()
     peers = options.peers or Path(tempfile.mkdtemp())
     warnings.simplefilter("ignore")
     about = (
-        "Measured by `python benchmarks/single_cell.py --data FOLDER`. SpatialVAE without places and scVI (defaults of "
+        "Made by `python benchmarks/single_cell.py --data FOLDER`. SpatialVAE without positions and scVI (defaults of "
         f"both) and 30 principal components of log counts; mean ± standard deviation, {options.seeds} seeds. "
-        f"held-out log p: nats a cell of the {HELD_OUT:.0%} of cells that training did not see, given their total "
+        f"held-out log p: nats per cell, of the {HELD_OUT:.0%} of cells that are held out, given their total "
         f"counts, {SAMPLES:,} importance samples for both models (scVI with NB and early stopping). NMI and ARI: "
         "k-means with the known number of clusters. silhouette: of the labels, Euclidean, in spaces of 30 (ours, PCA) "
         "and 10 (scVI) dimensions."

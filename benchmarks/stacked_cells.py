@@ -1,4 +1,5 @@
-"""Cells above each other: 3-D segmentation of simulated tissue of two layers of cells, with unused seeds.
+"""Cells above each other: 3-D segmentation of simulated tissue of two layers of cells, with seeds that were not used in
+development.
 
 Each field of 400 x 400 pixels is simulated (`simulate_experiment(layers=2)`: blur along z, uneven brightness, camera
 noise, drift), and its stains are aligned and segmented. F1 of cells at an intersection over union of their volumes of

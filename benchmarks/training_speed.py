@@ -150,16 +150,16 @@ def parts(model: SpatialVAE, batch: int) -> dict[str, float]:
         "likelihood, forward and backward": pulled(likelihood),
         "optimiser": optimiser.step,
         "noise": lambda: module.noise(batch, generator),
-        "gradient to zero, its norm": lambda: gradient.zero_().norm(),
+        "zeroing of the gradient, its norm": lambda: gradient.zero_().norm(),
         "whole step": step,
     }
     with threads_for(batch * GENES):
         found = {name: 1e6 * fastest(do, TIMES) / batch for name, do in work.items()}
     whole = found.pop("whole step")
-    rest = "draws, divergences, caches that are cold, the rest"
+    rest = "draws, divergences, cold caches, rest"
     with threads_for(batch * GENES):
         renewal = 1e6 * fastest(lambda: module.solve(section.space, module.sites(section)), 3) / model.adata.n_obs
-    return {**found, rest: whole - sum(found.values()), "whole step": whole, "niches found again, once": renewal}
+    return {**found, rest: whole - sum(found.values()), "whole step": whole, "solution for the niches, once": renewal}
 
 
 def scvi_speed(table: Path, cache: Path, batch: int) -> float:
@@ -209,8 +209,8 @@ def million(n: int) -> str:
     text = [
         f"# A table of {n:,} cells x {GENES} genes\n",
         "Made by `python benchmarks/training_speed.py --million`.\n",
-        f"{entries:.0f} genes found in a cell, a file of {size:.1f} GB, 2 processor cores; the whole of each command,",
-        "from the file to the file, the memory that of its process.\n",
+        f"{entries:.0f} genes detected per cell, a file of {size:.1f} GB, 2 cores; time of the whole command, with",
+        "files, and memory of its process.\n",
         as_markdown(pd.DataFrame(rows)),
         f"\nGraph of 15 neighbours and symmetric graph of 6: {graph:.1f} s, the fastest of 3.",
     ]
@@ -265,13 +265,13 @@ def speed(options: argparse.Namespace) -> str:
         "# Speed of training\n",
         f"Made by `python benchmarks/training_speed.py{' --quick' * options.quick}{' --scvi' * options.scvi}`.\n",
         f"{adata.n_obs:,} cells x {GENES} genes, NB, one hidden layer of {HIDDEN}, z of {LATENT} dimensions",
-        f"(z_niche of at most 10 besides), 2 threads; cells a second in the fastest of {n_rounds} runs, by turns, of",
-        f"{EPOCHS} epochs, the making of the model counted.\n",
+        f"(and at most 10 of z_niche), 2 threads; cells per second in the fastest of {n_rounds} interleaved runs of",
+        f"{EPOCHS} epochs, including the creation of the model.\n",
         as_markdown(table),
-        f"\nMicroseconds a cell of one step, by part (fastest of {TIMES} each), and of a run:\n",
+        f"\nMicroseconds per cell of one step, by part (fastest of {TIMES} each), and of a run:\n",
         as_markdown(breakdown),
-        f"\nMaking the model, with neighbours: {seconds:.1f} s.\n",
-        f"\nPeak memory of this process, with table and libraries: {memory:.1f} GB.\n",
+        f"\nCreation of the model, with neighbours: {seconds:.1f} s.\n",
+        f"\nPeak memory of this process, including table and libraries: {memory:.1f} GB.\n",
     ]
     return "\n".join(text)
 

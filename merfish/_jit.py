@@ -19,6 +19,7 @@ PARTS = 4  # for each thread, so that no thread waits long for the last one
 kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
 # for sums of products of images: fused multiply-add is faster and more accurate
 fused_kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+jitable: Callable[..., Any] = numba.extending.register_jitable  # for functions that Python and kernels call
 
 
 class _Once(event.Listener):

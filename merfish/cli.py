@@ -23,8 +23,8 @@ from merfish.errors import CodebookMisfit, InputError
 BAD_INPUT = 2
 FAILED_FIELDS = 3  # some fields could not be decoded, or the images do not fit the codebook
 INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
-MOST_FIELDS = 1_000_000  # larger field numbers are typing errors
-MOST_PIXELS = 100_000  # larger numbers of rows or columns are typing errors
+MOST_FIELDS = 1_000_000  # larger field numbers are regarded as typing errors
+MOST_PIXELS = 100_000  # larger numbers of rows or columns are regarded as typing errors
 
 app = typer.Typer(
     help="Decode MERFISH image stacks into molecules, cells and counts.",
@@ -37,7 +37,9 @@ app.add_typer(codebook_app, name="codebook")
 app.add_typer(cli_exchange.table_app, name="table")
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]
-BookFile = Annotated[Path, typer.Argument(help="Codebook file (CSV, or text of merfishtools).", metavar="BOOK")]
+BookFile = Annotated[
+    Path, typer.Argument(help="Codebook file (CSV, or the text format of merfishtools).", metavar="BOOK")
+]
 
 
 class Method(StrEnum):
@@ -90,7 +92,7 @@ def main() -> None:
 
 
 class Interrupted(BaseException):
-    """Raised on Ctrl-C; Click replaces KeyboardInterrupt by the message "Aborted", which does not say how to resume."""
+    """Raised on Ctrl-C; Click would replace KeyboardInterrupt by "Aborted", which does not say how to resume."""
 
 
 def _interrupt(*_: object) -> None:
@@ -169,8 +171,10 @@ def decode(
 @app.command()
 def run(
     experiment: Annotated[Path, typer.Argument(help="Folder with the images and their tables.", metavar="EXPERIMENT")],
-    out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run resumes there.")],
-    config: Annotated[Path | None, typer.Option(help="YAML file with parameters, see 'merfish config'.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results; if it holds an interrupted run, the run is resumed.")
+    ],
+    config: Annotated[Path | None, typer.Option(help="YAML file with parameters; see 'merfish config'.")] = None,
     method: Annotated[Method | None, typer.Option(help="Decoder; overrides the configuration.")] = None,
     fov: Annotated[str | None, typer.Option(help="Fields to run, e.g. 0,3-5. [default: all]")] = None,
     workers: Annotated[
@@ -201,7 +205,8 @@ def run(
         bool, typer.Option("--save-images", help="Save registered, filtered images as OME-Zarr in OUT/images.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check every file and estimate time, memory and disk; run nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check every file and estimate time, memory and disk space, without running."),
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print the log, OUT/merfish.log.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and failed fields.")] = False,
@@ -210,12 +215,14 @@ def run(
     ] = False,
     domains: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of spatial domains that --embed finds. [default: the most stable number]"),
+        typer.Option(
+            min=1, help="Number of spatial domains that --embed finds. [default: the most reproducible number]"
+        ),
     ] = None,
 ) -> None:
     """Decode a whole raw experiment into molecules, cells and counts; write OUT/report.html.
 
-    The same command again resumes an interrupted run.
+    Repeat the command to resume an interrupted run.
     """
     from merfish.config import read_config
     from merfish.embedding import embed_run, need_embedding
@@ -224,7 +231,7 @@ def run(
     from merfish.pipeline.status import decoded_fields
 
     if sum(choice is not None for choice in (workers, scheduler, slurm)) > 1:
-        raise InputError("--workers, --scheduler and --slurm exclude each other; give only one of them")
+        raise InputError("--workers, --scheduler and --slurm cannot be combined; give only one of them")
     if embed:
         need_embedding("--embed")  # before any work
     elif domains is not None:
@@ -288,14 +295,14 @@ def config_command(
         print(config_yaml(), end="")
     else:
         write_config(out)
-        print(f"parameters in {out}")
+        print(f"parameters written to {out}")
 
 
 @app.command()
 def guide(
     name: Annotated[str | None, typer.Argument(help="Guide to show. [default: list the guides]")] = None,
 ) -> None:
-    """Show a guide, or list them."""
+    """Show a guide, or list all guides."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -307,7 +314,7 @@ def guide(
     titles = guide_titles()
     width = max(map(len, titles))
     print(*(f"{known:<{width}}  {title}" for known, title in titles.items()), sep="\n")
-    print("\nmerfish guide NAME shows one")
+    print("\nRun 'merfish guide NAME' to show one of them.")
 
 
 @app.command()
@@ -321,7 +328,9 @@ def status(out: RunFolder) -> None:
 @app.command()
 def report(
     out: RunFolder,
-    bulk: Annotated[Path | None, typer.Option(help="CSV file of bulk RNA-seq to compare with: gene, value.")] = None,
+    bulk: Annotated[
+        Path | None, typer.Option(help="CSV file of bulk RNA-seq to compare with; columns gene, value.")
+    ] = None,
     replicate: Annotated[
         Path | None, typer.Option(help="Folder of another run of the same genes to compare with.")
     ] = None,
@@ -338,7 +347,7 @@ def mosaic(
     path: Annotated[Path, typer.Option("--out", help="File to write: .zarr (OME-Zarr) or .tif (OME-TIFF).")],
     channel: Annotated[
         str,
-        typer.Option(help="Stain or bit of a run with --save-images, or overview: the brightest bit of each pixel."),
+        typer.Option(help="Stain or bit of a run with --save-images, or 'overview', the brightest bit of each pixel."),
     ] = "overview",
 ) -> None:
     """Stitch one channel of all fields of a run at their corrected positions."""
@@ -392,7 +401,10 @@ def simulate(
 @codebook_app.command("make")
 def codebook_make(
     genes: Annotated[
-        Path, typer.Argument(help="Text file with one gene per line, or CSV 'gene,expression'.", metavar="GENES")
+        Path,
+        typer.Argument(
+            help="Text file with one gene per line, or CSV file with the columns gene, expression.", metavar="GENES"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="CSV file to write.")],
     bits: Annotated[int, typer.Option(min=4, max=64, help="Number of bits.")] = 16,

@@ -37,14 +37,14 @@ def exchange_function(verb: str, name: str) -> Callable[..., Any]:
 @table_app.command("import")
 def table_import(
     kind: Annotated[Kind, typer.Argument(help="Instrument or format.")],
-    path: Annotated[Path, typer.Argument(help="Output folder of the instrument.")],
-    out: Annotated[Path, typer.Option(help="AnnData file to write: counts and coordinates [µm].")],
+    path: Annotated[Path, typer.Argument(help="Output folder of the instrument.", metavar="PATH")],
+    out: Annotated[Path, typer.Option(help="AnnData file to write, with counts and coordinates [µm].")],
     microns_per_pixel: Annotated[
         float | None,
-        typer.Option(help="Pixel size [µm]; for slideseq (default 0.65), cosmx (0.12028) and csv (1) only.", min=1e-6),
+        typer.Option(help="Pixel size [µm]; only for slideseq (default 0.65), cosmx (0.12028) and csv (1).", min=1e-6),
     ] = None,
 ) -> None:
-    """Read the output folder of an instrument into TABLE.h5ad, the input of spatialvae train."""
+    """Read the output folder of an instrument into an AnnData file, the input of 'spatialvae train'."""
     from merfish._files import whole_file
 
     read = exchange_function("read", kind)
@@ -64,7 +64,7 @@ def assign(
     segmentation: Annotated[
         Path,
         typer.Option(
-            help="Polygons (.geojson, .parquet, Baysor's, proseg's) in micrometre; or a folder with a label image "
+            help="Polygons (.geojson, .parquet, Baysor's, proseg's) in micrometres, or a folder with a label image "
             "(.tif, .npy, .zarr, Cellpose's _seg.npy) or polygons in pixels for each field."
         ),
     ],
@@ -95,7 +95,7 @@ def export(
     format: Annotated[
         Format,
         typer.Option(
-            help="merscope, csv: a folder; spatialdata: a Zarr store; baysor: a CSV; geojson: outlines of cells."
+            help="merscope, csv: a folder; spatialdata: a Zarr store; baysor: a CSV file; geojson: outlines of cells."
         ),
     ],
     out: Annotated[Path, typer.Option(help="File or folder to write; must not exist.")],

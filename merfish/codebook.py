@@ -98,7 +98,7 @@ class Codebook:
 
 @dataclass(frozen=True)
 class CodebookReport:
-    """Result of `check_codebook`. A codebook with ``problems`` is refused; ``warnings`` are only reported."""
+    """Result of `check_codebook`. A codebook with ``problems`` is rejected; ``warnings`` are only reported."""
 
     n_words: int
     n_blanks: int
@@ -113,7 +113,7 @@ class CodebookReport:
 
 
 def read_codebook(path: str | os.PathLike[str]) -> Codebook:
-    """Read a codebook in any of the common formats, and refuse one that cannot be decoded.
+    """Read a codebook in any of the common formats, and reject one that cannot be decoded.
 
     Formats: ``name,id,bit1,...,bitN``; three header lines ``version``, ``codebook_name``, ``bit_names`` and then
     ``name,id,barcode``, with or without spaces in the word; merfishtools' tab-separated ``feat codeword expressed``.

@@ -46,7 +46,7 @@ def parameter(
 ) -> Any:
     """A pydantic field with the description that `config_yaml` writes.
 
-    source: of the default. must_exist: a value that is set explicitly is refused if the experiment does not have it.
+    source: of the default. must_exist: an error is raised if the experiment lacks a value that is set explicitly.
     """
     about: dict[str, Any] = {"unit": unit, "source": source, "must_exist": must_exist}
     return Field(default=default, description=text, json_schema_extra=about, **limits)
@@ -59,8 +59,8 @@ class RunConfig(BaseModel):
 
     method: str = parameter(
         DEFAULT_METHOD,
-        f"Decoder: {', '.join(FILTER_SIGMAS)}. spots fits spots and weighs the evidence of every bit, pixels takes the "
-        "nearest word of each pixel, hamming binarises the bits of each pixel and corrects one.",
+        f"Decoder: {', '.join(FILTER_SIGMAS)}. spots fits spots and combines the evidence of all bits, pixels assigns "
+        "the nearest word to each pixel, hamming binarises the bits of each pixel and corrects one error.",
         source="spots finds most molecules at equal precision in the simulated stacks of benchmarks/results/decode.md",
     )
     misidentification_rate: float = parameter(
@@ -73,7 +73,8 @@ class RunConfig(BaseModel):
     )
     smoothing: float | None = parameter(
         None,
-        f"Sigma of the Gaussian that smooths the images before decoding. null: the method's own, {_per_method(0)}.",
+        "Sigma of the Gaussian that smooths the images before decoding. "
+        f"null: the default of the method, {_per_method(0)}.",
         unit="px",
         source="chosen on simulated and bundled real images for a PSF of 1.35 px",
         ge=LEAST_SIGMA,
@@ -81,8 +82,8 @@ class RunConfig(BaseModel):
     )
     background: float | None = parameter(
         None,
-        "Sigma of the Gaussian that estimates the background, which is subtracted before decoding. null: the method's "
-        f"own, {_per_method(1)}.",
+        "Sigma of the Gaussian that estimates the background, which is subtracted before decoding. null: the default "
+        f"of the method, {_per_method(1)}.",
         unit="px",
         source="chosen on simulated and bundled real images: wider than a spot, narrower than cells",
         ge=LEAST_SIGMA,
@@ -91,28 +92,28 @@ class RunConfig(BaseModel):
     nuclei_stain: str = parameter(
         "DAPI",
         "channelName of the nuclear stain in the data organization. If the experiment lacks the default stain, cells "
-        "are not segmented; if it lacks a stain that is set here, the run is refused.",
+        "are not segmented; if it lacks a stain that is set here, the run stops with an error.",
         source="MERlin's WatershedSegment",
         must_exist=True,
     )
     cytoplasm_stain: str = parameter(
         "polyT",
         "channelName of the stain that fills the cells. If the experiment lacks the default stain, cells are grown "
-        "from their nuclei; if it lacks a stain that is set here, the run is refused.",
+        "from their nuclei; if it lacks a stain that is set here, the run stops with an error.",
         source="MERlin's WatershedSegment",
         must_exist=True,
     )
     stains: list[str] = parameter(
         list(OTHER_STAINS),
-        "channelNames of all stains, in any case. Other rows of the data organization without a bit number are genes "
-        "imaged one by one. If the list is set, the run is refused if one of them is missing.",
+        "channelNames of all stains; case is ignored. Other rows of the data organization without a bit number are "
+        "genes imaged one by one. If the list is set here, all of them must exist.",
         source="names in common use, and those of MERSCOPE",
         must_exist=True,
     )
     segmenter: str | None = parameter(
         None,
         "package.module:function that replaces merfish's segmentation: nuclei (y, x), cytoplasm (y, x) or None, "
-        "micrometre per pixel -> labels (y, x). null: merfish's own.",
+        "micrometre per pixel -> labels (y, x). null: the segmentation of merfish.",
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
     )
     stacked_cells: bool = parameter(

@@ -48,7 +48,7 @@ def write_mosaic(out: Path, path: Path, channel: str) -> Path:
     out: folder of the run. channel: a stain or a bit that the run saved (``--save-images``), or "overview", the
     brightest bit of each pixel. Corrected positions of fields are rounded to whole pixels; overlapping fields are
     averaged with weights that increase with the distance to the border. Each resolution level is half as large as the
-    previous one; coordinates are in micrometre.
+    previous one; coordinates are in micrometres.
 
     Raises InputError if the run has no such images, or for another suffix of ``path``.
     """

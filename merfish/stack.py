@@ -33,7 +33,7 @@ def decode(
     stack: (bit, y, x) or (bit, z, y, x), any real dtype, raw camera counts; with ``preprocess=False`` it must already
     be filtered and normalised (background 0, spot of one molecule of height 1). method: "spots", "pixels" or "hamming".
     misidentification_rate: expected fraction of wrong molecules among those kept.
-    Returns a transcript table (`merfish.transcripts.COLUMNS`); x, y in pixel, the centre of the first pixel at 0.
+    Returns a transcript table (`merfish.transcripts.COLUMNS`); x, y in pixels, the centre of the first pixel at 0.
     Raises InputError if the stack does not match the codebook or contains NaN, for an unknown method, and for a rate
     that is not from 0 to 1.
     """

@@ -57,7 +57,7 @@ def show(viewer: Any, layers: list[Layer]) -> None:
 
 
 def layers_of_field(out: Path, fov: int) -> list[Layer]:
-    """Images, outlines and molecules of one field, stage coordinates in micrometre, axes (z,) y, x.
+    """Images, outlines and molecules of one field, stage coordinates in micrometres, axes (z,) y, x.
 
     The images are the bits and stains saved by ``--save-images``, or else the overview image. Raises InputError if the
     run has no such field.

@@ -1,14 +1,14 @@
-r"""Arrangements: which cell lies where, with neighbours as similar as in a section.
+r"""Arrangements of cells at places, in which neighbours are as similar as in a section.
 
-An arrangement a puts cell a_i of a given set at place i, each cell at one place. Of all distributions over arrangements
-in which each feature u_d of neighbours has a given mean product, that of maximum entropy is
+An arrangement a assigns cell a_i of a given set to place i, each cell to one place. Of all distributions over
+arrangements in which each feature u_d of neighbours has a given mean product, that of maximum entropy is
 
     p(a) = exp(sum_d c_d T_d(a)) / Z,   T_d(a) = sum_{i ~ j} u_{a_i d} u_{a_j d}
 
-with the sum over edges i ~ j of the graph of places, each counted once. Whatever the arrangement, the cells are the
-same, so that only their neighbourhoods are modelled. The couplings c maximise the likelihood of the arrangement that a
-section has: E T_d equals T_d of the section. They are found by stochastic approximation (Robbins & Monro 1951; Younes
-1988), and arrangements are sampled by exchanging two cells at a time (Kawasaki 1966).
+with the sum over edges i ~ j of the graph of places, each counted once. All arrangements contain the same cells, so
+that only their neighbourhoods are modelled. The couplings c maximise the likelihood of the arrangement that a section
+has: E T_d equals T_d of the section. They are found by stochastic approximation (Robbins & Monro 1951; Younes 1988),
+and arrangements are sampled by exchanging two cells at a time (Kawasaki 1966).
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def arranged(
 ) -> np.ndarray:
     """A new arrangement of the cells of a section, int64 (place,): rows of ``features``.
 
-    As many places as cells take each cell once; more or fewer take cells at random, each as often as another or once
-    more.
+    Each cell occurs once if there are as many places as cells. Otherwise cells are chosen at random, and their numbers
+    of occurrences differ by at most one.
 
     Parameters
     ----------
-    features : float (cell, feature), what neighbours may share
+    features : float (cell, feature), in which neighbours may be similar
     adjacency : (cell, cell), neighbours in the section, symmetric, zeros and ones
     places : (place, place), neighbours among the new places, likewise
     """

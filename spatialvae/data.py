@@ -180,7 +180,7 @@ def _check_names(adata: AnnData) -> None:
 def _counts(adata: AnnData, layer: str | None) -> tuple[Any, str]:
     if layer is None:
         if adata.X is None:
-            raise InputError("the table has no X; pass the layer with counts")
+            raise InputError("the table has no X; name the layer with counts")
         return adata.X, "X"
     if layer not in adata.layers:
         raise InputError(f"no layer {layer!r} in the table; it has {', '.join(sorted(adata.layers)) or 'no layers'}")

@@ -63,9 +63,10 @@ def partial_correlations(
 
     The penalty is chosen such that q = sqrt((2 pi - 1) P max_false) of the P pairs of genes have an edge in the whole
     table. Stable edges are those found in a share of at least pi = 0.9 of 50 halves of the tissue. At most
-    ``max_false`` wrong edges are then expected if all wrong edges are equally likely (Meinshausen & Buhlmann 2010). As
-    they are not if errors differ between pairs, stable edges are kept only if their p-value, from a jackknife over
-    blocks, is at most max_false / P. Halves and jackknife leave out whole blocks, since adjacent cells are similar.
+    ``max_false`` wrong edges are then expected if all wrong edges are equally likely (Meinshausen & Buhlmann 2010).
+    They are not equally likely if errors differ between pairs; stable edges are therefore kept only if their p-value,
+    from a jackknife over blocks, is at most max_false / P. Halves and jackknife leave out whole blocks, since adjacent
+    cells are similar.
 
     Parameters
     ----------

@@ -168,7 +168,7 @@ def _rows_of_samples(n: int, samples: np.ndarray | None) -> list[np.ndarray]:
 
 
 def _without_self(far: np.ndarray, near: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Remove each row's own ``number``, which may not be first, or may be missing, if cells coincide."""
+    """Remove each row's own ``number``; if cells coincide, it may not be first, or may be missing."""
     own = near == number[:, None]
     own[~own.any(1), -1] = True
     keep = ~own

@@ -14,7 +14,18 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from spatialvae import _keys, analysis, differential, evidence, neighbours, niche_prior, sampling, saving, verbs
+from spatialvae import (
+    _keys,
+    analysis,
+    differential,
+    evidence,
+    neighbours,
+    niche_prior,
+    sampling,
+    saving,
+    units,
+    verbs,
+)
 from spatialvae._defaults import LIKELIHOODS
 from spatialvae.celltypes import Types
 from spatialvae.data import build_graphs, check_table, fingerprint, minibatches, read_cells
@@ -251,6 +262,7 @@ class SpatialVAE:
         with _bar(plan.max_steps, progress) as report:
             history = pd.DataFrame(train(self.module, section, plan, report))
         section = self._section = niche_prior.fit(self.module, section)
+        units.fit(self.module, section, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             neighbours.fit(self.neighbours, self.module, section, plan)
@@ -296,12 +308,13 @@ class SpatialVAE:
         """Return the embedding: posterior means of z_niche and z_cell.
 
         z_cell describes the cell and is used to find cell types; z_niche, the smooth part of its first dimensions,
-        describes the surroundings and is used to find domains. Both have a standard deviation of about 1 over cells.
+        describes the surroundings and is used to find domains. After training, dimensions that change expression more
+        vary more (``spatialvae.units``), so that distances between cells are suitable for clustering.
 
         Parameters
         ----------
-        adata : a table, which may be a new section; that of the model if None. Genes that it lacks count as not
-            measured
+        adata : a table, which may be a new section; that of the model if None. Genes that it lacks are treated as
+            not measured
         which : "niche", "cell" or "both", niche dimensions first
         return_dist : return mean and variance of the posterior of the full model (``spatialvae.posterior``), which is
             slower and more accurate
@@ -565,11 +578,12 @@ class SpatialVAE:
 
             p(a) = exp( sum_d c_d sum_{i ~ j} u_{a_i d} u_{a_j d} ) / Z,   x_i ~ p(x | z_cell_{a_i}, l_{a_i})
 
-        a_i is the cell at place i, i ~ j are edges of the graph of places, and u_c are z_cell_c and log l_c. c is such
-        that neighbours are on average as similar in each u_d as in the table (``arrangement``). Types of cells, total
-        counts and their frequencies are therefore those of the table; which cells are neighbours, and where domains
-        lie, is new. As many places as the table has cells take each cell once. With ``given``, niches are drawn from
-        the field, and each new cell has the z_cell of a cell of the table in a similar niche.
+        a_i is the cell at place i, i ~ j are edges of the graph of places, and u_c are z_cell_c and log l_c. The
+        couplings c are such that neighbours are on average as similar in each u_d as in the table (``arrangement``).
+        Types of cells, total counts and their frequencies are therefore those of the table, but neighbours and the
+        positions of domains are new. If there are as many places as the table has cells, each cell occurs once. With
+        ``given``, niches are drawn from the field, and each new cell has the z_cell of a cell of the table in a similar
+        niche.
 
         Parameters
         ----------
@@ -840,7 +854,7 @@ class SpatialVAE:
         return (value, error) if return_error else value
 
     def _around(self, adata: AnnData, given: AnnData) -> neighbours.Surroundings:
-        """What the counts of ``given`` say about the positions of ``adata``."""
+        """The information in the counts of ``given`` about the positions of ``adata``."""
         return neighbours.surroundings(self.module, self._places(adata), self._read(given), self._places(given))
 
     def _expected(self, adata: AnnData, given: AnnData) -> Callable[[np.ndarray], Mixture]:
@@ -907,8 +921,8 @@ class SpatialVAE:
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False, save_anndata: bool = False) -> None:
         """Write ``model.safetensors`` and ``model.json`` into ``folder``; other files in it are not changed.
 
-        With ``save_anndata`` the table is written as ``adata.h5ad``, so that ``load`` needs no table. If interrupted,
-        the folder contains the old model, or files that do not belong together, which ``load`` refuses.
+        With ``save_anndata`` the table is written as ``adata.h5ad``, so that ``load`` needs no table. If writing is
+        interrupted, the folder contains the old model, or files that do not belong together, which ``load`` rejects.
 
         Raises InputError if one of the files exists, unless ``overwrite``.
         """
@@ -941,7 +955,7 @@ class SpatialVAE:
             keys are saved with the model. By default the table of ``save(save_anndata=True)``, or ``table.h5ad`` in the
             output folder of ``spatialvae train``
         accelerator : device, as in ``to_device``; by default a GPU if there is one
-        niche_encoder : your own module, if the model was created with one: its parameters are saved, its code is not
+        niche_encoder : the custom module, if the model was created with one: its parameters are saved, but not its code
 
         Raises
         ------
@@ -1013,7 +1027,7 @@ def _device() -> torch.device:
 def _own_encoder(folder: Path, saved: str, given: torch.nn.Module | None) -> torch.nn.Module | None:
     """``given``, checked against the ``saved`` value of ``niche_encoder``."""
     if saved == OWN and given is None:
-        raise InputError(f"{folder} was created with a niche_encoder of your own: pass one to load(niche_encoder=)")
+        raise InputError(f"{folder} was created with a custom niche_encoder: pass the module as load(niche_encoder=)")
     if saved != OWN and given is not None:
         raise InputError(f"{folder} was created with niche_encoder={saved!r}; leave out niche_encoder")
     return given

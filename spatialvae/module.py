@@ -315,6 +315,21 @@ class SpatialModule(nn.Module):
             if layer is not None:
                 layer.bias.add_(layer.weight[:, : self.shape.n_cell] @ mean)
 
+    @torch.no_grad()
+    def rescale(self, scale: Tensor) -> None:
+        """Multiply z_niche and z_cell by ``scale`` (dim,), without changing p(x). Types must not have been set."""
+        n, encoder, decoder = self.shape.n_cell, self.cell_encoder, self.decoder
+        for value in (encoder.first.weight, encoder.out.weight):
+            value[:n] *= scale[:, None]
+        for value in (encoder.first.bias, encoder.out.bias, encoder.shift.T):
+            value[:n] *= scale if value.ndim == 1 else scale[:, None]
+        encoder.out.bias[n:] -= 2 * scale.log()
+        for layer in (decoder.hidden, decoder.out, decoder.zero):
+            if layer is not None:
+                layer.weight[:, :n] /= scale
+        self.log_residual.add_(2 * scale.log())
+        self.smooth_variance.mul_(scale[: self.shape.n_niche] ** 2)
+
     def set_types(self, types: Types) -> None:
         """Set the cell types, which define p(z_cell | z_niche)."""
         self.shape = replace(self.shape, n_types=len(types.bias))

@@ -182,7 +182,7 @@ def variance_bars(shares: pd.DataFrame, most: int = 30) -> Figure:
         start = start + shares[name].to_numpy()
     axes.set(xlabel="share of the variance of log counts in held-out cells", ylim=(-0.6, len(shares) - 0.4))
     axes.tick_params(axis="y", labelsize=7)
-    axes.set_title("What explains the expression of a gene in a cell", pad=24)
+    axes.set_title("Sources of variation of gene expression", pad=24)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 

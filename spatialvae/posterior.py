@@ -14,9 +14,10 @@ is the complete-data information less the missing information (Louis 1982).
 The type of a cell (``celltypes``) enters through ``Link``: z_cell given z_niche is N(c z_niche + o, C), with the
 moments of the mixture weighted by the cell's probability of each component. With z_cell integrated out, the likelihood
 of z_niche has the precision c^2 (1 + F C)^-1 F and the linear term c (1 + F C)^-1 (h - F o), restricted to the first D
-dimensions. (C^-1 - C^-1 (F + C^-1)^-1 C^-1 is equal, but loses all digits if C is small.) The dependence of the type
-frequencies on the niche adds to both. Given z_niche, z_cell is Gaussian with precision F + C^-1, so that both latents
-of a whole section are drawn jointly; draws of z_cell are then corrected to p(z_cell | z_niche, x) (``hamiltonian``).
+dimensions. (C^-1 - C^-1 (F + C^-1)^-1 C^-1 is equal, but is lost in rounding errors if C is small.) The dependence of
+the type frequencies on the niche adds to both. Given z_niche, z_cell is Gaussian with precision F + C^-1, so that both
+latents of a whole section are drawn jointly; draws of z_cell are then corrected to p(z_cell | z_niche, x)
+(``hamiltonian``).
 """
 
 from __future__ import annotations

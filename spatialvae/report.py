@@ -135,7 +135,7 @@ def table_of(frame: pd.DataFrame) -> Table:
     """A table of a data frame, with numbers rounded to three digits."""
 
     def text(value: Any) -> str:
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
+        return f"{float(f'{value:.3g}'):,g}" if isinstance(value, float) else str(value)
 
     return Table([str(name).replace("_", " ") for name in frame], [[text(v) for v in row] for row in frame.to_numpy()])
 
@@ -170,7 +170,7 @@ def _maps(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> li
     if found is None or key is None:
         return sections
     places = np.asarray(adata.obsm[key])
-    figures = [picture(plots.domains_in_space(places, found, like=known), "Domains, found without using labels")]
+    figures = [picture(plots.domains_in_space(places, found, like=known), "Domains, found without labels")]
     if _keys.DOMAIN_NUMBER in adata.uns:
         drawn = plots.number_of_domains(adata.uns[_keys.DOMAIN_NUMBER])
         figures.append(picture(drawn, "Agreement between domains found in random halves of the cells, by number"))
@@ -203,14 +203,17 @@ def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> 
         return []
     reach = interpret.neighbour_reach(model)
     near = section.graphs.near
-    far, length = float(np.median(near.distance[near.index >= 0])), float(reach["range"].iloc[0])
+    reach["distances"] = reach["range"] / float(np.median(near.distance[near.index >= 0]))
     text = [
-        f"The correlation length of the niche is {float(f'{length:.3g}'):,g} in the unit of the coordinates, "
-        f"{length / far:.0f} times the median distance between neighbours. First table: the share of z_niche in the "
-        "variance of each dimension."
+        "First table, for each dimension: share of z_niche in the variance, and correlation length of z_niche, in the "
+        "unit of the coordinates and relative to the median distance between neighbours."
     ]
-    shares = reach.set_index("dimension")[["niche_share"]].T.reset_index(names="")
-    tables = [table_of(shares.replace("niche_share", "niche share"))]
+    names = {
+        "niche_share": "niche share",
+        "range": "correlation length",
+        "distances": "correlation length / neighbour distance",
+    }
+    tables = [table_of(reach.set_index("dimension")[list(names)].T.rename(names).reset_index(names=""))]
     answers = {} if known is None or labels is None else {labels: known}
     if _keys.DOMAIN in model.adata.obs:
         answers["domain"] = _names(model, _keys.DOMAIN)

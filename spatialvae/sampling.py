@@ -195,7 +195,7 @@ def predictive_of(
 
 def latents_of_table(module: SpatialModule, section: Section, seed: int) -> tuple[np.ndarray, Tensor, Tensor]:
     """Rows of the cells of ``section`` that have counts, and one draw of their posterior: z_niche (row, D) and z_cell
-    (row, dim). Draws of all cells are one of the aggregate posterior (Tomczak & Welling 2018, who use it as a prior):
+    (row, dim). These are a draw of the aggregate posterior (Tomczak & Welling 2018, who use it as a prior):
     unlike a Gaussian, it preserves the cell types of the section."""
     rows = np.flatnonzero(section.cells.depth > 0)
     drawn = [(niche[0].cpu(), z[0]) for _, niche, z in latent_draws(module, section, rows, 1, seed)]
@@ -249,7 +249,7 @@ def cells_like(module: SpatialModule, section: Section, z: Tensor, seed: int) ->
 
 def as_if(section: Section, like: np.ndarray, depth: np.ndarray | None) -> Section:
     """The section of new cells, with the batches and total counts of the rows ``like`` (cell,) of ``section``, or with
-    total counts ``depth`` (cell,). All genes count as measured.
+    total counts ``depth`` (cell,). All genes are treated as measured.
 
     Raises InputError if ``depth`` is not positive and finite.
     """

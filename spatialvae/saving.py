@@ -16,7 +16,7 @@ from spatialvae.errors import InputError
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 10
+FORMAT = 11
 FILES = ("model.json", "model.safetensors")
 TABLE = "adata.h5ad"
 

@@ -17,7 +17,7 @@ from spatialvae.setup import Setup
 INSTEAD = {
     "check_val_every_n_epoch": "held-out cells are evaluated every 100 steps",
     "continuous_covariate_keys": "only batch_key is corrected for",
-    "categorical_covariate_keys": "only batch_key is corrected for: join the categories into one column of obs",
+    "categorical_covariate_keys": "only batch_key is corrected for: combine the categories in one column of obs",
     "datamodule": "for tables larger than memory, use a backed AnnData",
     "devices": "start one process per device with torchrun",
     "dispersion": "there is one inverse dispersion per gene",

@@ -190,22 +190,6 @@ def field_log_likelihood(laplacian, y, r, a, smooth, rough, noise):
     return multivariate_normal(np.zeros(len(y)), covariance).logpdf(y)
 
 
-def niche_divergence(mean, variance, laplacian, r, prior_variance):
-    """Return the KL of independent Gaussians (cell, dim) from the joint Gaussian field, summed over both axes."""
-    total = 0.0
-    root = np.eye(len(laplacian)) + r * laplacian
-    for d in range(mean.shape[1]):
-        precision = root / prior_variance[d]
-        total += 0.5 * (
-            np.trace(precision @ np.diag(variance[:, d]))
-            + mean[:, d] @ precision @ mean[:, d]
-            - len(mean)
-            - np.linalg.slogdet(precision)[1]
-            - np.log(variance[:, d]).sum()
-        )
-    return total
-
-
 def cell_bound(x, shares, zeros, theta, mean, variance, prior_mean, prior_variance):
     """Return (log likelihood, KL of z_cell) of one cell for a given draw, gene by gene and dimension by dimension."""
     from scipy.stats import nbinom
@@ -241,12 +225,12 @@ def word_scores(seen, ratio, log_prior, words):
 
 def refit_spot(image, x, y, height, shape):
     """Fit height, and height * step in x and y, of one spot by NumPy's least squares; returns x, y, height."""
-    places = np.arange(len(shape.profile)) / shape.bins
+    places, (xx, xy, yy) = np.arange(len(shape.profile)) / shape.bins, shape.metric
     rows, values = [], []
     for row in range(image.shape[0]):
         for column in range(image.shape[1]):
             away = np.array([column - x, row - y])
-            metric = np.array([[shape.xx, shape.xy], [shape.xy, shape.yy]])
+            metric = np.array([[xx, xy], [xy, yy]])
             square = away @ metric @ away
             if square > shape.core**2:
                 continue
@@ -297,10 +281,10 @@ def pairs_of_fields(a, b, radius):
 def share_light(image, x, y, top, shape):
     """Update heights at fixed places once: each spot gets its least-squares share of the residual of the others."""
     places, (rows, columns) = np.arange(len(shape.profile)) / shape.bins, np.indices(image.shape)
-    left, top = image.astype(float), list(top)
+    left, top, (xx, xy, yy) = image.astype(float), list(top), shape.metric
     for i in range(len(x)):
         dx, dy = columns - x[i], rows - y[i]
-        square = shape.xx * dx**2 + 2 * shape.xy * dx * dy + shape.yy * dy**2
+        square = xx * dx**2 + 2 * xy * dx * dy + yy * dy**2
         spot = np.interp(square, places, shape.profile)
         near = np.where(square <= shape.core**2, spot, 0)
         new = max(top[i] + (left * near).sum() / (near**2).sum(), 0)

@@ -55,10 +55,14 @@ def drifted_field(seed: int, maps: np.ndarray = TRUE, spread: float = 0.1) -> tu
     return spots_of([p + rng.normal(0, spread, p.shape) for p in seen]), drift
 
 
+def is_applied(fit) -> bool:
+    return not np.array_equal(fit.map, np.eye(2, 3))
+
+
 def test_fit_chromatic__from_molecules_in_images():
     fields = [find_spots(draw_bits(*molecules(seed), seed)) for seed in (0, 2)]
     fits = fit_chromatic(fields, [np.zeros((6, 2))] * 2, COLORS, (SIZE, SIZE))
-    assert [fit.applied for fit in fits] == [False, True, True]
+    assert [is_applied(fit) for fit in fits] == [False, True, True]
     for fit, true in zip(fits, TRUE, strict=True):
         off = np.hypot(*(apply(fit.map, CORNERS) - apply(true, CORNERS)).T)
         assert off.max() < 0.1
@@ -75,7 +79,7 @@ def test_fit_chromatic__no_map_where_none_helps():
     none = np.tile(np.eye(2, 3), (3, 1, 1))
     fields, shifts = zip(*[drifted_field(seed, none) for seed in range(2)], strict=True)
     fits = fit_chromatic(fields, shifts, COLORS, (SIZE, SIZE))
-    assert not any(fit.applied for fit in fits)
+    assert not any(map(is_applied, fits))
     assert all(fit.pairs > 1000 for fit in fits[1:])
 
 
@@ -85,13 +89,13 @@ def test_fit_chromatic__no_map_from_spots_that_do_not_belong_together():
     far = [spots_of([p] * 6) for p in (np.empty((0, 2)), rng.uniform(0, SIZE, (20, 2)))]
     for fields in (strangers, far):
         fits = fit_chromatic(fields, [np.zeros((6, 2))] * 2, COLORS, (SIZE, SIZE))
-        assert not any(fit.applied for fit in fits)
+        assert not any(map(is_applied, fits))
 
 
 def test_fit_chromatic__of_one_field():
     field, shift = drifted_field(5)
     fits = fit_chromatic([field], [shift], COLORS, (SIZE, SIZE))
-    assert all(fit.applied for fit in fits[1:])
+    assert all(map(is_applied, fits[1:]))
 
 
 def test_align__puts_colours_on_each_other():

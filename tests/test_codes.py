@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from itertools import product
 
 import numpy as np
 import pytest
 
-from merfish import cli, decode, mhd4_codebook, simulate_stack
+from command import call
+from merfish import decode, mhd4_codebook, simulate_stack
 from merfish.codebook import Codebook, check_codebook, write_codebook
 from merfish.decoding.pixels import CodeLookup
 from merfish.simulate import Imaging, score_calls
@@ -87,10 +87,7 @@ def test_a_code_that_only_detects_says_so(monkeypatch, tmp_path, capsys):
     write_codebook(book, tmp_path / "book.csv")
     np.save(tmp_path / "stack.npy", simulate_stack(book, shape=(96, 96), seed=1)[0])
     arguments = ["decode", tmp_path / "stack.npy", "--codebook", tmp_path / "book.csv", "--out", tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", ["merfish", *map(str, arguments)])
-    with pytest.raises(SystemExit) as done:
-        cli.main()
-    assert done.value.code == 0
+    assert call(monkeypatch, *arguments) == 0
     assert "minimum distance 2: one error is detected but cannot be corrected" in capsys.readouterr().out
     figures = json.loads((tmp_path / "out" / "run.json").read_text())["figures"]
     assert any("minimum distance 2" in warning for warning in figures["warnings"])

@@ -14,22 +14,13 @@ from typer.testing import CliRunner
 
 import merfish
 import spatialvae.cli
+from command import call
 from merfish import cli, mhd4_codebook, simulate_stack, write_codebook
 from merfish._files import whole_file
 from merfish._jit import compilation_said
 from merfish.config import RunConfig, read_config
 from merfish.errors import InputError
 from merfish.transcripts import read_transcripts
-
-
-def call(monkeypatch, *arguments):
-    """Return the exit code of ``merfish arguments``."""
-    monkeypatch.setattr(sys, "argv", ["merfish", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +106,7 @@ def test_decode_a_file(monkeypatch, tmp_path, book, suffix):
         ),
         (["run", "{tmp}/nowhere", "--out", "{tmp}/out"], "nowhere"),
         (["run", "{tmp}", "--out", "{tmp}/out", "--fov", "1;2"], "expected numbers and ranges"),
-        (["run", "{tmp}", "--out", "{tmp}/out", "--workers", "2", "--scheduler", "tcp://x"], "exclude each other"),
+        (["run", "{tmp}", "--out", "{tmp}/out", "--workers", "2", "--scheduler", "tcp://x"], "cannot be combined"),
         (["report", "{tmp}"], "run.json"),
         (["simulate", "{tmp}", "--fields", "4"], "expected two numbers such as 4x4"),
         (["codebook", "show", "{tmp}"], "codebook"),

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import shapely
-from test_command_line import call
 
+from command import call
 from merfish import results
 from merfish.cells.counts import read_cells
 from merfish.exchange.merscope import read_merscope

@@ -16,14 +16,14 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from test_command_line import call
 
 import merfish
+from command import call
 from merfish import InputError, results
 from merfish._parquet import geo_schema
 from merfish.cells.counts import assign_cells, read_cells
 from merfish.exchange.geojson import read_geojson
-from merfish.exchange.labels import label_image, label_outlines, read_label_outlines, write_labels
+from merfish.exchange.labels import label_image, label_outlines, read_label_outlines
 from merfish.exchange.outlines import read_outlines
 from merfish.imaging import _header
 from merfish.pipeline import assign as assigning
@@ -63,7 +63,7 @@ def test_label_images__of_every_format_in_blocks(monkeypatch, tmp_path, most):
     labels = np.zeros((2, 40, 50), np.uint16)
     labels[0, 3:9, 4:30], labels[0, 20:40, 33:50], labels[1, 5:37, 2:8] = 7, 2, 7
     np.save(tmp_path / "a.npy", labels)
-    write_labels(labels, tmp_path / "b.tif")
+    tifffile.imwrite(tmp_path / "b.tif", labels, compression="zlib")
     tifffile.imwrite(tmp_path / "c.ome.tif", labels, metadata={"axes": "ZYX"})
     tifffile.imwrite(tmp_path / "d.tif", labels, tile=(16, 32), compression="zlib", byteorder=">")
     tifffile.imwrite(tmp_path / "e.tif", labels, rowsperstrip=7, compression="lzw")
@@ -178,7 +178,7 @@ def pixel_labels(out, folder):
         move = lambda xy, at=position: (xy - at) / record["microns_per_pixel"]  # noqa: E731
         outlines = shapely.transform(cells["geometry"].to_numpy(), move)
         labels = label_image(outlines, cells["cell_id"].to_numpy(), record["fields"][str(fov)]["shape"])
-        write_labels(np.where((labels > 0) & (fov == 1), labels + 100, labels), folder / f"fov{fov}_masks.tif")
+        tifffile.imwrite(folder / f"fov{fov}_masks.tif", np.where((labels > 0) & (fov == 1), labels + 100, labels))
 
 
 def test_assign__own_cells_give_the_same_results(done, copy_of_run, tmp_path):
@@ -247,8 +247,11 @@ def test_run_with_a_segmentation__and_back(raw, done, copy_of_run, tmp_path):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda f: write_labels(np.ones((9, 9), int), f / "fov0.tif"), "no file for field 1, 2, 3; expected one file"),
-        (lambda f: [write_labels(np.ones((9, 9), int), f / f"{k}.tif") for k in range(4)], "labels have 9 x 9 px"),
+        (
+            lambda f: tifffile.imwrite(f / "fov0.tif", np.ones((9, 9), int)),
+            "no file for field 1, 2, 3; expected one file",
+        ),
+        (lambda f: [tifffile.imwrite(f / f"{k}.tif", np.ones((9, 9), int)) for k in range(4)], "labels have 9 x 9 px"),
         (
             lambda f: [np.save(f / f"{k}.npy", np.ones((256, 256)) / 2) for k in range(4)],
             "expected a label image",
@@ -268,7 +271,7 @@ def test_assign__refuses_other_units_and_says_so(monkeypatch, copy_of_run, tmp_p
     (tmp_path / "a.geojson").write_text(json.dumps({"features": far}))
     assert call(monkeypatch, "assign", copy_of_run, "--segmentation", tmp_path / "a.geojson") == 2
     assert "its cells span x 9000 to 9100" in capsys.readouterr().err
-    write_labels(np.ones((300, 300), int), tmp_path / "whole.tif")
+    tifffile.imwrite(tmp_path / "whole.tif", np.ones((300, 300), int))
     assert call(monkeypatch, "assign", copy_of_run, "--segmentation", tmp_path / "whole.tif") == 2
     assert "needs micron_to_mosaic_pixel_transform.csv beside it" in capsys.readouterr().err
 
@@ -277,7 +280,7 @@ def test_assign__label_image_of_the_section_by_its_transform(copy_of_run, tmp_pa
     left, low, right, high = shapely.total_bounds(read_cells(copy_of_run / results.CELLS)["geometry"].to_numpy())
     labels = np.zeros((100, 100), np.uint8)
     labels[:, :50], labels[:, 50:] = 1, 2
-    write_labels(labels, tmp_path / "mosaic.tif")
+    tifffile.imwrite(tmp_path / "mosaic.tif", labels)
     per_micron = 100 / max(right - left, high - low)
     matrix = [[per_micron, 0, -left * per_micron - 0.5], [0, per_micron, -low * per_micron - 0.5], [0, 0, 1]]
     np.savetxt(tmp_path / "micron_to_mosaic_pixel_transform.csv", matrix)

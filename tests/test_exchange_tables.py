@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 import warnings
 
 import anndata
@@ -9,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.sparse import csc_matrix
-from test_command_line import call
 
+from command import call, call_spatialvae
 from merfish.errors import InputError
 from merfish.exchange.cosmx import read_cosmx
 from merfish.exchange.merscope import read_merscope
@@ -104,7 +103,6 @@ VENDORS = {
 
 @pytest.mark.parametrize("kind", VENDORS)
 def test_vendors_folder_to_table_to_model(monkeypatch, tmp_path, truth, kind):
-    from spatialvae import cli as embedding
 
     counts, places = truth
     VENDORS[kind][0](tmp_path, counts, places)
@@ -116,10 +114,7 @@ def test_vendors_folder_to_table_to_model(monkeypatch, tmp_path, truth, kind):
     assert table.uns["spatial_unit"] == "micrometre"
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command line sets its own
     arguments = ["train", tmp_path / "table.h5ad", "--out", tmp_path / "model", "--max-epochs", "1"]
-    monkeypatch.setattr(sys, "argv", ["spatialvae", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        embedding.main()
-    assert not stop.value.code
+    assert call_spatialvae(monkeypatch, *arguments) == 0
     assert np.isfinite(anndata.read_h5ad(tmp_path / "model" / "table.h5ad").obsm["X_spatialvae"]).all()
 
 

@@ -363,7 +363,7 @@ def test_read_data_organization__rejects_empty(text, tmp_path):
         ("x,y\n1,2\n", "line 1: expected x,y"),
         ("1,2\n\n3,nan\n", "line 3: expected finite"),
         ("1,2\n-inf,2\n", "line 2: expected finite"),
-        ("1,1e300\n", "line 1: expected finite x,y in micrometre, at most 1e.07, got '1,1e300'"),
+        ("1,1e300\n", "line 1: expected finite x,y in micrometres, at most 1e.07, got '1,1e300'"),
         ("1,2\n1,\x002\n", r"line 2: found the control character '\\x00'"),
         ("1,2,3\n", "line 1: expected x,y"),
     ],

@@ -104,7 +104,7 @@ def test_readme_runs_on_real_images(tmp_path, monkeypatch, capsys):
 
 
 def test_readme_has_the_figures_of_its_pages():
-    sections = README.split("## Against other tools")[1].split("\n## ")[0].split("\n### ")[1:]
+    sections = README.split("## Comparison with other tools")[1].split("\n## ")[0].split("\n### ")[1:]
     assert len(sections) == 4
     for section in sections:
         page = (Path(__file__).parents[1] / re.search(r"\((benchmarks/results/\w+\.md)\)", section)[1]).read_text()

@@ -107,5 +107,5 @@ def test_leaks_are_told_with_their_kind():
     rows = leak_rows(leaks, ["a", "b", "c", "d"], channels)
     assert [row["kind"] for row in rows] == ["carry-over", "bleed-through", "", ""]
     (line,) = leak_lines({"leaks": rows})
-    assert "b in c 20% (carry-over), a in b 10% (bleed-through), c in a 5%," in line
+    assert "b into c 20% (carry-over), a into b 10% (bleed-through), c into a 5%," in line
     assert leak_lines({}) == []

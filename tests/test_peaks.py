@@ -5,7 +5,8 @@ import pytest
 
 import reference
 from merfish.decoding import _peak_kernels as kernels
-from merfish.decoding.peaks import BIN, REACH, ROUND, Fit, Profile, fit_peaks, measure_profile, shape_of, share_peaks
+from merfish.decoding._peak_kernels import ROUND, Metric
+from merfish.decoding.peaks import BIN, REACH, Fit, Profile, fit_peaks, measure_profile, shape_of, share_peaks
 from merfish.imaging.normalize import NoiseMap, locate_peaks
 
 SIGMA = 1.35
@@ -15,14 +16,14 @@ PROFILE = Profile(np.append(np.exp(-((np.arange(N_BINS) / BINS) ** 2) / (2 * SIG
 SHAPE = shape_of(PROFILE, SIGMA)
 RATIO, TILT = 1.4, np.radians(30)  # axes of an elliptical spot, and direction of the long one
 LONG, SHORT = np.cos(TILT) ** 2, np.sin(TILT) ** 2
-ELLIPSE = (
+ELLIPSE = Metric(
     LONG / RATIO + SHORT * RATIO,
     np.cos(TILT) * np.sin(TILT) * (1 / RATIO - RATIO),
     SHORT / RATIO + LONG * RATIO,
 )
 
 
-def render(x, y, top, shape, metric=(1, 0, 1)):
+def render(x, y, top, shape, metric=ROUND):
     row, column = np.mgrid[: shape[0], : shape[1]]
     out = np.zeros(shape)
     for a, b, c in zip(x, y, top, strict=True):
@@ -31,7 +32,7 @@ def render(x, y, top, shape, metric=(1, 0, 1)):
     return out
 
 
-@pytest.fixture(scope="module", params=[(1, 0, 1), ELLIPSE], ids=["round", "elliptical"])
+@pytest.fixture(scope="module", params=[ROUND, ELLIPSE], ids=["round", "elliptical"])
 def crowd(request):
     """Simulate 300 x 300 px with single spots on a lattice, and pairs 2.6 px apart by the metric of the spots."""
     rng = np.random.default_rng(0)
@@ -85,7 +86,7 @@ def test_spots_are_round_if_only_some_of_the_bright_ones_are_elongated():
     assert measure_profile(image, 300, *locate_peaks(image, 300, 0.15), SIGMA).metric == ROUND
 
 
-@pytest.mark.parametrize("metric", [(1.0, 0.0, 1.0), ELLIPSE])
+@pytest.mark.parametrize("metric", [ROUND, ELLIPSE])
 def test_refit_spot_equals_least_squares(metric):
     x, y, top, shape = 10.2, 9.7, 1.1, shape_of(Profile(PROFILE.height, metric), SIGMA)
     image = render([10.35], [9.6], [1.3], (20, 20), metric).astype(np.float32)
@@ -120,7 +121,7 @@ def test_the_light_of_one_peak_is_shared_by_the_molecules_that_make_it():
     assert got.x == pytest.approx([20, 20.9, 40], abs=0.15)
 
 
-@pytest.mark.parametrize("metric", [(1.0, 0.0, 1.0), ELLIPSE])
+@pytest.mark.parametrize("metric", [ROUND, ELLIPSE])
 def test_share_light_equals_the_reference(metric):
     rng, shape = np.random.default_rng(0), shape_of(Profile(PROFILE.height, metric), SIGMA)
     x, y, top = rng.uniform(5, 25, 6), rng.uniform(5, 25, 6), rng.uniform(0, 1, 6)
@@ -141,9 +142,9 @@ def test_find_near_equals_the_reference(n):
     assert near.tolist() == [bool((np.hypot(x - a, y - b) < 2.0).any()) for a, b in zip(px, py, strict=True)]
 
 
-@pytest.mark.parametrize("metric", [(1.0, 0.0, 1.0), ELLIPSE])
+@pytest.mark.parametrize("metric", [ROUND, ELLIPSE])
 def test_the_tables_of_a_spot_reach_to_the_corners_of_its_rectangle(metric):
     shape = shape_of(Profile(PROFILE.height, metric), SIGMA)
     corners = [(a * shape.across * shape.reach, b * shape.down * shape.reach) for a in (-1, 1) for b in (-1, 1)]
-    assert max(kernels.squared_distance(*at, shape) for at in corners) * shape.bins + 1 < len(shape.profile)
+    assert max(kernels.squared_distance(*at, shape.metric) for at in corners) * shape.bins + 1 < len(shape.profile)
     assert not shape.profile[round(shape.reach**2 * shape.bins) :].any()

@@ -72,7 +72,7 @@ def test_flag_quality__rounds_swapped_in_one_field(healthy):
     table.loc[place[1], values] = before.loc[place[6], values].to_numpy()
     table.loc[place[6], values] = before.loc[place[1], values].to_numpy()
     flagged = flag_quality(table)
-    swapped = flagged[flagged["reasons"].str.contains("rounds 1 and 6 look swapped")]
+    swapped = flagged[flagged["reasons"].str.contains("rounds 1 and 6 appear to be swapped")]
     assert set(swapped.index) == set(place[1]) | set(place[6])
 
 

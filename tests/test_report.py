@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_command_line import call
 
 import merfish
+from command import call
 from merfish import InputError, _parquet, plots, results
 from merfish.pipeline import folder
 from merfish.report import Section, Table, domains, figures, findings, picture, summary, write_report, write_run_report

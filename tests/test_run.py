@@ -142,7 +142,7 @@ def test_run_of_images_as_cameras_make_them(tmp_path):
     record = json.loads((tmp_path / "out" / results.RUN).read_text())
     assert "saturated" in record["failed"]["2"]
     lines = run_summary(tmp_path / "out")["lines"]
-    assert any("No molecule shows in bit4" in line for line in lines)
+    assert any("excluded from decoding as dead: bit4" in line for line in lines)
     assert all(40 <= light["hot"] <= 50 for light in record["light"].values())
     calls, truth = (
         pd.read_parquet(p) for p in (tmp_path / "out" / results.TRANSCRIPTS, raw / "truth/molecules.parquet")

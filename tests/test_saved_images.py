@@ -12,9 +12,9 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from test_command_line import call
 
 import merfish
+from command import call
 from merfish import mosaic, results
 from merfish.config import RunConfig
 from merfish.imaging import ngff

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from spatialvae import cli
+from command import call_spatialvae
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +26,10 @@ def table(tmp_path_factory):
     return path
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["spatialvae", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
-
-
 def test_train_then_embed__write_whole_results(monkeypatch, capsys, tmp_path, table):
     out = tmp_path / "run"
     train = ["train", table, "--out", out, "--domains", 2, "--max-epochs", 2, "--linear-decoder"]
-    assert run(monkeypatch, *train, "--likelihood", "zinb") == 0
+    assert call_spatialvae(monkeypatch, *train, "--likelihood", "zinb") == 0
     written = {p.name for p in out.iterdir()}
     assert written == {
         "model", "table.h5ad", "history.csv", "run.json", "training.png", "latent.png", "domains.png", "loadings.csv",
@@ -47,12 +40,12 @@ def test_train_then_embed__write_whole_results(monkeypatch, capsys, tmp_path, ta
     about = json.loads((out / "run.json").read_text())
     assert about["input"]["bytes"] == table.stat().st_size
     assert about["parameters"]["likelihood"] == "zinb"
-    assert run(monkeypatch, "embed", table, "--model", out, "--out", tmp_path / "again.h5ad") == 0
+    assert call_spatialvae(monkeypatch, "embed", table, "--model", out, "--out", tmp_path / "again.h5ad") == 0
     again = anndata.read_h5ad(tmp_path / "again.h5ad")
     np.testing.assert_array_equal(again.obsm["X_spatialvae"], first.obsm["X_spatialvae"])
     scored = ["evaluate", out / "table.h5ad", "--model", out, "--labels", "spatial_domain", "--samples", 3]
     capsys.readouterr()
-    assert run(monkeypatch, *scored) == 0
+    assert call_spatialvae(monkeypatch, *scored) == 0
     assert json.loads(capsys.readouterr().out)["ari"] == 1
 
 
@@ -67,7 +60,7 @@ def test_train_then_embed__write_whole_results(monkeypatch, capsys, tmp_path, ta
 )
 def test_bad_input__exits_2_with_one_message(monkeypatch, capsys, tmp_path, table, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, *[table if a == "TABLE" else a for a in arguments]) == 2
+    assert call_spatialvae(monkeypatch, *[table if a == "TABLE" else a for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
     assert "Traceback" not in error

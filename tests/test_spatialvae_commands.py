@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import sys
-
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 
-from spatialvae import cli
+from command import call_spatialvae
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +23,12 @@ def table(tmp_path_factory):
     return path
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["spatialvae", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
-
-
 def test_neighbours_and_dependence__write_tables_and_figures(monkeypatch, capsys, tmp_path, table):
-    assert run(monkeypatch, "neighbours", table, "--labels", "type", "--out", tmp_path) == 0
+    assert call_spatialvae(monkeypatch, "neighbours", table, "--labels", "type", "--out", tmp_path) == 0
     couplings = pd.read_csv(tmp_path / "couplings.csv")
     assert set(zip(couplings["label"], couplings["neighbour"], strict=True)) == {("p", "p"), ("p", "q"), ("q", "q")}
     assert "0 of 3 pairs" in capsys.readouterr().out  # types are independent of neighbours
-    assert run(monkeypatch, "dependence", table, "--labels", "type", "--out", tmp_path) == 0
+    assert call_spatialvae(monkeypatch, "dependence", table, "--labels", "type", "--out", tmp_path) == 0
     shares = pd.read_csv(tmp_path / "variance.csv").set_index("gene")
     assert shares["type"].idxmax() == "a"
     written = {path.name for path in tmp_path.iterdir()}
@@ -50,15 +41,15 @@ def test_neighbours_and_dependence__write_tables_and_figures(monkeypatch, capsys
 def test_report_and_plot__of_a_trained_folder(monkeypatch, capsys, tmp_path, table):
     out, small = tmp_path / "run", tmp_path / "small.h5ad"
     anndata.read_h5ad(table)[:200].copy().write_h5ad(small)
-    assert run(monkeypatch, "train", small, "--out", out, "--domains", 3, "--max-epochs", 2) == 0
-    assert run(monkeypatch, "neighbours", small, "--labels", "type", "--out", out) == 0
-    assert run(monkeypatch, "report", out, "--labels", "type") == 0
+    assert call_spatialvae(monkeypatch, "train", small, "--out", out, "--domains", 3, "--max-epochs", 2) == 0
+    assert call_spatialvae(monkeypatch, "neighbours", small, "--labels", "type", "--out", out) == 0
+    assert call_spatialvae(monkeypatch, "report", out, "--labels", "type") == 0
     page = (out / "report.html").read_text()
     for heading in ("Training", "Latent space", "Domains", "Niches", "Gene programs", "Neighbouring types"):
         assert f"<h2>{heading}</h2>" in page
     assert "://" not in page  # the page loads nothing from the network
     figure = tmp_path / "latent.png"
-    assert run(monkeypatch, "plot", "latent", out / "table.h5ad", "--labels", "type", "--out", figure) == 0
+    assert call_spatialvae(monkeypatch, "plot", "latent", out / "table.h5ad", "--labels", "type", "--out", figure) == 0
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
@@ -72,7 +63,7 @@ def test_report_and_plot__of_a_trained_folder(monkeypatch, capsys, tmp_path, tab
 )
 def test_bad_input__exits_2_with_one_message(monkeypatch, capsys, tmp_path, table, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, *[table if a == "TABLE" else a for a in arguments]) == 2
+    assert call_spatialvae(monkeypatch, *[table if a == "TABLE" else a for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import pytest
 import scipy.sparse as sp
 from anndata.io import sparse_dataset
 
-from spatialvae import InputError, SpatialVAE, cli, counts
+from command import call_spatialvae
+from spatialvae import InputError, SpatialVAE, counts
 from spatialvae.cli.files import read_table
 
 FORMATS = {"dense": np.asarray, "csr": sp.csr_matrix, "csc": sp.csc_matrix}
@@ -123,9 +123,7 @@ def test_command_line__adds_to_a_copy_of_the_table(monkeypatch, tmp_path):
     given.write_h5ad(tmp_path / "cells.h5ad")
     command = ["train", "cells.h5ad", "--out", "run", "--layer", "counts", "--domains", "2", "--max-epochs", "1"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["spatialvae", *command])
-    with pytest.raises(SystemExit, match="0"):
-        cli.main()
+    assert call_spatialvae(monkeypatch, *command) == 0
     found = anndata.read_h5ad(tmp_path / "run" / "table.h5ad")
     assert set(found.obsm) == {"spatial", "other", "X_spatialvae", "spatial_domain_probability"}
     assert set(found.uns) == {"note", "_spatialvae", "X_spatialvae_names"}

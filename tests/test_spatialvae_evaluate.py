@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import sys
-
 import anndata
 import numpy as np
 import pandas as pd
@@ -9,7 +7,8 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from spatialvae import InputError, SpatialVAE, cli, comparison, evidence, neighbours
+from command import call_spatialvae
+from spatialvae import InputError, SpatialVAE, comparison, evidence, neighbours
 from spatialvae.mixture import Mixture
 
 
@@ -98,10 +97,7 @@ def test_command__writes_the_comparison(monkeypatch, capsys, tmp_path):
     adata.write_h5ad(tmp_path / "cells.h5ad")
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["spatialvae", "evaluate", str(tmp_path / "cells.h5ad"), *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code
+        return call_spatialvae(monkeypatch, "evaluate", tmp_path / "cells.h5ad", *arguments)
 
     asked = ["--likelihood", "poisson", "--latent", "2,3", "--samples", "5", "--max-epochs", "2"]
     assert run(*asked, "--out", str(tmp_path / "out")) == 0

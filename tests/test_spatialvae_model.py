@@ -12,7 +12,19 @@ from sklearn.metrics import adjusted_rand_score
 
 import reference
 from merfish import datasets
-from spatialvae import InputError, SpatialVAE, analysis, batches, graph, likelihoods, niche_prior, plots, training
+from spatialvae import (
+    InputError,
+    SpatialVAE,
+    analysis,
+    batches,
+    evidence,
+    graph,
+    likelihoods,
+    niche_prior,
+    plots,
+    training,
+    units,
+)
 from spatialvae.celltypes import Types
 
 
@@ -557,3 +569,24 @@ def test_niche_prior__has_the_mean_and_variance_of_the_posterior_and_leaves_coun
     square = (niche.mean**2 + niche.variance).mean(0)
     torch.testing.assert_close(square, module.niche_variance, rtol=0.3, atol=0)
     torch.testing.assert_close(module.niche_variance, wanted.niche_variance, rtol=0.3, atol=0)
+
+
+def test_units__a_molecule_is_as_informative_about_each_dimension_and_p_of_x_does_not_change(trained):
+    _, model = trained
+    module, section = copy.deepcopy(model.module), model._section
+    rows = np.arange(section.cells.n_cells)
+    z = torch.from_numpy(model.get_latent_representation(which="cell"))
+    found = units.information(module, section, rows, z)
+    torch.testing.assert_close(found, torch.full_like(found, float(found.mean())), rtol=1e-2, atol=0)
+    module.set_types(Types.of_sizes(0, module.shape.n_niche, module.shape.n_cell))
+    before, divergence = evidence.log_evidence(module, section, rows, 20)[0], divergence_of(module, section)
+    module.rescale(torch.linspace(0.2, 3, module.shape.n_cell))
+    np.testing.assert_allclose(evidence.log_evidence(module, section, rows, 20)[0], before, atol=0.01)
+    torch.testing.assert_close(divergence_of(module, section), divergence, rtol=1e-3, atol=0)
+    units.fit(module, section)
+    torch.testing.assert_close(module.decoder.loadings, model.module.decoder.loadings, rtol=1e-2, atol=1e-4)
+
+
+def divergence_of(module, section):
+    """Divergence of the posterior of all niches from their prior, in nats."""
+    return module.solve(section.space, module.sites(section)).divergence.sum()

@@ -172,7 +172,7 @@ def test_own_encoder__is_given_again_with_the_saved_parameters(tmp_path):
     for parameter in model.neighbours.parameters():
         parameter.data.normal_()
     model.save(tmp_path / "model")
-    with pytest.raises(InputError, match="niche_encoder of your own"):
+    with pytest.raises(InputError, match="custom niche_encoder"):
         SpatialVAE.load(tmp_path / "model", rest)
     again = SpatialVAE.load(tmp_path / "model", rest, niche_encoder=Sum(6))
     assert again.get_marginal_ll(held, 20, given=rest) == model.get_marginal_ll(held, 20, given=rest)

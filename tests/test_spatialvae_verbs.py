@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 
-from spatialvae import InputError, SpatialVAE, cli
+from command import call_spatialvae
+from spatialvae import InputError, SpatialVAE
 
 
 def table(n=80):
@@ -106,11 +106,8 @@ def test_command_sample__writes_counts(trained, monkeypatch, capsys, tmp_path):
     adata[:30].write_h5ad(tmp_path / "known.h5ad")
 
     def run(*arguments):
-        given = ["spatialvae", "sample", str(tmp_path / "cells.h5ad"), "--model", str(tmp_path / "model")]
-        monkeypatch.setattr(sys, "argv", [*given, "--out", str(tmp_path / "made.h5ad"), *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code
+        given = ["sample", tmp_path / "cells.h5ad", "--model", tmp_path / "model", "--out", tmp_path / "made.h5ad"]
+        return call_spatialvae(monkeypatch, *given, *arguments)
 
     assert run("--samples", "3") == 0
     made = anndata.read_h5ad(tmp_path / "made.h5ad")
@@ -131,11 +128,8 @@ def test_command_sample__writes_counts(trained, monkeypatch, capsys, tmp_path):
 def test_command_evaluate__checks_a_model(trained, monkeypatch, capsys, tmp_path):
     trained.save(tmp_path / "model")
     table().write_h5ad(tmp_path / "cells.h5ad")
-    where = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--samples", "5"]
-    monkeypatch.setattr(sys, "argv", ["spatialvae", "evaluate", str(tmp_path / "cells.h5ad"), *where])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
+    where = ["--model", tmp_path / "model", "--out", tmp_path / "out", "--samples", 5]
+    assert call_spatialvae(monkeypatch, "evaluate", tmp_path / "cells.h5ad", *where) == 0
     figures = json.loads(capsys.readouterr().out)
     assert 0 <= figures["auc_cell"] <= 1
     assert figures["marginal_log_likelihood_monte_carlo_error"] > 0

@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import shapely
+import tifffile
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from merfish.cells.merging import in_stage_frame, trim_overlaps
 from merfish.cells.stacks import footprints, planes, stack, thickness
 from merfish.cells.volume import link
 from merfish.config import RunConfig
-from merfish.exchange.labels import label_image, write_labels
+from merfish.exchange.labels import label_image
 from merfish.exchange.merscope import write_merscope
 from merfish.imaging.field import aligned_stain, stain_shifts
 from merfish.imaging.opening import open_experiment
@@ -124,7 +125,7 @@ def test_assign__label_images_of_the_planes_of_a_run(done, tmp_path, per_field):
     for (left, top), file in zip(corners, files, strict=True):
         to_pixels = shapely.transform(outlines, lambda xy, corner=(left, top): (xy - corner) / scale)
         labels = np.stack([label_image(plane, cells["cell_id"].to_numpy(), shape) for plane in to_pixels.T])
-        zarr.save_array(str(file), labels) if file.suffix == ".zarr" else write_labels(labels, file)
+        zarr.save_array(str(file), labels) if file.suffix == ".zarr" else tifffile.imwrite(file, labels)
     out = shutil.copytree(done, tmp_path / "run")
     assign(out, path)
     again = read_cells(out / results.CELLS).sort_values("cell_id", ignore_index=True)

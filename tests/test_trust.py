@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merfish
+from command import call
 from merfish import InputError, cli, results
 from merfish._files import Packed, pack, read_json_packed
 from merfish.config import RunConfig
@@ -291,10 +292,7 @@ def test_run__with_a_codebook_of_other_images_ends_with_a_message(experiment, tm
     merfish.write_codebook(book.permuted(order), path)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([",".join(["name", "id", *(f"bit{k}" for k in range(1, 17))]), *lines[1:]]) + "\n")
-    monkeypatch.setattr(sys, "argv", ["merfish", "run", str(experiment), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == cli.FAILED_FIELDS
+    assert call(monkeypatch, "run", experiment, "--out", tmp_path / "out") == cli.FAILED_FIELDS
     assert "the images do not fit the codebook" in capsys.readouterr().err
     assert not (tmp_path / "out" / results.RUN).exists()
     merfish.run(experiment, out=tmp_path / "out", config=RunConfig(misidentification_rate=1.0))

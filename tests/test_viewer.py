@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import shapely
-from test_command_line import call
 
 import merfish
+from command import call
 from merfish import mosaic, results, viewer
 from merfish.cells.counts import read_cells
 from merfish.imaging.ngff import open_image

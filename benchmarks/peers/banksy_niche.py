@@ -1,4 +1,4 @@
-"""BANKSY for domains as its authors set it (lambda 0.8, 15 neighbours, azimuthal filter): TABLE OUT SEED."""
+"""BANKSY with the settings of its authors for domains (lambda 0.8, 15 neighbours, azimuthal filter): TABLE OUT SEED."""
 
 import sys
 

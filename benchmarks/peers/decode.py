@@ -1,9 +1,9 @@
-"""starfish on the same simulated stacks as the decoders here, scored alike: python benchmarks/peers/decode.py.
+"""starfish and the decoders of merfish on the same simulated stacks: python benchmarks/peers/decode.py.
 
-Makes an environment for starfish outside the repository (``--cache``), installs it there from PyPI, and writes
+Creates an environment for starfish outside the repository (``--cache``), installs it from PyPI, and writes
 benchmarks/results/decode_peers.md. ``--quick`` is a smoke run of small fields. With ``--worlds FOLDER`` only starfish
 runs, on the first stack of each world in one plane of benchmarks/robustness.py: scores go to FOLDER, where
-``robustness.py --peers FOLDER`` reads them; what is there already is left alone.
+``robustness.py --peers FOLDER`` reads them; existing files are kept.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROUTES = (*PIXELS, ("blobs", "own"), ("blobs", "ours"))
 
 
 def run_worker(python: Path, folder: Path, step: str, **settings: float) -> dict[str, float]:
-    """One step of starfish_worker.py on the files in ``folder``; its seconds and bytes."""
+    """Run one step of starfish_worker.py on the files in ``folder``; returns its seconds and bytes."""
     (folder / "settings.json").write_text(json.dumps(settings))
     command = [python, "-W", "ignore", str(HERE / "starfish_worker.py"), str(folder), step]
     run = subprocess.run(command, capture_output=True, text=True)  # its progress bars are of no use here
@@ -61,7 +61,7 @@ def starfish(
     psf_sigma: float,
     routes: tuple[tuple[str, str], ...] = ROUTES,
 ) -> pd.DataFrame:
-    """starfish's routes on a raw stack, one row a route, filter and magnitude threshold.
+    """Run starfish's methods on a raw stack; returns one row per method, filter and magnitude threshold.
 
     words (word, bit) of the codebook; psf_sigma: pixel, for its deconvolution.
     """
@@ -96,14 +96,14 @@ def starfish(
 
 
 def score(calls: pd.DataFrame, truth: pd.DataFrame, raw: np.ndarray) -> dict[str, float]:
-    """Recall and precision, and their harmonic mean."""
+    """Return recall and precision, and their harmonic mean."""
     found = score_calls(calls, truth, shape=raw.shape[1:])
     recall, precision = found["recall"], found["precision"]
     return {"recall": recall, "precision": precision, "f1": 2 * recall * precision / max(recall + precision, 1e-9)}
 
 
 def ours(raw: np.ndarray, truth: pd.DataFrame) -> pd.DataFrame:
-    """The decoders here with their defaults, each in a fresh process, one row a method."""
+    """Run the decoders of merfish with their defaults, each in a new process; returns one row per method."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -125,7 +125,7 @@ def ours(raw: np.ndarray, truth: pd.DataFrame) -> pd.DataFrame:
 
 
 def run_ours(folder: Path, method: str) -> None:
-    """Decode raw.npy into calls.csv, timed, compilation aside."""
+    """Decode raw.npy into calls.csv, and measure the time without compilation."""
     decode(simulate_stack(BOOK, shape=(64, 64), seed=1)[0], BOOK, method=method)
     stack = np.load(folder / "raw.npy", allow_pickle=False)
     before = forget_peak()
@@ -137,7 +137,7 @@ def run_ours(folder: Path, method: str) -> None:
 
 
 def best_settings(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row a density and method: means over seeds (the shortest time), at the magnitude with the largest f1."""
+    """Return one row per density and method at the magnitude with the largest f1: means over seeds, shortest time."""
     keys = ["density", "method", "magnitude"]
     summary = scores.groupby(keys, sort=False, dropna=False).agg(
         {"recall": "mean", "precision": "mean", "f1": "mean", "seconds": "min", "peak_over_stack": "mean"}
@@ -147,7 +147,7 @@ def best_settings(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def deliver_worlds(cache: Path, folder: Path) -> None:
-    """Write what starfish's pixel decoder, the better one, scores on the worlds of robustness.py, a file a world."""
+    """Write the scores of starfish's pixel decoder on the worlds of robustness.py, one file per world."""
     sys.path.insert(0, str(HERE.parent))  # before this folder, which has a decode.py as well
     from robustness import SEEDS, WORLDS, peer_file
 
@@ -162,7 +162,7 @@ def deliver_worlds(cache: Path, folder: Path) -> None:
 
 
 def main(cache: Path, quick: bool) -> None:
-    """Run everything and write the table."""
+    """Run all measurements and write the table."""
     side, seeds = (192, 1) if quick else (768, 3)
     python = environment(cache, "starfish")
     tables = []
@@ -179,13 +179,14 @@ def main(cache: Path, quick: bool) -> None:
 
 {platform.machine()}, {os.cpu_count()} cores; {", ".join(pins)}.
 
-Raw stacks of {side} x {side}, {seeds} seeds, the same for all; scored one to one, same word within 2 px, 10 px margin.
-merfish with its defaults. starfish: PixelSpotDecoder and CombineAdjacentFeatures (distance at most {DISTANCE}, at
-least 2 px), and BlobDetector on the brightest bit with MetricDistance; after the filters of its MERFISH notebook
-("own": high pass 3, 15 rounds of Richardson-Lucy with the true mean PSF, low pass 1) or after the band-pass of
-`pixels` ("ours"); bits scaled alike for all. Its `magnitude` (in molecules) is that of {tried} with the
-largest harmonic mean of recall and precision (`f1`), picked with the truth in hand, which users do not have.
-`seconds`: shortest over seeds, filters included, imports and compilation not. `peak_over_stack`: of the main process.
+Raw stacks of {side} x {side}, {seeds} seeds, the same for all tools; calls are matched one to one with molecules of the
+same word within 2 px, with a margin of 10 px. merfish: defaults. starfish: PixelSpotDecoder and CombineAdjacentFeatures
+(distance at most {DISTANCE}, at least 2 px), and BlobDetector on the brightest bit with MetricDistance; after the
+filters of its MERFISH notebook ("own": high pass 3, 15 rounds of Richardson-Lucy with the true mean PSF, low pass 1) or
+after the band-pass of `pixels` ("ours"); all bits have the same scale for all tools. Its `magnitude` (in molecules) is
+the one of {tried} with the largest harmonic mean of recall and precision (`f1`), which is chosen with the truth; users
+cannot do this. `seconds`: shortest over seeds, with filters, without imports and compilation. `peak_over_stack`: of the
+main process.
 
 {as_markdown(table)}
 """

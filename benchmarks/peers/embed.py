@@ -1,10 +1,10 @@
-"""What peers deliver for benchmarks/embedding.py --peers FOLDER, each made in an environment of its own.
+"""Results of other tools for benchmarks/embedding.py --peers FOLDER, each in a separate environment.
 
     python benchmarks/peers/embed.py TABLE.h5ad FOLDER [--seeds 5] [--methods scVI ...] [--cache DIR]
 
-Counts in X, places in obsm["spatial"]. Writes FOLDER/TABLE-METHOD-SEED.npy, leaving alone what is there already.
-The files NAME.txt beside this one pin what each environment holds. benchmarks/heldout.py, distribution.py and
-batches.py call for the rest.
+Counts in X, coordinates in obsm["spatial"]. Writes FOLDER/TABLE-METHOD-SEED.npy; existing files are kept. The files
+NAME.txt in this folder pin the packages of each environment. benchmarks/heldout.py, distribution.py and batches.py use
+the other methods.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHODS = DOMAINS | COUNTS | FITTED
 
 
 def environment(cache: Path, name: str) -> Path:
-    """The interpreter of an environment with what NAME.txt pins, made when it is not there yet."""
+    """Return the interpreter of the environment with the packages in NAME.txt; create it if it does not exist."""
     folder, pins = cache / name, HERE / f"{name}.txt"
     python, done = folder / "bin" / "python", folder / "installed.txt"
     if not (done.is_file() and done.read_text() == pins.read_text()):
@@ -49,7 +49,7 @@ def environment(cache: Path, name: str) -> Path:
 
 
 def deliver(table: Path, folder: Path, methods: Iterable[str], seeds: int, cache: Path) -> None:
-    """Write FOLDER/TABLE-METHOD-SEED.npy of every method and seed, unless it is there."""
+    """Write FOLDER/TABLE-METHOD-SEED.npy for every method and seed, unless it exists."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
         for method in methods:

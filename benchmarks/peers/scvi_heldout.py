@@ -1,4 +1,4 @@
-"""scVI (NB, 10 dimensions) trained without obs["held_out"]: log p(x) of each cell held out, in order: TABLE OUT SEED.
+"""scVI (NB, 10 dimensions) trained without obs["held_out"]: log p(x) of each held-out cell, in order: TABLE OUT SEED.
 
 Its defaults with early stopping; the observed total count as library size. 1,000 importance samples from q(z | x) with
 its standard deviations 1.3 times as wide.

@@ -1,4 +1,4 @@
-"""Seconds of scVI's run, one hidden layer of 128, NB, the making of the model counted: TABLE BATCH EPOCHS."""
+"""Seconds of scVI's run, one hidden layer of 128, NB, with the creation of the model: TABLE BATCH EPOCHS."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""scVIVA, defaults; cell types are 20 k-means clusters of scVI's latent, as nothing sees labels: TABLE OUT SEED."""
+"""scVIVA, defaults; cell types are 20 k-means clusters of scVI's latent space: TABLE OUT SEED."""
 
 import sys
 

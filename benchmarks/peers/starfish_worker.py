@@ -1,11 +1,11 @@
-"""starfish in its own environment: started by decode.py, one step a process, arrays and tables in and out as files.
+"""One step of starfish in its own environment, started by decode.py; arrays and tables are passed as files.
 
 python starfish_worker.py FOLDER STEP, where FOLDER/settings.json holds the parameters of the step:
 
-- filter: raw.npy, uint16 (bit, y, x), through the filters of starfish's MERFISH notebook into filtered.npy, float32.
+- filter: raw.npy, uint16 (bit, y, x), filtered as in starfish's MERFISH notebook, to filtered.npy, float32.
 - pixels, blobs: normalised.npy, float32 (bit, y, x), and words.npy, uint8 (word, bit), into calls.csv.
 
-Each step writes record.json: seconds, and bytes by which the largest resident size grew.
+Each step writes record.json: seconds, and growth of the largest resident size in bytes.
 """
 
 import json
@@ -27,12 +27,12 @@ HIGH_PASS, ITERATIONS, LOW_PASS = 3, 15, 1  # of the notebook, the PSF alone is 
 
 
 def as_image(stack: np.ndarray) -> ImageStack:
-    """(bit, y, x) as rounds of two colours."""
+    """Return a stack (bit, y, x) as rounds of two colours."""
     return ImageStack.from_numpy(stack.reshape(-1, 2, 1, *stack.shape[1:]))
 
 
 def filtered(raw: np.ndarray, psf_sigma: float) -> np.ndarray:
-    """High pass, Richardson-Lucy deconvolution, low pass."""
+    """Apply high pass, Richardson-Lucy deconvolution and low pass."""
     image = Filter.GaussianHighPass(sigma=HIGH_PASS).run(as_image(raw))
     deconvolve = Filter.DeconvolvePSF(
         num_iter=ITERATIONS, sigma=psf_sigma, level_method=Levels.SCALE_SATURATED_BY_CHUNK
@@ -42,7 +42,7 @@ def filtered(raw: np.ndarray, psf_sigma: float) -> np.ndarray:
 
 
 def decoded(stack: np.ndarray, words: np.ndarray, step: str, settings: dict) -> pd.DataFrame:
-    """Calls (barcode_id, x, y) of a normalised stack, by pixels or by blobs of the brightest bit."""
+    """Return calls (barcode_id, x, y) of a normalised stack, by pixels or by blobs of the brightest bit."""
     codebook = Codebook.from_numpy(
         [str(row) for row in range(len(words))], len(words[0]) // 2, 2, words.reshape(len(words), -1, 2)
     )
@@ -71,7 +71,7 @@ def decoded(stack: np.ndarray, words: np.ndarray, step: str, settings: dict) -> 
 
 
 def main(folder: Path, step: str) -> None:
-    """Run one step, timed."""
+    """Run one step and measure its time."""
     settings = json.loads((folder / "settings.json").read_text())
     stack = np.load(folder / ("raw.npy" if step == "filter" else "normalised.npy"), allow_pickle=False)
     before, start = forget_peak(), time.perf_counter()

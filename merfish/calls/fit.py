@@ -45,15 +45,13 @@ class FitCounts:
 class Verdict:
     """fits: False if the calls contradict the codebook, True if they support it or are too few.
 
-    wrong, wrong_low, wrong_high: fraction of the likely calls that are wrong, estimated from the blanks, with its 95 %
-    interval; NaN without blanks. likely: fraction of likely calls among all found; exact: fraction of these without bit
-    errors. cause: what to check first, empty if the codebook fits.
+    wrong: fraction of the likely calls that are wrong, estimated from the blanks; NaN without blanks. likely: fraction
+    of likely calls among all found; exact: fraction of these without bit errors. cause: what to check first, empty if
+    the codebook fits.
     """
 
     fits: bool
     wrong: float
-    wrong_low: float
-    wrong_high: float
     likely: float
     exact: float
     cause: str
@@ -79,10 +77,9 @@ def codebook_fits(counts: FitCounts, codebook: Codebook, dead_bits: tuple[str, .
     """
     blank_share = float(codebook.is_blank.mean())
     likely, exact = counts.likely / max(counts.found, 1), counts.exact / max(counts.likely, 1)
-    wrong = low = high = np.nan
+    wrong = low = np.nan
     if blank_share:
-        of_calls = wilson(counts.blank, counts.likely - counts.blank)
-        wrong, low, high = (share / blank_share for share in of_calls)
+        wrong, low, _ = (share / blank_share for share in wilson(counts.blank, counts.likely - counts.blank))
     if blank_share and counts.likely:
         against = low > MOST_WRONG or (wrong > MOST_WRONG and likely < FEW_LIKELY and exact < FEW_EXACT)
     else:
@@ -95,14 +92,14 @@ def codebook_fits(counts: FitCounts, codebook: Codebook, dead_bits: tuple[str, .
             if dead_bits
             else "the codebook and the order of its bits"
         )
-    return Verdict(not against, wrong, low, high, likely, exact, cause)
+    return Verdict(not against, wrong, likely, exact, cause)
 
 
 def refuse_misfit(verdict: Verdict) -> None:
     """Raise CodebookMisfit if the calls contradict the codebook."""
     if verdict.fits:
         return
-    by_blanks = "" if np.isnan(verdict.wrong) else f"{min(verdict.wrong, 1):.0%} are wrong as judged by the blanks and "
+    by_blanks = "" if np.isnan(verdict.wrong) else f"{min(verdict.wrong, 1):.0%} are wrong according to the blanks and "
     raise CodebookMisfit(
         f"the images do not fit the codebook: {verdict.likely:.0%} of the molecules found are more likely right than "
         f"wrong; of these, {by_blanks}{verdict.exact:.0%} have no bit error. Check {verdict.cause}. No table is "

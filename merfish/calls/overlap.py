@@ -25,11 +25,11 @@ class Sightings:
 
 
 def seen_better_elsewhere(own: Sightings, others: Iterable[Sightings]) -> np.ndarray:
-    """Mark the molecules of a field that are also in another field, where they are kept; (molecule,) bool.
+    """Mark the molecules of a field that are duplicates of molecules kept in another field; (molecule,) bool.
 
-    Molecules with the same word in two fields within 0.3 micrometre are one; the one farther from the edge of its field
-    is kept, at equal distance that of the field with the lower number. Pairs of fields are compared separately and
-    symmetrically, so that a molecule dropped from one field is kept in the other.
+    Molecules with the same word in two fields within 0.3 micrometres are one molecule. The one farther from the edge of
+    its field is kept; at equal distance, the one of the field with the lower number. Pairs of fields are compared
+    separately and symmetrically, so that a molecule dropped from one field is kept in the other.
     """
     worse = np.zeros(len(own.word), bool)
     for other in others:

@@ -1,7 +1,8 @@
 """Corrected positions of fields, from the molecules that neighbouring fields share.
 
-The position of a stage differs from the reported one by some micrometres. Molecules in the overlap of two fields give
-the offset between them; the positions that agree best with all offsets and with the stage follow by least squares.
+The position of a stage differs from the reported one by a few micrometres. Molecules in the overlap of two fields give
+the offset between them; the positions that agree best with all offsets and with the stage are computed by least
+squares.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CONTRADICTION = 0.5  # micrometre; a link with a larger residual is wrong
 
 @dataclass(frozen=True, eq=False)
 class Stitching:
-    """Positions of all fields, (fov, 2) x, y in micrometre: as reported by the stage, and corrected; and the links.
+    """Positions of all fields, (fov, 2) x, y in micrometres: as reported by the stage, and corrected; and the links.
 
     links: one row for each pair of linked fields: a, b (rows of positions), dx, dy (micrometre, displacement of b
     relative to a that is not reported by the stage), shared (molecules), error (micrometre, standard error), used
@@ -83,7 +84,7 @@ def overlapping_fields(
     """For each field, the other fields that may overlap with it, sorted.
 
     positions: (fov, 2) x, y, indexed by field; size: (x, y) of a field; beyond: largest gap between two such fields;
-    all in micrometre.
+    all in micrometres.
     """
     known = np.array(sorted(fovs), int)
     near: dict[int, list[int]] = {int(fov): [] for fov in known}
@@ -131,7 +132,7 @@ def _seen_by(
 
 
 def stitch(positions: np.ndarray, links: Sequence[Links]) -> Stitching:
-    """Correct the positions (fov, 2) of the stage, x, y in micrometre, by the links of all fields, in their order.
+    """Correct the positions (fov, 2) of the stage, x, y in micrometres, by the links of all fields, in their order.
 
     Only differences between fields can be measured: the mean of each group of linked fields is kept.
     """
@@ -145,9 +146,9 @@ def shared_offset(
 ) -> tuple[np.ndarray, int, float] | None:
     """Offset (x, y) of the molecules in b relative to a, number of shared molecules, and standard error.
 
-    word: (molecule,); place: (molecule, 2) x, y in micrometre. Of all offsets up to 10 micrometre along each axis, the
-    one on which most molecules with the same word agree is refined as their robust mean. None if it is explained by
-    chance.
+    word: (molecule,); place: (molecule, 2) x, y in micrometres. Of all offsets up to 10 micrometres along each axis,
+    the one on which most molecules with the same word agree is refined as their robust mean. None if chance explains
+    it.
     """
     if min(len(word_a), len(word_b)) < FEWEST_SHARED:
         return None

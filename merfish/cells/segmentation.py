@@ -83,7 +83,7 @@ def grow_cells(seeds: np.ndarray, cytoplasm: np.ndarray | None, microns_per_pixe
 
 
 def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
-    """Label nuclei, int32 (y, x): regions brighter than their surround; touching nuclei are separated at the waist."""
+    """Label nuclei, int32 (y, x): regions brighter than their surroundings; touching nuclei are separated."""
     signal, mask = _stained(image, microns_per_pixel)
     labels = label_nuclei(mask, microns_per_pixel)
     labels[signal < EDGE_LEVEL * levels(signal, labels, 75)[labels]] = 0
@@ -91,7 +91,7 @@ def segment_nuclei(image: np.ndarray, microns_per_pixel: float) -> np.ndarray:
 
 
 def label_nuclei(mask: np.ndarray, microns_per_pixel: float) -> np.ndarray:
-    """Label nuclei in a mask of stained pixels (y, x), int32; touching nuclei are separated at the waist."""
+    """Label nuclei in a mask of stained pixels (y, x), int32; touching nuclei are separated at the narrowest point."""
     from skimage.feature import peak_local_max
 
     depth = ndimage.distance_transform_edt(ndimage.binary_fill_holes(mask))

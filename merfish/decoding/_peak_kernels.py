@@ -6,26 +6,33 @@ from typing import NamedTuple
 
 import numpy as np
 
-from merfish._jit import kernel
+from merfish._jit import jitable, kernel
 from merfish.decoding._spot_kernels import fill_grid, group
 from merfish.imaging._kernels import median_of
+
+
+class Metric(NamedTuple):
+    """Metric in which spots, which may be elliptical, are round, see `squared_distance`; xx yy - xy^2 = 1."""
+
+    xx: float
+    xy: float
+    yy: float
+
+
+ROUND = Metric(1.0, 0.0, 1.0)
 
 
 class Shape(NamedTuple):
     """Profile of a spot, and parameters of the fit of its position.
 
-    The squared distance of a pixel (dx, dy) from the centre is xx dx^2 + 2 xy dx dy + yy dy^2, so that spots may be
-    elliptical; xx yy - xy^2 = 1. across and down: the roots of yy and xx; an ellipse of points at distance 1 extends so
-    far along x and y.
+    metric: that of all distances. across, down: half the width and height of the ellipse of points at distance 1.
     profile (bin,): a spot of height 1 by squared distance from its centre, ``bins`` bins per square pixel. fall (bin,):
     negative slope of the profile divided by the distance, per square pixel. reach: pixel, radius of the profile; both
     tables are 0 from there to the corners of a rectangle around it. core: pixel, radius of the fit. stiffness:
     regularises a poorly determined position. most_step: pixel, largest change of a position in one step.
     """
 
-    xx: float
-    xy: float
-    yy: float
+    metric: Metric
     across: float
     down: float
     profile: np.ndarray
@@ -52,10 +59,10 @@ def at(profile, place):
     return profile[i] + (place - i) * (profile[i + np.uint32(1)] - profile[i])
 
 
-@kernel
-def squared_distance(dx, dy, shape):
-    """Squared distance of a pixel from the centre of a spot, see `Shape`."""
-    return shape.xx * dx * dx + 2.0 * shape.xy * dx * dy + shape.yy * dy * dy
+@jitable
+def squared_distance(dx, dy, metric):
+    """Squared distance, in a `Metric`, of a pixel from the centre of a spot; numbers or arrays."""
+    return metric.xx * dx * dx + 2.0 * metric.xy * dx * dy + metric.yy * dy * dy
 
 
 @kernel
@@ -65,7 +72,7 @@ def add_spot(image, first_row, last_row, x, y, height, shape):
     down, across = shape.reach * shape.down, shape.reach * shape.across
     for row in range(max(first_row, int(np.ceil(y - down))), min(last_row, int(y + down)) + 1):
         for column in range(max(0, int(np.ceil(x - across))), min(image.shape[1] - 1, int(x + across)) + 1):
-            square = squared_distance(column - x, row - y, shape)
+            square = squared_distance(column - x, row - y, shape.metric)
             image[row, column] += np.float32(height * at(profile, square * bins))
 
 
@@ -75,19 +82,19 @@ def refit_spot(image, first_row, last_row, x, y, height, shape):
 
     image (row, x): the residual of all spots. The position is updated by one linearised step.
     """
-    profile, bins, core = shape.profile, shape.bins, shape.core
+    profile, bins, core, metric = shape.profile, shape.bins, shape.core, shape.metric
     down, across = core * shape.down, core * shape.across
     pp = px = py = xx = xy = yy = vp = vx = vy = 0.0
     for row in range(max(first_row, int(np.ceil(y - down))), min(last_row, int(y + down)) + 1):
         for column in range(max(0, int(np.ceil(x - across))), min(image.shape[1] - 1, int(x + across)) + 1):
             dx, dy = column - x, row - y
-            square = squared_distance(dx, dy, shape)
+            square = squared_distance(dx, dy, metric)
             if square > core * core:
                 continue
             p = at(profile, square * bins)
             value = image[row, column] + height * p
             fall = at(shape.fall, square * bins)
-            gx, gy = fall * (shape.xx * dx + shape.xy * dy), fall * (shape.xy * dx + shape.yy * dy)
+            gx, gy = fall * (metric.xx * dx + metric.xy * dy), fall * (metric.xy * dx + metric.yy * dy)
             pp += p * p
             px += p * gx
             py += p * gy
@@ -153,7 +160,7 @@ def draw_spot(image, plane_height, x, y, radius, shape, box, out):
     total = 0.0
     for row in range(box[0], box[1]):
         for column in range(box[2], box[3]):
-            square = squared_distance(column - x, row - y, shape)
+            square = squared_distance(column - x, row - y, shape.metric)
             p = at(profile, square * bins) if square <= radius * radius else 0.0
             out[row - box[0], column - box[2]] = p
             total += p * p
@@ -235,10 +242,10 @@ def find_near(x, y, px, py, radius, near):
 
 
 @kernel
-def spot_medians(image, spots, margin, xx, xy, yy, bins, out):
+def spot_medians(image, spots, margin, metric, bins, out):
     """Medians over spots of their light, by direction and distance from their centres.
 
-    image (row, x) float32; spots: `Spots`, at least ``margin`` pixels from the edges. xx, xy, yy: see `Shape`.
+    image (row, x) float32; spots: `Spots`, at least ``margin`` pixels from the edges; metric: `Metric` of distances.
     out: (sector, bin) float64, relative to the tops of the spots; bin k is at distance k / ``bins`` pixels, sector j of
     n at the angle j pi / n from x, and opposite to it. NaN without a pixel.
     """
@@ -252,7 +259,7 @@ def spot_medians(image, spots, margin, xx, xy, yy, bins, out):
         for row in range(first_row, first_row + side):
             for column in range(first_column, first_column + side):
                 dx, dy = column - x, row - y
-                k = int(np.rint(np.sqrt(xx * dx * dx + 2.0 * xy * dx * dy + yy * dy * dy) * bins))
+                k = int(np.rint(np.sqrt(squared_distance(dx, dy, metric)) * bins))
                 if k >= n_bins:
                     continue
                 sector = int(np.rint(np.arctan2(dy, dx) * (n_sectors / np.pi))) % n_sectors if n_sectors > 1 else 0

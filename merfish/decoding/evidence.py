@@ -85,7 +85,7 @@ def likeness(count: np.ndarray) -> float:
     """Maximum-likelihood shape of the gamma distribution of abundances, among `ALIKE`; count: (word,).
 
     Counts are then negative binomial. The shape is the pseudocount with which the abundance of a word is estimated
-    best: with few molecules, chance must not make a gene look abundant.
+    best: with few molecules, a gene must not appear abundant by chance.
     """
     mean = max(float(count.mean()), 1e-9)
     shape = ALIKE[:, None]

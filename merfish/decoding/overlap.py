@@ -79,7 +79,7 @@ def _outshone(
     share: float,
     reach: int,
 ) -> np.ndarray:
-    """Mark those with less than ``share`` of the mass of one of their word within ``radius`` and ``reach`` planes."""
+    """Mark those with less than ``share`` of the mass of one of their word, within ``radius`` and ``reach`` planes."""
     i, j = same_molecule_pairs(word, x, y, radius)
     near = np.abs(plane[i] - plane[j]) <= reach
     weak, strong = np.where(mass[i] < mass[j], (i, j), (j, i))[:, near]

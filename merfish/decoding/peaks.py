@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from merfish.decoding import _peak_kernels as kernels
+from merfish.decoding._peak_kernels import ROUND, Metric
 from merfish.decoding.psf import crossing
 from merfish.imaging.normalize import NoiseMap, locate_peaks
 
@@ -43,18 +44,15 @@ ORIENTATIONS = 4  # sectors of directions in which the width is measured
 FEWEST_PEAKS = 30  # with fewer, a bit is not crowded and its profile cannot be measured
 
 
-ROUND = (1.0, 0.0, 1.0)
-
-
 class Profile(NamedTuple):
     """Shape of the spots of one bit.
 
-    height: (bin,) of a spot of height 1, by distance from its centre in bins of `BIN`. metric: xx, xy and yy; the
-    squared distance is xx dx^2 + 2 xy dx dy + yy dy^2, and xx yy - xy^2 = 1. It is `ROUND` for round spots.
+    height: (bin,) of a spot of height 1, by distance from its centre in bins of `BIN`. metric: that of
+    distances; `ROUND` for round spots.
     """
 
     height: np.ndarray
-    metric: tuple[float, float, float] = ROUND
+    metric: Metric = ROUND
 
 
 class Fit(NamedTuple):
@@ -104,18 +102,20 @@ def fit_together(image: np.ndarray, height: int, fit: Fit, fresh: int, sigma: fl
 
 def shape_of(profile: Profile, sigma: float) -> kernels.Shape:
     """Shape of a spot from its profile; sigma: of the PSF, pixel."""
-    height, (xx, xy, yy) = profile
+    height, metric = profile
     radius = np.arange(len(height)) * BIN * sigma
     fall = np.empty(len(height))
     fall[1:] = -np.gradient(height, radius)[1:] / radius[1:]
     fall[0] = fall[1]  # the top of the profile is smooth
     place = np.sqrt(np.arange(0, (radius[-1] / sigma) ** 2 + SQUARE_BIN, SQUARE_BIN)) * sigma
-    corner = 2 * (xx * yy + abs(xy) * np.sqrt(xx * yy))  # squared distance of the corners of a rectangle around 1
+    across, down = float(np.sqrt(metric.yy)), float(np.sqrt(metric.xx))
+    # squared distance of the corners of the rectangle around the points at distance 1
+    corner = 2 * (metric.xx * metric.yy + abs(metric.xy) * across * down)
     beyond = np.zeros(int(np.ceil((corner - 1) * len(place))) + 1)
     height, fall = (np.append(np.interp(place, radius, values, right=0.0), beyond) for values in (height, fall))
     return kernels.Shape(
-        xx, xy, yy, float(np.sqrt(yy)), float(np.sqrt(xx)), height, fall, 1 / (SQUARE_BIN * sigma**2), place[-1],
-        CORE * sigma, STIFFNESS, MOST_STEP * sigma,
+        metric, across, down, height, fall, 1 / (SQUARE_BIN * sigma**2), place[-1], CORE * sigma, STIFFNESS,
+        MOST_STEP * sigma,
     )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def measure_profile(
     chosen = bright[:: max(len(bright) // PROFILE_PEAKS, 1)]
     spots = kernels.Spots(x[chosen], y[chosen], top[chosen])
     by_sector = np.empty((ORIENTATIONS, round(REACH / BIN) + 1))
-    kernels.spot_medians(image, spots, margin, *ROUND, 1 / (BIN * sigma), by_sector)
+    kernels.spot_medians(image, spots, margin, ROUND, 1 / (BIN * sigma), by_sector)
     metric, usual = spot_metric(by_sector), median_profile(image, spots, margin, ROUND, sigma)
     if metric == ROUND:
         return usual
@@ -186,12 +186,10 @@ def measure_profile(
     return elliptical if better.mean() > 0.5 + MAJORITY_SIGMAS * 0.5 / np.sqrt(len(better)) else usual
 
 
-def median_profile(
-    image: np.ndarray, spots: kernels.Spots, margin: int, metric: tuple[float, float, float], sigma: float
-) -> Profile:
+def median_profile(image: np.ndarray, spots: kernels.Spots, margin: int, metric: Metric, sigma: float) -> Profile:
     """Profile with the given metric, of medians over ``spots``, which are at least ``margin`` from the border."""
     medians = np.empty((1, round(REACH / BIN) + 1))
-    kernels.spot_medians(image, spots, margin, *metric, 1 / (BIN * sigma), medians)
+    kernels.spot_medians(image, spots, margin, metric, 1 / (BIN * sigma), medians)
     known = np.flatnonzero(np.isfinite(medians[0]))
     height = np.interp(np.arange(medians.shape[1]), known, medians[0, known])
     height[-1] = 0.0
@@ -200,18 +198,18 @@ def median_profile(
 
 def misfit(image: np.ndarray, spots: kernels.Spots, profile: Profile, sigma: float) -> np.ndarray:
     """Mean absolute difference (peak,) of ``image`` from ``profile`` around each spot, relative to its height."""
-    (xx, xy, yy), reach = profile.metric, int(np.ceil(MISFIT_RADIUS * sigma))
+    reach = int(np.ceil(MISFIT_RADIUS * sigma))
     down, across = (part.ravel() for part in np.mgrid[-reach : reach + 1, -reach : reach + 1])
     inside = np.hypot(down, across) <= MISFIT_RADIUS * sigma
     rows, columns = np.rint(spots.y)[:, None] + down[inside], np.rint(spots.x)[:, None] + across[inside]
     dx, dy = columns - spots.x[:, None], rows - spots.y[:, None]
-    place = np.sqrt(xx * dx**2 + 2 * xy * dx * dy + yy * dy**2) / (BIN * sigma)
+    place = np.sqrt(kernels.squared_distance(dx, dy, profile.metric)) / (BIN * sigma)
     expected = np.interp(place, np.arange(len(profile.height)), profile.height)
     return np.abs(image[rows.astype(int), columns.astype(int)] / spots.top[:, None] - expected).mean(1)
 
 
-def spot_metric(profiles: np.ndarray) -> tuple[float, float, float]:
-    """Metric in which spots are round, see `Profile`; `ROUND` if the ratio of their axes is below `LEAST_RATIO`.
+def spot_metric(profiles: np.ndarray) -> Metric:
+    """Metric in which spots are round, `ROUND` if the ratio of their axes is below `LEAST_RATIO`.
 
     profiles (sector, bin): heights by distance in sectors of directions, see `_peak_kernels.spot_medians`. In the
     direction a, 1 / radius^2 at half the height is even + plus cos 2a + cross sin 2a.
@@ -228,4 +226,4 @@ def spot_metric(profiles: np.ndarray) -> tuple[float, float, float]:
     if even + uneven < LEAST_RATIO**2 * (even - uneven):
         return ROUND
     root = np.sqrt(even**2 - uneven**2)
-    return float((even + plus) / root), float(cross / root), float((even - plus) / root)
+    return Metric(float((even + plus) / root), float(cross / root), float((even - plus) / root))

@@ -11,7 +11,7 @@ import numpy as np
 LEAST_LIGHT = 0.03
 
 CLEAR_LIGHT = 0.5  # relative to a typical molecule; dimmer peaks do not show how far light reaches
-LONGEST_RANGE = 10.0  # planes; light that hardly changes from plane to plane says no more
+LONGEST_RANGE = 10.0  # planes; beyond this, light hardly changes from plane to plane
 FEWEST_CLEAR = 30  # peaks; with fewer, the focal range is taken as usual
 
 

@@ -24,7 +24,7 @@ STEP = 0.25  # pixel, of the profile
 def psf_sigma(
     stack: np.ndarray | Bandpassed, height: int, filters: tuple[float, float] = FILTER_SIGMAS["spots"]
 ) -> float:
-    """Sigma of the PSF in pixel, the median over bits.
+    """Sigma of the PSF in pixels, the median over bits.
 
     stack: (bit, plane * height, x), band-passed. filters: sigmas of smoothing and background of the band-pass, pixel;
     used only if ``stack`` is an array. Sigma is that of the Gaussian which, integrated over pixels and band-passed in
@@ -73,7 +73,7 @@ def half_radius(image: np.ndarray) -> float:
     chosen = np.flatnonzero(clear & (top >= np.median(top[clear])))[:MOST_SPOTS]
     profile = np.empty((1, int(RANGE[1] / STEP)))
     kernels.spot_medians(
-        image, kernels.Spots(x[chosen], y[chosen], top[chosen]), margin, 1.0, 0.0, 1.0, 1 / STEP, profile
+        image, kernels.Spots(x[chosen], y[chosen], top[chosen]), margin, kernels.ROUND, 1 / STEP, profile
     )
     return crossing(np.arange(profile.shape[1]) * STEP, profile[0])
 

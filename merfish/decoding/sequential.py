@@ -18,7 +18,7 @@ SPOT_DTYPE = np.dtype([("x", "f4"), ("y", "f4"), ("z", "f4"), ("height", "f4")])
 def find_molecules(planes: np.ndarray) -> np.ndarray:
     """Find the molecules of a gene that is imaged by itself.
 
-    planes: (z, y, x) float32, band-passed. Returns `SPOT_DTYPE` (molecule,): x, y in pixel; z, the index of the plane
+    planes: (z, y, x) float32, band-passed. Returns `SPOT_DTYPE` (molecule,): x, y in pixels; z, the index of the plane
     in which the spot is brightest; height in units of a typical spot. A spot seen in adjacent planes counts once.
     """
     n_planes, height, width = planes.shape

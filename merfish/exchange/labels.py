@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import shapely
 
-from merfish._files import whole_file
 from merfish.cells.stacks import stack
 from merfish.errors import InputError
 from merfish.exchange._kernels import find_corners, follow
@@ -166,11 +165,3 @@ def label_image(outlines: np.ndarray, labels: np.ndarray, shape: tuple[int, int]
         inside = shapely.intersects_xy(outlines[k], *np.meshgrid(x, y))
         image[y[0] : y[-1] + 1, x[0] : x[-1] + 1][inside] = labels[k]
     return image
-
-
-def write_labels(labels: np.ndarray, path: str | os.PathLike[str]) -> None:
-    """Write a label image as TIFF, atomically."""
-    import tifffile
-
-    with whole_file(path) as part:
-        tifffile.imwrite(part, labels, compression="zlib")

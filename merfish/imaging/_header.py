@@ -39,7 +39,7 @@ def refuse_bomb(path: Path, unpacked: int, stored: int) -> None:
     if unpacked > max(FREE_BYTES, MOST_UNPACKED * stored):
         raise InputError(
             f"{path}: {stored} bytes on disk would unpack to {unpacked}; expected at most {MOST_UNPACKED} "
-            "times as many: the file is damaged, or was made to exhaust the memory"
+            "times as many: the file is damaged or malicious"
         )
 
 

@@ -84,7 +84,7 @@ class Survey:
     """Summary of one field; the calibration is computed from several of them.
 
     spots: corrected for drift only; peaks: the light of some of them in all bits; shifts: the drift, (bit, 2) dy, dx
-    in pixel; glows: of each colour by name, empty if there are no raw images.
+    in pixels; glows: of each colour by name, empty if there are no raw images.
     """
 
     spots: FieldSpots

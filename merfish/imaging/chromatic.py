@@ -31,7 +31,7 @@ _FREE = 15  # iterations with the width fitted
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Nearby spots of two colours: positions in the reference colour and in the other, (pair, 2) y, x in pixel."""
+    """Nearby spots of two colours: positions in the reference colour and in the other, (pair, 2) y, x in pixels."""
 
     source: np.ndarray
     target: np.ndarray
@@ -54,11 +54,6 @@ class ColorFit:
     error: float
     shift: float
 
-    @property
-    def applied(self) -> bool:
-        """Whether the map is used."""
-        return not np.array_equal(self.map, np.eye(2, 3))
-
     def to_dict(self) -> dict[str, Any]:
         """Convert to values that JSON stores exactly; unknown ones are None."""
         known = {name: value if np.isfinite(value) else None for name, value in vars(self).items() if name != "map"}
@@ -80,7 +75,7 @@ def fit_chromatic(
 ) -> list[ColorFit]:
     """Fit a map from the reference colour to each other colour.
 
-    fields: spots of some fields, corrected for drift; shifts: the drift of each field, (bit, 2) dy, dx in pixel;
+    fields: spots of some fields, corrected for drift; shifts: the drift of each field, (bit, 2) dy, dx in pixels;
     color_of_bit: (bit,) int; shape: (y, x) of a field. Returns one fit for each colour.
 
     A map is applied only if a map fitted to one half of the fields increases the likelihood of the other half, in both

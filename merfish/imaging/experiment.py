@@ -20,7 +20,7 @@ class Experiment:
     """A raw experiment: its tables, checked against each other, and its image files.
 
     tables: the four files that describe it, by their names in `open_experiment`. positions: (fov, 2) float64, stage
-    x, y in micrometre. image_dimensions: (width, height) of a frame as stored, None if not given. After reading, an
+    x, y in micrometres. image_dimensions: (width, height) of a frame as stored, None if not given. After reading, an
     image is transposed, then flipped along x (``flip_horizontal``), then along y (``flip_vertical``).
     bits: in codebook order, with the same planes ``z`` (micrometre, ascending). files: (movie, fov) -> path;
     `preflight` lists missing files. registered: the files are whole stacks whose rounds are aligned already.

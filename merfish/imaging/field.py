@@ -35,8 +35,8 @@ class RegisteredField:
     """A field ready to decode.
 
     bits: (bit, z, y, x) float32, filtered. drift: one row for each round, from `measure_field_drift`. shifts: (bit, 2)
-    dy, dx in pixel, the drift of each bit. valid: (y, x) bool, where all rounds have an image. saturated: (bit,) int64,
-    number of pixels at the upper end of the camera's range, in all planes. quality: one row for each bit, from
+    dy, dx in pixels, the drift of each bit. valid: (y, x) bool, where all rounds have an image. saturated: (bit,)
+    int64, number of pixels at the upper end of the camera's range, in all planes. quality: one row for each bit, from
     `measure_quality`.
     """
 
@@ -177,7 +177,7 @@ def other_stains(experiment: Experiment, config: RunConfig) -> tuple[list[str], 
 def stain_shifts(
     experiment: Experiment, fov: int, names: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Measure the drift of stains relative to round 0, (2,) dy, dx in pixel, and why some are unknown, by name.
+    """Measure the drift of stains relative to round 0, (2,) dy, dx in pixels, and why some are unknown, by name.
 
     The beads of round 0 are read once, and all drifts are measured together. A stain of unknown drift gets drift 0.
     Raises InputError for an unknown stain.

@@ -164,7 +164,7 @@ def fit_light(
 ) -> Light:
     """Estimate the illumination of one colour from the spots of some fields, corrected for drift.
 
-    shifts: the drift of each field, (bit, 2) dy, dx in pixel; glows: of the same fields; bits: (bit,) bool, those of
+    shifts: the drift of each field, (bit, 2) dy, dx in pixels; glows: of the same fields; bits: (bit,) bool, those of
     the colour. The degree of the polynomial (0, 2 or 4) is chosen by cross-validation between two halves of the fields,
     by how well it predicts the heights of spots. Known quantities are not estimated.
     """

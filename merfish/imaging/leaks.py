@@ -1,10 +1,10 @@
-"""Light of one bit that shows in another: bleed-through between colours, carry-over from an earlier round.
+"""Light of one bit that leaks into another: bleed-through between colours, carry-over from an earlier round.
 
-At the bright peaks of a bit, another bit shows the light of molecules that have both bits, or noise, or the leaked
+At the bright peaks of a bit, another bit contains the light of molecules that have both bits, or noise, or the leaked
 share of the peak's light. Relative to the peak, the last two are the narrowest group of values, whose centre is the
-share. Neither words nor rounds nor colours need to be known. Where a leak is found, its light is subtracted before the
-others are judged: light that two leaks bring to a bit would otherwise be attributed to bits that are often on together
-with those that leak.
+share. Words, rounds and colours need not be known. The light of each leak that is found is subtracted before the others
+are estimated: light that leaks into a bit from two others would otherwise be attributed to bits that are often on
+together with these.
 """
 
 from __future__ import annotations

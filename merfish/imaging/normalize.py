@@ -231,7 +231,7 @@ def weighted_median(heights: np.ndarray) -> float:
 
 
 def typical_height(heights: np.ndarray) -> float:
-    """Height of a molecule: the light-weighted median, unless a few hot pixels or specks hold most of the light.
+    """Height of a molecule: the light-weighted median, unless a few hot pixels or specks contribute most of the light.
 
     The median is replaced by one in which no height counts more than `OUTSHONE` times the height of a molecule if it is
     more than `OUTSHONE` times as high as that. heights (n,), positive, n >= 1.

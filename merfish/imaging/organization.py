@@ -90,14 +90,14 @@ def read_microscope(path: str | os.PathLike[str]) -> dict[str, Any]:
         whole = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
         if not whole or not all(0 < side <= _MAX_SIDE for side in size):
             raise InputError(
-                f"{path}: image_dimensions: expected [width, height] in pixel, at most {_MAX_SIDE}, got {shown(size)}"
+                f"{path}: image_dimensions: expected [width, height] in pixels, at most {_MAX_SIDE}, got {shown(size)}"
             )
         size = (size[0], size[1])
     return {"microns_per_pixel": float(scale), "image_dimensions": size, **flags}
 
 
 def read_positions(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read stage positions: no header, ``x,y`` in micrometre, row i = field i. Returns (fov, 2) float64 x, y.
+    """Read stage positions: no header, ``x,y`` in micrometres, row i = field i. Returns (fov, 2) float64 x, y.
 
     Raises InputError naming file and line.
     """
@@ -109,10 +109,10 @@ def read_positions(path: str | os.PathLike[str]) -> np.ndarray:
         try:
             x, y = (float(field) for field in fields)
         except ValueError:
-            raise InputError(f"{path}: line {line}: expected x,y in micrometre, got {shown(text.strip())}") from None
+            raise InputError(f"{path}: line {line}: expected x,y in micrometres, got {shown(text.strip())}") from None
         if not (abs(x) <= _MAX_PLACE and abs(y) <= _MAX_PLACE):  # also refuses NaN
             raise InputError(
-                f"{path}: line {line}: expected finite x,y in micrometre, at most {_MAX_PLACE:g}, "
+                f"{path}: line {line}: expected finite x,y in micrometres, at most {_MAX_PLACE:g}, "
                 f"got {shown(text.strip())}"
             )
         rows.append((x, y))

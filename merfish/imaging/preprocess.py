@@ -15,7 +15,7 @@ def bandpass(stack: np.ndarray, *, smoothing: float, background: float, out: np.
     """Difference of Gaussians of each image of a stack (..., y, x), any real dtype.
 
     Returns float32 of the same shape: the image smoothed with ``smoothing`` minus the image smoothed with
-    ``background`` (both sigma in pixel), approximately 0 where there is no spot. Images are mirrored at their edges.
+    ``background`` (both sigma in pixels), approximately 0 where there is no spot. Images are mirrored at their edges.
     The result is written to ``out`` if given, C-contiguous float32, which may be the stack itself.
     """
     out = np.empty(stack.shape, np.float32) if out is None else out

@@ -279,4 +279,4 @@ def _flag_swaps(
         if not taken & {(f, i), (f, j)}:
             taken |= {(f, i), (f, j)}
             for k in np.flatnonzero((rounds == i) | (rounds == j)):
-                reasons[f][k].append(f"rounds {i} and {j} look swapped")
+                reasons[f][k].append(f"rounds {i} and {j} appear to be swapped")

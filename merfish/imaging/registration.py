@@ -113,7 +113,7 @@ def _cleaned(image: np.ndarray) -> np.ndarray:
 
 
 def locate_blobs(image: np.ndarray) -> list[np.ndarray]:
-    """Locate bright blobs in an image (y, x) float32: a list of (blob, 2) y, x in pixel, one for each of three scales.
+    """Locate bright blobs in an image (y, x) float32: a list of (blob, 2) y, x in pixels, one for each of three scales.
 
     Accurate to a fraction of a blob's width: initial positions for `measure_drift`, not a localisation of molecules.
     """
@@ -294,7 +294,7 @@ def align(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Correct drift, and chromatic distortion if given, by resampling each image once with cubic splines.
 
-    images: (image, y, x) or (image, z, y, x), any real dtype; shifts: (image, 2) dy, dx in pixel, as returned by
+    images: (image, y, x) or (image, z, y, x), any real dtype; shifts: (image, 2) dy, dx in pixels, as returned by
     `measure_drift`; transforms: (image, 2, 3), maps of positions (y, x, 1) in the reference colour to positions in the
     image's colour, as returned by `merfish.imaging.chromatic.fit_chromatic`. A pixel (y, x) of the result is the image
     at transform @ (y + dy, x + dx, 1). Shifts by whole pixels without a transform copy values exactly.

@@ -12,7 +12,7 @@ BLOCK = 2**16  # pixels of each bit that are changed at once
 
 
 class Leak(NamedTuple):
-    """``share`` of the light (counts) of bit ``source`` shows in bit ``target`` too; bits from 0."""
+    """``share`` of the light (counts) of bit ``source`` also appears in bit ``target``; bits from 0."""
 
     source: int
     target: int

@@ -1,7 +1,7 @@
 """Run a map over fields: in this process, in processes of this machine, on a Dask cluster, or in SLURM jobs.
 
-All of these call the same function on the same fields, so that results do not depend on the choice. A field that raises
-an exception or whose worker dies gives a `Failure`; the others continue.
+All of these call the same function on the same fields, so that results do not depend on the choice. If a field raises
+an exception or its worker dies, its result is a `Failure`; the others continue.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The files of a run: one process writes at a time, records are checked for damage, results are published together.
 
 A record is a folder with files and ``record.json``, which contains digests of what they depend on and their checksums;
-it is used only if both match. Results are staged beside the fields. Once the stage is marked as complete, a killed run
-only delays its publication, which the next command on the folder finishes.
+it is used only if both match. Results are staged beside the fields. If a run is killed after the stage is marked as
+complete, the next command on the folder publishes it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from merfish.pipeline import check_files, choose_fovs, fields_text, refuse_folde
 from merfish.pipeline.cluster import cores
 from merfish.pipeline.status import decoded_fields
 
-# Core seconds per field of 2048 x 2048 px, 16 bits, one plane, two stains; benchmarks/README.md, "What a run costs".
+# Core seconds per field of 2048 x 2048 px, 16 bits, one plane, two stains; see benchmarks/README.md
 _AREA, _BITS = 2048 * 2048, 16
 _REGISTER, _DECODE, _SEGMENT, _AFTER, _CALIBRATE = 2 * 1.5, 2 * 2.3, 2 * 1.3, 2 * 0.15 + 0.5, 2 * 1.6
 # Bytes: of a process before its first field; in memory per pixel and bit of a field; on disk per pixel of a field at

@@ -148,7 +148,7 @@ def call_figures(words: WordTally, codebook: Codebook, blank_share: float) -> di
 
 
 def leak_rows(leaks: Sequence[Leak], names: Sequence[str], channels: Sequence[Channel] = ()) -> list[dict[str, Any]]:
-    """Leaks for a record, the largest first: names of the bits, share, and kind, as far as ``channels`` tell it."""
+    """Leaks for a record, the largest first: names of the bits, share, and kind, if ``channels`` determine it."""
     rows = []
     for source, target, share in sorted(leaks, key=lambda leak: -leak.share):
         kind = leak_kind(channels[source], channels[target]) if channels else ""
@@ -157,7 +157,7 @@ def leak_rows(leaks: Sequence[Leak], names: Sequence[str], channels: Sequence[Ch
 
 
 def leak_kind(source: Channel, target: Channel) -> str:
-    """What rounds and colours of two bits say of a leak between them; "" for nothing."""
+    """Kind of a leak between two bits, from their rounds and colours; "" if unknown."""
     a, b = source.movie.imaging_round, target.movie.imaging_round
     if NO_ROUND in (a, b):
         return ""

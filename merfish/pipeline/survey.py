@@ -34,7 +34,7 @@ GOLDEN = (np.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """The calibration, its digest, and why each surveyed field was not used, "" if it was."""
+    """The calibration, its digest, and why each surveyed field was not used, "" if it was used."""
 
     calibration: Calibration
     digest: str

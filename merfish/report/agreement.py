@@ -40,13 +40,13 @@ def headline(run: Run, others: dict[str, pd.Series]) -> Section:
     ]
     if (few := few_blanks(figure["n_found_blank"], figure["blanks_in_book"])) and figure["n_kept"]:
         text.append(f"{few[0].upper()}{few[1:]}.")
-    return Section("Is this run good?", text, findings=found)
+    return Section("Quality of the run", text, findings=found)
 
 
 def agreement_section(run: Run, others: dict[str, pd.Series]) -> Section | None:
     """Compare counts of genes between halves of the fields, and with other runs and bulk RNA-seq."""
     genes = [name for name, blank in zip(run.record["words"]["gene"], run.is_blank, strict=True) if not blank]
-    labels = ("molecules in every other field", "molecules in the fields between")
+    labels = ("molecules in every second field", "molecules in the other fields")
     compared = [("halves", *_halves(run), genes, labels)] if len(run.fovs) > 1 else []
     for name, values in others.items():
         compared.append((name.replace(" ", "_"), *_paired(run, values), ("molecules of this run", name)))
@@ -68,7 +68,7 @@ def agreement_section(run: Run, others: dict[str, pd.Series]) -> Section | None:
 
 
 def _halves(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Return counts of genes in every other field, and in the fields between."""
+    """Return counts of genes in every second field, and in the others."""
     counts = run.molecules.counts[:, ~run.is_blank]
     return counts[0::2].sum(axis=0), counts[1::2].sum(axis=0)
 

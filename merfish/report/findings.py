@@ -72,7 +72,7 @@ def fields_done(n_done: int, n_failed: int) -> Finding:
     """Compare the number of decoded fields with the number requested."""
     share = n_failed / max(n_done + n_failed, 1)
     status: Status = "pass" if not n_failed else "warn" if share <= FEW_FIELDS_LOST else "fail"
-    threshold = f"all; fail above {FEW_FIELDS_LOST:.0%} failed"
+    threshold = f"all; fail if more than {FEW_FIELDS_LOST:.0%} failed"
     return Finding("Fields decoded", f"{n_done} of {n_done + n_failed}", status, threshold, "this run")
 
 
@@ -80,11 +80,11 @@ def codebook_fit(fit: Mapping[str, Any], blanks: bool) -> Finding:
     """Check whether the images fit the codebook."""
     value = f"{fit['wrong']:.1%} wrong" if blanks and fit["wrong"] is not None else "unknown, no blanks"
     return Finding(
-        "Wrong ones among likely calls before filtering, from the blanks",
+        "Wrong calls among the likely ones before filtering, from the blanks",
         value,
         "pass" if fit["fits"] else "fail",
         f"at most {MOST_WRONG:.0%}",
-        "simulated and real fields with right and wrong codebooks",
+        "simulated and real fields, with correct and wrong codebooks",
     )
 
 
@@ -92,7 +92,7 @@ def misidentified(figures: Mapping[str, Any], target: float) -> Finding:
     """Compare the misidentification rate of the kept molecules with the chosen rate."""
     rate, held_out = figures["misidentification_rate"], figures["held_out"]
     if rate is None:
-        return Finding("Kept molecules that are wrong", "unknown", "warn", f"at most {target:.0%}", "parameter")
+        return Finding("Wrong molecules among those kept", "unknown", "warn", f"at most {target:.0%}", "parameter")
     value = f"{rate:.1%}"
     status: Status = "pass"
     if held_out is not None:
@@ -101,7 +101,7 @@ def misidentified(figures: Mapping[str, Any], target: float) -> Finding:
     elif not figures["blanks_in_book"]:
         status = "warn"
     return Finding(
-        "Kept molecules that are wrong",
+        "Wrong molecules among those kept",
         value,
         status,
         f"at most {target:.0%}; fail if the whole interval is higher",
@@ -118,7 +118,7 @@ def error_rates(rates: Mapping[str, Any]) -> list[Finding]:
     ):
         values, low = np.array(rates[kind], float), np.array(rates[f"{kind}_low"], float)
         known = np.flatnonzero(np.isfinite(values))
-        threshold = f"no bit's 95% interval above {worst:.1%}; fail if the mean of their lower ends is"
+        threshold = f"no bit's 95% interval above {worst:.1%}; fail if the mean of the lower ends is above it"
         source = f"{CHEN}: mean {mean:.1%}, worst bit {worst:.1%}"
         if not len(known):
             found.append(Finding(name, "unknown", "warn", threshold, source))
@@ -131,12 +131,12 @@ def error_rates(rates: Mapping[str, Any]) -> list[Finding]:
 
 
 def exact_words(words: Mapping[str, Any]) -> Finding:
-    """Compute the share of kept molecules that show their word without an error."""
-    name, kept = "Kept molecules that show their word exactly", sum(words["n_kept"])
+    """Compute the share of kept molecules without bit errors."""
+    name, kept = "Kept molecules without bit errors", sum(words["n_kept"])
     expected = EXACT / CORRECTABLE
     threshold, source = (
         f"at least {EXACT:.0%}; fail below {FEW_EXACT:.0%}",
-        (f"{expected:.0%} at errors of 10% and 4%; {FEW_EXACT:.0%}: simulated and real fields with wrong codebooks"),
+        (f"{expected:.0%} at errors of 10% and 4%; {FEW_EXACT:.0%}: simulated and real fields, with wrong codebooks"),
     )
     if not kept:
         return Finding(name, "no molecules", "fail", threshold, source)
@@ -154,8 +154,8 @@ def efficiency(figures: Mapping[str, Any], words: Mapping[str, Any], is_blank: l
         status: Status = "pass" if spiked["high"] >= CORRECTABLE else "warn" if spiked["high"] >= EXACT else "fail"
         value = "{rate:.0%} ({low:.0%} to {high:.0%})".format(**spiked) + f" of {figures['n_spikes']:,}"
         threshold += ", by the upper end of the interval"
-        return Finding("Molecules detected, of those added to the images", value, status, threshold, source)
-    name = "Molecules detected, median gene, from the error rates of the bits alone"
+        return Finding("Detected share of the molecules added to the images", value, status, threshold, source)
+    name = "Detected share of molecules, median gene, from the error rates of the bits alone"
     middle = median_efficiency(words, is_blank)
     if np.isnan(middle):
         return Finding(name, "unknown", "warn", threshold, source)
@@ -213,7 +213,7 @@ def stage(found: Mapping[str, Any]) -> list[Finding]:
             "Overlaps of fields that show the same molecules",
             f"{used} of {n_links + untied}",
             status,
-            "all; fail if at least half do not",
+            "all; fail if at least half of them do not",
             "this run",
         )
     ]

@@ -187,7 +187,7 @@ def _chromatic_table(fits: dict[str, dict[str, Any]]) -> list[Table]:
 
 def _leak_table(leaks: list[dict[str, Any]]) -> list[Table]:
     rows = [(leak["source"], leak["target"], f"{leak['share']:.1%}", leak["kind"]) for leak in leaks]
-    columns = ("bit", "its light shows in", "share, subtracted", "kind")
+    columns = ("bit", "leaks into", "share, subtracted", "kind")
     return [Table(columns, rows, name="leaks")] if rows else []
 
 

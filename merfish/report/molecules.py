@@ -101,8 +101,8 @@ def gene_section(run: Run) -> Section:
     ]
     formats = {"found": "{:,}", "kept": "{:,}", "wrong": "{:.1%}", "exact": "{:.0%}", "detected": "{:.0%}"}
     text = [
-        "Wrong: expected share of misidentified ones among the kept molecules. Exact: share of the kept that show "
-        "their word without an error. Detected: share of the molecules of this word that are found and kept. "
+        "Wrong: expected share of misidentified molecules among those kept. Exact: share of the kept molecules "
+        "without bit errors. Detected: share of the molecules of this word that are found and kept. "
         + detected_text(run.record["figures"]),
     ]
     if not is_blank.all() and is_blank.any():

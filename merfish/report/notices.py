@@ -17,13 +17,13 @@ def bit_warnings(run: dict[str, Any]) -> list[str]:
     names, lines = run["bits"]["names"], []
     dead = [name for name, scale in zip(names, run["bits"]["scale"], strict=True) if scale == 0]
     if dead and len(dead) < len(names):
-        lines.append(f"No molecule shows in {', '.join(dead)}: dead, excluded from decoding.")
+        lines.append(f"Bits without molecules, which are excluded from decoding as dead: {', '.join(dead)}.")
     counts = [np.array(found["saturated"]) for found in run["fields"].values()]
     total = np.sum(counts, axis=0) if counts else np.zeros(len(names), int)
     if total.any():
         worst = max(run["fields"], key=lambda fov: sum(run["fields"][fov]["saturated"]))
         each = ", ".join(f"{name} {count:,}" for name, count in zip(names, total.tolist(), strict=True) if count)
-        lines.append(f"Saturated pixels, most of them in field {worst}: {each}.")
+        lines.append(f"Saturated pixels by bit, most of them in field {worst}: {each}.")
     return lines
 
 
@@ -36,14 +36,14 @@ def assumption_lines(figures: Mapping[str, Any]) -> list[str]:
 
 
 def leak_lines(run: dict[str, Any]) -> list[str]:
-    """Light of bits that shows in others and was subtracted; empty if there is none."""
+    """List the light that leaks from bits into others and is subtracted; empty if there is none."""
     leaks = run.get("leaks", [])
     if not leaks:
         return []
     kinds = [f" ({leak['kind']})" if leak["kind"] else "" for leak in leaks[:MOST_LINES]]
-    each = ["{source} in {target} {share:.0%}".format(**leak) + kind for leak, kind in zip(leaks, kinds, strict=False)]
+    each = ["{source} into {target} {share:.0%}".format(**leak) + of for leak, of in zip(leaks, kinds, strict=False)]
     more = f", and {len(leaks) - MOST_LINES} more" if len(leaks) > MOST_LINES else ""
-    return [f"Light of bits that shows in others is subtracted: {', '.join(each)}{more}."]
+    return [f"Light that leaks between bits is subtracted: {', '.join(each)}{more}."]
 
 
 def efficiency_line(run: dict[str, Any]) -> list[str]:

@@ -65,7 +65,7 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Imaged objects: molecules (x, y, z in micrometre, brightness by bit), beads, tissue."""
+    """Imaged objects: molecules (x, y, z in micrometres, brightness by bit), beads, tissue."""
 
     molecules: pd.DataFrame
     bit_brightness: np.ndarray  # (molecule, bit), 0 = dark

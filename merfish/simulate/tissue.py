@@ -1,4 +1,4 @@
-"""Simulated tissue: packed cells with nuclei, spatial domains, and their molecules. Lengths in micrometre."""
+"""Simulated tissue: packed cells with nuclei, spatial domains, and their molecules. Lengths in micrometres."""
 
 from __future__ import annotations
 

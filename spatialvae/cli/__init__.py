@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 for command in (train, embed, neighbours, dependence, report, evaluate, sample):
     app.command()(command)
-plot = typer.Typer(help="Figures of an embedded table.", no_args_is_help=True)
+plot = typer.Typer(help="Draw figures of an embedded table.", no_args_is_help=True)
 plot.command()(latent)
 app.add_typer(plot, name="plot")
 

@@ -21,26 +21,34 @@ if TYPE_CHECKING:
 
 def evaluate(
     table: Table,
-    model: Annotated[Path | None, typer.Option(help="output folder of `spatialvae train`", metavar="DIR")] = None,
-    labels: Annotated[str | None, typer.Option(help="with --model: column of obs with known domains")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="importance samples per cell for log p(x)")] = 100,
-    seed: Annotated[int, typer.Option(help="seed of draws, mixtures, weights and held-out cells")] = 0,
-    out: Annotated[Path | None, typer.Option(help="folder for evidence.csv or, with --model, checks.csv")] = None,
-    likelihood: Annotated[str, typer.Option(help="without --model: likelihoods to compare")] = ",".join(LIKELIHOODS),
-    latent: Annotated[str, typer.Option(help="without --model: latent sizes to compare")] = "10,30",
-    held_out: Annotated[float, typer.Option(min=0, max=1, help="without --model: share of held-out cells")] = 0.1,
-    max_epochs: Annotated[int | None, typer.Option(min=1, help="without --model: passes over the table")] = None,
-    layer: Annotated[str | None, typer.Option(help="without --model: layer with counts; X if not given")] = None,
-    spatial_key: Annotated[str, typer.Option(help="without --model: obsm with coordinates; '' for none")] = "spatial",
-    sample_key: Annotated[str | None, typer.Option(help="without --model: column of obs with sections")] = None,
-    batch_key: Annotated[str | None, typer.Option(help="without --model: column of obs with batches")] = None,
+    model: Annotated[Path | None, typer.Option(help="Output folder of 'spatialvae train'.", metavar="DIR")] = None,
+    labels: Annotated[str | None, typer.Option(help="With --model: column of obs with known domains.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Importance samples per cell for log p(x).")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of draws, mixtures, weights and held-out cells.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for evidence.csv or, with --model, checks.csv.")] = None,
+    likelihood: Annotated[str, typer.Option(help="Without --model: likelihoods to compare.")] = ",".join(LIKELIHOODS),
+    latent: Annotated[str, typer.Option(help="Without --model: latent sizes to compare.")] = "10,30",
+    held_out: Annotated[float, typer.Option(min=0, max=1, help="Without --model: share of held-out cells.")] = 0.1,
+    max_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Without --model: largest number of passes over the table.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Without --model: layer with counts. [default: X]")] = None,
+    spatial_key: Annotated[
+        str, typer.Option(help="Without --model: key of the coordinates in obsm; '' for none.")
+    ] = "spatial",
+    sample_key: Annotated[
+        str | None, typer.Option(help="Without --model: column of obs with the section of each cell.")
+    ] = None,
+    batch_key: Annotated[
+        str | None, typer.Option(help="Without --model: column of obs with batches to correct for.")
+    ] = None,
 ) -> None:
     """Evaluate a model on TABLE, or compare models of TABLE by their evidence for held-out cells.
 
-    With --model: prints as JSON the ELBO, the reconstruction error and the evidence, in nats per cell, and with
-    --labels the agreement of domains with labels. With --out, also compares TABLE with counts drawn from the posterior
+    With --model: print as JSON the ELBO, the reconstruction error and the evidence, in nats per cell, and with
+    --labels the agreement of domains with labels. With --out, also compare TABLE with counts drawn from the posterior
     of the model, in OUT/checks.csv and OUT/checks.png.
-    Without --model: trains models with each likelihood and latent size, with and without neighbours, and writes their
+    Without --model: train models with each likelihood and latent size, with and without neighbours, and write their
     evidence for held-out cells to OUT/evidence.csv and OUT/evidence.png.
     """
     if model is None and out is None:
@@ -137,18 +145,22 @@ def _whole(text: str, option: str) -> int:
 
 def sample(
     table: Table,
-    model: Annotated[Path, typer.Option(help="output folder of `spatialvae train`", metavar="DIR")],
-    out: Annotated[Path, typer.Option(help="file for the sampled counts", metavar="TABLE2.h5ad")],
-    what: Annotated[str, typer.Option(help="posterior, tissue or prior")] = "posterior",
+    model: Annotated[Path, typer.Option(help="Output folder of 'spatialvae train'.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="File for the sampled counts.", metavar="TABLE2.h5ad")],
+    what: Annotated[str, typer.Option(help="What to sample: posterior, tissue or prior.")] = "posterior",
     given: Annotated[
         Path | None,
-        typer.Option(help="table of cells whose counts are given; of TABLE, positions and total counts are used"),
+        typer.Option(
+            help="Table of cells whose counts are given; only positions and total counts of TABLE are then used."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="posterior: number of draws, all but the first as layers")] = 1,
+    samples: Annotated[
+        int, typer.Option(min=1, help="posterior: number of draws; all but the first are stored as layers.")
+    ] = 1,
     cells: Annotated[
-        str, typer.Option(help="tissue, prior: draw z_cell from the 'model', or take it from cells of the 'table'")
+        str, typer.Option(help="tissue, prior: draw z_cell from the 'model', or take it from cells of the 'table'.")
     ] = "table",
-    seed: Annotated[int, typer.Option(help="seed of the draws")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
     """Draw counts from a model: for the cells of TABLE (posterior), for new cells at their positions (tissue), or for
     the same number of independent cells (prior)."""

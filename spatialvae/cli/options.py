@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Table = Annotated[Path, typer.Argument(help="AnnData file with counts", metavar="TABLE.h5ad")]
-Labels = Annotated[str, typer.Option(help="column of obs with the type or domain of each cell", metavar="KEY")]
-Places = Annotated[str, typer.Option(help="obsm with coordinates", metavar="KEY")]
-Sections = Annotated[str | None, typer.Option(help="column of obs with the section of each cell", metavar="KEY")]
+Table = Annotated[Path, typer.Argument(help="AnnData file with counts.", metavar="TABLE.h5ad")]
+Labels = Annotated[str, typer.Option(help="Column of obs with the type or domain of each cell.", metavar="KEY")]
+Places = Annotated[str, typer.Option(help="Key of the coordinates in obsm.", metavar="KEY")]
+Sections = Annotated[str | None, typer.Option(help="Column of obs with the section of each cell.", metavar="KEY")]

@@ -15,7 +15,7 @@ from spatialvae.errors import InputError
 def neighbours(
     table: Table,
     labels: Labels,
-    out: Annotated[Path, typer.Option(help="folder for couplings.csv and couplings.png", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="Folder for couplings.csv and couplings.png.", metavar="DIR")],
     spatial_key: Places = "spatial",
     sample_key: Sections = None,
 ) -> None:
@@ -47,18 +47,18 @@ def neighbours(
 
 def dependence(
     table: Table,
-    out: Annotated[Path, typer.Option(help="folder for tables and figures", metavar="DIR")],
-    layer: Annotated[str | None, typer.Option(help="layer with counts; X if not given")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for tables and figures.", metavar="DIR")],
+    layer: Annotated[str | None, typer.Option(help="Layer with counts. [default: X]")] = None,
     spatial_key: Places = "spatial",
     sample_key: Sections = None,
-    labels: Annotated[str | None, typer.Option(help="column of obs with the type of each cell", metavar="KEY")] = None,
-    genes: Annotated[int, typer.Option(min=3, help="number of genes; the most variable are used")] = 60,
-    max_false: Annotated[float, typer.Option(min=0.01, help="largest expected number of wrong edges")] = 1.0,
-    seed: Annotated[int, typer.Option(help="seed of thinning and halving")] = 0,
+    labels: Annotated[str | None, typer.Option(help="Column of obs with the type of each cell.", metavar="KEY")] = None,
+    genes: Annotated[int, typer.Option(min=3, help="Number of genes; the most variable are used.")] = 60,
+    max_false: Annotated[float, typer.Option(min=0.01, help="Largest expected number of wrong edges.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the thinning and of the halves.")] = 0,
 ) -> None:
-    """Find genes that depend on each other given all others and the neighbours; with labels, effects of neighbours.
+    """Find genes that depend on each other given all others and the neighbours; with --labels, effects of neighbours.
 
-    Writes edges.csv and edges_without_neighbours.csv; with labels also variance.csv and neighbour_effects.csv; and
+    Write edges.csv and edges_without_neighbours.csv, with --labels also variance.csv and neighbour_effects.csv, and
     their figures.
     """
     adata = read_table(table)
@@ -111,9 +111,9 @@ def dependence(
 def latent(
     table: Table,
     labels: Labels,
-    out: Annotated[Path, typer.Option(help="the figure: .png, .pdf or .svg")],
-    key: Annotated[str, typer.Option(help="obsm with the embedding")] = "X_spatialvae",
-    seed: Annotated[int, typer.Option(help="seed of the choice of cells and of the two-dimensional embedding")] = 0,
+    out: Annotated[Path, typer.Option(help="Figure to write: .png, .pdf or .svg.")],
+    key: Annotated[str, typer.Option(help="Key of the embedding in obsm.")] = "X_spatialvae",
+    seed: Annotated[int, typer.Option(help="Seed of the choice of cells and of the two-dimensional embedding.")] = 0,
 ) -> None:
     """Draw distances between cells in latent space, ordered by type, and a two-dimensional embedding."""
     adata = read_table(table)

@@ -22,25 +22,29 @@ if TYPE_CHECKING:
 
 def train(
     table: Table,
-    out: Annotated[Path, typer.Option(help="folder for the model, the table and the figures")],
-    layer: Annotated[str | None, typer.Option(help="layer with counts; X if not given")] = None,
-    spatial_key: Annotated[str, typer.Option(help="obsm with coordinates; '' for none")] = "spatial",
-    sample_key: Annotated[str | None, typer.Option(help="column of obs with the section of each cell")] = None,
-    batch_key: Annotated[str | None, typer.Option(help="column of obs with batches to correct for")] = None,
-    domains: Annotated[int | None, typer.Option(min=1, help="number of spatial domains to find")] = None,
-    max_epochs: Annotated[int | None, typer.Option(min=1, help="largest number of passes over the table")] = None,
-    seed: Annotated[int, typer.Option(help="seed of weights, held-out cells and noise")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the model, the table and the figures.")],
+    layer: Annotated[str | None, typer.Option(help="Layer with counts. [default: X]")] = None,
+    spatial_key: Annotated[str, typer.Option(help="Key of the coordinates in obsm; '' for none.")] = "spatial",
+    sample_key: Annotated[str | None, typer.Option(help="Column of obs with the section of each cell.")] = None,
+    batch_key: Annotated[str | None, typer.Option(help="Column of obs with batches to correct for.")] = None,
+    domains: Annotated[
+        int | None, typer.Option(min=1, help="Number of spatial domains to find. [default: find none]")
+    ] = None,
+    max_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of passes over the table. [default: stop automatically]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, held-out cells and noise.")] = 0,
     likelihood: Annotated[
-        str, typer.Option(help="of counts: zinb, nb or poisson; `spatialvae evaluate` compares them for TABLE")
+        str, typer.Option(help="Likelihood of counts: zinb, nb or poisson; 'spatialvae evaluate' compares them.")
     ] = LIKELIHOODS[0],
     measurement: Annotated[
         bool,
         typer.Option(
-            "--measurement", help="model detection efficiencies and wrong calls, as estimated by `merfish run`"
+            "--measurement", help="Model detection efficiencies and wrong calls, as estimated by 'merfish run'."
         ),
     ] = False,
     linear_decoder: Annotated[
-        bool, typer.Option("--linear-decoder", help="make log shares linear in the latents; writes loadings.csv")
+        bool, typer.Option("--linear-decoder", help="Make log shares linear in the latents, and write loadings.csv.")
     ] = False,
 ) -> None:
     """Train a model on TABLE; write OUT/model, OUT/table.h5ad, history.csv, figures and run.json.
@@ -75,8 +79,8 @@ def train(
 
 def embed(
     table: Table,
-    model: Annotated[Path, typer.Option(help="output folder of `spatialvae train`", metavar="DIR")],
-    out: Annotated[Path, typer.Option(help="file for the table with its embedding", metavar="TABLE2.h5ad")],
+    model: Annotated[Path, typer.Option(help="Output folder of 'spatialvae train'.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="File for the table with its embedding.", metavar="TABLE2.h5ad")],
 ) -> None:
     """Embed TABLE, which may contain new cells, with a trained model."""
     adata = read_table(table)
@@ -90,10 +94,10 @@ def embed(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="output folder of `spatialvae train`", metavar="DIR")],
-    labels: Annotated[str | None, typer.Option(help="column of obs to compare domains with", metavar="KEY")] = None,
+    folder: Annotated[Path, typer.Argument(help="Output folder of 'spatialvae train'.", metavar="DIR")],
+    labels: Annotated[str | None, typer.Option(help="Column of obs to compare domains with.", metavar="KEY")] = None,
     gene_sets: Annotated[
-        Path | None, typer.Option(help="GMT file with gene sets to annotate programs with", metavar="FILE")
+        Path | None, typer.Option(help="GMT file with gene sets, to annotate programs.", metavar="FILE")
     ] = None,
 ) -> None:
     """Write DIR/report.html: training, latent space, domains, niches, programs and figures of other commands."""
