@@ -14,12 +14,12 @@ from typing import Any
 import numba
 from numba.core import event
 
+PARTS = 4  # for each thread, so that no thread waits long for the last one
+
 kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy")
-parallel_kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 # for sums of products of images: fused multiply-add is faster and more accurate
 fused_kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
 jitable: Callable[..., Any] = numba.extending.register_jitable  # for functions that Python and kernels call
-prange = numba.prange
 
 
 class _Once(event.Listener):
@@ -31,7 +31,7 @@ class _Once(event.Listener):
     def on_start(self, event: Any) -> None:
         if self.say is not None:
             say, self.say = self.say, None
-            say("compiling for this machine; this is done once and takes about a minute")
+            say("compiling for this machine; this is done once and takes about half a minute")
 
     def on_end(self, event: Any) -> None:
         pass
@@ -45,9 +45,24 @@ def compilation_said(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def map_bits(work: Callable[[Any], Any], stack: Any) -> list[Any]:
-    """Call ``work`` for each bit of a stack, on as many threads as Numba; ``work`` must not call parallel kernels."""
-    threads = numba.get_num_threads()
-    if threads == 1:
+    """Call ``work`` for each bit of a stack, on as many threads as Numba; ``work`` must not start threads itself."""
+    threads = min(numba.get_num_threads(), len(stack))
+    if threads <= 1:
         return [work(stack[bit]) for bit in range(len(stack))]
     with ThreadPoolExecutor(threads) as pool:  # a forked process would lack the threads of a permanent pool
         return list(pool.map(lambda bit: work(stack[bit]), range(len(stack))))
+
+
+def in_parts(work: Callable[[int, int], Any], n: int) -> None:
+    """Call ``work(first, last)`` for ranges that together are range(n), on as many threads as Numba.
+
+    ``work`` calls a kernel; kernels release the GIL. Numba's own parallel loops take seconds longer to compile.
+    """
+    threads = min(numba.get_num_threads(), n)
+    if threads <= 1:
+        work(0, n)
+        return
+    parts = min(n, PARTS * threads)
+    ends = [k * n // parts for k in range(parts + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, ends[:-1], ends[1:]))

@@ -109,7 +109,7 @@ def test_measure_components_equals_the_reference(data):
 def test_nearest_words_equals_the_reference(observed):
     codes = observed.astype(np.uint64) @ (np.uint64(1) << np.arange(8, dtype=np.uint64))
     word, distance, ambiguous = np.empty(5, np.int32), np.empty(5, np.int16), np.empty(5, np.bool_)
-    _kernels.nearest_words(codes, SMALL.codes, word, distance, ambiguous)
+    _kernels.nearest_words(0, 5, codes, SMALL.codes, word, distance, ambiguous)
     for k in range(5):
         assert (word[k], distance[k], ambiguous[k]) == reference.nearest_word(observed[k], SMALL.words)
 
@@ -118,7 +118,7 @@ def test_binarise_rows_sets_one_bit_a_plane():
     stack = np.zeros((8, 2, 3), np.float32)
     stack[2, 1, 0], stack[5, 1, 0], stack[0, 0, 2] = 3, 1, 2
     codes = np.empty((2, 3), np.uint64)
-    _kernels.binarise_rows(stack, np.full(8, 1, np.float32), codes)
+    _kernels.binarise_rows(0, 2, stack, np.full(8, 1, np.float32), codes)
     assert codes.tolist() == [[0, 0, 1], [0b100, 0, 0]]
 
 

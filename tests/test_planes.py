@@ -40,7 +40,7 @@ def test_light_by_plane_equals_the_reference(seed):
     x, y = rng.uniform(0, WIDTH - 1, 20), rng.integers(0, N_PLANES, 20) * HEIGHT + rng.uniform(0, HEIGHT - 1, 20)
     bits = rng.integers(1, 1 << N_BITS, 20).astype(np.uint64)
     out = np.empty((20, 3))
-    light_by_plane(x, y, bits, scene, out)
+    light_by_plane(0, 20, x, y, bits, scene, out)
     radius = kernels.SAME_SPOT * scene.radius
     for m in range(20):
         on = [bit for bit in range(N_BITS) if int(bits[m]) >> bit & 1]

@@ -11,13 +11,15 @@ from scipy import ndimage, optimize
 import reference
 from merfish import datasets
 from merfish.errors import InputError
-from merfish.imaging._kernels import filter_planes, patch_steps, remove_hot_pixels
+from merfish.imaging._kernels import remove_hot_pixels
 from merfish.imaging.frames import read_fiducials
 from merfish.imaging.opening import open_experiment
 from merfish.imaging.registration import (
     align,
+    filter_planes,
     measure_drift,
     measure_field_drift,
+    patch_steps,
     seen_by_all,
     spline_taps,
 )
@@ -316,9 +318,8 @@ def test_patch_steps__as_reference():
     fixed = draw(np.array([[15.2, 14.1]]), np.array([900.0]), (31, 31)) + rng.normal(0, 5, (31, 31))
     moving = draw(np.array([[15.5, 13.9]]), np.array([600.0]), (31, 31)) + rng.normal(50, 5, (31, 31))
     fixed, moving = fixed.astype(np.float32), moving.astype(np.float32)
-    steps, variances = np.empty((2, 2)), np.empty(2)
     centers = np.array([[15, 14], [3, 3]])
-    patch_steps(fixed, moving, np.array([1, 30, 1, 30]), centers, 6, steps, variances)
+    steps, variances = patch_steps(fixed, moving, np.array([1, 30, 1, 30]), centers, 6)
     np.testing.assert_allclose(steps[0], reference.patch_step(fixed, moving, (15, 14), 6), rtol=1e-3)
     assert np.abs(steps[0] - [0.3, -0.2]).max() < 0.1
     assert 0 < variances[0] < 0.001

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from merfish._jit import kernel, parallel_kernel, prange
+from merfish._jit import kernel
 
 _BLOCK = 1024  # pixels; their values in all bits fit into the L1 cache
 _GROUP = 64  # pixels searched at once
@@ -32,22 +32,24 @@ class Model(NamedTuple):
     min_cosine: np.float32
 
 
-@parallel_kernel
-def decode_rows(stack, model, word, distance, magnitude):
-    """Find the nearest word of each pixel vector by angle; stack (bit, row, x), model a `Model`.
+@kernel
+def decode_rows(first, last, stack, model, word, distance, magnitude):
+    """Find the nearest word of each pixel vector in rows ``first`` to ``last`` - 1 by angle.
 
-    out: word (row, x) int32, -1 = none; distance (row, x) float32 between unit vectors; magnitude (row, x) float32,
-    Euclidean norm of the pixel vector.
+    stack: (bit, row, x); model: a `Model`. out: word (row, x) int32, -1 = none; distance (row, x) float32 between unit
+    vectors; magnitude (row, x) float32, Euclidean norm of the pixel vector.
     """
-    n_bits, n_rows, width = stack.shape
+    n_bits, _, width = stack.shape
     blocks = (width + _BLOCK - 1) // _BLOCK
-    for row in prange(n_rows):
-        values = np.empty((n_bits, _BLOCK), np.float32)
+    values = np.empty((n_bits, _BLOCK), np.float32)
+    for row in range(first, last):
         for block in range(blocks):
             left = block * _BLOCK
             right = min(left + _BLOCK, width)
             for bit in range(n_bits):
-                values[bit, : right - left] = stack[bit, row, left:right]
+                line, source = values[bit], stack[bit, row, left:right]
+                for x in range(len(source)):
+                    line[x] = source[x]
             decode_block(values, model, word[row, left:right], distance[row, left:right], magnitude[row, left:right])
 
 
@@ -120,16 +122,16 @@ def nearest_of_all(pixels, bits, scale, n, nearest, best):
             nearest[lane] = number if nearer else nearest[lane]
 
 
-@parallel_kernel
-def look_up_rows(stack, level, words, distances, magnitudes, word, distance, magnitude):
-    """Binarise each pixel and look up its bits in tables.
+@kernel
+def look_up_rows(first, last, stack, level, words, distances, magnitudes, word, distance, magnitude):
+    """Binarise each pixel of rows ``first`` to ``last`` - 1 and look up its bits in tables.
 
     stack (bit, row, x), at most 16 bits; level (bit,) of its dtype.
     words int32, distances and magnitudes float32: (2 ** bit,), indexed by the observed bits.
     out: word, distance, magnitude (row, x), of the dtypes of the tables.
     """
-    n_bits, n_rows, width = stack.shape
-    for row in prange(n_rows):
+    n_bits, _, width = stack.shape
+    for row in range(first, last):
         code = np.zeros(width, np.uint16)
         for bit in range(n_bits):
             line = stack[bit, row]
@@ -143,11 +145,14 @@ def look_up_rows(stack, level, words, distances, magnitudes, word, distance, mag
             magnitude[row, x] = magnitudes[code[x]]
 
 
-@parallel_kernel
-def binarise_rows(stack, threshold, code):
-    """Set bit b of ``code`` (row, x) uint64 where ``stack`` (bit, row, x) exceeds ``threshold`` (bit,)."""
-    n_bits, n_rows, width = stack.shape
-    for row in prange(n_rows):
+@kernel
+def binarise_rows(first, last, stack, threshold, code):
+    """Set bit b of ``code`` (row, x) uint64 where ``stack`` (bit, row, x) exceeds ``threshold`` (bit,).
+
+    Only rows ``first`` to ``last`` - 1 are set.
+    """
+    n_bits, _, width = stack.shape
+    for row in range(first, last):
         for x in range(width):
             code[row, x] = np.uint64(0)
         for bit in range(n_bits):
@@ -168,14 +173,14 @@ def popcount(value):
     return count
 
 
-@parallel_kernel
-def nearest_words(observed, codes, word, distance, ambiguous):
+@kernel
+def nearest_words(first, last, observed, codes, word, distance, ambiguous):
     """Find the nearest of ``codes`` (word,) to each of ``observed`` (n,), both uint64, by Hamming distance.
 
-    out: word (n,) int32, the first of the nearest; distance (n,) int16; ambiguous (n,) bool, true where another
-    word has the same distance.
+    Only ``first`` to ``last`` - 1 are searched. out: word (n,) int32, the first of the nearest; distance (n,) int16;
+    ambiguous (n,) bool, true where another word has the same distance.
     """
-    for i in prange(len(observed)):
+    for i in range(first, last):
         best = 65
         nearest = -1
         tie = False
@@ -234,7 +239,8 @@ def label_components(word, height, label):
             if mine == 0:
                 if used == len(parent):
                     grown = np.zeros(2 * used, np.int32)
-                    grown[:used] = parent
+                    for i in range(used):
+                        grown[i] = parent[i]
                     parent = grown
                 parent[used] = used
                 mine = used

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from merfish._jit import kernel, parallel_kernel, prange
+from merfish._jit import kernel
 from merfish.decoding._alignment_kernels import shift_at
 from merfish.decoding._kernels import root_of
 
@@ -369,17 +369,10 @@ def called_before(cx, cy, word, seed, scene, calls):
 
 @kernel
 def observe_part(scene, part, free, views):
-    """Observe the peaks of one part of a scene; see `observe_all`."""
+    """Observe the peaks of one part of a scene, into ``views``; free (peak,) bool, all False: no peak is taken."""
     for seed in scene.seeds[scene.part[part] : scene.part[part + 1]]:
         x, y, bright = observe(seed, scene, free, views.members[seed], views.seen[seed])
         views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2] = (x, y, bright)
-
-
-@parallel_kernel
-def observe_all(scene, free, views):
-    """Observe every peak, into ``views``; free (peak,) bool, all False: no peak is taken."""
-    for part in prange(len(scene.part) - 1):
-        observe_part(scene, part, free, views)
 
 
 @kernel
@@ -428,28 +421,32 @@ def take_tails(peak, scene, taken):
 
 @kernel
 def ranked(scene, part, views, classes, score):
-    """Peaks of one part of a scene (peak,), the highest score first, and their negative scores (peak,).
+    """Peaks of one part of a scene around which something is likeliest, as a heap of the highest score first.
 
-    Of equal scores, that of the first peak of the fits comes first. A negative score is inf where nothing is likeliest.
-    ``score`` (class,) is overwritten.
+    Its items are the negative score, the number of the peak in the fits, which decides between equal scores, and the
+    peak; the last one is inf, -1, -1. ``score`` (class,) is overwritten.
     """
     seeds = scene.seeds[scene.part[part] : scene.part[part + 1]]
     nothing = len(score) - 2
-    negatives = np.full(len(seeds), np.inf)
+    heap = [(np.inf, -1, -1)]
     best = nothing
     for k in range(len(seeds)):
         if k == 0 or not alike(views, seeds[k], seeds[k - 1]):  # the peaks of a molecule often are
             best = best_class(views.seen[seeds[k]], views.centre[seeds[k], 2], classes, score)
         if best != nothing:
-            negatives[k] = -score[best]
-    places = np.argsort(scene.order[seeds])
-    places = places[np.argsort(negatives[places], kind="mergesort")]  # stable
-    return seeds[places], negatives[places]
+            heapq.heappush(heap, (-score[best], scene.order[seeds[k]], seeds[k]))
+    return heap
 
 
 @kernel
 def call_part(scene, part, views, classes, explained, taken, out):
-    """Call the molecules of one part of a scene, the most certain first; see `call_all`."""
+    """Call the molecules of one part of a scene, the most certain first, each from peaks that no other has taken.
+
+    scene, views, classes: see `Scene`, `Views` and `Classes`. Peaks around which nothing is likelier than any word are
+    not called. A call takes the peaks of its word's on-bits, and other peaks within ``explained`` pixels, which are its
+    errors. An object that is bright in every bit takes its peaks but is not a call. taken (peak,) bool, all False on
+    entry; out: `Calls`, nothing called and all sums 0 on entry. Parts may be processed at the same time.
+    """
     px, py, pa = scene.px, scene.py, scene.pa
     share, shows, light = out.share[part], out.shows[part], out.light[part]
     n_bits, n_classes = len(scene.light), len(classes.weight)
@@ -458,17 +455,9 @@ def call_part(scene, part, views, classes, explained, taken, out):
     seen = np.empty(n_bits, np.uint8)
     score, odds = np.empty(n_classes), np.empty(n_classes)
     is_on = np.empty(n_bits)
-    seeds, negatives = ranked(scene, part, views, classes, score)
-    end = (np.inf, -1, -1)
-    again = [end]  # heap of peaks that scored less once others had taken some of their peaks
-    done = 0
+    heap = ranked(scene, part, views, classes, score)
     while True:
-        following = (negatives[done], scene.order[seeds[done]], seeds[done]) if done < len(seeds) else end
-        if again[0] < following:
-            following = heapq.heappop(again)
-        else:
-            done += 1
-        negative, _, seed = following
+        negative, _, seed = heapq.heappop(heap)
         if negative == np.inf:
             break
         if taken[seed]:
@@ -476,11 +465,12 @@ def call_part(scene, part, views, classes, explained, taken, out):
         if changed(seed, scene, taken):
             cx, cy, bright = observe(seed, scene, taken, members, seen)
         else:
-            members[:], seen[:] = views.members[seed], views.seen[seed]
+            for bit in range(n_bits):
+                members[bit], seen[bit] = views.members[seed, bit], views.seen[seed, bit]
             cx, cy, bright = (views.centre[seed, 0], views.centre[seed, 1], views.centre[seed, 2])
         best = best_class(seen, bright, classes, score)
         if score[best] < -negative - 1e-9:
-            heapq.heappush(again, (-score[best], scene.order[seed], seed))
+            heapq.heappush(heap, (-score[best], scene.order[seed], seed))  # others have taken some of its peaks
             continue
         if called_before(cx, cy, best, seed, scene, out):
             taken[seed] = True
@@ -538,16 +528,3 @@ def call_part(scene, part, views, classes, explained, taken, out):
         out.table[seed, 0], out.table[seed, 1], out.table[seed, 2] = cx, cy, bright
         out.table[seed, 3], out.table[seed, 4] = (score[best], -np.log(max(others, 1e-30)))
         out.evidence[seed, 0], out.evidence[seed, 1] = best, errors
-
-
-@parallel_kernel
-def call_all(scene, views, classes, explained, taken, out):
-    """Call molecules, in each cluster the most certain first, each from peaks that no other call has taken.
-
-    scene, views, classes: see `Scene`, `Views` and `Classes`. Peaks around which nothing is likelier than any word are
-    not called. A call takes the peaks of its word's on-bits, and other peaks within ``explained`` pixels, which are its
-    errors. An object that is bright in every bit takes its peaks but is not a call. taken (peak,) bool, all False on
-    entry; out: `Calls`, nothing called and all sums 0 on entry. The calls do not depend on the number of threads.
-    """
-    for part in prange(len(scene.part) - 1):
-        call_part(scene, part, views, classes, explained, taken, out)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from merfish._jit import in_parts, map_bits
 from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding._plane_kernels import light_by_plane
 from merfish.decoding.alignment import shifts_at
@@ -78,7 +79,8 @@ def make_scene(fits: list[Fit], left: np.ndarray, height: int, sigma: float, war
     )  # fmt: skip
     if n_rows > height:
         light = np.empty((len(x), 3))
-        light_by_plane(x, y, np.uint64(1) << bit.astype(np.uint64), scene, light)
+        bits = np.uint64(1) << bit.astype(np.uint64)
+        in_parts(lambda first, last: light_by_plane(first, last, x, y, bits, scene, light), len(x))
         tail, tail_planes, depth_step = focus_of(light)
         scene = scene._replace(pz=depth(light, plane), tail=tail, tail_planes=tail_planes, depth_step=depth_step)
     begins = np.empty(kernels.find_clusters(scene, RADIUS * sigma) + 1, np.int64)
@@ -92,10 +94,7 @@ def look(scene: kernels.Scene) -> kernels.Views:
     n, n_bits = len(scene.px), len(scene.light)
     views = kernels.Views(np.empty((n, n_bits), np.int32), np.empty((n, n_bits), np.uint8), np.empty((n, 3)))
     free = np.zeros(n, bool)
-    if len(scene.part) == 2:
-        kernels.observe_part(scene, 0, free, views)
-    else:
-        kernels.observe_all(scene, free, views)
+    map_bits(lambda part: kernels.observe_part(scene, part, free, views), range(len(scene.part) - 1))
     return views
 
 
@@ -112,10 +111,7 @@ def call(scene: kernels.Scene, views: kernels.Views, classes: kernels.Classes, s
         light=np.zeros((n_parts, 2, kernels.N_STEPS)),
     )
     taken = np.zeros(n, bool)
-    if n_parts == 1:
-        kernels.call_part(scene, 0, views, classes, EXPLAINED * sigma, taken, out)
-    else:
-        kernels.call_all(scene, views, classes, EXPLAINED * sigma, taken, out)
+    map_bits(lambda part: kernels.call_part(scene, part, views, classes, EXPLAINED * sigma, taken, out), range(n_parts))
     chosen = np.flatnonzero(out.called)
     chosen = chosen[np.lexsort((scene.order[chosen], -out.table[chosen, 3]))]
     number = np.full(n + 1, -1)  # the last element is for peaks without an owner

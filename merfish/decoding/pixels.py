@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from merfish._jit import in_parts
 from merfish.codebook import Codebook, min_distance
 from merfish.decoding import _kernels
 from merfish.imaging.normalize import Normalization
@@ -77,8 +78,15 @@ def decode_soft(
     pixels = _empty(stack.shape[1:])
     for rows, strip in strips(stack):
         part = pixels.part(rows)
-        _kernels.decode_rows(strip, model, part.word, part.distance, part.magnitude)
+        _decode_rows(strip, model, part)
     return pixels
+
+
+def _decode_rows(stack: np.ndarray, model: _kernels.Model, out: DecodedPixels) -> None:
+    in_parts(
+        lambda first, last: _kernels.decode_rows(first, last, stack, model, out.word, out.distance, out.magnitude),
+        stack.shape[1],
+    )
 
 
 def search_model(
@@ -148,12 +156,12 @@ class CodeLookup:
         """Decode a stack (bit, row, x) into ``out``; bits above ``threshold`` (bit,) float32 are on."""
         if self.table is not None:
             level = _level(threshold, stack.dtype)
-            _kernels.look_up_rows(
-                stack, level, *self.table, self.table_magnitude, out.word, out.distance, out.magnitude
-            )
+            tables = *self.table, self.table_magnitude
+            pixels = out.word, out.distance, out.magnitude
+            in_parts(lambda a, b: _kernels.look_up_rows(a, b, stack, level, *tables, *pixels), stack.shape[1])
             return
         codes = np.empty(stack.shape[1:], np.uint64)
-        _kernels.binarise_rows(stack, threshold, codes)
+        in_parts(lambda a, b: _kernels.binarise_rows(a, b, stack, threshold, codes), stack.shape[1])
         out.word[:], out.distance[:] = self(codes)
         out.magnitude[:] = np.sqrt(np.bitwise_count(codes).astype(np.float32))
 
@@ -161,7 +169,8 @@ class CodeLookup:
         word = np.empty(len(observed), np.int32)
         distance = np.empty(len(observed), np.int16)
         ambiguous = np.empty(len(observed), np.bool_)
-        _kernels.nearest_words(observed, self.codes, word, distance, ambiguous)
+        found = word, distance, ambiguous
+        in_parts(lambda a, b: _kernels.nearest_words(a, b, observed, self.codes, *found), len(observed))
         word[(distance > self.corrects) | ambiguous] = -1
         return word, distance.astype(np.float32)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from merfish._jit import map_bits
+from merfish._jit import in_parts, map_bits
 from merfish.codebook import Codebook
 from merfish.decoding import _spot_kernels as kernels
 from merfish.decoding._plane_kernels import light_by_plane
@@ -102,7 +102,7 @@ def _molecules(called: Called, scene: kernels.Scene, codebook: Codebook) -> Spot
     if scene.light.shape[1] > height:
         bits = codebook.codes[word] & ~errors
         light = np.empty((len(word), 3))
-        light_by_plane(table[:, 0], table[:, 1], bits, scene, light)
+        in_parts(lambda a, b: light_by_plane(a, b, table[:, 0], table[:, 1], bits, scene, light), len(word))
         z = depth(light, plane)
     return Spots(
         word, table[:, 0], table[:, 1] - plane * height, plane, z, table[:, 2].astype(np.float32), table[:, 4], errors,

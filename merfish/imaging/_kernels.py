@@ -4,61 +4,44 @@ from __future__ import annotations
 
 import numpy as np
 
-from merfish._jit import fused_kernel, kernel, parallel_kernel, prange
+from merfish._jit import fused_kernel, kernel
 
 _BLOCK = 64  # pixels of a row that are searched for peaks only if one is above the threshold
-_ROWS = 32  # rows of a strip; filtered along x, it stays in the cache of a core while it is filtered along y
+ROWS = 32  # rows of a strip; filtered along x, it stays in the cache of a core while it is filtered along y
 
 
-@parallel_kernel
-def filter_planes(planes, starts, taps_y, taps_x, out):
+@kernel
+def filter_strips(first, last, planes, starts, taps_y, taps_x, out):
     """Filter each plane of (plane, y, x) along x and y with its own weights into ``out`` float32.
 
     out[p, y, x] = sum over s, t of taps_y[p, s] taps_x[p, t] planes[p, y + starts[p, 0] + s, x + starts[p, 1] + t];
     beyond its edges a plane is mirrored about its outermost pixels. starts: (plane, 2) int64; taps: (plane, tap)
-    float32, a multiple of 4 taps (see `filled_taps`).
+    float32, a multiple of 4 taps (see `filled_taps`). Only strips ``first`` to ``last`` - 1, of `ROWS` rows each and
+    counted over all planes, are filtered.
     """
-    for strip in prange(len(planes) * strips_of(planes)):
-        filter_strip(planes, strip, starts, taps_y, taps_x, out)
-
-
-@kernel
-def filter_planes_alone(planes, starts, taps_y, taps_x, out):
-    """`filter_planes` on a single thread, for `merfish._jit.map_bits`."""
-    for strip in range(len(planes) * strips_of(planes)):
-        filter_strip(planes, strip, starts, taps_y, taps_x, out)
-
-
-@kernel
-def strips_of(planes):
-    """Number of strips of a plane."""
-    return (planes.shape[1] + _ROWS - 1) // _ROWS
-
-
-@kernel
-def filter_strip(planes, strip, starts, taps_y, taps_x, out):
-    """Filter one strip of `filter_planes`; strips are counted over all planes."""
     _, height, width = planes.shape
     n_y, n_x = taps_y.shape[1], taps_x.shape[1]
-    p = strip // strips_of(planes)
-    first = (strip % strips_of(planes)) * _ROWS
-    last = min(first + _ROWS, height)
+    of_plane = (height + ROWS - 1) // ROWS
     padded = np.empty(width + n_x - 1, np.float32)
-    rows = np.empty((last - first + n_y - 1, width), np.float32)
-    left = min(max(0, -starts[p, 1]), len(padded))
-    right = min(max(left, width - starts[p, 1]), len(padded))
-    for r in range(len(rows)):
-        source = planes[p, _mirror(first + r + starts[p, 0], height)]
-        for c in range(left):
-            padded[c] = source[_mirror(c + starts[p, 1], width)]
-        for c in range(left, right):
-            padded[c] = source[c + starts[p, 1]]
-        for c in range(right, len(padded)):
-            padded[c] = source[_mirror(c + starts[p, 1], width)]
-        along_row(rows[r], padded, taps_x[p])
-    for r in range(first, last):
-        out[p, r] = 0.0
-        across_rows(out[p, r], rows, r - first, taps_y[p])
+    rows = np.empty((ROWS + n_y - 1, width), np.float32)
+    for strip in range(first, last):
+        p = strip // of_plane
+        top = strip % of_plane * ROWS
+        bottom = min(top + ROWS, height)
+        left = min(max(0, -starts[p, 1]), len(padded))
+        right = min(max(left, width - starts[p, 1]), len(padded))
+        for r in range(bottom - top + n_y - 1):
+            source = planes[p, _mirror(top + r + starts[p, 0], height)]
+            for c in range(left):
+                padded[c] = source[_mirror(c + starts[p, 1], width)]
+            for c in range(left, right):
+                padded[c] = source[c + starts[p, 1]]
+            for c in range(right, len(padded)):
+                padded[c] = source[_mirror(c + starts[p, 1], width)]
+            along_row(rows[r], padded, taps_x[p])
+        for r in range(top, bottom):
+            out[p, r] = 0.0
+            across_rows(out[p, r], rows, r - top, taps_y[p])
 
 
 @fused_kernel
@@ -103,8 +86,10 @@ def bandpass_rows(image, first, last, narrow, wide, out):
         index = _mirror(first + r - reach, height)
         same = index - first + reach  # value of r for which that row was filtered
         if 0 <= same < r < same + len(wide):
-            far[r % len(wide)] = far[same % len(wide)]
-            near[r % len(wide)] = near[same % len(wide)]
+            far_row, near_row = far[r % len(wide)], near[r % len(wide)]
+            far_kept, near_kept = far[same % len(wide)], near[same % len(wide)]
+            for x in range(width):  # assignments of slices take seconds to compile
+                far_row[x], near_row[x] = far_kept[x], near_kept[x]
         else:
             source = image[index]
             for x in range(width):
@@ -128,19 +113,6 @@ def radius_of(taps):
     while taps[n - 1] == 0.0:
         n -= 1
     return (n - 1) // 2
-
-
-@kernel
-def bandpass_image(image, narrow, wide, out):
-    """Band-pass a whole image (y, x); see `bandpass_rows`."""
-    bandpass_rows(image, 0, len(image), narrow, wide, out)
-
-
-@parallel_kernel
-def bandpass_strip(images, first, last, narrow, wide, out):
-    """Band-pass rows ``first`` to ``last`` - 1 of each image (bit, y, x) into ``out`` (bit, row, x)."""
-    for bit in prange(len(images)):
-        bandpass_rows(images[bit], first, last, narrow, wide, out[bit])
 
 
 @kernel
@@ -171,7 +143,8 @@ def remove_hot_pixels(image, out):
         for r in range(3):
             for x in range(width):
                 rows[r, x] = image[y - 1 + r, x]
-        out[y, 0], out[y, width - 1] = _not_hot(image, y, 0), _not_hot(image, y, width - 1)
+        for x in (0, width - 1):
+            out[y, x] = _not_hot(image, y, x)
         _without_hot(rows[0], rows[1], rows[2], out[y])
 
 
@@ -212,21 +185,17 @@ def _ranked(ranks, other):
 
 
 @kernel
-def patch_steps(fixed, moving, bounds, centers, radius, steps, variances):
-    """Measure the displacement of each patch of ``moving`` (y, x) from the same patch of ``fixed``, by least squares.
+def patch_sums(fixed, moving, bounds, centers, radius, normal, target, total, count):
+    """Sums over the pixels of each patch, for `merfish.imaging.registration.patch_steps`.
 
-    Within ``radius`` of each centre (patch, 2) int64, moving = gain * fixed + offset - gain * step . gradient, where
-    the gradient is that of the mean of both images, so that the noise of neither biases the step towards 0. Valid for
-    steps well below the width of the structure; repeat on the realigned image. Only pixels from bounds[0] to
-    bounds[1] - 1 along y and from bounds[2] to bounds[3] - 1 along x are used; they must lie 1 px inside the images.
-    out: steps (patch, 2) y, x in pixel; variances (patch,), of a step along one axis; NaN and inf if undetermined.
+    Within ``radius`` of each centre (patch, 2) int64, the terms are the gradient of the mean of both images along y and
+    x, ``fixed`` relative to the centre, and 1; the value is ``moving`` relative to ``fixed`` at the centre. Only pixels
+    from bounds[0] to bounds[1] - 1 along y and from bounds[2] to bounds[3] - 1 along x are used.
+    out, 0 on entry: normal (patch, 4, 4), target (patch, 4), total (patch,), sums of products of two terms, of a term
+    and the value, and of squared values; count (patch,), pixels.
     """
-    for k in range(centers.shape[0]):
-        normal = np.zeros((4, 4))
-        target = np.zeros(4)
-        total = 0.0
-        count = 0
-        term = np.empty(4)
+    term = np.empty(4)
+    for k in range(len(centers)):
         base = fixed[centers[k, 0], centers[k, 1]]
         for y in range(max(bounds[0], centers[k, 0] - radius), min(bounds[1], centers[k, 0] + radius + 1)):
             for x in range(max(bounds[2], centers[k, 1] - radius), min(bounds[3], centers[k, 1] + radius + 1)):
@@ -237,42 +206,29 @@ def patch_steps(fixed, moving, bounds, centers, radius, steps, variances):
                 term[2] = fixed[y, x] - base
                 term[3] = 1.0
                 value = moving[y, x] - base
-                total += value * value
-                count += 1
+                total[k] += value * value
+                count[k] += 1
                 for i in range(4):
-                    target[i] += term[i] * value
+                    target[k, i] += term[i] * value
                     for j in range(4):
-                        normal[i, j] += term[i] * term[j]
-        steps[k] = np.nan
-        variances[k] = np.inf
-        scale = normal[0, 0] * normal[1, 1] * normal[2, 2]
-        if 2 * count < radius * radius or scale <= 0 or np.linalg.det(normal) < 1e-9 * scale * count:
-            continue
-        inverse = np.linalg.inv(normal)
-        solution = inverse @ target
-        gain = solution[2]
-        if gain <= 0:
-            continue
-        factor = (1.0 + gain) / (2.0 * gain)  # the mean gradient is (1 + gain) / 2 that of fixed
-        residual = max(total - (solution * target).sum(), 0.0) / max(count - 4, 1)
-        steps[k] = -solution[:2] * factor
-        variances[k] = residual * (inverse[0, 0] + inverse[1, 1]) / 2 * factor**2
+                        normal[k, i, j] += term[i] * term[j]
 
 
-@parallel_kernel
-def warp_planes(coefficients, maps, out):
+@kernel
+def warp_rows(first, last, coefficients, maps, out):
     """Resample planes (plane, y, x) of B-spline coefficients at maps[p] @ (y, x, 1) into ``out`` float32.
 
-    maps: (plane, 2, 3) float64. Beyond its edges a plane is mirrored about its outermost pixels.
+    maps: (plane, 2, 3) float64. Beyond its edges a plane is mirrored about its outermost pixels. Only the rows
+    ``first`` to ``last`` - 1 are computed, counted over all planes.
     """
-    n_planes, height, width = coefficients.shape
-    for task in prange(n_planes * height):
+    _, height, width = coefficients.shape
+    weight_y = np.empty(4, np.float32)
+    weight_x = np.empty(4, np.float32)
+    for task in range(first, last):
         p = task // height
         y = task % height
         plane = coefficients[p]
         at = maps[p]
-        weight_y = np.empty(4, np.float32)
-        weight_x = np.empty(4, np.float32)
         for x in range(width):
             v = at[0, 0] * y + at[0, 1] * x + at[0, 2]
             u = at[1, 0] * y + at[1, 1] * x + at[1, 2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merfish._jit import kernel, parallel_kernel, prange
+from merfish._jit import kernel
 
 MOST = 0.6  # largest share; bits that are on together show more, lognormal about 1
 WINDOW = 0.2  # share of the values in the narrowest interval; the group must hold more
@@ -22,7 +22,7 @@ def locate_group(values, least):
     with biweights (Tukey) that vanish `CUT` sigmas away; sigma is measured on the values within 3 sigmas. NaN too for a
     group that is no leak: one with many values below it, or cut off by `MOST`.
     """
-    n = np.searchsorted(values, MOST)
+    n = count_below(values, MOST)
     inside = max(int(WINDOW * n), FEWEST // 2)
     if n < 2 * inside:
         return np.nan, np.nan
@@ -43,28 +43,53 @@ def locate_group(values, least):
                 weights += weight
                 total += weight * values[k]
         centre = total / weights
-        away = np.abs(values[:n] - centre)
-        away = away[away < 3 * sigma]
-        count = len(away)
-        sigma = max(1.4826 * np.median(away), 1e-6)
-    below = np.searchsorted(values, min(centre - 3 * sigma, 0.5 * centre)) if centre > 3 * sigma else 0
+        count, distance = median_distance(values[:n], centre, 3 * sigma)
+        sigma = max(1.4826 * distance, 1e-6)
+    below = count_below(values, min(centre - 3 * sigma, 0.5 * centre)) if centre > 3 * sigma else 0
     if count < least or below > BELOW * count or centre + 2 * sigma > MOST:
         return np.nan, np.nan
     return centre, sigma / np.sqrt(count)
 
 
-@parallel_kernel
-def locate_pairs(seen, start, least, centre, error):
-    """`locate_group` of the light in each bit relative to that in the bit of the peak, into (source, target) arrays.
+@kernel
+def count_below(values, limit):
+    """Number of sorted values (n,) below a limit."""
+    n = 0
+    while n < len(values) and values[n] < limit:
+        n += 1
+    return n
 
-    seen: (peak, bit), peaks of bit b in rows start[b] to below start[b + 1]. least: smallest share of a bit's peaks in
-    a group.
+
+@kernel
+def median_distance(values, centre, limit):
+    """Number of sorted values (n,) closer than ``limit`` to the centre, and the median of their distances; NaN if none.
+
+    np.median takes seconds to compile.
     """
-    n = seen.shape[1]
-    for source in prange(n):
-        a, b = start[source], start[source + 1]
-        for target in range(n):
-            centre[source, target] = error[source, target] = np.nan
-            if target != source and b - a >= FEWEST:
-                values = np.sort(seen[a:b, target] / seen[a:b, source])
-                centre[source, target], error[source, target] = locate_group(values, max(FEWEST, least * (b - a)))
+    left = count_below(values, centre) - 1
+    right = left + 1
+    low, high = left, right
+    while low >= 0 and centre - values[low] < limit:
+        low -= 1
+    while high < len(values) and values[high] - centre < limit:
+        high += 1
+    count = high - low - 1
+    if count == 0:
+        return 0, np.nan
+    nearest = previous = 0.0
+    for _ in range(count // 2 + 1):
+        previous = nearest
+        if right == high or (left > low and centre - values[left] < values[right] - centre):
+            nearest = centre - values[left]
+            left -= 1
+        else:
+            nearest = values[right] - centre
+            right += 1
+    return count, nearest if count % 2 else (previous + nearest) / 2
+
+
+@kernel
+def locate_groups(values, least, centre, error):
+    """`locate_group` of each row of sorted values (row, n), into centre and error (row,)."""
+    for row in range(len(values)):
+        centre[row], error[row] = locate_group(values[row], least)

@@ -100,11 +100,11 @@ def _read_sources(experiment: Experiment, fov: int, sources: Sequence[tuple[Movi
 
 
 def _oriented(experiment: Experiment, image: np.ndarray) -> np.ndarray:
-    """Transpose, then flip along x, then along y, as given in the microscope file."""
+    """Transpose, then flip along x, then along y, as given in the microscope file; C-contiguous for the kernels."""
     if experiment.transpose:
         image = image.T
     if experiment.flip_horizontal:
         image = image[:, ::-1]
     if experiment.flip_vertical:
         image = image[::-1]
-    return image
+    return np.ascontiguousarray(image)

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.ndimage import map_coordinates
 
 from merfish._jit import map_bits
-from merfish.imaging._leak_kernels import locate_pairs
+from merfish.imaging._leak_kernels import FEWEST, locate_groups
 from merfish.imaging.normalize import NOISE_TO_SIGMA, FieldSpots, typical_height
 from merfish.imaging.preprocess import Bandpassed, in_rows
 from merfish.imaging.unmixing import Leak
@@ -92,8 +92,16 @@ def _shares(seen: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray
     peaks of all bits. The error includes the scatter of shares below it, which are not leaks.
     """
     n = seen.shape[1]
-    centre, error = np.empty((2, n, n))
-    locate_pairs(seen, start, LEAST_GROUP, centre, error)
+    centre, error = np.full((2, n, n), np.nan)
+
+    def of_source(source: int) -> None:
+        own = seen[start[source] : start[source + 1]]
+        if len(own) >= FEWEST:
+            relative = np.sort(np.ascontiguousarray((own / own[:, source, None]).T))
+            locate_groups(relative, max(float(FEWEST), LEAST_GROUP * len(own)), centre[source], error[source])
+
+    map_bits(of_source, range(n))
+    np.fill_diagonal(centre, np.nan)
     known = np.isfinite(centre)
     share = np.zeros((n, n))
     for target in np.flatnonzero(known.any(axis=0)):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from merfish.imaging._kernels import bandpass_image, bandpass_strip
+from merfish._jit import map_bits
+from merfish.imaging._kernels import bandpass_rows
 from merfish.imaging.unmixing import Leak, subtract_leaks, unmixing, weighted_sum
 
 
@@ -19,9 +20,16 @@ def bandpass(stack: np.ndarray, *, smoothing: float, background: float, out: np.
     """
     out = np.empty(stack.shape, np.float32) if out is None else out
     images, filtered = (array.reshape(-1, *stack.shape[-2:]) for array in (stack, out))
-    taps = (filled_taps(gaussian_taps(sigma)) for sigma in (smoothing, background))
-    bandpass_strip(images, 0, images.shape[1], *taps, filtered)
+    taps = filled_taps(gaussian_taps(smoothing)), filled_taps(gaussian_taps(background))
+    _filter_rows(images, 0, images.shape[1], taps, filtered)
     return out
+
+
+def _filter_rows(
+    images: np.ndarray, first: int, last: int, taps: tuple[np.ndarray, np.ndarray], out: np.ndarray
+) -> None:
+    """Band-pass rows ``first`` to ``last`` - 1 of each image (bit, y, x) into ``out`` (bit, row, x)."""
+    map_bits(lambda bit: bandpass_rows(images[bit], first, last, *taps, out[bit]), range(len(images)))
 
 
 class Bandpassed:
@@ -47,14 +55,14 @@ class Bandpassed:
         if not isinstance(key, tuple):
             image = np.empty(self.shape[1:], np.float32)
             for plane, out in enumerate(image.reshape(self.images.shape[1:])):
-                bandpass_image(self._raw(key, plane), *self.taps, out)
+                bandpass_rows(self._raw(key, plane), 0, self.height, *self.taps, out)
             return image
         first, last, _ = key[1].indices(self.shape[1])
         strip = np.empty((len(self), last - first, self.shape[2]), np.float32)
         for plane in range(first // self.height, -(-last // self.height)):
             top = plane * self.height
             a, b = max(first, top), min(last, top + self.height)
-            bandpass_strip(self.images[:, plane], a - top, b - top, *self.taps, strip[:, a - first : b - first])
+            _filter_rows(self.images[:, plane], a - top, b - top, self.taps, strip[:, a - first : b - first])
         if self.leaks:
             subtract_leaks(strip, self.leaks)
         return strip

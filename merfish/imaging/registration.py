@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage, spatial, special
 
-from merfish._jit import map_bits
+from merfish._jit import in_parts, map_bits
 from merfish.errors import InputError
-from merfish.imaging._kernels import filter_planes, filter_planes_alone, patch_steps, remove_hot_pixels, warp_planes
+from merfish.imaging._kernels import ROWS, filter_strips, patch_sums, remove_hot_pixels, warp_rows
 from merfish.imaging.preprocess import Bandpassed, filled_taps
 
 MAX_DRIFT = 40.0  # pixel, along y and along x
@@ -231,13 +231,12 @@ def _refine_drift(
 ) -> tuple[np.ndarray, int, float] | None:
     """Drift (2,), number of blobs (blob, 2) of ``fixed`` that agree on it, and its error; None if they do not agree."""
     centers, aligned = np.rint(blobs).astype(np.int64), np.empty((1, *moving.shape), np.float32)
-    steps, variances = np.empty((len(centers), 2)), np.empty(len(centers))
     for _ in range(_REFINEMENTS):
         _translate(moving[None], shift, aligned, filter_planes_alone)
         size = np.array(fixed.shape)
         low, high = np.maximum(1, np.ceil(1 - shift)), np.minimum(size - 1, np.floor(size - 1 - shift))
         bounds = np.stack([low, high], axis=1).ravel().astype(np.int64)
-        patch_steps(fixed, aligned[0], bounds, centers, _PATCH_RADIUS * 2**level, steps, variances)
+        steps, variances = patch_steps(fixed, aligned[0], bounds, centers, _PATCH_RADIUS * 2**level)
         kept = _agreeing(steps)
         if kept.sum() < _MIN_BEADS:
             return None
@@ -249,6 +248,33 @@ def _refine_drift(
     off = steps[kept] - mean
     error = float(np.sqrt((weight**2 @ off**2).mean()) / weight.sum() * np.sqrt(len(off) / (len(off) - 1)))
     return (shift, len(off), error) if error <= _MAX_ERROR else None
+
+
+def patch_steps(
+    fixed: np.ndarray, moving: np.ndarray, bounds: np.ndarray, centers: np.ndarray, radius: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Measure the displacement of each patch of ``moving`` (y, x) from the same patch of ``fixed``, by least squares.
+
+    Within ``radius`` of each centre (patch, 2) int64, moving = gain * fixed + offset - gain * step . gradient, where
+    the gradient is that of the mean of both images, so that the noise of neither biases the step towards 0. Valid for
+    steps well below the width of the structure; repeat on the realigned image. Only pixels from bounds[0] to
+    bounds[1] - 1 along y and from bounds[2] to bounds[3] - 1 along x are used; they must lie 1 px inside the images.
+    Returns steps (patch, 2) y, x in pixel, and variances (patch,), of a step along one axis; NaN and inf if
+    undetermined.
+    """
+    n = len(centers)
+    normal, target, total, count = np.zeros((n, 4, 4)), np.zeros((n, 4)), np.zeros(n), np.zeros(n)
+    patch_sums(fixed, moving, bounds, centers, radius, normal, target, total, count)
+    scale = normal[:, 0, 0] * normal[:, 1, 1] * normal[:, 2, 2]
+    known = (2 * count >= radius**2) & (scale > 0) & (np.linalg.det(normal) >= 1e-9 * scale * count)
+    inverse = np.zeros((n, 4, 4))
+    inverse[known] = np.linalg.inv(normal[known])
+    solution = np.einsum("kij,kj->ki", inverse, target)
+    gain = np.where(solution[:, 2] > 0, solution[:, 2], np.nan)
+    factor = (1 + gain) / (2 * gain)  # the mean gradient is (1 + gain) / 2 that of fixed
+    residual = np.maximum(total - (solution * target).sum(axis=1), 0) / np.maximum(count - 4, 1)
+    variances = residual * (inverse[:, 0, 0] + inverse[:, 1, 1]) / 2 * factor**2
+    return -solution[:, :2] * factor[:, None], np.where(np.isnan(gain), np.inf, variances)
 
 
 def _agreeing(steps: np.ndarray) -> np.ndarray:
@@ -308,6 +334,30 @@ def _translate(planes: np.ndarray, shift: np.ndarray, out: np.ndarray, filtered:
     taps = spline_taps(shift - whole)
     starts = _repeat(whole.astype(np.int64) - (_TAPS // 2 - 1), len(planes))
     filtered(planes, starts, _repeat(taps[0], len(planes)), _repeat(taps[1], len(planes)), out)
+
+
+def filter_planes(
+    planes: np.ndarray, starts: np.ndarray, taps_y: np.ndarray, taps_x: np.ndarray, out: np.ndarray
+) -> None:
+    """Filter planes as described in `_kernels.filter_strips`."""
+    in_parts(lambda a, b: filter_strips(a, b, planes, starts, taps_y, taps_x, out), _strips(planes))
+
+
+def filter_planes_alone(
+    planes: np.ndarray, starts: np.ndarray, taps_y: np.ndarray, taps_x: np.ndarray, out: np.ndarray
+) -> None:
+    """`filter_planes` on a single thread, for `merfish._jit.map_bits`."""
+    filter_strips(0, _strips(planes), planes, starts, taps_y, taps_x, out)
+
+
+def _strips(planes: np.ndarray) -> int:
+    return len(planes) * -(-planes.shape[1] // ROWS)
+
+
+def warp_planes(coefficients: np.ndarray, maps: np.ndarray, out: np.ndarray) -> None:
+    """Resample planes as described in `_kernels.warp_rows`."""
+    n_rows = coefficients.shape[0] * coefficients.shape[1]
+    in_parts(lambda first, last: warp_rows(first, last, coefficients, maps, out), n_rows)
 
 
 def _repeat(values: np.ndarray, times: int) -> np.ndarray:

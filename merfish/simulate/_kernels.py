@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from merfish._jit import kernel, parallel_kernel, prange
+from merfish._jit import kernel
 
 
 @kernel
@@ -45,9 +45,9 @@ def add_spot(image, y, x, flux, sigma, ratio=1.0):
             image[top + i, left + j] += np.float32(row * across[j])
 
 
-@parallel_kernel
-def render_spots(y, x, z, flux, sigma, ratio, focal_range, image):
-    """Add the spots of all molecules to every bit and plane.
+@kernel
+def render_spots(first, last, y, x, z, flux, sigma, ratio, focal_range, image):
+    """Add the spots of all molecules to every plane of the bits ``first`` to ``last`` - 1.
 
     y, x (bit, molecule) pixels, in the image of each bit; z (molecule,) plane index; flux (bit, molecule) total
     photons, 0 = dark; sigma (bit,) pixels in focus, ratio: see `add_spot`; out: image (bit, z, y, x) float32, added to.
@@ -55,8 +55,8 @@ def render_spots(y, x, z, flux, sigma, ratio, focal_range, image):
     and focal_range in planes.
     Each bit is rendered by one thread, so that sums do not depend on the number of threads.
     """
-    n_bits, n_planes = image.shape[:2]
-    for bit in prange(n_bits):
+    n_planes = image.shape[1]
+    for bit in range(first, last):
         for m in range(flux.shape[1]):
             if flux[bit, m] <= 0.0:
                 continue

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from merfish._jit import in_parts
 from merfish.simulate._kernels import render_spots
 
 
@@ -83,7 +84,8 @@ def photons(
     flux = np.ascontiguousarray((brightness * (peak * 2.0 * np.pi * sigma**2)).T)
     places = [np.ascontiguousarray(np.broadcast_to(a, flux.shape), dtype=np.float64) for a in (y, x)]
     focal_range = imaging.focal_range / imaging.plane_step
-    render_spots(*places, np.asarray(z, np.float64), flux, sigma, imaging.psf_ratio, focal_range, image)
+    spots = *places, np.asarray(z, np.float64), flux, sigma, imaging.psf_ratio, focal_range
+    in_parts(lambda first, last: render_spots(first, last, *spots, image), n_bits)
     return image
 
 
