@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -243,7 +244,9 @@ def _in_the_plane(latent: np.ndarray, seed: int) -> tuple[np.ndarray, str]:
     if latent.shape[1] <= 2:
         return np.pad(latent, ((0, 0), (0, 2 - latent.shape[1]))), "latent"
     try:
-        from umap import UMAP
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ImportWarning)  # umap warns if TensorFlow, which is not used, is missing
+            from umap import UMAP
     except ImportError:
         from sklearn.manifold import TSNE
 
