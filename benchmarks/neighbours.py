@@ -140,21 +140,21 @@ def page(rows: pd.DataFrame, covers: pd.DataFrame, seeds: int, samples: int, com
         return as_markdown(table.map(lambda v: f"{v:.{digits}f}").reset_index())
 
     held = covers.groupby("section", sort=False)[["z_niche", "z_cell"]].mean().round(3).reset_index()
-    return f"""# What neighbours are worth
+    return f"""# Information from neighbours
 
 Made by `{command}`.
 
 Seeds: {seeds}; where there are several, their mean. {REMOVED:.0%} of the cells with at least {LEAST} counts are held
 out; {samples} importance samples. Cells that repeat place and counts of another, 475 of osmFISH, are left out.
 
-- "field": the model itself, a Gaussian field and types of cells that it weights; "gatv2", "sage", "gin": messages of
-  15 neighbours, too. All share encoder, decoder, field and types of one training.
+- "field": a Gaussian field and cell types whose frequencies depend on it; "gatv2", "sage", "gin": also messages from 15
+  neighbours. All share encoder, decoder and field of one training.
 
 ## Gain of the neighbours
 
 log p(x_i | neighbours) - log p(x_i), nats a cell, both under the model with its types. The linear predictor has 20
-principal components y of log counts and the mean of 15 neighbours. A single Gaussian fits y badly, and whatever narrows
-it is a gain; a mixture of two fits y better and gains less from the same mean of neighbours.
+principal components y of log counts and the mean of 15 neighbours. A single Gaussian fits y badly, which increases its
+gain: a mixture of two Gaussians has a higher log p(y), and gains less from the same mean of neighbours.
 
 {wide("gain", 2)}
 
@@ -183,7 +183,7 @@ counts; {LEVEL} is right.
 
 ## CPU seconds to fit
 
-After encoder, decoder and field, on a machine that others used, too.
+Types and messages, without encoder, decoder and field, on a machine under other load.
 
 {wide("seconds", 1)}
 """
