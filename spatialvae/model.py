@@ -66,7 +66,7 @@ class SpatialVAE:
     linear_decoder : make log shares linear in z_cell, as in LDVAE; ``get_loadings`` returns the coefficients
     niche_encoder : model of z_cell given the counts of other cells (``spatialvae.neighbours``), used by all methods
         with ``given``; embeddings do not depend on it. "gatv2", "sage" and "gin" are layers of torch_geometric that
-        pass messages from the 15 nearest neighbours; "gatv2" and "sage" predict best (benchmarks/results/neighbours.md).
+        pass messages from the 15 nearest neighbours; the first two predict best (benchmarks/results/neighbours.md).
         "field" uses the Gaussian field alone; cells can then be drawn jointly, not only one by one. A
         ``torch.nn.Module`` is called as forward(x, edge_index, edge_attr) and returns one row per node: x (node, dim)
         is z_cell of the neighbours in prior standard deviations, zeros for the cells to be predicted; edge_index (2,
