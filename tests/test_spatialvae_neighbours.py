@@ -91,7 +91,7 @@ def test_context__of_a_cell_does_not_see_its_own_counts(kind):
     index[index == torch.arange(n)[:, None]] = -1
     parts = torch.zeros(n, 3, dim)
     field = Mixture(parts[..., 0], parts, parts + 1)
-    mixture = prior(Surroundings(torch.zeros(n, d), torch.ones(n, d), index, near, values), field)
+    mixture = prior(Surroundings(torch.zeros(n, d), torch.ones(n, d), index, near, torch.ones(dim), values), field)
     for i in (0, 7):
         outcome = mixture.mean[i, 0].sum() + mixture.log_weight[i, 1]
         slope = torch.autograd.grad(outcome, values, retain_graph=True)[0].abs().sum(1)
