@@ -78,7 +78,8 @@ def between(signal: np.ndarray) -> np.ndarray:
 def link(labels: np.ndarray) -> np.ndarray:
     """Join labels, int32 (z, y, x), of neighbouring planes that are mutual best matches and overlap by half.
 
-    Labels differ between planes and run from 1 without gaps over all planes.
+    Labels differ between planes and run from 1 without gaps over all planes. Of equal matches, that with the lower
+    labels is the best.
     """
     n = int(labels.max())
     size = np.bincount(labels.ravel(), minlength=n + 1)
@@ -86,10 +87,12 @@ def link(labels: np.ndarray) -> np.ndarray:
     both = (low > 0) & (high > 0)
     pair, common = np.unique(low[both].astype(np.int64) * (n + 1) + high[both], return_counts=True)
     low, high = pair // (n + 1), pair % (n + 1)
-    best = np.zeros((2, n + 1), np.int64)
-    np.maximum.at(best[0], low, common)
-    np.maximum.at(best[1], high, common)
-    same = (common == best[0, low]) & (common == best[1, high]) & (common > OVERLAP * np.minimum(size[low], size[high]))
+    order = np.argsort(-common, kind="stable")
+    low, high, common = low[order], high[order], common[order]
+    best = np.zeros((2, len(common)), bool)
+    for of_side, side in zip(best, (low, high), strict=True):
+        of_side[np.unique(side, return_index=True)[1]] = True
+    same = best.all(axis=0) & (common > OVERLAP * np.minimum(size[low], size[high]))
     links = coo_array((np.ones(same.sum(), bool), (low[same], high[same])), shape=(n + 1, n + 1))
     chain = connected_components(links, directed=False)[1].astype(np.int32)
     # background, 0, is linked to nothing and therefore is component 0
