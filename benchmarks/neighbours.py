@@ -32,7 +32,6 @@ from sklearn.mixture import GaussianMixture
 from tables import RESULTS, as_markdown
 
 from spatialvae import SpatialVAE, neighbours
-from spatialvae.celltypes import Types
 from spatialvae.graph import knn_graph
 from spatialvae.training import Plan
 
@@ -63,14 +62,12 @@ def of_section(
     name: str, model: SpatialVAE, rest: anndata.AnnData, held: anndata.AnnData, seed: int, samples: int
 ) -> Iterator[Row]:
     alone = model.get_marginal_ll(held, samples, seed, return_mean=False)
-    field, shape = None, model.module.shape
-    without = Types.of_sizes(0, shape.n_niche, shape.n_cell)
+    field = None
     for method in neighbours.ENCODERS:
         began = time.process_time()
         torch.manual_seed(seed)
         model.neighbours = neighbours.prior_for(method, model.module)
         if model.neighbours is not None:
-            model.module.set_types(without)  # as at the end of training
             neighbours.fit(model.neighbours, model.module, model._section, Plan(seed=seed).fitted_to(rest.n_obs))
         took = time.process_time() - began
         given = model.get_marginal_ll(held, samples, seed, given=rest, return_mean=False)
@@ -78,8 +75,9 @@ def of_section(
         drawn = model.posterior_predictive_sample(held, n_samples=DRAWS, given=rest, seed=seed)
         inside = within(drawn, dense(held.X), seed)
         yield name, method, seed, float((given - alone).mean()), float((given - field).mean()), inside, took, np.nan
+    pairs = components_and_neighbours(rest, held)
     for method, parts in ((LINEAR, 1), (MIXED, 2)):
-        of_y, of_y_given = components_alone_and_given(rest, held, parts)
+        of_y, of_y_given = alone_and_given(*pairs, parts)
         yield name, method, seed, of_y_given - of_y, np.nan, np.nan, np.nan, of_y
 
 
@@ -107,29 +105,34 @@ def within(drawn: np.ndarray, x: np.ndarray, seed: int) -> float:
     return float((np.abs(rank - 0.5) < LEVEL / 2).mean())
 
 
-def components_alone_and_given(rest: anndata.AnnData, held: anndata.AnnData, parts: int) -> tuple[float, float]:
-    """Return the means of log p(y) and log p(y | a) of held-out cells: y are principal components of log counts, and a
-    their average over the nearest training cells.
-
-    y and a are jointly a mixture of ``parts`` Gaussians; with one, the mean of y given a is linear in a.
-    """
+def components_and_neighbours(rest: anndata.AnnData, held: anndata.AnnData) -> tuple[np.ndarray, np.ndarray]:
+    """Return principal components of log counts, and their averages over the nearest cells of ``rest``, side by side,
+    (cell, 2 ``COMPONENTS``), of ``rest`` and of ``held``."""
     scale = np.median(dense(rest.X).sum(1))
     logs = [np.log1p(scale * dense(t.X) / dense(t.X).sum(1, keepdims=True)) for t in (rest, held)]
     pca = PCA(COMPONENTS, random_state=0).fit(logs[0])
     y, other = (pca.transform(log) for log in logs)
     near = knn_graph(rest.obsm["spatial"], AVERAGED).index
     distance = np.linalg.norm(held.obsm["spatial"][:, None] - rest.obsm["spatial"][None], axis=-1)
-    around, around_other = y[near].mean(1), y[np.argsort(distance, 1)[:, :AVERAGED]].mean(1)
-    fitted = GaussianMixture(parts, n_init=3, random_state=0).fit(np.c_[y, around])
+    return np.c_[y, y[near].mean(1)], np.c_[other, y[np.argsort(distance, 1)[:, :AVERAGED]].mean(1)]
 
-    def log_density(values: np.ndarray, columns: slice) -> np.ndarray:
+
+def alone_and_given(rest: np.ndarray, held: np.ndarray, parts: int) -> tuple[float, float]:
+    """Return the means of log p(y) and log p(y | a) of held-out cells, y and a being the two halves of the columns.
+
+    y and a are jointly a mixture of ``parts`` Gaussians; with one, the mean of y given a is linear in a.
+    """
+    fitted = GaussianMixture(parts, n_init=3, random_state=0).fit(rest)
+
+    def log_density(columns: slice) -> np.ndarray:
         each = zip(fitted.means_, fitted.covariances_, strict=True)
-        logs = [multivariate_normal(mean[columns], cov[columns, columns]).logpdf(values) for mean, cov in each]
+        logs = [
+            multivariate_normal(mean[columns], cov[columns, columns]).logpdf(held[:, columns]) for mean, cov in each
+        ]
         return logsumexp(np.log(fitted.weights_)[:, None] + logs, 0)
 
-    of_y, of_around = slice(COMPONENTS), slice(COMPONENTS, None)
-    given = log_density(np.c_[other, around_other], slice(None)) - log_density(around_other, of_around)
-    return float(log_density(other, of_y).mean()), float(given.mean())
+    given = log_density(slice(None)) - log_density(slice(COMPONENTS, None))
+    return float(log_density(slice(COMPONENTS)).mean()), float(given.mean())
 
 
 def page(rows: pd.DataFrame, covers: pd.DataFrame, seeds: int, samples: int, command: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numba
@@ -45,7 +46,10 @@ def compilation_said(say: Callable[[str], None]) -> Iterator[None]:
 
 
 def map_bits(work: Callable[[Any], Any], stack: Any) -> list[Any]:
-    """Call ``work`` for each bit of a stack, on as many threads as Numba; ``work`` must not start threads itself."""
+    """Call ``work`` for each bit of a stack, or item of a sequence, on as many threads as Numba.
+
+    ``work`` must not start threads itself.
+    """
     threads = min(numba.get_num_threads(), len(stack))
     if threads <= 1:
         return [work(stack[bit]) for bit in range(len(stack))]
@@ -58,11 +62,7 @@ def in_parts(work: Callable[[int, int], Any], n: int) -> None:
 
     ``work`` calls a kernel; kernels release the GIL. Numba's own parallel loops take seconds longer to compile.
     """
-    threads = min(numba.get_num_threads(), n)
-    if threads <= 1:
-        work(0, n)
-        return
-    parts = min(n, PARTS * threads)
+    threads = numba.get_num_threads()
+    parts = 1 if threads == 1 else max(min(n, PARTS * threads), 1)
     ends = [k * n // parts for k in range(parts + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, ends[:-1], ends[1:]))
+    map_bits(lambda part: work(*part), list(pairwise(ends)))

@@ -27,7 +27,6 @@ from spatialvae import (
     verbs,
 )
 from spatialvae._defaults import LIKELIHOODS
-from spatialvae.celltypes import Types
 from spatialvae.data import build_graphs, check_table, fingerprint, minibatches, read_cells
 from spatialvae.differential import Selection
 from spatialvae.errors import InputError, check_count
@@ -259,7 +258,7 @@ class SpatialVAE:
         if max_epochs is not None:
             n_train = section.cells.n_cells - int(held_out * section.cells.n_cells)
             plan = replace(plan, max_steps=max_epochs * -(-n_train // plan.batch_size))
-        self.module.set_types(Types.of_sizes(0, self.module.shape.n_niche, self.module.shape.n_cell))
+        self.module.drop_types()
         with _bar(plan.max_steps, progress) as report:
             history = pd.DataFrame(train(self.module, section, plan, report))
         section = self._section = niche_prior.fit(self.module, section)
@@ -336,7 +335,7 @@ class SpatialVAE:
         section, rows = self._read(adata), self._rows(self.adata if adata is None else adata, indices)
         if not return_dist:
             if give_mean:
-                niche, cell = (mean[rows] for mean in self._means(section))
+                niche, cell = (mean[rows] for mean in self.module.means(section))
             else:
                 drawn = sampling.latent_draws(self.module, section, rows, 1, seed)
                 pairs = [(of_niche[0].cpu(), of_cell[0].cpu()) for _, of_niche, of_cell in drawn]
@@ -696,7 +695,7 @@ class SpatialVAE:
     ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Yield parts of ``rows`` and their z_cell (sample, row, dim); the posterior means if ``n_samples`` is None."""
         if n_samples is None:
-            z = self._means(section)[1]
+            z = self.module.means(section)[1]
             for part in minibatches(rows, ROWS_AT_ONCE):
                 yield part, z[torch.from_numpy(part)][None].to(self.device)
             return
@@ -898,7 +897,7 @@ class SpatialVAE:
         section = self._read(adata)
         graphs, coordinates = section.graphs, section.cells.coordinates
         if graphs is None or coordinates is None:
-            latent = self._means(section)[1].numpy()
+            latent = self.module.means(section)[1].numpy()
         else:
             of_cells = self.module.linear_latents(section)[:, : self.module.shape.n_niche].numpy()
             latent = (of_cells + graphs.wide.adjacency() @ of_cells) / (1 + graphs.wide.degree)[:, None]
@@ -998,12 +997,6 @@ class SpatialVAE:
     def _section_of(self, adata: AnnData) -> Section:
         cells = read_cells(adata, self.setup, self.genes, self.batch_names)
         return self.module.section(cells, build_graphs(cells))
-
-    def _means(self, section: Section) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior means of z_niche (cell, D) and z_cell (cell, dim)."""
-        sites = self.module.sites(section)
-        niche = self.module.solve(section.space, sites)
-        return niche.mean, self.module.cells_given(sites, niche)[0]
 
     @torch.no_grad()
     def _terms(self, adata: AnnData | None, seed: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:

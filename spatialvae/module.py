@@ -307,6 +307,12 @@ class SpatialModule(nn.Module):
         variance[:, :d] += (variance[:, :d] / own[:d]) ** 2 * niche.variance
         return mean, variance
 
+    def means(self, section: Section) -> tuple[Tensor, Tensor]:
+        """Posterior means of z_niche (cell, D) and z_cell (cell, dim), on the CPU."""
+        sites = self.sites(section)
+        niche = self.solve(section.space, sites)
+        return niche.mean, self.cells_given(sites, niche)[0]
+
     @torch.no_grad()
     def recentre(self, mean: Tensor) -> None:
         """Subtract ``mean`` (dim,) from z_cell, without changing p(x): encoder and decoder are shifted by it."""
@@ -329,6 +335,10 @@ class SpatialModule(nn.Module):
                 layer.weight[:, :n] /= scale
         self.log_residual.add_(2 * scale.log())
         self.smooth_variance.mul_(scale[: self.shape.n_niche] ** 2)
+
+    def drop_types(self) -> None:
+        """Make z_cell Gaussian given z_niche, as it is during training."""
+        self.set_types(Types.of_sizes(0, self.shape.n_niche, self.shape.n_cell))
 
     def set_types(self, types: Types) -> None:
         """Set the cell types, which define p(z_cell | z_niche)."""

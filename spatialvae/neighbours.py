@@ -226,6 +226,7 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
     """Fit the cell types of ``module``, and ``prior``, in place to the training cells of ``plan``, until log p(x |
     others) of the held-out cells stops improving, in ``plan.max_steps`` at most."""
     rng, device = np.random.default_rng(plan.seed), module.mean.device
+    module.drop_types()  # the draws are those of the model without types, also if there are types of an earlier fit
     held, rows = divided(section, plan, rng)
     sites = module.sites(section)
     mean, variance, rows = _hidden_in_turn(module, section, sites, held, rng.permutation(rows))

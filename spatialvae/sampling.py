@@ -242,8 +242,7 @@ def cells_like(module: SpatialModule, section: Section, z: Tensor, seed: int) ->
     deviation of z_cell; among ``MOST_COMPARED`` random cells at most."""
     rows = np.flatnonzero(section.cells.depth > 0)
     rows = np.random.default_rng([seed, 4]).permutation(rows)[:MOST_COMPARED]
-    sites, sd = module.sites(section), module.cell_variance.sqrt().cpu()
-    there = module.cells_given(sites, module.solve(section.space, sites))[0][rows]
+    there, sd = module.means(section)[1][rows], module.cell_variance.sqrt().cpu()
     return rows[cKDTree((there / sd).numpy()).query((z.cpu() / sd).numpy())[1]]
 
 

@@ -43,8 +43,7 @@ def information(module: SpatialModule, section: Section, rows: np.ndarray, z: Te
 def fit(module: SpatialModule, section: Section, seed: int = 0) -> None:
     """Choose the units of the latents of ``module``, in place."""
     rows = np.random.default_rng(seed).permutation(np.flatnonzero(section.cells.depth > 0))[:MOST_CELLS]
-    sites = module.sites(section)
-    z = module.cells_given(sites, module.solve(section.space, sites))[0][torch.from_numpy(rows)]
+    z = module.means(section)[1][torch.from_numpy(rows)]
     scale = information(module, section, rows, z).sqrt()
     scale = scale.clamp(min=LEAST * float(scale.max()))
     variance = (scale**2 * z.double().var(0, correction=0)).mean()

@@ -25,7 +25,6 @@ from spatialvae import (
     training,
     units,
 )
-from spatialvae.celltypes import Types
 
 
 def tissue(n=240, genes=12, seed=0):
@@ -58,7 +57,7 @@ def trained():
 def test_terms__match_a_naive_bound_cell_by_cell(trained):
     _, model = trained
     module, section = copy.deepcopy(model.module), model._section
-    module.set_types(Types.of_sizes(0, module.shape.n_niche, module.shape.n_cell))
+    module.drop_types()
     rows = np.arange(section.cells.n_cells)
     with torch.no_grad():
         noise = module.noise(len(rows), torch.Generator().manual_seed(3))
@@ -161,7 +160,7 @@ def test_domains__are_those_of_before_training(trained, tmp_path):
     table, model = trained
     fresh = SpatialVAE(table)
     latents = fresh.module.linear_latents(fresh._section)
-    np.testing.assert_allclose(latents, fresh._means(fresh._section)[1], atol=1e-4)
+    np.testing.assert_allclose(latents, fresh.module.means(fresh._section)[1], atol=1e-4)
     np.testing.assert_allclose(model.module.linear_latents(model._section), latents, atol=1e-4)
     before = fresh.domains(2)
     model.save(tmp_path / "model")
@@ -578,7 +577,7 @@ def test_units__a_molecule_is_as_informative_about_each_dimension_and_p_of_x_doe
     z = torch.from_numpy(model.get_latent_representation(which="cell"))
     found = units.information(module, section, rows, z)
     torch.testing.assert_close(found, torch.full_like(found, float(found.mean())), rtol=1e-2, atol=0)
-    module.set_types(Types.of_sizes(0, module.shape.n_niche, module.shape.n_cell))
+    module.drop_types()
     before, divergence = evidence.log_evidence(module, section, rows, 20)[0], divergence_of(module, section)
     module.rescale(torch.linspace(0.2, 3, module.shape.n_cell))
     np.testing.assert_allclose(evidence.log_evidence(module, section, rows, 20)[0], before, atol=0.01)

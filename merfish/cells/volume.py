@@ -87,7 +87,7 @@ def link(labels: np.ndarray) -> np.ndarray:
     both = (low > 0) & (high > 0)
     pair, common = np.unique(low[both].astype(np.int64) * (n + 1) + high[both], return_counts=True)
     low, high = pair // (n + 1), pair % (n + 1)
-    order = np.argsort(-common, kind="stable")
+    order = np.argsort(-common, kind="stable")  # the first pair of each label then is its best match
     low, high, common = low[order], high[order], common[order]
     best = np.zeros((2, len(common)), bool)
     for of_side, side in zip(best, (low, high), strict=True):

@@ -259,7 +259,7 @@ def patch_steps(
     the gradient is that of the mean of both images, so that the noise of neither biases the step towards 0. Valid for
     steps well below the width of the structure; repeat on the realigned image. Only pixels from bounds[0] to
     bounds[1] - 1 along y and from bounds[2] to bounds[3] - 1 along x are used; they must lie 1 px inside the images.
-    Returns steps (patch, 2) y, x in pixel, and variances (patch,), of a step along one axis; NaN and inf if
+    Returns steps (patch, 2) y, x in pixels, and variances (patch,), of a step along one axis; NaN and inf if
     undetermined.
     """
     n = len(centers)
