@@ -1,14 +1,16 @@
 """Clustering of an embedding: spatial domains and their number.
 
-Cells are clustered by the average of their latents over the 15 nearest neighbours (``find_domains``). Near a border
-such an average mixes two domains. The labels are therefore refined (``refined``): each cell is averaged again, over
-more neighbours but only over those that probably are in the same domain.
+Cells are clustered by the average of their latents over the nearest neighbours (``find_domains``). Near a border such
+an average mixes two domains. The labels are therefore refined (``refined``): each cell is averaged again, over more
+neighbours but only over those that probably are in the same domain. Different latents, numbers of neighbours and
+initial values of the mixture give different domains, and no criterion that was tried finds the best of them; their
+consensus agrees better with known domains than they do on average (``spatial_domains``).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
     from sklearn.mixture import GaussianMixture
 
-MIXTURE_STARTS = 20  # the likelihood has several maxima: with 5 starts, seeds disagreed on one of two sections
+    from spatialvae.graph import NeighbourGraph
+
+AVERAGED_NEIGHBOURS = (8, 15, 30)  # half, once and twice the number whose mean is the usual summary of a neighbourhood
+MIXTURE_STARTS = 5  # of each of the mixtures
+MOST_FITTED = 50_000  # cells to which a mixture is fitted
 MOST_DOMAINS = 20  # largest number tried if none is given
 HALVINGS = 10  # random halvings of the cells for each number
 HALVING_STARTS = 2
@@ -67,7 +73,28 @@ def most_stable(found: pd.DataFrame) -> int:
     return int(k[agreement >= agreement[best] - spread[best]].max())
 
 
-def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def spatial_domains(latents: Sequence[np.ndarray], near: NeighbourGraph, k: int, seed: int = 0) -> np.ndarray:
+    """Find ``k`` domains: the consensus of clusterings by each of ``latents`` (cell, dim), averaged over each number of
+    neighbours in ``AVERAGED_NEIGHBOURS`` and refined over ``REFINED_NEIGHBOURS``.
+
+    ``near`` holds at least ``REFINED_NEIGHBOURS`` neighbours of each cell.
+
+    Returns the probabilities of domains, float64 (cell, k). Raises InputError as ``find_domains``.
+    """
+    wide, found = near.nearest(REFINED_NEIGHBOURS).adjacency(), []
+    for latent in latents:
+        for size in AVERAGED_NEIGHBOURS:
+            start = find_domains(averaged(latent, near.nearest(size)), k, seed)
+            found.append(refined(latent, wide, start))
+    return consensus(found)
+
+
+def averaged(latent: np.ndarray, near: NeighbourGraph) -> np.ndarray:
+    """Mean of ``latent`` (cell, dim) over each cell and its neighbours."""
+    return (latent + near.adjacency() @ latent) / (1 + near.degree)[:, None]
+
+
+def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> np.ndarray:
     """Cluster cells by a Gaussian mixture of ``k`` components with one common covariance.
 
     Parameters
@@ -77,8 +104,7 @@ def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray,
 
     Returns
     -------
-    label : int64 (cell,), in order of decreasing size from 0
-    probability : float64 (cell, k), columns in the order of labels
+    float64 (cell, k), the probabilities of domains
 
     Raises
     ------
@@ -88,7 +114,37 @@ def find_domains(latent: np.ndarray, k: int, seed: int = 0) -> tuple[np.ndarray,
     if k > len(latent):
         raise InputError(f"the number of domains is {k}; expected at most {len(latent)}, the number of cells")
     latent = np.asarray(latent, float)
-    return in_order_of_size(_mixture(latent, k, seed, MIXTURE_STARTS).predict_proba(latent))
+    fitted = latent
+    if len(latent) > MOST_FITTED:
+        fitted = latent[np.random.default_rng(seed).choice(len(latent), MOST_FITTED, replace=False)]
+    return _mixture(fitted, k, seed, MIXTURE_STARTS).predict_proba(latent)
+
+
+def consensus(found: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean probabilities (cell, domain) of several clusterings of the same cells into as many domains.
+
+    The domains of each clustering are matched to those of the mean, one to one, such that their probabilities agree
+    best (Dudoit & Fridlyand 2003), and the mean is updated, in turn. The result depends on the clustering that is the
+    first mean: each is tried, and the mean with which all agree best is returned, among those in which no domain is
+    lost if there is one.
+    """
+    means = [_agreed(found, first) for first in found]
+    return max(means, key=lambda mean: (len(np.unique(mean[0].argmax(1))), mean[1]))[0]
+
+
+def _agreed(found: Sequence[np.ndarray], mean: np.ndarray) -> tuple[np.ndarray, float]:
+    """The consensus that starts from ``mean``, and its agreement with ``found``: the mean probability that a cell is
+    in the same domain."""
+    from scipy.optimize import linear_sum_assignment
+
+    before = -np.inf
+    while True:
+        matched = [each[:, linear_sum_assignment(mean.T @ each, maximize=True)[1]] for each in found]
+        mean = np.mean(matched, 0)
+        agreement = float(np.mean([(mean * each).sum(1).mean() for each in matched]))
+        if agreement <= before + 1e-9:
+            return mean, agreement
+        before = agreement
 
 
 def refined(latent: np.ndarray, neighbours: sp.csr_array, probability: np.ndarray) -> np.ndarray:

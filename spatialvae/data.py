@@ -149,8 +149,7 @@ def build_graphs(cells: Cells) -> Graphs | None:
 def graphs_of(coordinates: np.ndarray, samples: np.ndarray) -> Graphs:
     """Neighbour graphs of cells at ``coordinates`` (cell, axis), within ``samples`` (cell,)."""
     wide = knn_graph(coordinates, WIDE_NEIGHBOURS, samples)
-    near = NeighbourGraph(wide.index[:, :FIELD_NEIGHBOURS], wide.distance[:, :FIELD_NEIGHBOURS])
-    return Graphs(wide, symmetrised(near, coordinates))
+    return Graphs(wide, symmetrised(wide.nearest(FIELD_NEIGHBOURS), coordinates))
 
 
 def minibatches(rows: np.ndarray, size: int, rng: np.random.Generator | None = None) -> Iterator[np.ndarray]:

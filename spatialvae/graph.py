@@ -42,6 +42,10 @@ class NeighbourGraph:
         """Number of neighbours, int64 (cell,)."""
         return (self.index >= 0).sum(1)
 
+    def nearest(self, k: int) -> NeighbourGraph:
+        """The graph of the ``k`` nearest of these neighbours."""
+        return NeighbourGraph(self.index[:, :k], self.distance[:, :k])
+
     def adjacency(self, symmetric: bool = False) -> sp.csr_array:
         """Adjacency matrix of ones, float32 (cell, cell); ``symmetric``: i ~ j if one is a neighbour of the other."""
         there = self.index >= 0

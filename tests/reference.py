@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 # --- decoding ---------------------------------------------------------------------------------------------------
@@ -329,6 +331,15 @@ def mixture_log_density(weight, mean, variance, z):
         parts = np.exp(-0.5 * (z[i, j] - mean[i]) ** 2 / variance[i]) / np.sqrt(2 * np.pi * variance[i])
         out[i, j] = np.log((weight[i] * parts.prod(1)).sum())
     return out
+
+
+def consensus(found):
+    """The mean of clusterings (cell, domain) over all orders of their domains, of the orders that agree most."""
+    best, first = (-np.inf, None), found[0]
+    for orders in itertools.product(itertools.permutations(range(first.shape[1])), repeat=len(found) - 1):
+        mean = np.mean([first, *(each[:, order] for each, order in zip(found[1:], orders, strict=True))], 0)
+        best = max(best, ((mean**2).sum(), mean), key=lambda one: one[0])
+    return best[1]
 
 
 def refined_once(latent, neighbours, probability):
