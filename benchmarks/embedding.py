@@ -38,6 +38,7 @@ from spatialvae.graph import knn_graph
 
 COMPONENTS = 30
 OURS = "SpatialVAE"
+OUR_DOMAINS, OWN = "SpatialVAE.domains", "own"  # a method with a clusterer of its own
 Embed = Callable[[anndata.AnnData, int], np.ndarray]
 
 
@@ -101,16 +102,31 @@ def embeddings(
                 yield method, seed, np.load(path, allow_pickle=False).astype(float), np.nan
 
 
+def own_domains(table: anndata.AnnData, k: int, seed: int) -> np.ndarray:
+    """Return the domains of a model with all defaults, but for the encoder of neighbours, which they do not use."""
+    SpatialVAE.setup_anndata(table)
+    model = SpatialVAE(table, seed=seed, niche_encoder="field")
+    model.train(seed=seed, progress=False)
+    return model.domains(k, seed=seed)
+
+
 def runs(table: anndata.AnnData, label: str, section: str, seeds: int, folder: Path | None) -> pd.DataFrame:
     """Return a row for each method, clusterer and seed, with the clusters (column ``found``)."""
     truth = table.obs[label].astype(str).to_numpy()
     k = len(set(truth))
     rows = []
+
+    def add(method: str, clusterer: str, seed: int, dimensions: float, seconds: float, found: np.ndarray) -> None:
+        ari, nmi = adjusted_rand_score(truth, found), normalized_mutual_info_score(truth, found)
+        rows.append((section, method, clusterer, seed, dimensions, ari, nmi, seconds, found))
+
+    for seed in range(seeds):
+        started = time.process_time()
+        found = own_domains(table, k, seed)
+        add(OUR_DOMAINS, OWN, seed, np.nan, time.process_time() - started, found)
     for method, seed, latent, seconds in embeddings(table, section, seeds, folder):
         for clusterer, cluster in CLUSTERERS.items():
-            found = cluster(latent, k, seed)
-            ari, nmi = adjusted_rand_score(truth, found), normalized_mutual_info_score(truth, found)
-            rows.append((section, method, clusterer, seed, latent.shape[1], ari, nmi, seconds, found))
+            add(method, clusterer, seed, latent.shape[1], seconds, cluster(latent, k, seed))
     columns = ["section", "method", "clusterer", "seed", "dimensions", "ari", "nmi", "seconds", "found"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -150,8 +166,9 @@ def draw_map(ax: Axes, table: anndata.AnnData, kinds: np.ndarray, title: str) ->
 
 def draw_scores(ax: Axes, result: pd.DataFrame, methods: list[str]) -> None:
     """Plot the ARI of every clusterer and seed, best method on top, with the median as a bar."""
-    offsets = dict(zip(CLUSTERERS, (0.22, 0.0, -0.22), strict=True))
-    colours = dict(zip(CLUSTERERS, ("#2563eb", "#16a34a", "#ea580c"), strict=True))
+    clusterers = [*CLUSTERERS, OWN]
+    offsets = dict(zip(clusterers, (0.22, 0.0, -0.22, 0.0), strict=True))
+    colours = dict(zip(clusterers, ("#2563eb", "#16a34a", "#ea580c", "#7c3aed"), strict=True))
     for place, method in enumerate(reversed(methods)):
         part = result[result["method"] == method]
         for clusterer, offset in offsets.items():
@@ -163,7 +180,7 @@ def draw_scores(ax: Axes, result: pd.DataFrame, methods: list[str]) -> None:
         ax.plot([part["ari"].median()] * 2, [place - 0.4, place + 0.4], color="#0f172a", lw=1.5)
     ax.set_yticks(range(len(methods)), list(reversed(methods)), fontsize=8)
     for label in ax.get_yticklabels():
-        label.set_fontweight("bold" if label.get_text() == OURS else "normal")
+        label.set_fontweight("bold" if label.get_text().startswith(OURS) else "normal")
     ax.set_xlabel("ARI; bar: median")
     ax.grid(axis="x", color="#e2e8f0")
     ax.set_axisbelow(True)
@@ -179,7 +196,9 @@ def picture(sections: dict[str, tuple[anndata.AnnData, str]], result: pd.DataFra
         ranked = part.groupby("method")["ari"].median().sort_values(ascending=False)
         truth = np.unique(table.obs[label].astype(str), return_inverse=True)[1]
         draw_map(figure.add_subplot(grid[row, 0]), table, truth, f"{section}\n{label}")
-        for column, method in enumerate([OURS, *[m for m in ranked.index if not m.startswith(OURS)][:2]], start=1):
+        for column, method in enumerate(
+            [OUR_DOMAINS, *[m for m in ranked.index if not m.startswith(OURS)][:2]], start=1
+        ):
             mine = part[part["method"] == method].sort_values("ari", kind="stable")
             run = mine.iloc[len(mine) // 2]
             title = f"{method}\n{run.clusterer}, seed {run.seed}: ARI {run.ari:.2f}"
@@ -198,7 +217,8 @@ def page(sections: dict[str, tuple[anndata.AnnData, str]], result: pd.DataFrame,
         f"Made by `python benchmarks/embedding.py TABLE.h5ad:LABEL{' --peers FOLDER' if peers else ''}`.\n",
         "Median over seeds for each clusterer, with the true number k: Gaussian mixtures with one initialisation and",
         "tied or full covariances, and Leiden on 15 neighbours at the resolution that gives k clusters. `median`: over",
-        "clusterers and seeds. `spread`: range over seeds of the median over clusterers. Other tools are run as in",
+        "clusterers and seeds. `spread`: range over seeds of the median over clusterers. `SpatialVAE.domains` is the",
+        'model\'s own clustering; "SpatialVAE" is the clustering of z_niche. Other tools are run as in',
         "`benchmarks/peers`, which also pins their versions. `seconds`: CPU time of the embedding.\n",
         "BANKSY: lambda 0.8, 15 neighbours, scaled counts. STAGATE: 6 nearest neighbours instead of a radius, whose",
         "default suits another technique. CellCharter: scVI, then means over 3 layers of a Delaunay graph. scVIVA",
