@@ -31,6 +31,7 @@ MIXTURE_STARTS = 10  # of each mixture, whose likelihood has several maxima
 MOST_FITTED = 50_000  # cells to which a mixture is fitted
 MOST_DOMAINS = 20  # largest number tried if none is given
 HALVINGS = 10  # random halvings of the cells for each number
+HALVINGS_BY_CHANCE = 3  # the same with cells at permuted positions
 HALVING_STARTS = 2
 MOST_HALVED = 10_000  # cells
 REFINED_NEIGHBOURS = 36  # three rings of a hexagonal grid; 24 to 80 gained similarly on patches of 33 to 400 cells
@@ -40,23 +41,35 @@ EQUAL_AGREEMENT = 0.05  # difference from the highest; .03 to .1 gave similar nu
 LEAST_AGREEMENT = 0.5  # adjusted Rand index; if no number of domains reaches it, there is one domain
 
 
-def stability(latent: np.ndarray, seed: int = 0) -> pd.DataFrame:
-    """Stability of Gaussian mixture clusters of ``latent`` (cell, dim) for each number of clusters.
+def stability(latent: np.ndarray, near: NeighbourGraph | None = None, seed: int = 0) -> pd.DataFrame:
+    """Stability of Gaussian mixture clusters of ``latent`` (cell, dim), averaged over the neighbours ``near`` if given,
+    for each number of clusters.
 
     Mixtures are fitted to two random halves of the cells, and their labels of all cells are compared (Lange, Roth,
-    Braun & Buhmann 2004). At most 10,000 cells are used.
+    Braun & Buhmann 2004). Averages of neighbours that are in different halves are similar even if the tissue has no
+    domains: the same is therefore done with cells at permuted positions. At most 10,000 cells are used.
 
     Returns one row for each number ``k`` of components, 2 to 20, with the mean ``agreement`` over halvings, an adjusted
-    Rand index, and its standard deviation, ``spread``.
+    Rand index, its standard deviation, ``spread``, and the mean agreement at permuted positions, ``by_chance`` (NaN
+    without ``near``).
     """
+    latent = np.asarray(latent, float)
+    if near is None:
+        return _agreements(latent, HALVINGS, seed).assign(by_chance=np.nan)
+    shuffled = latent[np.random.default_rng(seed).permutation(len(latent))]
+    chance = _agreements(averaged(shuffled, near), HALVINGS_BY_CHANCE, seed)["agreement"]
+    return _agreements(averaged(latent, near), HALVINGS, seed).assign(by_chance=chance)
+
+
+def _agreements(latent: np.ndarray, halvings: int, seed: int) -> pd.DataFrame:
     from sklearn.metrics import adjusted_rand_score
 
     rng = np.random.default_rng(seed)
-    latent = np.asarray(latent, float)[rng.permutation(len(latent))[:MOST_HALVED]]
+    latent = latent[rng.permutation(len(latent))[:MOST_HALVED]]
     middle, rows = len(latent) // 2, []
     for k in range(2, min(MOST_DOMAINS, middle) + 1):
         found = []
-        for i in range(HALVINGS):
+        for i in range(halvings):
             order = rng.permutation(len(latent))
             halves = (_mixture(latent[half], k, seed + i, HALVING_STARTS) for half in np.split(order, [middle]))
             found.append(adjusted_rand_score(*(mixture.predict(latent) for mixture in halves)))
@@ -66,11 +79,14 @@ def stability(latent: np.ndarray, seed: int = 0) -> pd.DataFrame:
 
 def most_stable(found: pd.DataFrame) -> int:
     """The number of clusters from the table of ``stability``: the largest with about the highest agreement, at most
-    0.05 below it; 1 if no agreement reaches 0.5."""
-    k, agreement = found[["k", "agreement"]].to_numpy().T
+    0.05 below it; 1 if the highest is less than 0.5, or less than two standard deviations above one by chance."""
+    k, agreement, spread, by_chance = found[["k", "agreement", "spread", "by_chance"]].to_numpy().T
     if not len(k) or agreement.max() < LEAST_AGREEMENT:
         return 1
-    return int(k[agreement >= agreement.max() - EQUAL_AGREEMENT].max())
+    best = agreement.argmax()
+    if (by_chance > agreement[best] - 2 * spread[best]).any():
+        return 1
+    return int(k[agreement >= agreement[best] - EQUAL_AGREEMENT].max())
 
 
 def spatial_domains(latents: Sequence[np.ndarray], near: NeighbourGraph, k: int, seed: int = 0) -> np.ndarray:

@@ -880,9 +880,9 @@ class SpatialVAE:
 
         Parameters
         ----------
-        k : number of domains; if None, the most reproducible number between random halves of the cells, at most 20
-            (``analysis.most_stable``). The agreement for each number is then written to
-            ``uns["spatial_domain_number"]``; ``plots.number_of_domains`` draws it
+        k : number of domains; if None, the most reproducible number between random halves of the cells, at most 20, or
+            1 if none is more reproducible than at permuted positions (``analysis.most_stable``). The agreement for each
+            number is then written to ``uns["spatial_domain_number"]``; ``plots.number_of_domains`` draws it
         smooth : combine the mixture with a Potts model of the labels on the graph (``potts.smooth_labels``). The log
             probabilities of the mixture are divided by the number of cells in a neighbourhood, since averages over
             overlapping neighbourhoods are not independent
@@ -902,8 +902,8 @@ class SpatialVAE:
             latents = [latent[:, : self.module.shape.n_niche] for latent in latents]
         target.uns.pop(_keys.DOMAIN_NUMBER, None)  # it belongs to the domains that are replaced
         if k is None:
-            first = latents[0] if graphs is None else analysis.averaged(latents[0], graphs.wide)
-            target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(first, seed)
+            wide = None if graphs is None else graphs.wide
+            target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latents[0], wide, seed)
             k = analysis.most_stable(found)
         if coordinates is None:
             probability = analysis.find_domains(latents[0], k, seed)

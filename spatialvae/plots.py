@@ -68,6 +68,10 @@ def number_of_domains(found: pd.DataFrame) -> Figure:
     standard deviation over halvings."""
     figure, (axes,) = _figure(1)
     axes.errorbar(found["k"], found["agreement"], found["spread"], marker="o", capsize=2)
+    if found["by_chance"].notna().any():
+        axes.plot(found["k"], found["by_chance"], "--", color="0.5", label="cells at permuted positions")
+        axes.legend(frameon=False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="domains", ylabel="adjusted Rand index of halves", title="Reproducibility of domains")
     return figure
 

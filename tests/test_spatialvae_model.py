@@ -323,6 +323,14 @@ def test_domains__number_is_chosen_when_not_given():
     assert len(set(SpatialVAE(table).domains())) == 2
 
 
+def test_domains__number_is_one_without_spatial_structure():
+    table = tissue(300)
+    table.obsm["spatial"] = table.obsm["spatial"][np.random.default_rng(3).permutation(300)]
+    SpatialVAE.setup_anndata(table)
+    assert set(SpatialVAE(table).domains()) == {0}
+    assert (table.uns["spatial_domain_number"]["by_chance"] > 0).any()
+
+
 def test_domains__do_not_follow_genes_that_differ_between_samples(monkeypatch):
     monkeypatch.setattr(analysis, "MIXTURE_STARTS", 2)
     rng = np.random.default_rng(1)
