@@ -66,12 +66,14 @@ def domains_in_space(
 def number_of_domains(found: pd.DataFrame) -> Figure:
     """Agreement between halves of the cells by number of domains, from ``analysis.stability``; error bars are one
     standard deviation over halvings."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, (axes,) = _figure(1)
     axes.errorbar(found["k"], found["agreement"], found["spread"], marker="o", capsize=2)
     if found["by_chance"].notna().any():
         axes.plot(found["k"], found["by_chance"], "--", color="0.5", label="cells at permuted positions")
         axes.legend(frameon=False)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="domains", ylabel="adjusted Rand index of halves", title="Reproducibility of domains")
     return figure
 
