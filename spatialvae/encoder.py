@@ -25,9 +25,10 @@ def log_normalised(x: Tensor, factor: Tensor) -> Tensor:
 class CellEncoder(nn.Module):
     """A Gaussian approximation to the likelihood of z_cell: p(x | z_cell, s) ~ N(t; z_cell, 1 / precision).
 
-    Log-normalised counts y (cell, gene) and batches s (cell,) are mapped to t and log precision (cell, dim):
+    Log-normalised counts y (cell, gene), without the effects of batches s (cell,) on genes, are mapped to t and log
+    precision (cell, dim):
 
-        t = W y + b - shift_s + MLP(y, s),   log precision = MLP(y, s)
+        t = W y + b - shift_s + MLP(y),   log precision = MLP(y)
 
     W and b are initialised with the linear map given (directions of unit variance) and the last layer of the MLP with
     zeros. ``combined`` computes the posterior under a Gaussian prior; neighbours enter through that prior.
@@ -39,7 +40,6 @@ class CellEncoder(nn.Module):
         self.n_latent = n_latent
         self.first = Linear(n_genes, n_latent + hidden)  # W beside the MLP's first layer: one matrix product
         self.shift = nn.Parameter(shift)
-        self.batch = nn.Parameter(torch.zeros(len(shift), hidden))
         self.norm = nn.LayerNorm(hidden)
         self.out = nn.Linear(hidden, 2 * n_latent)
         with torch.no_grad():
@@ -52,7 +52,7 @@ class CellEncoder(nn.Module):
     def forward(self, y: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         mean, hidden = self.first(y).split([self.n_latent, len(self.norm.weight)], -1)
         if len(self.shift) > 1:
-            mean, hidden = mean - F.embedding(batch, self.shift), hidden + F.embedding(batch, self.batch)
+            mean = mean - F.embedding(batch, self.shift)
         moved, log_precision = self.out(F.relu(self.norm(hidden))).chunk(2, -1)
         return mean + moved, log_precision
 

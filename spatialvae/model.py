@@ -31,7 +31,7 @@ from spatialvae.data import build_graphs, check_table, fingerprint, minibatches,
 from spatialvae.differential import Selection
 from spatialvae.errors import InputError, check_count
 from spatialvae.graph import knn_graph
-from spatialvae.linear import fit_linear
+from spatialvae.linear import fit_linear, groups_of, niche_latents
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, Shape, SpatialModule
 from spatialvae.posterior import posterior
@@ -261,6 +261,7 @@ class SpatialVAE:
         self.module.drop_types()
         with _bar(plan.max_steps, progress) as report:
             history = pd.DataFrame(train(self.module, section, plan, report))
+        self.module.align(section)
         section = self._section = niche_prior.fit(self.module, section)
         units.fit(self.module, section, seed)
         with torch.random.fork_rng(devices=[]):
@@ -875,8 +876,9 @@ class SpatialVAE:
         space, averaged over each cell and its 8, 15 or 30 nearest neighbours, and then over those of 36 neighbours that
         are in the same domain (``analysis.spatial_domains``). Without coordinates, by a mixture of z_cell itself.
 
-        A trained model uses z_cell of the model before (``SpatialModule.linear_latents``) and after training; neither
-        agrees best with known domains in all tissues. Shifts that all cell types of a sample share are subtracted.
+        z_cell is that of a linear model of the table (``linear.niche_latents``), without effects that all cell types of
+        a sample share, and also that of the model if it is trained, and samples, if there are several, are its batches;
+        neither agrees best with known domains in all tissues.
 
         Parameters
         ----------
@@ -895,11 +897,13 @@ class SpatialVAE:
         target = self.adata if adata is None else adata
         section = self._read(adata)
         graphs, coordinates = section.graphs, section.cells.coordinates
-        latents = [self.module.means(section)[1].numpy()]
-        if graphs is not None:
-            trained = latents if self.is_trained else []
-            latents = [self.module.linear_latents(section).numpy(), *trained]
-            latents = [latent[:, : self.module.shape.n_niche] for latent in latents]
+        if graphs is None:
+            latents = [self.module.means(section)[1].numpy()]
+        else:
+            shape = self.module.shape
+            latents = [niche_latents(section.cells, graphs, shape.n_cell, shape.n_niche, seed)]
+            if self.is_trained and groups_of(section.cells).max() < len(np.unique(section.cells.batches)):
+                latents.append(self.module.means(section)[1][:, : shape.n_niche].numpy())
         target.uns.pop(_keys.DOMAIN_NUMBER, None)  # it belongs to the domains that are replaced
         if k is None:
             wide = None if graphs is None else graphs.wide

@@ -41,7 +41,7 @@ from spatialvae.batches import batch_shifts
 from spatialvae.celltypes import Types
 from spatialvae.data import Cells, Graphs, minibatches
 from spatialvae.decoder import Decoder
-from spatialvae.encoder import FIRST_PRECISION, CellEncoder, combined, log_normalised
+from spatialvae.encoder import CellEncoder, combined, log_normalised
 from spatialvae.field import Measure, laplacian_of, solve, trace_measure
 from spatialvae.linear import LinearStart
 from spatialvae.measurement import Measurement
@@ -113,17 +113,12 @@ class SpatialModule(nn.Module):
 
     scale: Tensor
     mean: Tensor
-    encode: Tensor
     decode: Tensor
     left: Tensor
     share: Tensor
-    shift: Tensor
-    own: Tensor
     range: Tensor
     smooth_variance: Tensor
     spread: Tensor
-    first_range: Tensor
-    first_variance: Tensor
 
     def __init__(self, shape: Shape, start: LinearStart | None = None) -> None:
         """Without ``start``, parameters and buffers get placeholders of the right shapes, to be loaded from a file."""
@@ -134,28 +129,23 @@ class SpatialModule(nn.Module):
         given: dict[str, np.ndarray | float] = {
             "scale": start.scale,
             "mean": start.mean,
-            "encode": start.encode,
             "decode": start.decode,
             "left": start.left,
             "share": start.share,
-            "shift": start.shift,
-            "own": start.own,
             "range": np.full(shape.n_niche, field.range if field else 0.0),
             "smooth_variance": field.smooth if field else np.ones(shape.n_niche),
             "spread": np.full(shape.n_niche, field.spread if field else 1.0),
-            "first_range": np.full(shape.n_niche, field.range if field else 0.0),
-            "first_variance": field.smooth if field else np.ones(shape.n_niche),
         }
         for name, value in given.items():
             self.register_buffer(name, _tensor(value))
         self.set_types(Types.of_sizes(shape.n_types, shape.n_niche, shape.n_cell))
-        shift = _tensor(start.shift)
         self.log_residual = nn.Parameter(_tensor(start.own).log())
         self.log_theta = nn.Parameter(torch.ones(shape.n_genes))
-        self.cell_encoder = CellEncoder(self.encode.T, -self.mean @ self.encode, shift, shape.n_hidden)
+        encode = _tensor(start.encode)
+        self.cell_encoder = CellEncoder(encode.T, -self.mean @ encode, _tensor(start.shift), shape.n_hidden)
         hidden = None if shape.linear_decoder else shape.n_hidden
         zeros = shape.likelihood == "zinb"
-        self.decoder = Decoder(self.decode, self.decode @ shift.T, self.share.log(), hidden, zeros)
+        self.decoder = Decoder(self.decode, _tensor(start.effect), self.share.log(), hidden, zeros)
 
     def section(self, cells: Cells, graphs: Graphs | None) -> Section:
         """Prepare everything that does not depend on trained parameters."""
@@ -196,8 +186,13 @@ class SpatialModule(nn.Module):
         return target, torch.where((depth > LEAST_DEPTH)[:, None], log_precision, NOTHING)
 
     def log_counts(self, section: Section, rows: np.ndarray, x: Tensor) -> Tensor:
-        """Log-normalised counts (B, gene) of ``rows``; genes that were not measured are filled in."""
-        depth, scale = section.depth[torch.from_numpy(rows)].to(x.device), self.scale
+        """Log-normalised counts (B, gene) of ``rows``, without the first estimate of the effects of batches on genes;
+        genes that were not measured are filled in."""
+        index, scale = torch.from_numpy(rows), self.scale
+        depth = section.depth[index].to(x.device)
+        if self.shape.n_batch > 1:
+            x = x * (-self.decoder.effect).exp()[section.batch[index].to(x.device)]
+            depth = x.sum(1)
         if section.fill is not None:
             missing = torch.from_numpy(section.cells.missing).to(x.device)
             share = self.share
@@ -209,36 +204,6 @@ class SpatialModule(nn.Module):
             weight, constant = section.fill
             y[:, missing] = y[:, ~missing] @ weight + constant
         return y
-
-    @torch.no_grad()
-    def linear_latents(self, section: Section) -> Tensor:
-        """Posterior means of z_cell (cell, dim) of all cells before training: of linear scores of the log counts, given
-        the niches. The dimensions have unit variance, and the D that vary most in space come first.
-
-        Shifts of samples are subtracted like those of batches (``batches``): samples have cell types and domains in
-        common, each with its own frequencies."""
-        n = section.cells.n_cells
-        target, log_precision = torch.empty(n, self.shape.n_cell), torch.full((n, 1), FIRST_PRECISION).log()
-        for rows in minibatches(np.arange(n), ROWS_AT_ONCE):
-            index = torch.from_numpy(rows)
-            y = self.log_counts(section, rows, self.counts(section, rows)) - self.mean
-            target[index] = (y @ self.encode - self.shift[section.batch[index].to(y.device)]).cpu()
-        empty = section.depth[:, None] <= LEAST_DEPTH
-        target -= self._sample_shifts(section, target, ~empty[:, 0])
-        sites = Sites(target, torch.where(empty, NOTHING, log_precision).expand_as(target))
-        return self.cells_given(sites, self.solve(section.space, sites, own=self.own), self.own)[0]
-
-    def _sample_shifts(self, section: Section, target: Tensor, there: Tensor) -> Tensor:
-        """The shift (cell, dim) of the sample of each cell, from ``target`` (cell, dim) of the cells ``there`` (cell,).
-        It is estimated in components of log counts, not in ``target``, whose dimensions all have unit variance."""
-        names, code = np.unique(section.cells.samples, return_inverse=True)
-        if len(names) == len(section.batch.unique()):  # one sample, or samples that are the batches
-            return torch.zeros_like(target)
-        decode = self.decode.cpu().double().numpy()
-        values, vectors = np.linalg.eigh(decode.T @ decode)
-        known, root = there.numpy(), vectors * np.sqrt(np.maximum(values, 1e-12))
-        shift = batch_shifts(target.numpy()[known] @ root, code[known], len(names))
-        return torch.from_numpy((shift @ np.linalg.pinv(root))[code].astype(np.float32))
 
     @torch.no_grad()
     def sites(self, section: Section) -> Sites:
@@ -256,11 +221,9 @@ class SpatialModule(nn.Module):
         sites: Sites,
         known: np.ndarray | None = None,
         start: Tensor | None = None,
-        own: Tensor | None = None,
     ) -> Niche:
         """Posterior of z_niche of all cells, given the ``sites`` of the cells that are ``known``, bool (cell,), all by
-        default. ``start`` (cell, D) is the initial guess of the mean. ``own`` (dim,) is S before training, with which v
-        and r before training are used; by default all three are the fitted ones.
+        default. ``start`` (cell, D) is the initial guess of the mean.
 
         The mean is exact up to ``field.TOLERANCE``. Divergence and variance are approximated with g averaged over
         cells (``spatialvae.posterior`` computes the variance of each cell).
@@ -268,7 +231,7 @@ class SpatialModule(nn.Module):
         n = len(sites.target)
         if space is None:
             return Niche(torch.empty(n, 0), torch.empty(n, 0), torch.zeros(n))
-        weight, target, v, r = self._system(sites, known, own)
+        weight, target, v, r = self._system(sites, known)
         first = None if start is None else start.numpy()
         mean = solve(space.laplacian, r, weight, weight * target, first)
         nodes, shares = space.measure
@@ -282,24 +245,20 @@ class SpatialModule(nn.Module):
         divergence = 0.5 * (energy + entropy).sum(1)
         return Niche(*(torch.from_numpy(np.asarray(a, np.float32)) for a in (mean, variance, divergence)))
 
-    def _system(
-        self, sites: Sites, known: np.ndarray | None, own: Tensor | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _system(self, sites: Sites, known: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """v g and t, (cell, D) each, of the system for z_niche; v and r, (D,) each."""
         d = self.shape.n_niche
-        field = (self.smooth_variance, self.range) if own is None else (self.first_variance, self.first_range)
-        own = self.log_residual.detach().exp() if own is None else own
-        v, r = (value.cpu().double().numpy() for value in field)
+        own = self.log_residual.detach().exp()
+        v, r = (value.cpu().double().numpy() for value in (self.smooth_variance, self.range))
         weight = v / (own[:d].cpu().double().numpy() + np.exp(-sites.log_precision[:, :d].double().numpy()))
         if known is not None:
             weight = np.where(known[:, None], weight, 0.0)
         return weight, sites.target[:, :d].double().numpy(), v, r
 
     @torch.no_grad()
-    def cells_given(self, sites: Sites, niche: Niche, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Posterior mean and variance (cell, dim) of z_cell, including the uncertainty of ``niche``; ``own``: see
-        ``solve``."""
-        own = (self.log_residual.exp() if own is None else own).cpu()
+    def cells_given(self, sites: Sites, niche: Niche) -> tuple[Tensor, Tensor]:
+        """Posterior mean and variance (cell, dim) of z_cell, including the uncertainty of ``niche``."""
+        own = self.log_residual.exp().cpu()
         prior_mean = self.prior_of_cells(niche.mean)[0]
         mean, log_variance = combined(sites.target, sites.log_precision, prior_mean, own)
         variance = log_variance.exp()
@@ -322,12 +281,21 @@ class SpatialModule(nn.Module):
                 layer.bias.add_(layer.weight[:, : self.shape.n_cell] @ mean)
 
     @torch.no_grad()
+    def align(self, section: Section) -> None:
+        """Subtract the shifts of batches (``batches``) from z_cell, without changing p(x). The data do not determine
+        them in dimensions that hardly change expression, and the field does not penalise a constant."""
+        z = self.means(section)[1].double().numpy()
+        shift = _tensor(batch_shifts(z - z.mean(0), section.cells.batches, self.shape.n_batch)[0]).to(self.mean.device)
+        self.cell_encoder.shift.add_(shift)
+        self.decoder.origin.add_(shift)
+
+    @torch.no_grad()
     def rescale(self, scale: Tensor) -> None:
         """Multiply z_niche and z_cell by ``scale`` (dim,), without changing p(x). Types must not have been set."""
         n, encoder, decoder = self.shape.n_cell, self.cell_encoder, self.decoder
         for value in (encoder.first.weight, encoder.out.weight):
             value[:n] *= scale[:, None]
-        for value in (encoder.first.bias, encoder.out.bias, encoder.shift.T):
+        for value in (encoder.first.bias, encoder.out.bias, encoder.shift.T, decoder.origin.T):
             value[:n] *= scale if value.ndim == 1 else scale[:, None]
         encoder.out.bias[n:] -= 2 * scale.log()
         for layer in (decoder.hidden, decoder.out, decoder.zero):
@@ -461,4 +429,5 @@ def _blank_start(shape: Shape) -> LinearStart:
         1.0,
         np.ones(g),
         None,
+        np.zeros((shape.n_batch, g)),
     )

@@ -16,7 +16,7 @@ from spatialvae.errors import InputError
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FORMAT = 11
+FORMAT = 12
 FILES = ("model.json", "model.safetensors")
 TABLE = "adata.h5ad"
 

@@ -20,11 +20,15 @@ from spatialvae import (
     evidence,
     graph,
     likelihoods,
+    linear,
     niche_prior,
     plots,
     training,
     units,
 )
+from spatialvae.counts import read_counts
+from spatialvae.data import Cells
+from spatialvae.module import SpatialModule
 
 
 def tissue(n=240, genes=12, seed=0):
@@ -160,9 +164,13 @@ def test_domains__of_a_loaded_model_are_the_same(trained, tmp_path):
     table, model = trained
     model.save(tmp_path / "model")
     np.testing.assert_array_equal(SpatialVAE.load(tmp_path / "model", table).domains(2), model.domains(2))
-    latents = model.module.linear_latents(model._section)
-    fresh = SpatialVAE(table)
-    np.testing.assert_allclose(latents, fresh.module.means(fresh._section)[1], atol=1e-4)
+
+
+def test_niche_latents__are_those_of_an_untrained_model(trained):
+    fresh = SpatialVAE(trained[0])
+    cells, graphs, shape = fresh._section.cells, fresh._section.graphs, fresh.module.shape
+    latents = linear.niche_latents(cells, graphs, shape.n_cell, shape.n_niche)
+    np.testing.assert_allclose(latents, fresh.module.means(fresh._section)[1][:, : shape.n_niche], atol=1e-4)
 
 
 def test_training__same_seed_gives_the_same_bytes():
@@ -460,7 +468,7 @@ def test_batch_shifts__are_not_composition():
     kind = rng.random(800) < np.where(batch == 0, 0.1, 0.9)
     effect = np.array([[0.4, -0.8, 0, 0], [-0.4, 0.8, 0, 0]])
     scores = 3 * np.where(kind[:, None], [1, 1, 0, 0], [-1, -1, 0, 0]) + effect[batch] + 0.3 * rng.normal(size=(800, 4))
-    found = batches.batch_shifts(scores - scores.mean(0), batch, 2)
+    found = batches.batch_shifts(scores - scores.mean(0), batch, 2)[0]
     np.testing.assert_allclose(found, effect, atol=0.1)
 
 
@@ -470,7 +478,71 @@ def test_batch_shifts__are_none_where_batches_differ_in_composition_alone():
     batch = np.repeat([0, 1], 500)
     kind = rng.integers(0, 2, 1000) + batch
     scores = 4 * np.eye(3)[kind] + 0.5 * rng.normal(size=(1000, 3))
-    assert np.abs(batches.batch_shifts(scores, batch, 2)).max() < 0.15
+    assert np.abs(batches.batch_shifts(scores, batch, 2)[0]).max() < 0.15
+
+
+@pytest.mark.parametrize("size", [1, 10])
+def test_batch_shifts__are_found_where_batches_are_further_apart_than_types(size):
+    rng = np.random.default_rng(0)
+    batch, kind = np.repeat([0, 1], 500), rng.integers(0, 6, 1000)
+    shift = size * rng.normal(size=8)
+    scores = rng.normal(size=(6, 8))[kind] + shift * batch[:, None] + 0.1 * rng.normal(size=(1000, 8))
+    found = batches.batch_shifts(scores - scores.mean(0), batch, 2)[0]
+    np.testing.assert_allclose(found[1] - found[0], shift, atol=0.05)
+
+
+def counts_of_two_batches(rng, effect, frequency):
+    """Negative binomial counts of 4 types, with ``frequency`` (batch, type); also batches and types."""
+    batch = np.repeat([0, 1], 1000)
+    kind = (rng.random((2000, 1)) > frequency[batch].cumsum(1)).sum(1).clip(0, 3)
+    share = np.random.default_rng(5).gamma(0.5, 1, (4, 40))[kind] * np.exp(effect[batch])
+    mean = rng.gamma(4, 15, (2000, 1)) * share / share.sum(1, keepdims=True)
+    return rng.poisson(mean * rng.gamma(3, 1 / 3, mean.shape)), batch, kind
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5])
+def test_gene_effects__are_found_where_batches_also_differ_in_composition(size):
+    """Each batch lacks one of the types. Effects are those of shares, up to a constant of each batch."""
+    rng = np.random.default_rng(0)
+    effect = size * rng.normal(size=(2, 40))
+    frequency = np.array([[0.5, 0.3, 0.2, 0], [0, 0.2, 0.3, 0.5]])
+    x, batch, _ = counts_of_two_batches(rng, effect, frequency)
+    places = np.zeros(2000, np.int64)
+    names, missing = tuple(map(str, range(40))), np.zeros(40, bool)
+    cells = Cells(read_counts(x, np.arange(40), "X"), names, missing, None, places, batch, ("a", "b"))
+    found = linear.fit_linear(cells, None, 20, 5).effect
+    wrong = (found[1] - found[0]) - (effect[1] - effect[0])
+    abundant = np.minimum(x[batch == 0].sum(0), x[batch == 1].sum(0)) > 500
+    assert abundant.sum() > 15
+    naive = np.log(x[batch == 1].sum(0) / x[batch == 0].sum(0)) - (effect[1] - effect[0])
+    assert np.std(wrong[abundant]) < 0.15 < 0.3 < np.std(naive[abundant])
+
+
+def test_gene_effects__are_bounded_for_a_gene_that_one_batch_lacks():
+    x, batch, kind = counts_of_two_batches(np.random.default_rng(0), np.zeros((2, 40)), np.full((2, 4), 0.25))
+    x[batch == 0, 7] = 0
+    effect = batches.gene_effects(read_counts(x, np.arange(40), "X"), batch, 2, np.eye(4, dtype=np.float32)[kind])
+    np.testing.assert_allclose(effect[0, 7], -batches.MOST)
+    assert np.abs(np.delete(effect, 7, 1)).max() < 0.7
+
+
+def test_align__moves_batches_together_and_does_not_change_the_likelihood(trained, monkeypatch):
+    table, model = trained
+    module, section = copy.deepcopy(model.module), model._section
+    module.drop_types()
+    rows, x = np.arange(table.n_obs), module.counts(section, np.arange(table.n_obs))
+    z = module.means(section)[1]
+    likelihood = module.log_likelihood(section, rows, x, z)
+    monkeypatch.setattr(SpatialModule, "means", lambda *_: (None, z))
+    found = batches.batch_shifts(z.double().numpy() - z.mean(0).numpy(), section.cells.batches, 2)[0]
+    shift, target = module.cell_encoder.shift.detach().clone(), module.sites(section).target
+    origin = module.decoder.origin.clone()
+    module.align(section)
+    moved = torch.tensor(found, dtype=torch.float32)
+    torch.testing.assert_close(module.decoder.origin - origin, moved)
+    torch.testing.assert_close(module.cell_encoder.shift - shift, moved)
+    torch.testing.assert_close(module.sites(section).target, target - moved[section.batch], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(module.log_likelihood(section, rows, x, z - moved[section.batch]), likelihood)
 
 
 def spoil_counts(table):
