@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from peers.embed import CACHE, deliver
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.neighbors import NearestNeighbors
 from tables import RESULTS, as_markdown
 
 from spatialvae import SpatialVAE
@@ -74,14 +74,25 @@ def starmap(folder: Path, seed: int, unequal: bool) -> anndata.AnnData:
     return table[frequent | (rng.random(len(obs)) < KEPT)].copy()
 
 
-def carried(latent: np.ndarray, table: anndata.AnnData) -> float:
-    """Return the share of cells whose type is the most frequent one among their 15 nearest cells in other batches."""
-    batch, kind = table.obs["batch"].to_numpy(), table.obs["type"].to_numpy()
-    right = np.zeros(len(batch), bool)
+def scores(latent: np.ndarray, table: anndata.AnnData) -> dict[str, float]:
+    """Return three scores of an embedding.
+
+    right: share of cells whose type is the most frequent one among their 15 nearest cells in other batches. weighted:
+    the same, if each of these counts with the inverse frequency of its type in other batches. mixing: share of cells of
+    other batches among the 15 nearest of all cells, relative to their share in the table.
+    """
+    batch, kind = table.obs["batch"].to_numpy(), np.unique(table.obs["type"], return_inverse=True)[1]
+    right, weighted = np.zeros((2, len(batch)), bool)
     for here in (batch == name for name in np.unique(batch)):
-        known = KNeighborsClassifier(NEIGHBOURS).fit(latent[~here], kind[~here])
-        right[here] = known.predict(latent[here]) == kind[here]
-    return float(right.mean())
+        near = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(latent[~here]).kneighbors(latent[here])[1]
+        votes = np.eye(kind.max() + 1)[kind[~here]][near].sum(1)
+        right[here] = votes.argmax(1) == kind[here]
+        frequency = np.bincount(kind[~here], minlength=votes.shape[1])
+        weighted[here] = (votes / np.maximum(frequency, 1)).argmax(1) == kind[here]
+    near = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(latent).kneighbors(return_distance=False)
+    others = (batch[near] != batch[:, None]).mean()
+    by_chance = 1 - (np.unique(batch, return_counts=True)[1] ** 2).sum() / len(batch) ** 2
+    return {"right": right.mean(), "weighted": weighted.mean(), "mixing": others / by_chance}
 
 
 def embedded(table: anndata.AnnData, batch_key: str | None, seed: int) -> np.ndarray:
@@ -103,11 +114,15 @@ def rows_of(name: str, table: anndata.AnnData, seed: int, peers: Path | None, ca
         deliver(path, peers, ["scVI_batches"], 1, cache)
         latents[PEER] = np.load(peers / f"{path.stem}-scVI_batches-0.npy", allow_pickle=False)
     for method, latent in latents.items():
-        yield {"table": name, "seed": seed, "method": method, "right": carried(latent, table)}
+        yield {"table": name, "seed": seed, "method": method, **scores(latent, table)}
 
 
 def page(rows: pd.DataFrame, seeds: int, command: str) -> str:
-    mean = rows.groupby(["table", "method"], sort=False)["right"].mean().unstack(sort=False).round(3)
+    every = rows.groupby(["table", "method"], sort=False)
+    right, weighted, mixing = (
+        as_markdown(every[score].mean().unstack(sort=False).round(3).reset_index())
+        for score in ("right", "weighted", "mixing")
+    )
     each = rows.pivot_table(index=["table", "seed"], columns="method", values="right", sort=False).round(3)
     return f"""# Batches
 
@@ -119,9 +134,18 @@ effects of a batch on log shares of genes with a standard deviation of {EFFECT}.
 compositions are unequal, the cells of half of the types are thinned to {KEPT:.0%} in one, those of the others in the
 other. scVI is used with its defaults and with the batch.
 
-{as_markdown(mean.reset_index())}
+{right}
 
-For each seed:
+The same if each of the {NEIGHBOURS} cells counts with the inverse frequency of its type in other batches: otherwise,
+the better batches overlap, the more cells are assigned to the types that are frequent in other batches.
+
+{weighted}
+
+Share of cells of other batches among the {NEIGHBOURS} nearest of all cells, relative to their share in the table:
+
+{mixing}
+
+The first score for each seed:
 
 {as_markdown(each.reset_index())}
 """
