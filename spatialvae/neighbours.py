@@ -58,6 +58,7 @@ HEADS = 4
 KERNELS = 8  # Gaussians of a distance; 16 differed by less than 0.02 nats on three sections
 FARTHEST = 2.0  # centre of the last, in mean distances between neighbours; 99 % of the distances are below 2.4
 FOLDS = 10  # each is predicted from the others
+MOST_TYPED = 5_000  # largest number of training cells to which types are fitted
 MOST_CELLS = 20_000  # largest number of training cells: several times the number of parameters
 DRAWS = 16  # per cell; 8 and 32 differed by less than 0.1 nats on one section
 DROPPED = 0.3  # 0 lost up to 0.25 nats of log p(x | others), 0.5 up to 0.15, on sections of 2,000 to 6,000 cells
@@ -246,7 +247,7 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
         return celltypes.Observed(z, log_weight, ((here, sure), module.unknown_niche(1)))
 
     judged = observed(held if len(held) else rows[:MOST_HELD])
-    module.set_types(celltypes.fit(observed(rows), judged, module.log_residual.detach().exp(), plan.seed))
+    module.set_types(celltypes.fit(observed(rows[:MOST_TYPED]), judged, module.log_residual.detach().exp(), plan.seed))
     if prior is None or section.graphs is None:
         return
     known = np.ones(section.cells.n_cells, bool)
