@@ -896,23 +896,21 @@ class SpatialVAE:
         """
         target = self.adata if adata is None else adata
         section = self._read(adata)
-        graphs, coordinates = section.graphs, section.cells.coordinates
-        if graphs is None:
+        graphs, coordinates, near = section.graphs, section.cells.coordinates, None
+        if graphs is None or coordinates is None:
             latents = [self.module.means(section)[1].numpy()]
         else:
-            shape = self.module.shape
+            shape, near = self.module.shape, knn_graph(coordinates, analysis.REFINED_NEIGHBOURS, section.cells.samples)
             latents = [niche_latents(section.cells, graphs, shape.n_cell, shape.n_niche, seed)]
             if self.is_trained and groups_of(section.cells).max() < len(np.unique(section.cells.batches)):
                 latents.append(self.module.means(section)[1][:, : shape.n_niche].numpy())
         target.uns.pop(_keys.DOMAIN_NUMBER, None)  # it belongs to the domains that are replaced
         if k is None:
-            wide = None if graphs is None else graphs.wide
-            target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latents[0], wide, seed)
+            target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latents[0], near, seed)
             k = analysis.most_stable(found)
-        if coordinates is None:
+        if near is None:
             probability = analysis.find_domains(latents[0], k, seed)
         else:
-            near = knn_graph(coordinates, analysis.REFINED_NEIGHBOURS, section.cells.samples)
             probability = analysis.spatial_domains(latents, near, k, seed)
         labels, probability = analysis.in_order_of_size(probability)
         if smooth and graphs is not None:
