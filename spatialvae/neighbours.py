@@ -59,7 +59,7 @@ KERNELS = 8  # Gaussians of a distance; 16 differed by less than 0.02 nats on th
 FARTHEST = 2.0  # centre of the last, in mean distances between neighbours; 99 % of the distances are below 2.4
 FOLDS = 10  # each is predicted from the others
 MOST_TYPED = 5_000  # largest number of training cells to which types are fitted
-MOST_CELLS = 20_000  # largest number of training cells: several times the number of parameters
+MOST_CELLS = 20_000  # the same for messages: several times the number of parameters
 DRAWS = 16  # per cell; 8 and 32 differed by less than 0.1 nats on one section
 DROPPED = 0.3  # 0 lost up to 0.25 nats of log p(x | others), 0.5 up to 0.15, on sections of 2,000 to 6,000 cells
 LEARNING_RATE = 3e-3
@@ -230,7 +230,8 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
     module.drop_types()  # the draws are those of the model without types, also if there are types of an earlier fit
     held, rows = divided(section, plan, rng)
     sites = module.sites(section)
-    mean, variance, rows = _hidden_in_turn(module, section, sites, held, rng.permutation(rows))
+    fitted = MOST_TYPED if prior is None or section.graphs is None else MOST_CELLS
+    mean, variance, rows = _hidden_in_turn(module, section, sites, held, rng.permutation(rows), fitted)
     held = held[:MOST_HELD]
     used = np.concatenate([rows, held])
     place = np.full(section.cells.n_cells, -1)
@@ -244,7 +245,8 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
     def observed(part: np.ndarray) -> celltypes.Observed:
         z, log_weight = (value[torch.from_numpy(place[part])].to(device) for value in cells)
         here, sure = (value[torch.from_numpy(part)].to(device) for value in (mean, variance))
-        return celltypes.Observed(z, log_weight, ((here, sure), module.unknown_niche(1)))
+        niches = ((here, sure), module.unknown_niche(1))
+        return celltypes.Observed(z, log_weight, niches if module.shape.n_niche else niches[1:])
 
     judged = observed(held if len(held) else rows[:MOST_HELD])
     module.set_types(celltypes.fit(observed(rows[:MOST_TYPED]), judged, module.log_residual.detach().exp(), plan.seed))
@@ -306,11 +308,10 @@ def _maximise(
 
 
 def _hidden_in_turn(
-    module: SpatialModule, section: Section, sites: Sites, held: np.ndarray, rows: np.ndarray
+    module: SpatialModule, section: Section, sites: Sites, held: np.ndarray, rows: np.ndarray, most: int
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Mean and variance (cell, D) of z_niche, and the part of ``rows`` (in random order) for which these are predicted
-    without the cell's own counts, fold by fold, until ``MOST_CELLS`` are reached. The counts of ``held`` are never
-    used."""
+    """Mean and variance (cell, D) of z_niche, and the first ``most`` of ``rows`` (in random order), for which these are
+    predicted without the cell's own counts, fold by fold. The counts of ``held`` are never used."""
     known = np.ones(section.cells.n_cells, bool)
     known[held] = False
     niche = module.solve(section.space, sites, known)
@@ -321,9 +322,9 @@ def _hidden_in_turn(
         found, chosen = module.solve(section.space, sites, hidden, niche.mean), torch.from_numpy(part)
         mean[chosen], variance[chosen] = found.mean[chosen], found.variance[chosen]
         done += len(part)
-        if done >= MOST_CELLS:
+        if done >= most:
             break
-    return mean, variance, rows[:done]
+    return mean, variance, rows[: min(done, most)]
 
 
 def _torch_geometric() -> Any:
