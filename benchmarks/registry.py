@@ -184,13 +184,13 @@ BENCHMARKS = (
     Benchmark(
         "embedding", "domains against averages of principal components; needs '.[vae,analysis]'", "embedding.py",
         figures=[
-            Figure("ARI, SpatialVAE", "median", {"method": "SpatialVAE"}),
-            Figure("ARI, SpatialVAE / mean of 15 neighbours", "median", {"method": "SpatialVAE"},
+            Figure("ARI, SpatialVAE.domains", "median", {"method": "SpatialVAE.domains"}),
+            Figure("ARI, SpatialVAE.domains / mean of 15 neighbours", "median", {"method": "SpatialVAE.domains"},
                    {"method": "mean of 15 neighbours"}, "ratio"),
         ],
     ),
     Benchmark(
-        "domains", "number of domains, and their variation between seeds", "domains.py",
+        "domains", "domains before and after training, and their number", "domains.py",
         [f"{{data}}/spatial_tables/{name}" for name in (
             "starmap_mpfc_BZ5.h5ad:z", "starmap_mpfc_BZ14.h5ad:z", "osmfish_cortex.h5ad:Region")],
         ["--seeds", "1", "--simulated", "1"],
