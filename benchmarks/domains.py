@@ -112,7 +112,8 @@ Made by `{command}`.
 known domains, median over seeds of model and mixture, and its range over seeds ("spread"). Tables: {seeds} seeds;
 simulated tissues: one. "found": number found by `domains()` of the trained model without a number, for each seed, and
 the agreement of halves for this number. "simulated K": {CELLS:,} cells, patches of K domains; "four samples": the
-shares of genes differ between samples, by factors with a standard deviation of the logarithm of {EFFECT}.
+shares of genes differ between samples, by factors with a standard deviation of the logarithm of {EFFECT}; without a
+batch key, trained latents are then not used.
 
 {as_markdown(table.round(3).fillna("").reset_index())}
 
