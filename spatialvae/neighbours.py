@@ -292,7 +292,7 @@ def _maximise(
     best, kept, steps, since = score(prior), copied(prior), 0, 0
     while steps < min(MOST_STEPS, plan.max_steps) and since < PATIENCE:
         prior.train()
-        for part in minibatches(rows, plan.batch_size, rng):
+        for part in minibatches(rows, min(plan.batch_size, Plan.batch_size), rng):
             optimiser.zero_grad()
             (-mean_log_p(prior, part)).backward()
             optimiser.step()
