@@ -17,6 +17,13 @@ from spatialvae.module import SpatialModule
 from spatialvae.sampling import expected_counts
 
 
+def linear_start(encode, decode):
+    """Initial values for one batch without coordinates; all genes are equally frequent."""
+    genes, dim = decode.shape
+    share, shift, effect = np.full(genes, 1 / genes), np.zeros((1, dim)), np.zeros((1, genes))
+    return LinearStart(1.0, np.zeros(genes), encode, decode, shift, np.ones(dim), 1.0, share, None, effect)
+
+
 def decoder(hidden=5, genes=7, dim=3, batches=2):
     generator = torch.Generator().manual_seed(0)
     made = Decoder(
@@ -47,18 +54,7 @@ def test_slopes__are_the_derivatives_of_logits(hidden):
 
 def test_expanded__has_the_gradient_of_the_likelihood():
     """For ZINB; a gene that was not measured contributes nothing."""
-    start = LinearStart(
-        1.0,
-        np.zeros(5),
-        np.eye(5),
-        np.eye(5),
-        np.zeros((1, 5)),
-        np.ones(5),
-        1.0,
-        np.full(5, 0.2),
-        None,
-        np.zeros((1, 5)),
-    )
+    start = linear_start(np.eye(5), np.eye(5))
     module = SpatialModule(Sizes(5, 1, 5, 0, 4, "zinb"), start).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in module.decoder.parameters():
@@ -81,9 +77,7 @@ def two_genes(request):
     integrals can be computed on a grid."""
     shape = Sizes(2, 1, 1, 0, 4, "nb")
     loading = np.array([[0.8], [-0.8]])
-    start = LinearStart(
-        1.0, np.zeros(2), loading, loading, np.zeros((1, 1)), np.ones(1), 1.0, np.full(2, 0.5), None, np.zeros((1, 2))
-    )
+    start = linear_start(loading, loading)
     torch.manual_seed(0)
     module = SpatialModule(shape, start).eval()
     module.log_theta.data.fill_(5.0)
@@ -156,18 +150,7 @@ def test_covers__what_the_model_has_drawn():
 def decoder_of_few_counts():
     rng = np.random.default_rng(0)
     loading = rng.normal(size=(8, 2))
-    start = LinearStart(
-        1.0,
-        np.zeros(8),
-        loading / 8,
-        loading,
-        np.zeros((1, 2)),
-        np.ones(2),
-        1.0,
-        np.full(8, 0.125),
-        None,
-        np.zeros((1, 8)),
-    )
+    start = linear_start(loading / 8, loading)
     torch.manual_seed(0)
     module = SpatialModule(Sizes(8, 1, 2, 0, 16, "poisson"), start).eval()
     module.decoder.out.weight.data[:, 2:] = 0.4 * torch.randn(8, 16)
@@ -193,18 +176,7 @@ def test_latent_draws__match_integration_where_the_posterior_is_skewed(two_genes
 
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
 def test_expected_counts__add_up_to_the_total(likelihood):
-    start = LinearStart(
-        1.0,
-        np.zeros(5),
-        np.eye(5),
-        np.eye(5),
-        np.zeros((1, 5)),
-        np.ones(5),
-        1.0,
-        np.full(5, 0.2),
-        None,
-        np.zeros((1, 5)),
-    )
+    start = linear_start(np.eye(5), np.eye(5))
     module = SpatialModule(Sizes(5, 1, 5, 0, 4, likelihood), start).eval()
     for parameter in module.decoder.parameters():
         parameter.data.normal_(generator=torch.Generator().manual_seed(0))
