@@ -193,9 +193,10 @@ def _train(module: SpatialModule, section: Section, plan: Plan, report: Report, 
     return history
 
 
-def flattened(module: SpatialModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make all parameters views of one tensor with one gradient, so that the optimiser updates a single tensor."""
-    each = list(module.parameters())
+def flattened(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make all trainable parameters views of one tensor with one gradient, so that the optimiser updates a single
+    tensor."""
+    each = [parameter for parameter in module.parameters() if parameter.requires_grad]
     flat = torch.nn.utils.parameters_to_vector(each).detach().requires_grad_()
     gradient = flat.grad = torch.zeros_like(flat)
     start = 0

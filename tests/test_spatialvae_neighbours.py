@@ -100,6 +100,26 @@ def test_context__of_a_cell_does_not_see_its_own_counts(kind):
         assert i not in seen
 
 
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_layer__of_slots_is_that_of_torch_geometric(kind):
+    torch.manual_seed(0)
+    layer, n, slots = Convolution(kind, 3), 40, 6
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    index = torch.randint(0, 25, (n, slots)).masked_fill(torch.rand(n, slots) < 0.4, -1)
+    index[0] = -1
+    around = Surroundings(
+        torch.zeros(n, 2), torch.ones(n, 2), index, torch.rand(n, slots) * 2, torch.ones(3), torch.randn(25, 3)
+    )
+    results = layer(*around.stars())[:n], layer.of_slots(*around.slots())
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
+    slopes = [torch.autograd.grad(result.sum(), layer.parameters(), allow_unused=True) for result in results]
+    for one, other in zip(*slopes, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
+
+
 def test_kernels__are_gaussians_of_distance():
     made = kernels(torch.tensor([[0.0], [0.3], [5.0]]))
     centres = np.linspace(0, 2, 8)
