@@ -145,7 +145,7 @@ class Convolution(nn.Module):
         """What ``forward`` returns for the positions of star graphs, (B, column), in half the time, since nothing is
         scattered. The neighbours' ``values`` (B, slot, dim), ``distance`` and ``there`` (B, slot), False where a slot
         is empty."""
-        layer, each, own = self.join, self.lift(values), F.relu(self.lift[0].bias)
+        layer, each, own = self.join, self.lift(values), self.lift(values.new_zeros(values.shape[2]))
         there = there[..., None]
         if self.kind == "sage":
             mean = (each * there).sum(1) / there.sum(1).clamp(min=1)
