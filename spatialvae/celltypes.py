@@ -52,10 +52,10 @@ class Types:
     variance: Tensor
 
     @classmethod
-    def of_sizes(cls, n_types: int, n_niche: int, n_cell: int) -> Self:
-        """Types of the given sizes, with ``share`` 0, to be fitted or read from a file."""
-        zeros = torch.zeros(n_types, n_cell)
-        return cls(torch.zeros(()), torch.zeros(n_types), torch.zeros(n_types, n_niche), zeros, zeros + 1)
+    def of_sizes(cls, n_types: int, n_niche: int, n_cell: int, device: torch.device | None = None) -> Self:
+        """Types of the given sizes on ``device``, with ``share`` 0, to be fitted or read from a file."""
+        zeros = torch.zeros(n_types, n_cell, device=device)
+        return cls(zeros.new_zeros(()), zeros.new_zeros(n_types), zeros.new_zeros(n_types, n_niche), zeros, zeros + 1)
 
     def log_frequency(self, niche: Tensor) -> Tensor:
         """log pi (..., type) given ``niche`` (..., D)."""
@@ -136,7 +136,7 @@ def fit(cells: Observed, judged: Observed, own: Tensor, seed: int) -> Types:
     Without an improvement over the model without types, no types are returned. ``own`` (dim,) is S.
     """
     (n, _, dim), n_niche = cells.z.shape, cells.niches[0][0].shape[1]
-    found = Types.of_sizes(0, n_niche, dim)
+    found = Types.of_sizes(0, n_niche, dim, own.device)
     best = judged.log_p(judged.parts(found, own))
     niche = cells.niches[0][0]
     variance = own + F.pad(((niche - niche.mean(0)) ** 2).mean(0), (0, dim - n_niche))
@@ -165,7 +165,7 @@ def _first(cells: Observed, alone: list[Tensor], variance: Tensor, number: int, 
     with equal_rows_allowed():
         label = KMeans(number, n_init=1, random_state=seed).fit_predict(means.cpu().numpy())
     of_type = F.one_hot(torch.from_numpy(label).long().to(means.device), number)[:, None]
-    started = Types.of_sizes(number, cells.niches[0][0].shape[1], len(variance))
+    started = Types.of_sizes(number, cells.niches[0][0].shape[1], len(variance), variance.device)
     halves = torch.cat([in_draw / 2, in_draw / 2 * of_type], 2)
     return _maximised(cells, started, [halves] * len(cells.niches), variance)
 

@@ -116,7 +116,7 @@ def of_model(model: SpatialVAE, seed: int = 0) -> tuple[Statistics, Statistics, 
     section = model._read(None)
     real = section.cells.counts.dense(np.arange(section.cells.n_cells))
     sampled = model.posterior_predictive_sample(seed=seed)
-    near = None if section.graphs is None else section.graphs.near.adjacency()
+    near = None if section.graphs is None else section.graphs.near
     found = {"auc_cell": told_apart(real, sampled, seed=seed)}
     places = section.cells.coordinates
     if places is not None:

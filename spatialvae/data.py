@@ -13,10 +13,11 @@ import numpy as np
 from spatialvae import _keys
 from spatialvae.counts import Counts, read_counts
 from spatialvae.errors import InputError
-from spatialvae.graph import NeighbourGraph, knn_graph, symmetrised
+from spatialvae.graph import NeighbourGraph, knn_graph
 from spatialvae.setup import Setup, check_key, read_codes, read_coordinates
 
 if TYPE_CHECKING:
+    import scipy.sparse as sp
     from anndata import AnnData
 
     from spatialvae.measurement import Measurement
@@ -54,11 +55,22 @@ class Cells:
 
 @dataclass(frozen=True, eq=False)
 class Graphs:
-    """``wide``: the 15 nearest neighbours, for message passing; ``near``: the symmetric graph of the 6 nearest
-    neighbours, for the field."""
+    """``wide``: the 15 nearest neighbours; ``near``: the symmetric adjacency matrix (cell, cell) of the 6 nearest, for
+    the field. ``near`` has no slots for neighbours: if many cells have the same position, some have many."""
 
     wide: NeighbourGraph
-    near: NeighbourGraph
+    near: sp.csr_array
+
+    @property
+    def spacing(self) -> float:
+        """Median distance of the 6 nearest neighbours, in the unit of the coordinates."""
+        near = self.wide.nearest(FIELD_NEIGHBOURS)
+        return float(np.median(near.distance[near.index >= 0]))
+
+    @property
+    def mean_degree(self) -> float:
+        """Mean number of neighbours in ``near``."""
+        return self.near.nnz / self.near.shape[0]
 
 
 def check_table(adata: AnnData, setup: Setup) -> None:
@@ -149,7 +161,7 @@ def build_graphs(cells: Cells) -> Graphs | None:
 def graphs_of(coordinates: np.ndarray, samples: np.ndarray) -> Graphs:
     """Neighbour graphs of cells at ``coordinates`` (cell, axis), within ``samples`` (cell,)."""
     wide = knn_graph(coordinates, WIDE_NEIGHBOURS, samples)
-    return Graphs(wide, symmetrised(wide.nearest(FIELD_NEIGHBOURS), coordinates))
+    return Graphs(wide, wide.nearest(FIELD_NEIGHBOURS).adjacency(symmetric=True))
 
 
 def minibatches(rows: np.ndarray, size: int, rng: np.random.Generator | None = None) -> Iterator[np.ndarray]:

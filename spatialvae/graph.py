@@ -80,19 +80,9 @@ def knn_graph(coordinates: np.ndarray, k: int, samples: np.ndarray | None = None
         tree = cKDTree(coordinates[rows])
         order = tree.indices  # order of the leaves, so that consecutive queries visit the same nodes
         far, near = tree.query(tree.data[order], degree + 1, workers=-1)
-        far, near = _without_self(far, near, order)
+        far, near = without_own(far, near, order)
         index[rows[order], :degree] = rows[near]
         distance[rows[order], :degree] = far
-    return NeighbourGraph(index, distance)
-
-
-def symmetrised(graph: NeighbourGraph, coordinates: np.ndarray) -> NeighbourGraph:
-    """The same graph with every edge in both directions."""
-    matrix = graph.adjacency(symmetric=True).tocoo()
-    most = int(np.bincount(matrix.row, minlength=1).max()) if matrix.nnz else 1
-    index = np.full((graph.n_cells, most), -1, np.int32)
-    distance = np.full(index.shape, np.inf, np.float32)
-    _fill(index, distance, np.asarray(coordinates, float), np.stack([matrix.row, matrix.col], 1))
     return NeighbourGraph(index, distance)
 
 
@@ -171,21 +161,10 @@ def _rows_of_samples(n: int, samples: np.ndarray | None) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(code[order])) + 1) if n else []
 
 
-def _without_self(far: np.ndarray, near: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Remove each row's own ``number``; if cells coincide, it may not be first, or may be missing."""
+def without_own(far: np.ndarray, near: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Remove from each row its own ``number``, which may not be first if cells coincide; the last if it is missing."""
     own = near == number[:, None]
     own[~own.any(1), -1] = True
     keep = ~own
     shape = (len(near), near.shape[1] - 1)
     return far[keep].reshape(shape), near[keep].reshape(shape)
-
-
-def _fill(index: np.ndarray, distance: np.ndarray, coordinates: np.ndarray, pairs: np.ndarray) -> None:
-    """Write directed ``pairs`` (edge, 2) into the slots of their first cell, nearest first."""
-    far = np.linalg.norm(coordinates[pairs[:, 0]] - coordinates[pairs[:, 1]], axis=1)
-    matrix = sp.csr_array((far, pairs.T), shape=(len(index), len(index)))  # sorts by counting
-    rows = np.repeat(np.arange(len(index)), np.diff(matrix.indptr))
-    slot = np.arange(len(rows)) - matrix.indptr[rows]
-    index[rows, slot], distance[rows, slot] = matrix.indices, matrix.data
-    order = np.argsort(distance, axis=1, kind="stable")
-    index[:], distance[:] = np.take_along_axis(index, order, 1), np.take_along_axis(distance, order, 1)

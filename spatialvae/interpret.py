@@ -164,9 +164,8 @@ def neighbour_reach(model: SpatialVAE) -> pd.DataFrame:
     section = model._read(None)
     if section.graphs is None or not model.module.shape.n_niche:
         raise InputError("the model was set up without spatial_key and has no niches")
-    near, d = section.graphs.near, model.module.shape.n_niche
-    far = float(np.median(near.distance[near.index >= 0]))
-    reach = far * np.sqrt(model.module.range.cpu().numpy() * near.degree.mean() / 4)
+    graphs, d = section.graphs, model.module.shape.n_niche
+    reach = graphs.spacing * np.sqrt(model.module.range.cpu().numpy() * graphs.mean_degree / 4)
     smooth = (model.module.smooth_variance * model.module.spread).cpu().numpy()[:d]
     own = model.module.log_residual.detach().exp().cpu().numpy()[:d]
     names = [name for name in model.latent_names if name.startswith("niche")]

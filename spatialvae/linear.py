@@ -147,7 +147,7 @@ def niche_latents(cells: Cells, graphs: Graphs, n_components: int, max_niche: in
     target, own = y[:, :d], start.own[:d]
     precision = np.where(cells.depth > 0, FIRST_PRECISION, 0.0)[:, None]
     weight = field.smooth * precision / (1 + own * precision)
-    niche = solve(laplacian_of(graphs.near.adjacency()), np.full(d, field.range), weight, weight * target)
+    niche = solve(laplacian_of(graphs.near), np.full(d, field.range), weight, weight * target)
     return niche + own * precision / (1 + own * precision) * (target - niche)
 
 
@@ -181,7 +181,7 @@ def _fitted(
     own, field = y.var(0) + 1e-8, None
     order = np.arange(y.shape[1])
     if graphs is not None:
-        field = fit_field(y, laplacian_of(graphs.near.adjacency()), max_niche)
+        field = fit_field(y, laplacian_of(graphs.near), max_niche)
         own[field.chosen] = field.rough * field.rough_spread + field.noise
         order = np.r_[field.chosen, np.setdiff1d(order, field.chosen)]
     shares = sum(block.sum(0, dtype=float) for _, block in cells.counts.blocks()) + 0.5

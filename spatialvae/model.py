@@ -36,7 +36,7 @@ from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, Shape, SpatialModule
 from spatialvae.posterior import posterior
 from spatialvae.setup import Setup, check_key, checked_coordinates, read_places
-from spatialvae.training import Plan, train
+from spatialvae.training import Plan, divided, train
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -177,7 +177,7 @@ class SpatialVAE:
         return self.module.log_theta.device
 
     def to_device(self, device: str) -> None:
-        """Move the model to the device "cpu", "gpu", "cuda:0", "mps", ...
+        """Move the model to the device "cpu", "gpu", "cuda:0", ...
 
         Raises InputError if the device is unknown or cannot be used.
         """
@@ -217,9 +217,10 @@ class SpatialVAE:
     ) -> None:
         """Train on the table of the model. A second call continues the training, without warm-up.
 
-        ``training_log`` gets one row per 100 steps. Held-out cells are not used to train parameters or to infer the
-        niches of other cells, but the linear initialisation uses them, and results are computed from all cells. To
-        evaluate a model on unseen cells, leave these out of the table.
+        ``training_log`` gets one row per 100 steps. Held-out cells decide when to stop. They are not used to train the
+        networks or to infer the niches of other cells meanwhile, but the linear initialisation, the final fit of the
+        prior of the niches and of the units of the latents, and all results use all cells. To evaluate a model on
+        unseen cells, leave these out of the table.
 
         Parameters
         ----------
@@ -256,8 +257,7 @@ class SpatialVAE:
         )
         plan = plan.fitted_to(section.cells.n_cells) if batch_size is None else replace(plan, batch_size=batch_size)
         if max_epochs is not None:
-            n_train = section.cells.n_cells - int(held_out * section.cells.n_cells)
-            plan = replace(plan, max_steps=max_epochs * -(-n_train // plan.batch_size))
+            plan = replace(plan, max_steps=max_epochs * -(-len(divided(section, plan).rows) // plan.batch_size))
         self.module.drop_types()
         with _bar(plan.max_steps, progress) as report:
             history = pd.DataFrame(train(self.module, section, plan, report))
@@ -658,10 +658,11 @@ class SpatialVAE:
         if isinstance(gene_list, str):
             gene_list = [gene_list]
         genes = list(self.genes) if gene_list is None else list(gene_list)
-        unknown = [gene for gene in genes if gene not in self.genes]
+        columns = pd.Index(self.genes).get_indexer(pd.Index(genes))
+        unknown = [gene for gene, column in zip(genes, columns, strict=True) if column < 0]
         if unknown:
             raise InputError(f"the model was not trained on gene {unknown[0]!r} ({len(unknown)} such genes)")
-        return np.array([self.genes.index(gene) for gene in genes], int)
+        return columns
 
     def _rows(self, adata: AnnData, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
         if indices is None:
@@ -677,9 +678,12 @@ class SpatialVAE:
     def _counted(
         self, section: Section, adata: AnnData | None, indices: Sequence[int] | np.ndarray | None
     ) -> np.ndarray:
-        """The rows among ``indices`` whose cells have counts."""
+        """The rows among ``indices`` whose cells have counts; at least one."""
         rows = self._rows(self.adata if adata is None else adata, indices)
-        return rows[section.cells.depth[rows] > 0]
+        rows = rows[section.cells.depth[rows] > 0]
+        if not len(rows):
+            raise InputError("none of the cells has counts of the model's genes")
+        return rows
 
     def _batch(self, name: str) -> int:
         if name not in self.batch_names:
@@ -882,9 +886,10 @@ class SpatialVAE:
 
         Parameters
         ----------
-        k : number of domains; if None, the most reproducible number between random halves of the cells, at most 20, or
-            1 if none is more reproducible than at permuted positions (``analysis.most_stable``). The agreement for each
-            number is then written to ``uns["spatial_domain_number"]``; ``plots.number_of_domains`` draws it
+        k : number of domains; if None, the largest, at most 20, that is about as reproducible between random halves of
+            the cells as any, or 1 if reproducibility is low or, averaged over numbers, about as high at permuted
+            positions (``analysis.most_stable``). The agreement for each number is then written to
+            ``uns["spatial_domain_number"]``; ``plots.number_of_domains`` draws it
         smooth : combine the mixture with a Potts model of the labels on the graph (``potts.smooth_labels``). The log
             probabilities of the mixture are divided by the number of cells in a neighbourhood, since averages over
             overlapping neighbourhoods are not independent
@@ -916,8 +921,8 @@ class SpatialVAE:
         if smooth and graphs is not None:
             from spatialvae.potts import smooth_labels
 
-            odds = np.log(np.maximum(probability, 1e-12)) / (1 + graphs.near.degree.mean())
-            labels, probability = smooth_labels(odds, graphs.near.adjacency(), seed=seed)
+            odds = np.log(np.maximum(probability, 1e-12)) / (1 + graphs.mean_degree)
+            labels, probability = smooth_labels(odds, graphs.near, seed=seed)
         target.obs[_keys.DOMAIN] = pd.Categorical([str(label) for label in labels], [str(i) for i in range(k)])
         target.obsm[_keys.DOMAIN_PROBABILITY] = probability
         return labels
@@ -1019,7 +1024,7 @@ class SpatialVAE:
 def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return torch.device("cpu")
 
 
 def _own_encoder(folder: Path, saved: str, given: torch.nn.Module | None) -> torch.nn.Module | None:

@@ -50,6 +50,7 @@ from spatialvae.mixture import Mixture
 ROWS_AT_ONCE = 2048
 UNSEEN = -80.0  # logit of a gene that was not measured: float32 still represents its share
 NOTHING = -30.0  # log precision of the likelihood of a cell without counts
+GRID = 200  # weights for which the precision from other cells is computed; others are interpolated
 LEAST_DEPTH = 1e-6  # replaces a total count of zero: every likelihood is then one
 
 
@@ -157,7 +158,7 @@ class SpatialModule(nn.Module):
     def space(self, graphs: Graphs) -> Space:
         """The graph of the field. A cell without neighbours gets the mean prior variance of a cell in the field (on
         average over dimensions, if their ranges differ)."""
-        laplacian = laplacian_of(graphs.near.adjacency())
+        laplacian = laplacian_of(graphs.near)
         excess = float(((1 / self.spread - 1) / self.range.clamp(min=1e-12)).mean())
         alone = np.where(laplacian.diagonal() == 0, excess, 0.0)
         laplacian = sp.csr_array(laplacian + sp.diags_array(alone))
@@ -201,7 +202,7 @@ class SpatialModule(nn.Module):
             scale = scale * share[~missing].sum()
         y = log_normalised(x, scale / depth.clamp(min=1))
         if section.fill is not None:
-            weight, constant = section.fill
+            weight, constant = (value.to(y.device) for value in section.fill)
             y[:, missing] = y[:, ~missing] @ weight + constant
         return y
 
@@ -225,8 +226,9 @@ class SpatialModule(nn.Module):
         """Posterior of z_niche of all cells, given the ``sites`` of the cells that are ``known``, bool (cell,), all by
         default. ``start`` (cell, D) is the initial guess of the mean.
 
-        The mean is exact up to ``field.TOLERANCE``. Divergence and variance are approximated with g averaged over
-        cells (``spatialvae.posterior`` computes the variance of each cell).
+        The mean is exact up to ``field.TOLERANCE``. The variance is approximated with g averaged over the surroundings
+        of each cell, the divergence with g averaged over all cells (``spatialvae.posterior`` computes the variance more
+        accurately).
         """
         n = len(sites.target)
         if space is None:
@@ -237,8 +239,8 @@ class SpatialModule(nn.Module):
         nodes, shares = space.measure
         prior = 1 + np.outer(nodes, r)
         after = prior + weight.mean(0)
-        others = 1 / (shares @ (1 / after)) - weight.mean(0)  # mean precision that the field contributes at a cell
         alone = np.asarray(space.laplacian.sum(1)).reshape(-1, 1) > 0
+        others = _precision_from_others(space, prior, weight, r)
         variance = v / (np.where(alone, 1 / self.spread.cpu().numpy(), others) + weight)
         entropy = shares @ (prior / after - 1 + np.log(after / prior))
         energy = mean * (mean + r * (space.laplacian @ mean)) / v
@@ -274,7 +276,7 @@ class SpatialModule(nn.Module):
 
     @torch.no_grad()
     def recentre(self, mean: Tensor) -> None:
-        """Subtract ``mean`` (dim,) from z_cell, without changing p(x): encoder and decoder are shifted by it."""
+        """Subtract ``mean`` (dim,) from z_cell and shift encoder and decoder by it: p(x | z_cell) does not change."""
         self.cell_encoder.first.bias[: self.shape.n_cell].sub_(mean)
         for layer in (self.decoder.hidden, self.decoder.out, self.decoder.zero):
             if layer is not None:
@@ -282,8 +284,8 @@ class SpatialModule(nn.Module):
 
     @torch.no_grad()
     def align(self, section: Section) -> None:
-        """Subtract the shifts of batches (``batches``) from z_cell, without changing p(x). The data do not determine
-        them in dimensions that hardly change expression, and the field does not penalise a constant."""
+        """Subtract the shifts of batches (``batches``) from z_cell, without changing p(x | z_cell). The data do not
+        determine them in dimensions that hardly change expression, and the field does not penalise a constant."""
         z = self.means(section)[1].double().numpy()
         shift = _tensor(batch_shifts(z - z.mean(0), section.cells.batches, self.shape.n_batch)[0]).to(self.mean.device)
         self.cell_encoder.shift.add_(shift)
@@ -407,10 +409,26 @@ class SpatialModule(nn.Module):
         z_cell, kl_cell = loss.draw_cell(mean, log_variance, prior_mean, self.log_residual, cell_noise)
         if self.shape.n_types:  # the divergence from a mixture has no closed form: it is estimated from the same draw
             log_q = Mixture.gaussian(mean, log_variance.exp()).log_density(z_cell[:, None])
-            prior = self.cells_around(z_niche, torch.zeros_like(z_niche))
+            prior = self.cells_within(z_niche)
             kl_cell = (log_q - prior.log_density(z_cell[:, None]))[:, 0]
         likelihood = self.log_likelihood(section, rows, x, z_cell)
         return loss.Terms(likelihood, kl_cell, niche.divergence[index].to(device), mean)
+
+
+def _precision_from_others(space: Space, prior: np.ndarray, weight: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Precision of z_niche from other cells, relative to 1 / v, float64 (cell, D), from ``prior`` (node, D), 1 + r L at
+    the nodes of ``space.measure``, and the data ``weight`` (cell, D).
+
+    It is exact, in the mean over cells, if all weights are equal. Here they are averaged with the correlation of the
+    posterior under their mean, so that cells far from all data keep the variance of the prior.
+    """
+    shares = space.measure[1]
+    local = solve(space.laplacian, r / (1 + weight.mean(0)), np.zeros_like(weight), weight)
+    found = np.empty_like(local)
+    for d in range(weight.shape[1]):
+        grid = np.append(0, np.geomspace(1e-3, 1e-3 + max(local[:, d].max(), 1e-3), GRID))
+        found[:, d] = np.interp(local[:, d], grid, 1 / (shares @ (1 / (prior[:, d, None] + grid))) - grid)
+    return found
 
 
 def _tensor(value: np.ndarray | float) -> Tensor:

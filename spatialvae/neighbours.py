@@ -35,16 +35,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spatialvae import celltypes
 from spatialvae.celltypes import TYPES
-from spatialvae.data import graphs_of, minibatches
+from spatialvae.data import WIDE_NEIGHBOURS, graphs_of, minibatches
 from spatialvae.errors import InputError
 from spatialvae.evidence import drawn
-from spatialvae.graph import NeighbourGraph
+from spatialvae.graph import without_own
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, Sites, SpatialModule
 from spatialvae.sampling import Places
@@ -199,8 +201,13 @@ class NeighbourPrior(nn.Module):
         log_weight = torch.log_softmax(field.log_weight + self.weights(context)[:, parts], 1)
         shifts = self.shift.weight * self.gains[parts, None]  # (component, dim, column)
         moved = self.moved[parts] + F.linear(context, shifts.flatten(0, 1)).unflatten(1, shifts.shape[:2])
-        mean = field.mean + around.sd * moved
-        return Mixture(log_weight, mean, field.variance * self.log_wider[parts].exp())
+        mean, variance = field.mean + around.sd * moved, field.variance * self.log_wider[parts].exp()
+        near = (around.index >= 0).any(1)[:, None]  # without neighbours, the field alone
+        return Mixture(
+            torch.where(near, log_weight, field.log_weight),
+            torch.where(near[..., None], mean, field.mean),
+            torch.where(near[..., None], variance, field.variance),
+        )
 
 
 def prior_for(niche_encoder: str | nn.Module, module: SpatialModule) -> NeighbourPrior | None:
@@ -222,27 +229,42 @@ def prior_for(niche_encoder: str | nn.Module, module: SpatialModule) -> Neighbou
 
 @torch.no_grad()
 def surroundings(module: SpatialModule, places: Places, section: Section, known: Places) -> Surroundings:
-    """What the cells of ``section``, at positions ``known``, say about ``places``."""
+    """What the cells of ``section`` with counts, at positions ``known``, say about ``places``. All ``places`` are nodes
+    of the graph of the field."""
     n, m = len(places[1]), section.cells.n_cells
-    coordinates, samples = (np.concatenate(pair) for pair in zip(places, known, strict=True))
-    graphs, sites = graphs_of(coordinates, samples), module.sites(section)
-    asked = torch.zeros(n, module.shape.n_cell)
+    space = module.space(graphs_of(*(np.concatenate(pair) for pair in zip(places, known, strict=True))))
+    sites, asked = module.sites(section), torch.zeros(n, module.shape.n_cell)
     joined = Sites(torch.cat([asked, sites.target]), torch.cat([asked, sites.log_precision]))
-    niche = module.solve(module.space(graphs), joined, known=np.arange(n + m) >= n)
-    index, distance = neighbours_among(graphs.wide, samples, np.arange(n + m) >= n)
-    index = torch.where(index >= n, index - n, -1)[:n]
-    return Surroundings(niche.mean[:n], niche.variance[:n], index, distance[:n], *own_values(module, sites))
+    niche = module.solve(space, joined, known=np.arange(n + m) >= n)
+    there = np.flatnonzero(section.cells.depth > 0)
+    index, distance = nearest(places, known, there, np.full(n, -1))
+    return Surroundings(niche.mean[:n], niche.variance[:n], index, distance, *own_values(module, sites))
 
 
-def neighbours_among(graph: NeighbourGraph, samples: np.ndarray, known: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Neighbours of each cell as int64 (cell, slot), -1 where the slot is empty or the neighbour is not ``known``
-    (cell,), and distances float32 (cell, slot) in units of the mean distance between neighbours of the cell's sample
-    (``samples``, (cell,))."""
-    code, there = np.unique(samples, return_inverse=True)[1], graph.index >= 0
-    total = np.bincount(code, np.where(there, graph.distance, 0).sum(1))
-    spacing = np.maximum(total / np.maximum(np.bincount(code, there.sum(1)), 1), 1e-12)
-    index = np.where(there & known[graph.index], graph.index, -1).astype(np.int64)
-    return torch.from_numpy(index), torch.from_numpy((graph.distance / spacing[code, None]).astype(np.float32))
+def nearest(places: Places, cells: Places, there: np.ndarray, own: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The nearest of the cells ``there`` (rows of ``cells``) in the sample of each place, without its ``own`` cell
+    (place,), a row or -1.
+
+    Returns rows of ``cells``, int64 (place, slot), -1 in empty slots, nearest first; and distances, float32 (place,
+    slot), in units of the mean distance between these cells and their nearest in the same sample.
+    """
+    index = np.full((len(own), WIDE_NEIGHBOURS), -1)
+    distance = np.zeros(index.shape, np.float32)
+    number = np.full(len(cells[1]) + 1, -1)  # of each cell among those of its sample
+    rows_of = pd.Series(there).groupby(cells[1][there]).indices
+    for sample, asked in pd.Series(own).groupby(places[1]).indices.items():
+        if sample not in rows_of:
+            continue
+        rows = there[rows_of[sample]]
+        number[rows] = np.arange(len(rows))
+        tree = cKDTree(cells[0][rows])
+        far, near = tree.query(places[0][asked], WIDE_NEIGHBOURS + 1, workers=-1)
+        far, near = without_own(far, near, number[own[asked]])
+        apart = tree.query(tree.data, WIDE_NEIGHBOURS + 1, workers=-1)[0][:, 1:]
+        unit = max(float(apart[np.isfinite(apart)].mean()), 1e-12) if len(rows) > 1 else 1.0
+        index[asked] = np.append(rows, -1)[near]
+        distance[asked] = np.where(np.isfinite(far), far / unit, 0)
+    return torch.from_numpy(index), torch.from_numpy(distance)
 
 
 def own_values(module: SpatialModule, sites: Sites) -> tuple[Tensor, Tensor]:
@@ -253,18 +275,19 @@ def own_values(module: SpatialModule, sites: Sites) -> tuple[Tensor, Tensor]:
     return sd, torch.sigmoid(sites.log_precision + variance.log()) * sites.target / sd
 
 
-@threads_for(SHARE)  # two are faster by a quarter, more are not: the matrices are small
 def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, plan: Plan) -> None:
     """Fit the cell types of ``module``, and ``prior``, in place to the training cells of ``plan``, until log p(x |
     others) of the held-out cells stops improving, in ``plan.max_steps`` at most."""
-    rng, device = np.random.default_rng(plan.seed), module.mean.device
+    rng, device = np.random.default_rng([plan.seed, 2]), module.mean.device
     module.drop_types()  # the draws are those of the model without types, also if there are types of an earlier fit
-    held, rows = divided(section, plan, rng)
+    division = divided(section, plan)
     sites = module.sites(section)
     fitted = MOST_TYPED if prior is None or section.graphs is None else MOST_CELLS
-    mean, variance, rows = _hidden_in_turn(module, section, sites, held, rng.permutation(rows), fitted)
-    held = held[:MOST_HELD]
-    used = np.concatenate([rows, held])
+    rows = rng.permutation(division.rows)
+    mean, variance, rows = _hidden_in_turn(module, section, sites, division.known, rows, fitted)
+    used, judged = np.concatenate([rows, division.judged]), division.judged
+    if not len(judged):
+        judged = rows[:MOST_HELD]
     place = np.full(section.cells.n_cells, -1)
     place[used] = np.arange(len(used))
 
@@ -279,15 +302,14 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
         niches = ((here, sure), module.unknown_niche(1))
         return celltypes.Observed(z, log_weight, niches if module.shape.n_niche else niches[1:])
 
-    judged = observed(held if len(held) else rows[:MOST_HELD])
-    module.set_types(celltypes.fit(observed(rows[:MOST_TYPED]), judged, module.log_residual.detach().exp(), plan.seed))
-    if prior is None or section.graphs is None:
+    own = module.log_residual.detach().exp()
+    module.set_types(celltypes.fit(observed(rows[:MOST_TYPED]), observed(judged), own, plan.seed))
+    if prior is None or section.cells.coordinates is None:
         return
-    known = np.ones(section.cells.n_cells, bool)
-    known[held] = False
-    index, distance = neighbours_among(section.graphs.wide, section.cells.samples, known & (section.cells.depth > 0))
+    places = section.cells.coordinates, section.cells.samples
+    index, distance = nearest(places, places, division.rows, np.arange(section.cells.n_cells))
     around = Surroundings(mean, variance, index, distance, *own_values(module, sites))
-    types, own = module.types, module.log_residual.detach().exp()
+    types = module.types
     niches = ((mean[part].to(device), variance[part].to(device)) for part in torch.from_numpy(used).split(ROWS_AT_ONCE))
     log_frequency = torch.cat([types.log_frequency_around(niche) for niche in niches])  # once: a tenth of each step
 
@@ -300,9 +322,10 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
         density = prior(here, field).log_density(z)
         return (torch.logsumexp(log_weight + density, 1) - np.log(DRAWS)).mean()
 
-    _maximise(mean_log_p, prior, rows, held if len(held) else rows[:MOST_HELD], plan, rng)
+    _maximise(mean_log_p, prior, rows, judged, plan, rng)
 
 
+@threads_for(SHARE)  # two are faster by a quarter, more are not: the matrices are small
 def _maximise(
     mean_log_p: Callable[[np.ndarray], Tensor],
     prior: NeighbourPrior,
@@ -324,7 +347,8 @@ def _maximise(
     optimiser = torch.optim.Adam([parameters], LEARNING_RATE, weight_decay=decay, fused=True)
     average = parameters.detach().clone()
     best, kept, steps, since = score(), copied(prior), 0, 0
-    while steps < min(MOST_STEPS, plan.max_steps) and since < PATIENCE:
+    most = min(MOST_STEPS, plan.max_steps)
+    while steps < most and since < PATIENCE:
         prior.train()
         # larger minibatches would make each step slower, but not fewer
         for part in minibatches(rows, min(plan.batch_size, Plan.batch_size), rng):
@@ -333,7 +357,7 @@ def _maximise(
             optimiser.step()
             steps += 1
             average.lerp_(parameters.detach(), max(1 / steps, 1 / AVERAGED))
-            if steps % CHECK:
+            if steps % CHECK and steps < most:
                 continue
             last = parameters.detach().clone()
             parameters.data.copy_(average)
@@ -342,17 +366,17 @@ def _maximise(
                 best, kept, since = now, copied(prior), 0
             parameters.data.copy_(last)
             prior.train()
+            if steps == most or since >= PATIENCE:
+                break
     prior.load_state_dict(kept)
     prior.eval()
 
 
 def _hidden_in_turn(
-    module: SpatialModule, section: Section, sites: Sites, held: np.ndarray, rows: np.ndarray, most: int
+    module: SpatialModule, section: Section, sites: Sites, known: np.ndarray, rows: np.ndarray, most: int
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Mean and variance (cell, D) of z_niche, and the first ``most`` of ``rows`` (in random order), for which these are
-    predicted without the cell's own counts, fold by fold. The counts of ``held`` are never used."""
-    known = np.ones(section.cells.n_cells, bool)
-    known[held] = False
+    """Mean and variance (cell, D) of z_niche given the counts of cells that are ``known``, and the first ``most`` of
+    ``rows`` (in random order), for which these are predicted without the cell's own counts, fold by fold."""
     niche = module.solve(section.space, sites, known)
     mean, variance, done = niche.mean.clone(), niche.variance.clone(), 0
     for part in np.array_split(rows, min(FOLDS, len(rows))):

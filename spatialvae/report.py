@@ -202,8 +202,7 @@ def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> 
     if section.graphs is None or section.cells.coordinates is None or not model.module.shape.n_niche:
         return []
     reach = interpret.neighbour_reach(model)
-    near = section.graphs.near
-    reach["distances"] = reach["range"] / float(np.median(near.distance[near.index >= 0]))
+    reach["distances"] = reach["range"] / section.graphs.spacing
     text = [
         "First table, for each dimension: share of z_niche in the variance, and correlation length of z_niche, in the "
         "unit of the coordinates and relative to the median distance between neighbours."

@@ -150,7 +150,7 @@ def cells_of_model(module: SpatialModule, niche: Tensor, seed: int) -> Tensor:
     """Draws of z_cell (..., cell, dim) from p(z_cell | z_niche), given ``niche`` (..., cell, D)."""
     generator = torch.Generator().manual_seed(seed + 1)
     parts = niche.reshape(-1, niche.shape[-1]).to(module.mean.device).split(ROWS_AT_ONCE)
-    drawn = [module.cells_around(part, torch.zeros_like(part)).draw(1, generator)[0] for part in parts]
+    drawn = [module.cells_within(part).draw(1, generator)[0] for part in parts]
     return torch.cat(drawn).reshape(*niche.shape[:-1], module.shape.n_cell).to(module.mean.device)
 
 
@@ -230,9 +230,9 @@ def table_rearranged(
     the total count as in the section (``arrangement``)."""
     assert section.graphs is not None
     rows, niche, z = latents_of_table(module, section, seed)
-    near = section.graphs.near.adjacency()[rows][:, rows]
+    near = section.graphs.near[rows][:, rows]
     features = np.column_stack([z.cpu().numpy(), np.log(section.cells.depth[rows])]).astype(float)
-    order = arranged(features, near, graphs_of(*places).near.adjacency(), np.random.default_rng([seed, 2]))
+    order = arranged(features, near, graphs_of(*places).near, np.random.default_rng([seed, 2]))
     index = torch.from_numpy(order)
     return rows[order], niche[index], z[index.to(z.device)]
 

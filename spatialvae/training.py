@@ -59,13 +59,13 @@ def train(module: SpatialModule, section: Section, plan: Plan, report: Report) -
 
     Raises FloatingPointError if the bound becomes non-finite in the last restart.
     """
-    start = copied(module)
+    start, division = copied(module), divided(section, plan)
     with threads_for(plan.batch_size * module.shape.n_genes), team_of_processes() as team:
         for restart in range(RESTARTS + 1):
             module.load_state_dict(start)
             gentler = replace(plan, learning_rate=plan.learning_rate / 3**restart, seed=plan.seed + restart)
             try:
-                history = _train(module, section, gentler, report, team)
+                history = _train(module, section, division, gentler, report, team)
             except FloatingPointError:
                 if restart == RESTARTS:
                     raise
@@ -94,23 +94,34 @@ def threads_for(work: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def divided(section: Section, plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of held-out and of training cells, among cells with counts, each in ascending order."""
-    order = rng.permutation(np.flatnonzero(section.cells.depth > 0))
-    n_held = int(plan.held_out * len(order))
-    return np.sort(order[:n_held]), np.sort(order[n_held:])
+@dataclass(frozen=True, eq=False)
+class Division:
+    """Which cells train. ``rows``: the training cells, those with counts that are not held out; ``judged``: at most
+    ``MOST_HELD`` random held-out cells, which are evaluated; both int64, ascending. ``known`` bool (cell,), False for
+    all held-out cells."""
+
+    rows: np.ndarray
+    judged: np.ndarray
+    known: np.ndarray
+
+
+def divided(section: Section, plan: Plan) -> Division:
+    """Hold out the random cells of ``plan``, among those with counts."""
+    order = np.random.default_rng(plan.seed).permutation(np.flatnonzero(section.cells.depth > 0))
+    held, rows = np.split(order, [int(plan.held_out * len(order))])
+    known = np.ones(section.cells.n_cells, bool)
+    known[held] = False
+    return Division(np.sort(rows), np.sort(held[:MOST_HELD]), known)
 
 
 class _Run:
     """The state that changes while a module is trained."""
 
-    def __init__(self, module: SpatialModule, section: Section, plan: Plan, team: Team) -> None:
+    def __init__(self, module: SpatialModule, section: Section, division: Division, plan: Plan, team: Team) -> None:
         self.module, self.section, self.plan, self.team = module, section, plan, team
-        self.rng = np.random.default_rng(plan.seed)
+        self.rows, self.judged, self.known = division.rows, division.judged, division.known
+        self.rng = np.random.default_rng([plan.seed, 1])
         self.generator = torch.Generator().manual_seed(plan.seed)
-        self.held, self.rows = divided(section, plan, self.rng)
-        self.known = np.ones(section.cells.n_cells, bool)
-        self.known[self.held] = False
         self.parameters, self.gradient = flattened(module)
         team.agree(self.parameters)
         decay = plan.weight_decay / max(len(self.rows), 1)
@@ -151,16 +162,18 @@ class _Run:
             "elbo_train": float(self.bound) / max(steps, 1),
         }
         self.bound.zero_()
-        if len(self.held):
+        if len(self.judged):
             last = self.parameters.detach().clone()
             self.parameters.data.copy_(self.average)
-            row |= evaluate(self.module, self.section, self.held[:MOST_HELD], self.niche, self.plan.seed)
+            row |= evaluate(self.module, self.section, self.judged, self.niche, self.plan.seed)
             self.parameters.data.copy_(last)
         return row
 
 
-def _train(module: SpatialModule, section: Section, plan: Plan, report: Report, team: Team) -> list[Row]:
-    run = _Run(module, section, plan, team)
+def _train(
+    module: SpatialModule, section: Section, division: Division, plan: Plan, report: Report, team: Team
+) -> list[Row]:
+    run = _Run(module, section, division, plan, team)
     history: list[Row] = []
     best, kept, since = -np.inf, run.average.clone(), 0
     epoch = -(-len(run.rows) // plan.batch_size)

@@ -44,7 +44,7 @@ def refuse(given: Mapping[str, Any], where: str) -> None:
 
 
 def device_of(accelerator: str) -> torch.device:
-    """The device with the name ``accelerator``: "cpu", "gpu", "cuda", "cuda:1", "mps".
+    """The device with the name ``accelerator``: "cpu", "gpu", "cuda", "cuda:1".
 
     Raises InputError for unknown names and devices that cannot be used.
     """

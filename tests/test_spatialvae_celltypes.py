@@ -71,3 +71,13 @@ def test_each_step__raises_the_penalised_likelihood_of_frequencies(planted):
         now = Types(now.share, bias, slope, now.mean, now.variance)
     assert (np.diff(values) > -1e-4).all()
     assert values[-1] > values[0] + 0.05
+
+
+def test_types__are_on_the_device_of_the_draws():
+    meta = torch.device("meta")  # computes shapes only, but refuses tensors of the CPU as a GPU does
+    niches = tuple((torch.empty(n, 2, device=meta), torch.empty(n, 2, device=meta)) for n in (50, 1))
+    draws = Observed(torch.empty(50, 4, 5, device=meta), torch.empty(50, 4, device=meta), niches)
+    for n_types in (0, 3):
+        types = Types.of_sizes(n_types, 2, 5, meta)
+        parts = draws.parts(types, torch.empty(5, device=meta))
+        assert {(part.device, part.shape) for part in parts} == {(meta, (50, 4, 1 + n_types))}

@@ -12,8 +12,8 @@ from spatialvae.field import ROUGH_RANGE
 def section():
     rng = np.random.default_rng(0)
     xyz = rng.uniform(0, 10, (150, 2))
-    near = graph.symmetrised(graph.knn_graph(xyz, 6), xyz)
-    return xyz, graph.knn_graph(xyz, 15).adjacency(), field.laplacian_of(near.adjacency())
+    near = graph.knn_graph(xyz, 6).adjacency(symmetric=True)
+    return xyz, graph.knn_graph(xyz, 15).adjacency(), field.laplacian_of(near)
 
 
 def test_solve__gives_the_posterior_mean_of_dense_algebra(section):

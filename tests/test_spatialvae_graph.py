@@ -29,11 +29,11 @@ def test_knn_graph__matches_brute_force_within_samples(n, k, seed, axes):
         np.testing.assert_allclose(np.linalg.norm(xyz[near] - xyz[i], axis=1), expected)
 
 
-def test_symmetrised__has_each_edge_twice():
+def test_symmetric_adjacency__has_each_edge_twice():
     xyz, samples = cells(50, 1)
-    both = graph.symmetrised(graph.knn_graph(xyz, 4, samples), xyz).adjacency().toarray()
-    one = graph.knn_graph(xyz, 4, samples).adjacency().toarray()
-    np.testing.assert_array_equal(both, np.maximum(one, one.T))
+    found = graph.knn_graph(xyz, 4, samples)
+    one = found.adjacency().toarray()
+    np.testing.assert_array_equal(found.adjacency(symmetric=True).toarray(), np.maximum(one, one.T))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

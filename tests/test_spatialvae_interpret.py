@@ -84,7 +84,7 @@ def test_programs_and_reach__tell_what_was_put_in(model):
 
 
 def test_domains__smooth_ones_have_shorter_borders(model):
-    near = model._read(None).graphs.near.adjacency()
+    near = model._read(None).graphs.near
     plain, smooth = (model.domains(3, smooth=smooth) for smooth in (False, True))
     edges = near.tocoo()
     borders = [(labels[edges.row] != labels[edges.col]).mean() for labels in (plain, smooth)]

@@ -113,6 +113,30 @@ def test_niche__is_the_posterior_of_dense_algebra(trained):
     assert niche.divergence.sum().item() == pytest.approx(total, rel=0.01)
 
 
+def test_niche__far_from_all_data_keeps_the_variance_of_the_prior(trained):
+    table, model = trained
+    module, section = model.module, model._section
+    known = table.obsm["spatial"][:, 0] < 50
+    weight, _, v, r = module._system(module.sites(section), known)
+    variance = module.solve(section.space, module.sites(section), known).variance.numpy()
+    for d in range(len(v)):
+        precision = np.eye(len(known)) + r[d] * section.space.laplacian.toarray() + np.diag(weight[:, d])
+        expected = v[d] * np.linalg.inv(precision).diagonal()
+        assert np.log(variance[~known, d] / expected[~known]).mean() == pytest.approx(0, abs=0.3)
+        assert np.log(variance[known, d] / expected[known]).mean() == pytest.approx(0, abs=0.1)
+
+
+def test_division__judges_random_cells_and_hides_all_that_are_held_out(trained, monkeypatch):
+    _, model = trained
+    monkeypatch.setattr(training, "MOST_HELD", 20)
+    n = model._section.cells.n_cells
+    division = training.divided(model._section, training.Plan(held_out=0.5))
+    assert (len(division.judged), (~division.known).sum()) == (20, n // 2)
+    assert not division.known[division.judged].any()
+    np.testing.assert_array_equal(np.flatnonzero(division.known), division.rows)
+    assert division.judged.max() > 0.75 * n > 2 * division.judged.min()
+
+
 def test_embedding__does_not_depend_on_the_order_of_cells(trained):
     table, model = trained
     order = np.random.default_rng(0).permutation(table.n_obs)
@@ -191,9 +215,9 @@ def test_training__begins_again_after_a_run_that_failed(fault, monkeypatch):
     model, rates, run = SpatialVAE(table), [], training._train
     before = model.module.log_residual.detach().clone()
 
-    def fails_once(module, section, plan, report, team):
+    def fails_once(module, section, division, plan, report, team):
         assert torch.equal(module.log_residual, before)
-        history = run(module, section, plan, report, team)
+        history = run(module, section, division, plan, report, team)
         rates.append(plan.learning_rate)
         if len(rates) == 1 and fault == "not finite":
             raise FloatingPointError
@@ -433,9 +457,9 @@ def test_cells_without_counts__are_embedded_from_their_neighbours():
     model.train(max_steps=100, progress=False)
     niche, cell = (model.get_latent_representation(which=which) for which in ("niche", "cell"))
     for i in (3, 50):
-        near = model._section.graphs.near.index[i]
+        near = model._section.graphs.near[[i]].indices
         spread = niche.std(0)[0]
-        assert abs(niche[i, 0] - niche[near[near >= 0], 0].mean()) < spread
+        assert abs(niche[i, 0] - niche[near, 0].mean()) < spread
         np.testing.assert_allclose(cell[i, : niche.shape[1]], niche[i], atol=1e-4)
     assert np.isfinite([model.get_elbo(), model.get_marginal_ll(n_mc_samples=5)]).all()
 

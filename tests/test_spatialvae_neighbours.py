@@ -12,7 +12,15 @@ import reference
 from spatialvae import InputError, SpatialVAE
 from spatialvae.celltypes import Types
 from spatialvae.mixture import Mixture
-from spatialvae.neighbours import CONVOLUTIONS, ENCODERS, Convolution, Surroundings, kernels
+from spatialvae.neighbours import (
+    CONVOLUTIONS,
+    ENCODERS,
+    Convolution,
+    NeighbourPrior,
+    Surroundings,
+    kernels,
+    nearest,
+)
 
 
 class Sum(torch.nn.Module):
@@ -118,6 +126,39 @@ def test_layer__of_slots_is_that_of_torch_geometric(kind):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
+
+
+def test_nearest__are_those_among_the_given_cells_whatever_else_is_asked():
+    rng = np.random.default_rng(0)
+    places, samples, there = rng.uniform(0, 1, (60, 2)), np.array(list("aabbcd"))[rng.integers(0, 6, 60)], np.arange(25)
+    index, distance = nearest((places, samples), (places, samples), there, np.arange(60))
+    expected = reference.nearest_neighbours(places, np.where(np.arange(60) < 25, samples, np.arange(60)), 15)
+    for i in range(25):
+        near = index[i][index[i] >= 0].numpy()
+        np.testing.assert_allclose(np.linalg.norm(places[near] - places[i], axis=1), expected[i])
+        assert set(near) <= set(there) - {i}
+    one, all_of_them = (
+        nearest((places[part], samples[part]), (places, samples), there, np.full(len(part), -1))
+        for part in (np.arange(30, 35), np.arange(30, 60))
+    )
+    for few, many in zip(one, all_of_them, strict=True):
+        torch.testing.assert_close(few, many[:5])
+    # cells of a sample are on average one unit from their nearest
+    unit = [distance[:25][(samples[:25] == name)[:, None] & (index[:25] >= 0).numpy()].mean() for name in "ab"]
+    np.testing.assert_allclose(unit, 1, rtol=1e-5)
+
+
+def test_prior__of_a_place_without_neighbours_is_that_of_the_field():
+    prior = NeighbourPrior(4, Convolution("gatv2", 4)).eval()
+    for parameter in prior.parameters():
+        parameter.data.normal_()
+    field = Mixture(torch.log_softmax(torch.randn(2, 3), 1), torch.randn(2, 3, 4), torch.rand(2, 3, 4) + 1)
+    index = torch.tensor([[0, 1], [-1, -1]])
+    around = Surroundings(torch.zeros(2, 2), torch.ones(2, 2), index, torch.ones(2, 2), torch.ones(4), torch.ones(2, 4))
+    found = prior(around, field)
+    for of_both, of_field in ((found.mean, field.mean), (found.log_weight, field.log_weight)):
+        torch.testing.assert_close(of_both[1], of_field[1])
+        assert (of_both[0] - of_field[0]).abs().max() > 0.1
 
 
 def test_kernels__are_gaussians_of_distance():

@@ -33,7 +33,7 @@ def neighbours(
     types, names = read_codes(adata, labels)
     places, samples = read_places(adata, Setup(None, spatial_key, sample_key))
     with status("finding neighbours and fitting couplings"):
-        adjacency = graphs_of(places, samples).near.adjacency()
+        adjacency = graphs_of(places, samples).near
         found = interactions(fit_potts(types, adjacency, blocks=spatial_blocks(places, 25, samples)), names)
     write_csv(found, out / "couplings.csv")
     write_figure(plots.couplings(found), out / "couplings.png")
@@ -74,7 +74,7 @@ def dependence(
     assert cells.coordinates is not None
     types, kinds = read_codes(adata, labels)
     graphs = graphs_of(cells.coordinates, cells.samples)
-    near, blocks = graphs.near.adjacency(), spatial_blocks(cells.coordinates, 50, cells.samples)
+    near, blocks = graphs.near, spatial_blocks(cells.coordinates, 50, cells.samples)
     counts = cells.counts.dense(np.arange(cells.n_cells))
     chosen = model.most_variable(counts, genes)
     names = [cells.genes[gene] for gene in chosen]
