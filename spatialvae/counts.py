@@ -48,6 +48,13 @@ class Counts:
             indptr = (self.indptr[rows.start : rows.stop + 1] - start).astype(np.int32)
             yield rows, sp.csr_array((data, indices, indptr), shape=(rows.stop - first, self.n_genes))
 
+    def of_genes(self) -> np.ndarray:
+        """The sums over cells, float64 (gene,)."""
+        total = np.zeros(self.n_genes)
+        for _, block in self.blocks():
+            total += column_sums(block)
+        return total
+
     def dense(self, rows: np.ndarray) -> np.ndarray:
         """Dense counts of ``rows`` (row,): float32 (row, gene)."""
         from spatialvae import _kernels
@@ -55,6 +62,12 @@ class Counts:
         out = np.empty((len(rows), self.n_genes), np.float32)
         _kernels.dense_rows(self.indptr, self.indices, self.data, rows, out)
         return out
+
+
+def column_sums(block: sp.csr_array) -> np.ndarray:
+    """Sums of the columns of ``block`` (row, gene), float64 (gene,). (SciPy's ``block.sum(0, dtype=float)`` adds up in
+    float32: its relative error was 3e-3 for 350,000 equal values.)"""
+    return block.T @ np.ones(block.shape[0])
 
 
 def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:

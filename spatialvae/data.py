@@ -129,7 +129,7 @@ def read_cells(
     if setup.measurement:
         from spatialvae.measurement import read_measurement
 
-        calls = sum(block.sum(0, dtype=float) for _, block in counts.blocks())
+        calls = counts.of_genes()
         measurement = read_measurement(adata, columns, calls / calls.sum())
     names_of_genes = tuple(adata.var_names[columns]) if genes is None else genes
     return Cells(counts, names_of_genes, missing, coordinates, samples, batches, names, measurement)
@@ -203,7 +203,14 @@ def _columns(adata: AnnData, genes: tuple[str, ...] | None) -> tuple[np.ndarray,
     if genes is None:
         columns = np.arange(adata.n_vars)
         if _keys.IS_BLANK in adata.var:
-            columns = np.flatnonzero(~adata.var[_keys.IS_BLANK].to_numpy(bool))
+            blank = adata.var[_keys.IS_BLANK]
+            odd = np.flatnonzero(~blank.isin([True, False]))
+            if len(odd):
+                raise InputError(
+                    f"var[{_keys.IS_BLANK!r}] is {blank.iloc[odd[0]]!r} for gene {blank.index[odd[0]]!r} "
+                    f"({len(odd)} such genes); expected True or False"
+                )
+            columns = np.flatnonzero(~blank.to_numpy(bool))
         return columns, np.zeros(len(columns), bool)
     columns = adata.var_names.get_indexer(list(genes))
     missing = columns < 0

@@ -182,13 +182,18 @@ def pairs(
         if groupby is None or groupby not in obs:
             raise InputError(f"groupby is {groupby!r}; expected a column of obs, {list(obs)}, or groups as idx1, idx2")
         values = obs[groupby].astype(str).to_numpy()
-        names = sorted(set(values)) if group1 is None else [str(group1)] if np.isscalar(group1) else list(group1)
+        if group1 is None:
+            names = sorted(set(values[obs[groupby].notna()]))
+        else:
+            names = [str(name) for name in ([group1] if np.isscalar(group1) else group1)]
+        other = "Rest" if group2 is None else str(group2)
         for name in names:
-            two = np.flatnonzero(values != name if group2 is None else values == group2)
-            other = "Rest" if group2 is None else group2
+            two = np.flatnonzero(values != name if group2 is None else values == other)
             told: dict[str, str] = {"comparison": f"{name} vs {other}", "group1": name, "group2": other}
-            if name != group2:
+            if group2 is None or name != other:
                 found.append(Pair(np.flatnonzero(values == name), two, told))
+        if not found:
+            raise InputError(f"group1 is {group1!r} and group2 {group2!r}; expected two groups of {groupby!r}")
     if within is not None:
         types = obs[within].astype(str).to_numpy()
         found = [
@@ -210,14 +215,17 @@ def pairs(
 
 def _rows(obs: pd.DataFrame, selection: Selection) -> np.ndarray:
     if isinstance(selection, str):
-        return np.flatnonzero(obs.index.isin(obs.query(selection).index))
+        try:
+            return np.flatnonzero(obs.index.isin(obs.query(selection).index))
+        except Exception as error:  # pandas raises many kinds of errors for invalid queries
+            raise InputError(f"{selection!r} is not a query of obs: {error}") from error
     rows = np.asarray(selection)
     if rows.dtype == bool:
         if len(rows) != len(obs):
             raise InputError(f"the mask has {len(rows)} values; expected one for each of {len(obs)} cells")
         return np.flatnonzero(rows)
-    if len(rows) and not (rows.min() >= 0 and rows.max() < len(obs)):
-        raise InputError(f"the rows of a group must be from 0 to {len(obs) - 1}")
+    if len(rows) and not (np.issubdtype(rows.dtype, np.integer) and 0 <= rows.min() <= rows.max() < len(obs)):
+        raise InputError(f"the rows of a group must be whole numbers from 0 to {len(obs) - 1}")
     return np.unique(rows.astype(np.int64))
 
 

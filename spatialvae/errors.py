@@ -15,5 +15,5 @@ class InputError(ValueError):
 
 def check_count(name: str, value: object, advice: str = "") -> None:
     """Raise InputError unless ``value``, the argument ``name``, is a whole number of at least 1."""
-    if not isinstance(value, Integral) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} is {value!r}; expected a whole number of at least 1{advice}")

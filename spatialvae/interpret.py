@@ -159,11 +159,11 @@ def neighbour_reach(model: SpatialVAE) -> pd.DataFrame:
     the correlation length sqrt(r d a^2 / 4), with d the mean number of neighbours and a their median distance; the
     median is used because some edges cross holes in the tissue.
 
-    Raises InputError for a model without coordinates.
+    Raises InputError for a model without coordinates, or with one cell in each section.
     """
     section = model._read(None)
-    if section.graphs is None or not model.module.shape.n_niche:
-        raise InputError("the model was set up without spatial_key and has no niches")
+    if section.graphs is None or not section.graphs.near.nnz:
+        raise InputError("the model has no niches: it was set up without spatial_key, or no cell has neighbours")
     graphs, d = section.graphs, model.module.shape.n_niche
     reach = graphs.spacing * np.sqrt(model.module.range.cpu().numpy() * graphs.mean_degree / 4)
     smooth = (model.module.smooth_variance * model.module.spread).cpu().numpy()[:d]

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from spatialvae.batches import batch_shifts, gene_effects
+from spatialvae.counts import column_sums
 from spatialvae.data import Cells, Graphs
 from spatialvae.encoder import FIRST_PRECISION
 from spatialvae.errors import InputError
@@ -83,7 +84,7 @@ def fit_components(
     full = genes <= DENSE_GENES
     mean, squares, products = np.zeros(genes), 0.0, np.zeros((genes, genes) if full else 0)
     for _, logs in log_normalised(cells, scale, effect):
-        mean += logs.sum(0, dtype=float) / n
+        mean += column_sums(logs) / n
         squares += float((logs.data.astype(float) ** 2).sum()) / n
         if full:
             dense = logs.toarray()
@@ -184,7 +185,7 @@ def _fitted(
         field = fit_field(y, laplacian_of(graphs.near), max_niche)
         own[field.chosen] = field.rough * field.rough_spread + field.noise
         order = np.r_[field.chosen, np.setdiff1d(order, field.chosen)]
-    shares = sum(block.sum(0, dtype=float) for _, block in cells.counts.blocks()) + 0.5
+    shares = cells.counts.of_genes() + 0.5
     shares = shares / shares.sum()
     encode, decode = loadings @ directions, loadings @ np.linalg.inv(directions).T
     start = LinearStart(

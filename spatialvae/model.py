@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -67,10 +69,10 @@ class SpatialVAE:
         with ``given``; embeddings do not depend on it. "gatv2", "sage" and "gin" are layers of torch_geometric that
         pass messages from the 15 nearest neighbours; the first two predict best (benchmarks/results/neighbours.md).
         "field" uses the Gaussian field alone; cells can then be drawn jointly, not only one by one. A
-        ``torch.nn.Module`` is called as forward(x, edge_index, edge_attr) and returns one row per node: x (node, dim)
-        is z_cell of the neighbours in prior standard deviations, zeros for the cells to be predicted; edge_index (2,
-        edge) points from neighbours to these cells; edge_attr (edge, 1) is the distance in units of the mean distance
-        between neighbours
+        ``torch.nn.Module``, of which a copy is trained, is called as forward(x, edge_index, edge_attr) and returns one
+        row per node: x (node, dim) is z_cell of the neighbours in prior standard deviations, zeros for the cells to be
+        predicted; edge_index (2, edge) points from neighbours to these cells; edge_attr (edge, 1) is the distance in
+        units of the mean distance between neighbours
 
     Raises
     ------
@@ -215,7 +217,8 @@ class SpatialVAE:
         early_stopping: bool = True,
         **others: Any,
     ) -> None:
-        """Train on the table of the model. A second call continues the training, without warm-up.
+        """Train on the table of the model. A second call continues the training, without warm-up. A call that is
+        interrupted, or that raises an error, does not change the model.
 
         ``training_log`` gets one row per 100 steps. Held-out cells decide when to stop. They are not used to train the
         networks or to infer the niches of other cells meanwhile, but the linear initialisation, the final fit of the
@@ -240,7 +243,8 @@ class SpatialVAE:
             self.to_device(accelerator)
         if train_size is not None:
             held_out = 1 - train_size
-        for name, value in (("max_epochs", max_epochs), ("max_steps", max_steps), ("batch_size", batch_size)):
+        sizes = {"max_epochs": max_epochs, "max_steps": max_steps, "batch_size": batch_size, "patience": patience}
+        for name, value in sizes.items():
             if value is not None:
                 check_count(name, value)
         if not 0 <= held_out < 1 or not learning_rate > 0:
@@ -258,15 +262,17 @@ class SpatialVAE:
         plan = plan.fitted_to(section.cells.n_cells) if batch_size is None else replace(plan, batch_size=batch_size)
         if max_epochs is not None:
             plan = replace(plan, max_steps=max_epochs * -(-len(divided(section, plan).rows) // plan.batch_size))
-        self.module.drop_types()
+        module, prior = copy.deepcopy((self.module, self.neighbours))
+        module.drop_types()
         with _bar(plan.max_steps, progress) as report:
-            history = pd.DataFrame(train(self.module, section, plan, report))
-        self.module.align(section)
-        section = self._section = niche_prior.fit(self.module, section)
-        units.fit(self.module, section, seed)
+            history = pd.DataFrame(train(module, section, plan, report))
+        module.align(section)
+        section = niche_prior.fit(module, section)
+        units.fit(module, section, seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            neighbours.fit(self.neighbours, self.module, section, plan)
+            neighbours.fit(prior, module, section, plan)
+        self.module, self.neighbours, self._section = module, prior, section
         if trained:
             history[["step", "epoch"]] += self.training_log[["step", "epoch"]].iloc[-1]
             history = pd.concat([self.training_log, history], ignore_index=True)
@@ -409,14 +415,17 @@ class SpatialVAE:
         ------
         InputError : for unknown genes or batches, or invalid arguments
         """
-        if isinstance(library_size, str) and library_size != "latent":
-            raise InputError(f"library_size is {library_size!r}; expected a number or 'latent'")
+        if isinstance(library_size, str) and library_size == "latent":
+            size = None
+        elif isinstance(library_size, Real) and 0 < library_size < np.inf:
+            size = float(library_size)
+        else:
+            raise InputError(f"library_size is {library_size!r}; expected a positive number or 'latent'")
         if not return_mean and not return_numpy:
             raise InputError("return_mean=False returns a three-dimensional array: pass return_numpy=True with it")
         section, table = self._read(adata), self.adata if adata is None else adata
         columns, rows = self._columns(gene_list), self._rows(table, indices)
         batch = None if transform_batch is None else self._batch(transform_batch)
-        size = None if isinstance(library_size, str) else library_size
         found = sampling.expression(self.module, section, self._cell_draws(section, rows, n_samples, seed), size, batch)
         parts = (share[..., columns] for _, share in found)
         value = np.concatenate([part.mean(0) if return_mean else part for part in parts], -2)
@@ -556,6 +565,7 @@ class SpatialVAE:
 
         Returns an AnnData with counts in X and the latents in ``obsm["X_spatialvae"]``.
         """
+        check_count("n_cells", n_cells)
         niche = sampling.niches_alone(self.module, n_cells, seed)
         return self._sampled(niche, None, cells, seed)
 
@@ -608,6 +618,8 @@ class SpatialVAE:
         if self.setup.spatial_key is None:
             raise InputError("the model was set up without spatial_key and has no coordinates; use sample_prior")
         where = checked_coordinates(coordinates)
+        if not len(where):
+            raise InputError("coordinates has no rows; expected one for each cell to be drawn")
         names = np.full(len(where), "") if samples is None else np.asarray(samples).astype(str)
         if len(names) != len(where):
             raise InputError(f"samples has {len(names)} values for {len(where)} coordinates; expected one for each")
@@ -668,10 +680,11 @@ class SpatialVAE:
         if indices is None:
             return np.arange(adata.n_obs)
         rows = np.asarray(indices)
-        rows = np.flatnonzero(rows) if rows.dtype == bool and len(rows) == adata.n_obs else rows
-        if not len(rows):
+        rows = np.flatnonzero(rows) if rows.dtype == bool and rows.shape == (adata.n_obs,) else rows
+        if rows.shape == (0,):
             raise InputError("indices select no cell")
-        if not np.issubdtype(rows.dtype, np.integer) or rows.min(initial=0) < 0 or rows.max(initial=0) >= adata.n_obs:
+        are_rows = rows.ndim == 1 and np.issubdtype(rows.dtype, np.integer)
+        if not are_rows or rows.min() < 0 or rows.max() >= adata.n_obs:
             raise InputError(f"indices must be rows from 0 to {adata.n_obs - 1}, or a mask with one value per cell")
         return rows
 
@@ -680,15 +693,15 @@ class SpatialVAE:
     ) -> np.ndarray:
         """The rows among ``indices`` whose cells have counts; at least one."""
         rows = self._rows(self.adata if adata is None else adata, indices)
-        rows = rows[section.cells.depth[rows] > 0]
-        if not len(rows):
-            raise InputError("none of the cells has counts of the model's genes")
-        return rows
+        counted = rows[section.cells.depth[rows] > 0]
+        if not len(counted):
+            raise InputError(f"none of the {len(rows)} cells has counts")
+        return counted
 
     def _batch(self, name: str) -> int:
-        if name not in self.batch_names:
+        if str(name) not in self.batch_names:
             raise InputError(f"transform_batch is {name!r}; the model has the batches {list(self.batch_names)}")
-        return self.batch_names.index(name)
+        return self.batch_names.index(str(name))
 
     def _places(self, adata: AnnData) -> sampling.Places:
         if self.setup.spatial_key is None:

@@ -29,6 +29,7 @@ of the section left out, including those of the cell (``FOLDS``).
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ from spatialvae.evidence import drawn
 from spatialvae.graph import without_own
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, Sites, SpatialModule
-from spatialvae.sampling import Places
+from spatialvae.sampling import Places, joined_places
 from spatialvae.training import MOST_HELD, SHARE, Plan, copied, divided, flattened, threads_for
 
 CONVOLUTIONS = ("gatv2", "sage", "gin")
@@ -224,7 +225,7 @@ def prior_for(niche_encoder: str | nn.Module, module: SpatialModule) -> Neighbou
         return None
     if not isinstance(niche_encoder, nn.Module):
         niche_encoder = Convolution(niche_encoder, shape.n_cell)
-    return NeighbourPrior(shape.n_cell, niche_encoder).eval()
+    return NeighbourPrior(shape.n_cell, copy.deepcopy(niche_encoder).eval()).eval()
 
 
 @torch.no_grad()
@@ -232,7 +233,7 @@ def surroundings(module: SpatialModule, places: Places, section: Section, known:
     """What the cells of ``section`` with counts, at positions ``known``, say about ``places``. All ``places`` are nodes
     of the graph of the field."""
     n, m = len(places[1]), section.cells.n_cells
-    space = module.space(graphs_of(*(np.concatenate(pair) for pair in zip(places, known, strict=True))))
+    space = module.space(graphs_of(*joined_places(places, known)))
     sites, asked = module.sites(section), torch.zeros(n, module.shape.n_cell)
     joined = Sites(torch.cat([asked, sites.target]), torch.cat([asked, sites.log_precision]))
     niche = module.solve(space, joined, known=np.arange(n + m) >= n)

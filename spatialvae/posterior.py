@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from spatialvae.celltypes import LEAST_SHARE
 from spatialvae.data import minibatches
-from spatialvae.errors import InputError
+from spatialvae.errors import check_count
 from spatialvae.field import draws, posterior_covariance, solve
 from spatialvae.hamiltonian import moved
 from spatialvae.mixture import Mixture
@@ -316,8 +316,7 @@ def niche_draws(
 
     Raises InputError if ``n_samples`` is less than 1.
     """
-    if n_samples < 1:
-        raise InputError(f"n_samples is {n_samples}; expected at least 1")
+    check_count("n_samples", n_samples)
     out = torch.zeros(n_samples, len(rows), target.shape[1])
     if space is None:
         return out

@@ -199,7 +199,7 @@ def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> 
     from spatialvae.inference import spatial_blocks
 
     section = model._read(None)
-    if section.graphs is None or section.cells.coordinates is None or not model.module.shape.n_niche:
+    if section.graphs is None or section.cells.coordinates is None or not section.graphs.near.nnz:
         return []
     reach = interpret.neighbour_reach(model)
     reach["distances"] = reach["range"] / section.graphs.spacing

@@ -21,7 +21,7 @@ from torch import Tensor
 from spatialvae import likelihoods
 from spatialvae.arrangement import arranged
 from spatialvae.data import graphs_of, minibatches
-from spatialvae.errors import InputError
+from spatialvae.errors import InputError, check_count
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, SpatialModule
 from spatialvae.posterior import expansion, latent_draws, niche_draws
@@ -121,6 +121,14 @@ def impute(
     return Imputed(expected, low, high)
 
 
+def joined_places(places: Places, others: Places) -> Places:
+    """``places`` followed by ``others``. Raises InputError if their numbers of axes differ."""
+    axes = places[0].shape[1], others[0].shape[1]
+    if axes[0] != axes[1]:
+        raise InputError(f"coordinates of {axes[0]} axes cannot be joined with coordinates of {axes[1]} axes")
+    return np.concatenate([places[0], others[0]]), np.concatenate([places[1], others[1]])
+
+
 def niches_at(
     module: SpatialModule,
     places: Places,
@@ -135,7 +143,7 @@ def niches_at(
         section, others = given
         found = expansion(module, section, module.sites(section))
         weight, target = np.concatenate([weight, found.weight]), np.concatenate([target, found.target])
-        places = np.concatenate([places[0], others[0]]), np.concatenate([places[1], others[1]])
+        places = joined_places(places, others)
     return niche_draws(module, module.space(graphs_of(*places)), weight, target, n_samples, seed, np.arange(n))
 
 
@@ -149,7 +157,7 @@ def niches_alone(module: SpatialModule, n_cells: int, seed: int) -> Tensor:
 def cells_of_model(module: SpatialModule, niche: Tensor, seed: int) -> Tensor:
     """Draws of z_cell (..., cell, dim) from p(z_cell | z_niche), given ``niche`` (..., cell, D)."""
     generator = torch.Generator().manual_seed(seed + 1)
-    parts = niche.reshape(-1, niche.shape[-1]).to(module.mean.device).split(ROWS_AT_ONCE)
+    parts = niche.flatten(0, -2).to(module.mean.device).split(ROWS_AT_ONCE)
     drawn = [module.cells_within(part).draw(1, generator)[0] for part in parts]
     return torch.cat(drawn).reshape(*niche.shape[:-1], module.shape.n_cell).to(module.mean.device)
 
@@ -185,8 +193,7 @@ def predictive_of(
 
     Raises InputError if ``n_samples`` is less than 1.
     """
-    if n_samples < 1:
-        raise InputError(f"n_samples is {n_samples}; expected at least 1")
+    check_count("n_samples", n_samples)
     rng, generator = np.random.default_rng([seed, 1]), torch.Generator().manual_seed(seed)
     for part in minibatches(rows, ROWS_AT_ONCE):
         z_cell = expected(part).draw(n_samples, generator).to(module.mean.device)
@@ -250,12 +257,15 @@ def as_if(section: Section, like: np.ndarray, depth: np.ndarray | None) -> Secti
     """The section of new cells, with the batches and total counts of the rows ``like`` (cell,) of ``section``, or with
     total counts ``depth`` (cell,). All genes are treated as measured.
 
-    Raises InputError if ``depth`` is not positive and finite.
+    Raises InputError if ``depth`` has another shape, or is not positive and finite.
     """
     chosen = torch.from_numpy(like)
     size = section.depth[chosen]
     if depth is not None:
-        size = torch.from_numpy(np.broadcast_to(np.asarray(depth, np.float32), (len(like),)).copy())
+        try:
+            size = torch.from_numpy(np.broadcast_to(np.asarray(depth, np.float32), (len(like),)).copy())
+        except ValueError as error:
+            raise InputError(f"library_size is not a number or one number for each of {len(like)} cells") from error
         if not (torch.isfinite(size).all() and (size > 0).all()):
             raise InputError("library_size must be positive and finite")
     return replace(section, depth=size, batch=section.batch[chosen], fill=None)

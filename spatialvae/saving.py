@@ -36,7 +36,9 @@ def write(folder: Path, about: About, tensors: Tensors, table: AnnData | None, o
     there = [name for name in (*FILES, *([] if table is None else [TABLE])) if (folder / name).exists()]
     if there and not overwrite:
         raise InputError(f"{folder} already contains {there[0]}; pass overwrite=True to replace it")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    contiguous = torch.contiguous_format
+    # save_file refuses tensors that share memory, as parameters of a user's module may
+    tensors = {name: value.detach().cpu().clone(memory_format=contiguous) for name, value in tensors.items()}
     with whole(folder / "model.safetensors") as part:
         save_file(tensors, part)
         digest = _digest(part)

@@ -82,7 +82,10 @@ def checked_coordinates(
 
     Raises InputError, naming ``where`` and the first invalid cell, by its name in ``names`` or by its row.
     """
-    coordinates = np.asarray(coordinates, float)
+    try:
+        coordinates = np.asarray(coordinates, float)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where} is not an array of numbers: {error}") from error
     if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
         raise InputError(f"{where} has shape {coordinates.shape}; expected (cell, 2) or (cell, 3)")
     bad = np.flatnonzero(~np.isfinite(coordinates).all(1))

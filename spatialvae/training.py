@@ -234,10 +234,11 @@ def evaluate(module: SpatialModule, section: Section, rows: np.ndarray, niche: N
     generator = torch.Generator().manual_seed(seed)
     terms = module.terms(section, rows, niche, module.noise(len(rows), generator))
     likelihood, divergence = float(terms.log_likelihood.mean()), float(terms.kl_cell.mean())
-    used = terms.cell_mean.var(0) > 0.01 * module.cell_variance
-    return {
+    row = {
         "evidence_validation": likelihood - divergence,
         "log_likelihood_validation": likelihood,
         "kl_cell_validation": divergence,
-        "used_cell_dimensions": float(used.sum()),
     }
+    if len(rows) > 1:  # one cell has no variance
+        row["used_cell_dimensions"] = float((terms.cell_mean.var(0) > 0.01 * module.cell_variance).sum())
+    return row

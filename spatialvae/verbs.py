@@ -50,7 +50,9 @@ def device_of(accelerator: str) -> torch.device:
     """
     try:
         device = torch.device("cuda" if accelerator == "gpu" else accelerator)
-        return torch.empty(0, device=device).device
+        tensor = torch.empty(0, device=device)
+        tensor.cpu()  # "meta" has no values
+        return tensor.device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {accelerator!r} cannot be used: {str(error).splitlines()[0]}") from error
 

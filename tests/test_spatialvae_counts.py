@@ -151,3 +151,8 @@ def test_damaged_table__is_refused_before_anything_follows_its_indices(fault, tm
         SpatialVAE.setup_anndata(adata)
         with pytest.raises(InputError, match="X is damaged"):
             SpatialVAE(adata)
+
+
+def test_column_sums__of_many_values_are_those_of_double_precision():
+    block = sp.csr_array(np.full((100_000, 2), np.float32(1.386)))
+    np.testing.assert_allclose(counts.column_sums(block), 1e5 * float(np.float32(1.386)), rtol=1e-12)

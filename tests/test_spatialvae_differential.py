@@ -97,11 +97,18 @@ def test_differential_expression__takes_rows_masks_and_queries():
     assert "comparison" not in one
     assert len(model.differential_expression(groupby="side", group1=0, all_stats=False)) == table.n_vars
     assert len(model.differential_expression(all_stats=False)) == 3 * table.n_vars
+    by_number = model.differential_expression(groupby="side", group1=[0], group2=1, all_stats=False)
+    assert list(by_number["comparison"].unique()) == ["0 vs 1"]
+    table.obs["some"] = table.obs["kind"].astype(str).where(~mask)
+    assert set(model.differential_expression(groupby="some", all_stats=False)["group1"]) == {"0", "1"}
     for wrong, message in (
         ({"groupby": "nope"}, "groupby is 'nope'"),
         ({"group1": "9"}, "0 and 60 cells"),
         ({"mode": "new"}, "mode is 'new'"),
         ({"idx1": mask[:5]}, "5 values"),
+        ({"idx1": [0.5]}, "whole numbers from 0 to 59"),
+        ({"idx1": "nope == 1"}, "'nope == 1' is not a query of obs"),
+        ({"group1": "1", "group2": "1"}, "expected two groups of 'kind'"),
     ):
         with pytest.raises(InputError, match=message):
             model.differential_expression(**wrong)

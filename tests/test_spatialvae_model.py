@@ -21,6 +21,7 @@ from spatialvae import (
     graph,
     likelihoods,
     linear,
+    neighbours,
     niche_prior,
     plots,
     training,
@@ -239,6 +240,43 @@ def test_training__goes_on_and_keeps_its_history():
     assert model.training_log["step"].tolist() == [100, 200, 300, 400]
     pd.testing.assert_frame_equal(model.training_log.iloc[:2], first)
     assert model.get_elbo() > bound - 0.5
+
+
+@pytest.mark.parametrize("where", [(training._Run, "step"), (units, "fit"), (neighbours, "fit")])
+def test_training__interrupted_does_not_change_the_model(where, monkeypatch):
+    table = tissue(60)
+    SpatialVAE.setup_anndata(table)
+    model = SpatialVAE(table)
+    model.train(max_steps=20, progress=False)
+    latent, evidence_before = model.get_latent_representation(), model.get_marginal_ll(given=table, n_mc_samples=5)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.train(max_steps=20, progress=False)
+    np.testing.assert_array_equal(model.get_latent_representation(), latent)
+    assert model.get_marginal_ll(given=table, n_mc_samples=5) == evidence_before
+    assert model.training_log["step"].tolist() == [20]
+
+
+def test_training__of_one_held_out_cell_is_not_taken_for_collapsed():
+    table = tissue(12)
+    SpatialVAE.setup_anndata(table)
+    model = SpatialVAE(table)
+    model.train(max_steps=20, progress=False)
+    assert (model.training_log["restart"] == 0).all()
+
+
+@pytest.mark.parametrize("asked", [{"patience": 0}, {"max_steps": 0}, {"max_epochs": 1.5}, {"batch_size": True}])
+def test_training__refuses_numbers_of_steps(asked):
+    table = tissue(40)
+    SpatialVAE.setup_anndata(table)
+    ((name, value),) = asked.items()
+    with pytest.raises(InputError, match=f"{name} is {value}; expected a whole number of at least 1"):
+        SpatialVAE(table).train(**asked)
 
 
 def test_training__minibatches_fit_the_table():
@@ -597,6 +635,14 @@ def spoil_composition(table):
     table.X[:] = 2
 
 
+def spoil_blanks(table):
+    table.var["is_blank"] = [False] * 10 + [np.nan] * 2
+
+
+def spoil_axes(table):
+    table.obsm["spatial"] = np.full((40, 2), "1 um")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -607,6 +653,8 @@ def spoil_composition(table):
         (spoil_genes, "gene names are not unique: 'twice'"),
         (spoil_nothing, "X has no counts: all 40 cells are zero"),
         (spoil_composition, "all 40 cells with counts have the same composition of 12 genes"),
+        (spoil_blanks, r"var\['is_blank'\] is nan for gene 'g10' \(2 such genes\); expected True or False"),
+        (spoil_axes, r"obsm\['spatial'\] is not an array of numbers: could not convert string to float: .*'1 um'"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*names are not unique")

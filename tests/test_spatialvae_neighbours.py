@@ -239,6 +239,28 @@ def test_own_encoder__is_given_again_with_the_saved_parameters(tmp_path):
     assert again.get_marginal_ll(held, 20, given=rest) == model.get_marginal_ll(held, 20, given=rest)
 
 
+class Tied(torch.nn.Module):
+    """Two layers with the same parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = self.two = torch.nn.Linear(6, 6)
+
+    def forward(self, x, edge_index, edge_attr):
+        return self.two(torch.relu(self.one(x)))
+
+
+def test_own_encoder__is_copied_and_may_tie_parameters(tmp_path):
+    own = Tied()
+    (one, rest, held), (two, *_) = (fitted(own, steps=0) for _ in range(2))
+    for parameter in one.neighbours.parameters():
+        parameter.data.normal_()
+    torch.testing.assert_close(two.neighbours.encoder.state_dict(), own.state_dict(), rtol=0, atol=0)
+    one.save(tmp_path / "model")
+    again = SpatialVAE.load(tmp_path / "model", rest, niche_encoder=own)
+    assert again.get_marginal_ll(held, 20, given=rest) == one.get_marginal_ll(held, 20, given=rest)
+
+
 def test_wrong_encoder__is_refused():
     with pytest.raises(InputError, match=f"niche_encoder is 'gat'; expected one of .*{ENCODERS[-1]}"):
         fitted("gat", 0)

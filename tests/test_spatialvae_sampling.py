@@ -142,6 +142,28 @@ def test_sample_tissue__is_smooth_and_follows_cells_held_fixed(trained):
     np.testing.assert_allclose(alone[:, d:].var(0), expected, rtol=0.1)
 
 
+def test_sample_tissue__says_what_is_wrong(trained):
+    table, model = trained
+    where = np.random.default_rng(5).uniform(0, 100, (20, 3))
+    for asked, message in (
+        ({"coordinates": where, "given": table}, "coordinates of 3 axes cannot be joined with coordinates of 2 axes"),
+        ({"coordinates": where[:0]}, "coordinates has no rows"),
+        ({"coordinates": "here"}, "is not an array of numbers"),
+        ({"coordinates": where, "library_size": np.ones(3)}, "one number for each of 20 cells"),
+        ({"coordinates": where, "library_size": "latent"}, "one number for each of 20 cells"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model.sample_tissue(**asked)
+
+
+def test_sample_prior__without_coordinates():
+    table = tissue(60)
+    SpatialVAE.setup_anndata(table, spatial_key=None)
+    model = SpatialVAE(table)
+    for cells in ("model", "table"):
+        assert model.sample_prior(5, cells).shape == (5, table.n_vars)
+
+
 def test_sample_tissue__rearranges_the_cells_of_the_table(trained):
     table, model = trained
     made = model.sample_tissue(table.obsm["spatial"], cells="table")

@@ -75,6 +75,21 @@ def test_indices__are_rows_of_the_whole_table(trained):
     assert trained.get_reconstruction_error(indices=rows) > 0
 
 
+@pytest.mark.parametrize("indices", [3, [[1, 2]], slice(3), [-1], [1.0], np.ones(5, bool)])
+def test_indices__are_refused(trained, indices):
+    with pytest.raises(InputError, match="indices must be rows from 0 to 79, or a mask with one value per cell"):
+        trained.get_latent_representation(indices=indices)
+
+
+@pytest.mark.filterwarnings("ignore:2 cells without counts")
+def test_likelihood__of_cells_without_counts_alone_is_refused(trained):
+    empty = trained.adata.copy()
+    empty.X[:2] = 0
+    for verb in (trained.get_marginal_ll, trained.get_elbo, trained.get_reconstruction_error):
+        with pytest.raises(InputError, match="none of the 2 cells has counts"):
+            verb(empty, indices=[0, 1])
+
+
 def test_verbs__say_what_to_type_instead(trained):
     with pytest.raises(InputError, match="train has no argument 'plan_kwargs': use learning_rate="):
         trained.train(plan_kwargs={"lr": 1e-3})
@@ -86,6 +101,16 @@ def test_verbs__say_what_to_type_instead(trained):
         SpatialVAE.setup_anndata(table(), labels_key="nope")
     with pytest.raises(InputError, match="device 'abacus' cannot be used"):
         trained.to_device("abacus")
+    with pytest.raises(InputError, match="device 'meta' cannot be used"):
+        trained.to_device("meta")
+    for size in (-1, np.nan, "mean", np.ones(80)):
+        with pytest.raises(InputError, match="expected a positive number or 'latent'"):
+            trained.get_normalized_expression(library_size=size)
+    for count in (0, 2.5, "3", True):
+        with pytest.raises(InputError, match=f"n_samples is {count!r}; expected a whole number of at least 1"):
+            trained.posterior_predictive_sample(n_samples=count)
+        with pytest.raises(InputError, match=f"n_cells is {count!r}; expected a whole number of at least 1"):
+            trained.sample_prior(count)
 
 
 def test_load__finds_the_table_that_was_saved(trained, tmp_path):
