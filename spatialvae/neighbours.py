@@ -51,7 +51,7 @@ from spatialvae.graph import without_own
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, Sites, SpatialModule
 from spatialvae.sampling import Places, joined_places
-from spatialvae.training import MOST_HELD, SHARE, Plan, copied, divided, flattened, threads_for
+from spatialvae.training import MOST_HELD, Plan, copied, divided, flattened, threads_for
 
 CONVOLUTIONS = ("gatv2", "sage", "gin")
 ENCODERS = ("field", *CONVOLUTIONS)
@@ -326,7 +326,7 @@ def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, p
     _maximise(mean_log_p, prior, rows, judged, plan, rng)
 
 
-@threads_for(SHARE)  # two are faster by a quarter, more are not: the matrices are small
+@threads_for(0)  # the matrices are small: a second thread saves a quarter, but on busy cores takes five times as long
 def _maximise(
     mean_log_p: Callable[[np.ndarray], Tensor],
     prior: NeighbourPrior,
