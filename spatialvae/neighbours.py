@@ -276,54 +276,93 @@ def own_values(module: SpatialModule, sites: Sites) -> tuple[Tensor, Tensor]:
     return sd, torch.sigmoid(sites.log_precision + variance.log()) * sites.target / sd
 
 
+@dataclass(frozen=True, eq=False)
+class _Observed:
+    """Cells to which types and messages are fitted. ``mean`` and ``variance`` (cell, D): z_niche without the cell's own
+    counts. ``row`` int64 (cell,): rows of ``z`` (row, draw, dim) and ``log_weight`` (row, draw), draws that represent
+    the likelihood (``evidence.drawn``), -1 for cells without. All on the CPU; results are on ``device``."""
+
+    mean: Tensor
+    variance: Tensor
+    row: np.ndarray
+    z: Tensor
+    log_weight: Tensor
+    device: torch.device
+
+    def niche(self, part: np.ndarray) -> celltypes.Gaussian:
+        cells = torch.from_numpy(part)
+        return self.mean[cells].to(self.device), self.variance[cells].to(self.device)
+
+    def draws(self, part: np.ndarray) -> tuple[Tensor, Tensor]:
+        rows = torch.from_numpy(self.row[part])
+        return self.z[rows].to(self.device), self.log_weight[rows].to(self.device)
+
+
 def fit(prior: NeighbourPrior | None, module: SpatialModule, section: Section, plan: Plan) -> None:
-    """Fit the cell types of ``module``, and ``prior``, in place to the training cells of ``plan``, until log p(x |
-    others) of the held-out cells stops improving, in ``plan.max_steps`` at most."""
-    rng, device = np.random.default_rng([plan.seed, 2]), module.mean.device
+    """Fit the cell types of ``module``, then ``prior``, in place to the training cells of ``plan``, until log p(x |
+    others) of the held-out cells stops improving."""
+    rng, division = np.random.default_rng([plan.seed, 2]), divided(section, plan)
     module.drop_types()  # the draws are those of the model without types, also if there are types of an earlier fit
-    division = divided(section, plan)
-    sites = module.sites(section)
-    fitted = MOST_TYPED if prior is None or section.graphs is None else MOST_CELLS
-    rows = rng.permutation(division.rows)
-    mean, variance, rows = _hidden_in_turn(module, section, sites, division.known, rows, fitted)
-    used, judged = np.concatenate([rows, division.judged]), division.judged
-    if not len(judged):
-        judged = rows[:MOST_HELD]
-    place = np.full(section.cells.n_cells, -1)
-    place[used] = np.arange(len(used))
+    sites, most = module.sites(section), MOST_TYPED if prior is None else MOST_CELLS
+    mean, variance, rows = _hidden_in_turn(module, section, sites, division.known, rng.permutation(division.rows), most)
+    judged = division.judged if len(division.judged) else rows[:MOST_HELD]
+    observed = _observed(module, section, mean, variance, np.union1d(rows, judged), plan.seed)
+    _fit_types(module, observed, rows[:MOST_TYPED], judged, plan.seed)
+    if prior is not None and section.cells.coordinates is not None:
+        places = section.cells.coordinates, section.cells.samples
+        near = nearest(places, places, division.rows, np.arange(section.cells.n_cells))  # training cells send messages
+        around = Surroundings(mean, variance, *near, *own_values(module, sites))
+        _fit_messages(prior, module, around, observed, rows, judged, plan)
+
+
+def _observed(
+    module: SpatialModule, section: Section, mean: Tensor, variance: Tensor, used: np.ndarray, seed: int
+) -> _Observed:
+    """The cells ``used``, with draws under the field's prediction of their niche."""
+    row, device = np.full(section.cells.n_cells, -1), module.mean.device
+    row[used] = np.arange(len(used))
 
     def of_field(part: np.ndarray) -> Mixture:
         return module.cells_around(mean[torch.from_numpy(part)].to(device), variance[torch.from_numpy(part)].to(device))
 
-    cells = drawn(module, section, used, DRAWS, plan.seed, of_field)
+    return _Observed(mean, variance, row, *drawn(module, section, used, DRAWS, seed, of_field), device)
 
-    def observed(part: np.ndarray) -> celltypes.Observed:
-        z, log_weight = (value[torch.from_numpy(place[part])].to(device) for value in cells)
-        here, sure = (value[torch.from_numpy(part)].to(device) for value in (mean, variance))
-        niches = ((here, sure), module.unknown_niche(1))
-        return celltypes.Observed(z, log_weight, niches if module.shape.n_niche else niches[1:])
 
-    own = module.log_residual.detach().exp()
-    module.set_types(celltypes.fit(observed(rows[:MOST_TYPED]), observed(judged), own, plan.seed))
-    if prior is None or section.cells.coordinates is None:
-        return
-    places = section.cells.coordinates, section.cells.samples
-    index, distance = nearest(places, places, division.rows, np.arange(section.cells.n_cells))
-    around = Surroundings(mean, variance, index, distance, *own_values(module, sites))
-    types = module.types
-    niches = ((mean[part].to(device), variance[part].to(device)) for part in torch.from_numpy(used).split(ROWS_AT_ONCE))
-    log_frequency = torch.cat([types.log_frequency_around(niche) for niche in niches])  # once: a tenth of each step
+def _fit_types(module: SpatialModule, observed: _Observed, rows: np.ndarray, judged: np.ndarray, seed: int) -> None:
+    """Fit the types of ``module`` to ``rows``, given the predicted niche and, so that they also fit single cells, given
+    its prior."""
+
+    def cells(part: np.ndarray) -> celltypes.Observed:
+        niches = (observed.niche(part), module.unknown_niche(1))
+        return celltypes.Observed(*observed.draws(part), niches if module.shape.n_niche else niches[1:])
+
+    module.set_types(celltypes.fit(cells(rows), cells(judged), module.log_residual.detach().exp(), seed))
+
+
+def _fit_messages(
+    prior: NeighbourPrior,
+    module: SpatialModule,
+    around: Surroundings,
+    observed: _Observed,
+    rows: np.ndarray,
+    judged: np.ndarray,
+    plan: Plan,
+) -> None:
+    """Fit ``prior`` to ``rows``, whose surroundings are those of ``around`` (cell, ...)."""
+    types, own = module.types, module.log_residual.detach().exp()
+    blocks = minibatches(np.flatnonzero(observed.row >= 0), ROWS_AT_ONCE)
+    log_frequency = torch.cat(
+        [types.log_frequency_around(observed.niche(part)) for part in blocks]
+    )  # once: a tenth of each step
 
     def mean_log_p(part: np.ndarray) -> Tensor:
-        rows_used = torch.from_numpy(place[part])
-        z, log_weight = (value[rows_used].to(device) for value in cells)
-        here = around.of(part, device)
-        alone = celltypes.around_niche((here.mean, here.variance), own)
-        field = types.beside(alone, log_frequency[rows_used.to(device)])
-        density = prior(here, field).log_density(z)
+        z, log_weight = observed.draws(part)
+        frequency = log_frequency[torch.from_numpy(observed.row[part]).to(observed.device)]
+        field = types.beside(celltypes.around_niche(observed.niche(part), own), frequency)
+        density = prior(around.of(part, observed.device), field).log_density(z)
         return (torch.logsumexp(log_weight + density, 1) - np.log(DRAWS)).mean()
 
-    _maximise(mean_log_p, prior, rows, judged, plan, rng)
+    _maximise(mean_log_p, prior, rows, judged, plan)
 
 
 @threads_for(0)  # the matrices are small: a second thread saves a quarter, but on busy cores takes five times as long
@@ -333,9 +372,10 @@ def _maximise(
     rows: np.ndarray,
     judged: np.ndarray,
     plan: Plan,
-    rng: np.random.Generator,
 ) -> None:
-    """Maximise ``mean_log_p`` of ``rows`` from the initial parameters, and keep those that are best for ``judged``."""
+    """Maximise ``mean_log_p`` of ``rows`` from the initial parameters, in ``plan.max_steps`` at most, and keep those
+    that are best for ``judged``."""
+    rng = np.random.default_rng([plan.seed, 3])
 
     @torch.no_grad()
     def score() -> float:
