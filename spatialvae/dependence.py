@@ -214,10 +214,12 @@ def _given_joined(correlation: np.ndarray, joined: np.ndarray, first: np.ndarray
     return found
 
 
-def log_expression(counts: np.ndarray) -> np.ndarray:
-    """log(1 + x / l), float64 (cell, gene), with l the total count of the cell over the median; 0 without counts."""
+def log_expression(counts: np.ndarray, typical: float | None = None) -> np.ndarray:
+    """log(1 + x / l), float64 (cell, gene), with l the total count of the cell over ``typical``, by default the median
+    of these cells; 0 without counts."""
     depth = counts.sum(1, keepdims=True, dtype=float)
-    typical = np.median(depth[depth > 0])
+    if typical is None:
+        typical = float(np.median(depth[depth > 0]))
     return np.log1p(counts * (typical / np.where(depth > 0, depth, np.inf)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,20 +48,27 @@ def latent_programs(model: SpatialVAE, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(total / len(rows), index=list(model.genes), columns=names)
 
 
-def domain_programs(expression: np.ndarray, labels: np.ndarray, genes: list[str]) -> pd.DataFrame:
+def domain_programs(expression: Iterable[np.ndarray], labels: np.ndarray, genes: list[str]) -> pd.DataFrame:
     """Difference of the mean expression of each gene between each domain and all other cells, in standard deviations.
 
-    ``expression`` float (cell, gene), log counts; ``labels`` (cell,). Returns a DataFrame (gene, domain).
+    ``expression`` yields log counts of consecutive cells, float64 (cell, gene) each, so that a large table is never
+    dense; ``labels`` (cell,). Returns a DataFrame (gene, domain).
     """
-    spread = np.maximum(expression.std(0), 1e-9)
-    names = sorted({str(label) for label in labels}, key=lambda name: (len(name), name))
-    of = {name: np.asarray(labels).astype(str) == name for name in names}
-    found = {
-        name: (expression[rows].mean(0) - expression[~rows].mean(0)) / spread
-        for name, rows in of.items()
-        if not rows.all()
-    }
-    return pd.DataFrame(found, index=genes)
+    labels = np.asarray(labels).astype(str)
+    names = sorted(set(labels), key=lambda name: (len(name), name))
+    within = np.array(names) == labels[:, None]
+    total, square, first = np.zeros((len(names), len(genes))), np.zeros(len(genes)), 0
+    for block in expression:
+        total += within[first : first + len(block)].T @ block
+        square += (block**2).sum(0)
+        first += len(block)
+    size, everything = within.sum(0)[:, None], total.sum(0)
+    mean = everything / len(labels)
+    spread = np.sqrt(np.maximum(square / len(labels) - mean**2, 1e-18))
+    if len(names) == 1:
+        return pd.DataFrame(index=genes)
+    found = (total / size - (everything - total) / (len(labels) - size)) / spread
+    return pd.DataFrame(found.T, index=genes, columns=names)
 
 
 def top_genes(programs: pd.DataFrame, number: int = 8) -> pd.DataFrame:

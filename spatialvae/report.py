@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,15 +184,18 @@ def _maps(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> li
             f"Agreement with {labels}: adjusted Rand index (ARI) {adjusted_rand_score(known, found):.3f}, normalised "
             f"mutual information (NMI) {normalized_mutual_info_score(known, found):.3f}."
         )
-    programs = interpret.domain_programs(log_expression(_counts(model)), found, list(model.genes))
+    programs = interpret.domain_programs(_log_expression(model), found, list(model.genes))
     if programs.shape[1]:
         tables = [table_of(sizes.merge(interpret.top_genes(programs).rename(columns={"program": "domain"})))]
     return [*sections, Section("Domains", [" ".join(text)], tables, figures)]
 
 
-def _counts(model: SpatialVAE) -> np.ndarray:
+def _log_expression(model: SpatialVAE) -> Iterator[np.ndarray]:
+    """``dependence.log_expression`` of the model's table, in blocks of rows."""
     counts = model._read(None).cells.counts
-    return counts.dense(np.arange(counts.shape[0]))
+    typical = float(np.median(counts.depth[counts.depth > 0]))
+    for _, block in counts.blocks():
+        yield log_expression(block.toarray(), typical)
 
 
 def _niches(model: SpatialVAE, labels: str | None, known: np.ndarray | None) -> list[Section]:

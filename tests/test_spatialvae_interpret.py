@@ -95,7 +95,7 @@ def test_domains__smooth_ones_have_shorter_borders(model):
 
 def test_domain_programs__by_hand():
     expression = np.array([[0.0, 1], [0, 3], [2, 1], [2, 3]])
-    found = interpret.domain_programs(expression, np.array([0, 0, 1, 1]), ["a", "b"])
+    found = interpret.domain_programs([expression[:1], expression[1:]], np.array([0, 0, 1, 1]), ["a", "b"])
     np.testing.assert_allclose(found, [[-2, 2], [0, 0]])
 
 
