@@ -51,7 +51,7 @@ from spatialvae.graph import without_own
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, Sites, SpatialModule
 from spatialvae.sampling import Places, joined_places
-from spatialvae.training import MOST_HELD, Plan, copied, divided, flattened, threads_for
+from spatialvae.training import MOST_HELD, Averaged, Plan, copied, divided, threads_for
 
 CONVOLUTIONS = ("gatv2", "sage", "gin")
 ENCODERS = ("field", *CONVOLUTIONS)
@@ -383,31 +383,23 @@ def _maximise(
         return float(mean_log_p(judged))
 
     prior.start()
-    parameters, gradient = flattened(prior)
-    decay = plan.weight_decay / len(rows)
-    optimiser = torch.optim.Adam([parameters], LEARNING_RATE, weight_decay=decay, fused=True)
-    average = parameters.detach().clone()
-    best, kept, steps, since = score(), copied(prior), 0, 0
-    most = min(MOST_STEPS, plan.max_steps)
-    while steps < most and since < PATIENCE:
+    parameters = Averaged(prior, LEARNING_RATE, plan.weight_decay / len(rows), AVERAGED)
+    best, kept, since, most = score(), copied(prior), 0, min(MOST_STEPS, plan.max_steps)
+    while parameters.done < most and since < PATIENCE:
         prior.train()
         # larger minibatches would make each step slower, but not fewer
         for part in minibatches(rows, min(plan.batch_size, Plan.batch_size), rng):
-            gradient.zero_()
+            parameters.gradient.zero_()
             (-mean_log_p(part)).backward()
-            optimiser.step()
-            steps += 1
-            average.lerp_(parameters.detach(), max(1 / steps, 1 / AVERAGED))
-            if steps % CHECK and steps < most:
+            parameters.step()
+            if parameters.done % CHECK and parameters.done < most:
                 continue
-            last = parameters.detach().clone()
-            parameters.data.copy_(average)
-            now, since = score(), since + CHECK
-            if now > best:
-                best, kept, since = now, copied(prior), 0
-            parameters.data.copy_(last)
+            with parameters.at_mean():
+                now, since = score(), since + CHECK
+                if now > best:
+                    best, kept, since = now, copied(prior), 0
             prior.train()
-            if steps == most or since >= PATIENCE:
+            if parameters.done == most or since >= PATIENCE:
                 break
     prior.load_state_dict(kept)
     prior.eval()

@@ -13,7 +13,7 @@ from spatialvae.data import minibatches
 from spatialvae.distributed import Team, team_of_processes
 from spatialvae.module import Niche, Section, SpatialModule
 
-AVERAGED = 300  # steps over which parameters are averaged (Polyak & Juditsky 1992), which reduces their noise
+AVERAGED = 300  # steps over which parameters are averaged
 CHECK = 100  # steps between two evaluations of held-out cells
 SMOOTHED = 3  # evaluations whose mean decides on stopping: a single one is too noisy
 MOST_HELD = 2000  # held-out cells that are evaluated: the error of their mean is about 0.1 nats
@@ -114,6 +114,30 @@ def divided(section: Section, plan: Plan) -> Division:
     return Division(np.sort(rows), np.sort(held[:MOST_HELD]), known)
 
 
+class Averaged:
+    """The trainable parameters of a module, updated by Adam, and their running average over the last ``steps`` steps
+    (Polyak & Juditsky 1992), which has less noise."""
+
+    def __init__(self, module: torch.nn.Module, learning_rate: float, weight_decay: float, steps: int) -> None:
+        self.now, self.gradient = flattened(module)
+        self.mean, self.done, self.over = self.now.detach().clone(), 0, steps
+        self.optimiser = torch.optim.Adam([self.now], learning_rate, weight_decay=weight_decay, fused=True)
+
+    def step(self) -> None:
+        """Update the parameters from ``gradient``."""
+        self.optimiser.step()
+        self.done += 1
+        self.mean.lerp_(self.now.detach(), max(1 / self.done, 1 / self.over))
+
+    @contextmanager
+    def at_mean(self) -> Iterator[None]:
+        """Set the parameters to their average."""
+        last = self.now.detach().clone()
+        self.now.data.copy_(self.mean)
+        yield
+        self.now.data.copy_(last)
+
+
 class _Run:
     """The state that changes while a module is trained."""
 
@@ -122,13 +146,15 @@ class _Run:
         self.rows, self.judged, self.known = division.rows, division.judged, division.known
         self.rng = np.random.default_rng([plan.seed, 1])
         self.generator = torch.Generator().manual_seed(plan.seed)
-        self.parameters, self.gradient = flattened(module)
-        team.agree(self.parameters)
         decay = plan.weight_decay / max(len(self.rows), 1)
-        self.optimiser = torch.optim.Adam([self.parameters], plan.learning_rate, weight_decay=decay, fused=True)
-        self.average, self.steps = self.parameters.detach().clone(), 0
-        self.bound = torch.zeros((), device=self.gradient.device)
+        self.parameters = Averaged(module, plan.learning_rate, decay, AVERAGED)
+        team.agree(self.parameters.now)
+        self.bound = torch.zeros((), device=self.parameters.now.device)
         self.niche = self.solved(None)
+
+    @property
+    def steps(self) -> int:
+        return self.parameters.done
 
     def solved(self, before: Niche | None) -> Niche:
         """The posterior of the niches, given the training cells."""
@@ -140,17 +166,15 @@ class _Run:
         # every process draws the noise of the whole minibatch: results do not depend on the number of processes
         noise = self.module.noise(len(rows), self.generator)
         part = slice(self.team.rank, None, self.team.size)
-        self.gradient.zero_()
+        gradient = self.parameters.gradient.zero_()
         terms = self.module.terms(self.section, rows[part], self.niche, noise[part])
         bound = terms.elbo(min(1.0, (self.steps + 1) / max(self.plan.warm_up, 1)))
         (-bound.sum() / len(rows)).backward()
-        self.team.add_up(self.gradient)
-        norm = float(self.gradient.norm())
+        self.team.add_up(gradient)
+        norm = float(gradient.norm())
         if norm > CLIP:
-            self.gradient.mul_(CLIP / norm)
-        self.optimiser.step()
-        self.steps += 1
-        self.average.lerp_(self.parameters.detach(), max(1 / self.steps, 1 / AVERAGED))
+            gradient.mul_(CLIP / norm)
+        self.parameters.step()
         self.bound += bound.detach().sum() / len(rows)
 
     def look(self, steps: int) -> Row:
@@ -163,10 +187,8 @@ class _Run:
         }
         self.bound.zero_()
         if len(self.judged):
-            last = self.parameters.detach().clone()
-            self.parameters.data.copy_(self.average)
-            row |= evaluate(self.module, self.section, self.judged, self.niche, self.plan.seed)
-            self.parameters.data.copy_(last)
+            with self.parameters.at_mean():
+                row |= evaluate(self.module, self.section, self.judged, self.niche, self.plan.seed)
         return row
 
 
@@ -175,7 +197,7 @@ def _train(
 ) -> list[Row]:
     run = _Run(module, section, division, plan, team)
     history: list[Row] = []
-    best, kept, since = -np.inf, run.average.clone(), 0
+    best, kept, since = -np.inf, run.parameters.mean.clone(), 0
     epoch = -(-len(run.rows) // plan.batch_size)
     wait = renewal = max(CHECK, epoch)  # steps until niches are updated; the interval doubles as the encoder converges
     looked = 0
@@ -198,10 +220,10 @@ def _train(
             score, warm = float(np.mean(scores)), run.steps >= plan.warm_up
             since = since + CHECK if warm else 0
             if not warm or score > best:
-                best, kept, since = (score if warm else -np.inf), run.average.clone(), 0
+                best, kept, since = (score if warm else -np.inf), run.parameters.mean.clone(), 0
             if run.steps >= plan.max_steps or since >= plan.patience:
                 break
-    run.parameters.data.copy_(kept)
+    run.parameters.now.data.copy_(kept)
     module.eval()
     return history
 
