@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from spatialvae.errors import InputError
+from spatialvae.errors import InputError, check_count
 from spatialvae.evidence import mean_with_error
+from spatialvae.likelihoods import check_likelihood
 from spatialvae.model import SpatialVAE
 from spatialvae.setup import Setup
 
@@ -55,8 +56,15 @@ def compare(
 
     Raises
     ------
-    InputError : if fewer than 10 cells would be held out or left for training
+    InputError : if fewer than 10 cells would be held out or left for training, or if a likelihood or size is invalid
     """
+    likelihoods, latents = list(likelihoods), list(latents)
+    if not likelihoods or not latents:
+        raise InputError("there is no model to compare; expected at least one likelihood and one latent size")
+    for likelihood in likelihoods:
+        check_likelihood(likelihood)
+    for n_latent in latents:
+        check_count("n_latent", n_latent)
     setup, n = Setup.read(adata), adata.n_obs
     n_held = round(held_out * n)
     if not LEAST_HELD <= n_held <= n - LEAST_HELD:

@@ -210,7 +210,10 @@ def disentanglement(
         row: dict[str, str | float] = {"asked": asked}
         for name, x in given.items():
             told = np.empty(truth.shape, truth.dtype)
-            for train, test in GroupKFold(FOLDS).split(x, groups=blocks):
+            for train, test in GroupKFold(min(FOLDS, len(np.unique(blocks)))).split(x, groups=blocks):
+                if len(set(truth[train])) == 1:  # there is nothing to fit
+                    told[test] = truth[train[0]]
+                    continue
                 fit = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, class_weight="balanced"))
                 told[test] = fit.fit(x[train], truth[train]).predict(x[test])
             row[name] = float(recall_score(truth, told, average="macro", zero_division=0))

@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spatialvae._defaults import LIKELIHOODS
+from spatialvae.errors import InputError
+
 TABLE = 256  # largest count in the lookup table
 ROWS = 64  # cells at a time, so that intermediate results stay in the cache
+
+
+def check_likelihood(name: str) -> None:
+    """Raise InputError unless ``name`` is a likelihood."""
+    if name not in LIKELIHOODS:
+        raise InputError(f"gene_likelihood is {name!r}; expected one of {LIKELIHOODS}")
 
 
 class _NegativeBinomial(torch.autograd.Function):

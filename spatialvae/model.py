@@ -33,6 +33,7 @@ from spatialvae.data import build_graphs, check_table, fingerprint, minibatches,
 from spatialvae.differential import Selection
 from spatialvae.errors import InputError, check_count
 from spatialvae.graph import knn_graph
+from spatialvae.likelihoods import check_likelihood
 from spatialvae.linear import fit_linear, groups_of, niche_latents
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, Shape, SpatialModule
@@ -100,8 +101,7 @@ class SpatialVAE:
         **others: Any,
     ) -> None:
         verbs.refuse(others, "SpatialVAE")
-        if gene_likelihood not in LIKELIHOODS:
-            raise InputError(f"gene_likelihood is {gene_likelihood!r}; expected one of {LIKELIHOODS}")
+        check_likelihood(gene_likelihood)
         for name, size in (("n_latent", n_latent), ("n_niche", n_niche), ("n_hidden", n_hidden)):
             check_count(name, size, "; for a model without niches set spatial_key=None" if name == "n_niche" else "")
         self.setup = replace(Setup.read(adata), measurement=measurement)

@@ -438,4 +438,6 @@ def _width(encoder: nn.Module, dim: int) -> int:
         out = encoder(x.to(device), edge_index.to(device), edge_attr.to(device))
     if out.ndim != 2 or len(out) != 2:
         raise InputError(f"niche_encoder returned shape {tuple(out.shape)} for 2 nodes; expected one row per node")
+    if out.dtype != torch.float32:
+        raise InputError(f"niche_encoder returned {out.dtype}; expected torch.float32, as x is")
     return int(out.shape[1])

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from command import call_spatialvae
+from spatialvae import SpatialVAE
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,30 @@ def test_bad_input__exits_2_with_one_message(monkeypatch, capsys, tmp_path, tabl
     assert message in error.replace("\n", " ")
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "TABLE"], "File exists"),
+        (["--out", "o", "--domains", 81], "--domains is 81; expected at most 80"),
+        (["--out", "o", "--seed", -1], "Invalid value for '--seed'"),
+    ],
+)
+def test_train__refuses_before_training(monkeypatch, capsys, tmp_path, table, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SpatialVAE, "train", lambda *_, **__: pytest.fail("it was trained"))
+    assert call_spatialvae(monkeypatch, "train", table, *[table if a == "TABLE" else a for a in arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_train__coordinates_in_a_frame(monkeypatch, tmp_path, table):
+    adata = anndata.read_h5ad(table)
+    adata.obsm["spatial"] = pd.DataFrame(adata.obsm["spatial"], index=adata.obs_names, columns=["x", "y"])
+    adata.write_h5ad(tmp_path / "frame.h5ad")
+    out = tmp_path / "run"
+    assert call_spatialvae(monkeypatch, "train", tmp_path / "frame.h5ad", "--out", out, "--max-epochs", 1) == 0
+    assert call_spatialvae(monkeypatch, "report", out) == 0
 
 
 def test_import__loads_nothing_heavy_and_prints_nothing():

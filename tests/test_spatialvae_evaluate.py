@@ -90,6 +90,17 @@ def test_compare__prefers_the_likelihood_and_the_neighbours_that_made_the_table(
         comparison.compare(adata, ["nb"], [3], held_out=0.02)
 
 
+@pytest.mark.parametrize(
+    ("likelihoods", "latents", "message"),
+    [(["nb", "gauss"], [3], "'gauss'"), (["nb"], [3, 0], "n_latent is 0"), ([], [3], "there is no model to compare")],
+)
+def test_compare__refuses_before_the_first_model_is_trained(likelihoods, latents, message):
+    adata = table()
+    SpatialVAE.setup_anndata(adata)
+    with pytest.raises(InputError, match=message):
+        comparison.compare(adata, likelihoods, latents, report=pytest.fail)
+
+
 def test_command__writes_the_comparison(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(neighbours, "MOST_STEPS", 10)
     adata = table(100)
@@ -99,7 +110,7 @@ def test_command__writes_the_comparison(monkeypatch, capsys, tmp_path):
     def run(*arguments):
         return call_spatialvae(monkeypatch, "evaluate", tmp_path / "cells.h5ad", *arguments)
 
-    asked = ["--likelihood", "poisson", "--latent", "2,3", "--samples", "5", "--max-epochs", "2"]
+    asked = ["--likelihood", " poisson", "--latent", "2,3", "--samples", "5", "--max-epochs", "2"]
     assert run(*asked, "--out", str(tmp_path / "out")) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"evidence.csv", "evidence.png"}
     assert sorted(pd.read_csv(tmp_path / "out" / "evidence.csv")["n_latent"]) == [2, 2, 3, 3]

@@ -111,6 +111,14 @@ def test_disentanglement__each_latent_tells_its_own():
     assert (table["both"] > 0.85).all()
 
 
+def test_disentanglement__of_classes_that_are_in_one_block():
+    x, rare = np.random.default_rng(0).normal(size=(60, 2)), (np.arange(60) < 5).astype(int)
+    found = interpret.disentanglement(x, x, {"rare": rare, "one": 0 * rare}, np.arange(60) // 20)
+    assert found["chance"].tolist() == [0.5, 1]
+    assert (found.loc[0, ["niche", "cell", "both"]] <= 0.5).all()  # never learned before it occurs
+    assert (found.loc[1, ["niche", "cell", "both"]] == 1).all()
+
+
 def test_enrichment__against_scipy_and_by_hand(tmp_path):
     from scipy.stats import mannwhitneyu
 

@@ -266,6 +266,13 @@ def test_wrong_encoder__is_refused():
         fitted("gat", 0)
     with pytest.raises(InputError, match=r"returned shape \(\) for 2 nodes"):
         fitted(Flat(), 0)
+    with pytest.raises(InputError, match=r"returned torch\.float64; expected torch\.float32"):
+        fitted(Doubled(), 0)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x, edge_index, edge_attr):
+        return x.double()
 
 
 class Flat(torch.nn.Module):

@@ -24,7 +24,7 @@ def evaluate(
     model: Annotated[Path | None, typer.Option(help="Output folder of 'spatialvae train'.", metavar="DIR")] = None,
     labels: Annotated[str | None, typer.Option(help="With --model: column of obs with known domains.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Importance samples per cell for log p(x).")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of draws, mixtures, weights and held-out cells.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of draws, mixtures, weights and held-out cells.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for evidence.csv or, with --model, checks.csv.")] = None,
     likelihood: Annotated[str, typer.Option(help="Without --model: likelihoods to compare.")] = ",".join(LIKELIHOODS),
     latent: Annotated[str, typer.Option(help="Without --model: latent sizes to compare.")] = "10,30",
@@ -59,7 +59,8 @@ def evaluate(
 
         sizes = [_whole(text, "--latent") for text in latent.split(",")]
         SpatialVAE.setup_anndata(adata, layer, spatial_key or None, sample_key, batch_key)
-        return _compare(adata, out, likelihood.split(","), sizes, held_out, samples, max_epochs, seed)
+        names = [name.strip() for name in likelihood.split(",")]
+        return _compare(adata, out, names, sizes, held_out, samples, max_epochs, seed)
     assert model is not None
     return _evaluate_model(adata, model, labels, samples, seed, out)
 
@@ -118,6 +119,7 @@ def _compare(
     from spatialvae import comparison
     from spatialvae._files import whole
 
+    out.mkdir(parents=True, exist_ok=True)  # an error after training would lose the results
     with Console(stderr=True).status("selecting held-out cells") as status:
         found = comparison.compare(
             adata,
@@ -160,7 +162,7 @@ def sample(
     cells: Annotated[
         str, typer.Option(help="tissue, prior: draw z_cell from the 'model', or take it from cells of the 'table'.")
     ] = "table",
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
 ) -> None:
     """Draw counts from a model: for the cells of TABLE (posterior), for new cells at their positions (tissue), or for
     the same number of independent cells (prior)."""

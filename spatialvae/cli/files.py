@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_table(path: Path) -> AnnData:
-    """Open a table, leaving counts, layers and obsm in the file.
+    """Open a table, leaving counts, layers and arrays of obsm in the file.
 
     Raises InputError if the file does not exist or cannot be read.
     """
@@ -33,11 +33,13 @@ def read_table(path: Path) -> AnnData:
         if "encoding-type" not in file.attrs:  # before AnnData 0.8
             return anndata.read_h5ad(path)
         layers, obsm = (file.get(name, {}) for name in ("layers", "obsm"))
+        frames = [name for name, item in obsm.items() if item.attrs.get("encoding-type") == "dataframe"]
         return anndata.AnnData(
             lazy(file["X"]) if "X" in file else None,
             read_elem(file["obs"]),
             read_elem(file["var"]),
-            obsm={name: item for name, item in obsm.items() if isinstance(item, h5py.Dataset)},
+            obsm={name: item for name, item in obsm.items() if isinstance(item, h5py.Dataset)}
+            | {name: read_elem(obsm[name]) for name in frames},
             layers={name: lazy(item) for name, item in layers.items()},
         )
     except Exception as error:  # h5py and anndata raise many kinds of errors for invalid files

@@ -54,7 +54,7 @@ def dependence(
     labels: Annotated[str | None, typer.Option(help="Column of obs with the type of each cell.", metavar="KEY")] = None,
     genes: Annotated[int, typer.Option(min=3, help="Number of genes; the most variable are used.")] = 60,
     max_false: Annotated[float, typer.Option(min=0.01, help="Largest expected number of wrong edges.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the thinning and of the halves.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the thinning and of the halves.")] = 0,
 ) -> None:
     """Find genes that depend on each other given all others and the neighbours; with --labels, effects of neighbours.
 
@@ -113,7 +113,9 @@ def latent(
     labels: Labels,
     out: Annotated[Path, typer.Option(help="Figure to write: .png, .pdf or .svg.")],
     key: Annotated[str, typer.Option(help="Key of the embedding in obsm.")] = "X_spatialvae",
-    seed: Annotated[int, typer.Option(help="Seed of the choice of cells and of the two-dimensional embedding.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the choice of cells and of the two-dimensional embedding.")
+    ] = 0,
 ) -> None:
     """Draw distances between cells in latent space, ordered by type, and a two-dimensional embedding."""
     adata = read_table(table)

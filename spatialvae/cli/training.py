@@ -13,6 +13,7 @@ import typer
 from spatialvae._defaults import LIKELIHOODS
 from spatialvae.cli.files import model_folder, read_table, status, write_table
 from spatialvae.cli.options import Table
+from spatialvae.errors import InputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -33,7 +34,7 @@ def train(
     max_epochs: Annotated[
         int | None, typer.Option(min=1, help="Largest number of passes over the table. [default: stop automatically]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, held-out cells and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, held-out cells and noise.")] = 0,
     likelihood: Annotated[
         str, typer.Option(help="Likelihood of counts: zinb, nb or poisson; 'spatialvae evaluate' compares them.")
     ] = LIKELIHOODS[0],
@@ -61,6 +62,9 @@ def train(
         model = SpatialVAE(
             adata, gene_likelihood=likelihood, seed=seed, measurement=measurement, linear_decoder=linear_decoder
         )
+    if domains is not None and domains > adata.n_obs:
+        raise InputError(f"--domains is {domains}; expected at most {adata.n_obs}, the number of cells")
+    out.mkdir(parents=True, exist_ok=True)  # an error after training would lose the model
     model.train(max_epochs, seed=seed, progress=is_first())
     if not is_first():
         return
