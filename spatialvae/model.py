@@ -38,6 +38,7 @@ from spatialvae.linear import fit_linear, groups_of, niche_latents
 from spatialvae.mixture import Mixture
 from spatialvae.module import ROWS_AT_ONCE, Section, Shape, SpatialModule
 from spatialvae.posterior import posterior
+from spatialvae.progress import training_bar, waiting
 from spatialvae.setup import Setup, check_key, checked_coordinates, read_places
 from spatialvae.training import Plan, divided, train
 
@@ -264,13 +265,13 @@ class SpatialVAE:
             plan = replace(plan, max_steps=max_epochs * -(-len(divided(section, plan).rows) // plan.batch_size))
         module, prior = copy.deepcopy((self.module, self.neighbours))
         module.drop_types()
-        with _bar(plan.max_steps, progress) as report:
+        with training_bar(plan.max_steps, progress) as report:
             history = pd.DataFrame(train(module, section, plan, report))
-        module.align(section)
-        section = niche_prior.fit(module, section)
-        units.fit(module, section, seed)
-        with torch.random.fork_rng(devices=[]):
+        with waiting("priors of cells", progress), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            module.align(section)
+            section = niche_prior.fit(module, section)
+            units.fit(module, section, seed)
             neighbours.fit(prior, module, section, plan)
         self.module, self.neighbours, self._section = module, prior, section
         if trained:
@@ -887,7 +888,12 @@ class SpatialVAE:
         return expected
 
     def domains(
-        self, k: int | None = None, adata: AnnData | None = None, seed: int = 0, smooth: bool = False
+        self,
+        k: int | None = None,
+        adata: AnnData | None = None,
+        seed: int = 0,
+        smooth: bool = False,
+        progress: bool = True,
     ) -> np.ndarray:
         """Find ``k`` spatial domains: the consensus of Gaussian mixtures of the dimensions of z_cell that vary in
         space, averaged over each cell and its 8, 15 or 30 nearest neighbours, and then over those of 36 neighbours that
@@ -924,12 +930,14 @@ class SpatialVAE:
                 latents.append(self.module.means(section)[1][:, : shape.n_niche].numpy())
         target.uns.pop(_keys.DOMAIN_NUMBER, None)  # it belongs to the domains that are replaced
         if k is None:
-            target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latents[0], near, seed)
+            with waiting("number of domains", progress):
+                target.uns[_keys.DOMAIN_NUMBER] = found = analysis.stability(latents[0], near, seed)
             k = analysis.most_stable(found)
-        if near is None:
-            probability = analysis.find_domains(latents[0], k, seed)
-        else:
-            probability = analysis.spatial_domains(latents, near, k, seed)
+        with waiting("domains", progress):
+            if near is None:
+                probability = analysis.find_domains(latents[0], k, seed)
+            else:
+                probability = analysis.spatial_domains(latents, near, k, seed)
         labels, probability = analysis.in_order_of_size(probability)
         if smooth and graphs is not None:
             from spatialvae.potts import smooth_labels
@@ -1047,22 +1055,3 @@ def _own_encoder(folder: Path, saved: str, given: torch.nn.Module | None) -> tor
     if saved != OWN and given is not None:
         raise InputError(f"{folder} was created with niche_encoder={saved!r}; leave out niche_encoder")
     return given
-
-
-def _bar(steps: int, visible: bool) -> Any:
-    from contextlib import contextmanager
-
-    from rich.progress import Progress
-
-    @contextmanager
-    def bar() -> Any:
-        with Progress(disable=not visible, transient=True) as progress:
-            task = progress.add_task("training", total=steps)
-
-            def report(row: dict[str, float]) -> None:
-                bound = row.get("evidence_validation", row["elbo_train"])
-                progress.update(task, completed=row["step"], description=f"training, {bound:.2f} nats per cell")
-
-            yield report
-
-    return bar()
