@@ -19,6 +19,7 @@ kernel: Callable[..., Any] = numba.njit(cache=True, nogil=True, error_model="num
 inline: Callable[..., Any] = numba.njit(inline="always", error_model="numpy", fastmath=FAST)
 
 NEAR = 16  # largest count in the lookup table; Stirling's series has errors below 1e-9 for larger ones
+LEAST_MEAN = 1e-30  # of a gene with a large count: its share may be too small for float32
 MOST_ADDED = float32(60)  # largest logit of an additional zero: with larger ones the mean might overflow in float32
 
 
@@ -136,6 +137,7 @@ def negative_binomial(x, logits, logit_zero, depth, log_theta, value, by_logit, 
             part = float32(1) / above
             odds = -(_log(above) + (ratio - (above - float32(1))) * part)  # log(theta / (theta + mu))
             none = theta[g] * odds
+            near = x[i, g] if x[i, g] <= NEAR else float32(0)
             pull = x[i, g] * part - theta[g] * ratio * part
             turn = none + theta[g] * ratio * part - x[i, g] * part
             if logit_zero is not None:
@@ -143,12 +145,14 @@ def negative_binomial(x, logits, logit_zero, depth, log_theta, value, by_logit, 
                 all_ways = counted + (added if x[i, g] == 0 else float32(0))
                 weight = counted / all_ways  # probability that a zero is not additional
                 kept = float32(1) / (float32(1) + added)
-                likelihood += (float32(1) - x[i, g]) * _log(all_ways * kept)  # for x > 0, x log mu includes -x log kept
+                # for small x > 0, x log mu includes -x log kept
+                likelihood += (float32(1) - near) * _log(all_ways * kept)
                 none = none if x[i, g] > 0 else float32(0)
                 pull *= weight
                 turn *= weight
                 by_zero[i, g] = added * kept * (pull - float32(1)) + (float32(1) - weight)
-            likelihood += none + x[i, g] * (logits[i, g] + shift - log_theta[g] + odds)
+            none = none if x[i, g] <= NEAR else float32(0)
+            likelihood += none + near * (logits[i, g] + shift - log_theta[g] + odds)
             by_logit[i, g] = pull
             by_theta[i, g] = turn
             pulled += pull
@@ -162,8 +166,14 @@ def negative_binomial(x, logits, logit_zero, depth, log_theta, value, by_logit, 
                 likelihood += rising[g, int(x[i, g])]
                 by_theta[i, g] += slope[g, int(x[i, g])]
             else:
-                far = float(theta[g]) + x[i, g]
-                likelihood += float32(rest[0, g] + _stirling(far) - _stirling(x[i, g] + 1.0))
+                # terms that grow with x cancel: their sum is computed in double precision (float() would not convert)
+                count, size = np.float64(x[i, g]), np.float64(theta[g])
+                mean = np.float64(depth[i]) * share[g]
+                if logit_zero is not None:
+                    mean *= 1 + np.float64(_exp(min(logit_zero[i, g], MOST_ADDED)))
+                ratio, far = max(mean, LEAST_MEAN) / size, size + count
+                powers = count * math.log1p(1 / ratio) + size * math.log1p(ratio)
+                likelihood += float32(rest[0, g] + _stirling(far) - _stirling(count + 1) - powers)
                 by_theta[i, g] += float32(rest[1, g] + theta[g] * _stirling_slope(far))
         for g in range(genes):
             by_logit[i, g] -= share[g] * pulled

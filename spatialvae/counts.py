@@ -77,11 +77,14 @@ def read_counts(matrix: Any, columns: np.ndarray, where: str) -> Counts:
     to an unnamed memory-mapped temporary file (in ``TMPDIR``; 2 to 4 bytes per non-zero count), so that the system can
     page them out; it is removed with the last reference to it.
 
-    Cells without counts are allowed. Raises InputError, naming ``where``, for values that are not non-negative
-    integers, a matrix without any counts, and a damaged matrix.
+    Cells without counts are allowed. Raises InputError, naming ``where``, for values of another type or that are not
+    non-negative integers, a matrix without any counts, and a damaged matrix.
     """
     from spatialvae import _kernels
 
+    kind = np.dtype(matrix.dtype)
+    if kind.kind not in "biu" and kind not in (np.float32, np.float64):
+        raise InputError(f"{where} is of type {kind}; expected integers, float32 or float64")
     n, in_file = matrix.shape[0], not (isinstance(matrix, np.ndarray) or sp.issparse(matrix))
     length, depth, highest = np.zeros(n, np.int64), np.zeros(n), 0
     for rows, genes, values in _entries(matrix, columns, where):

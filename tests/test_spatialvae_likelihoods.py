@@ -65,6 +65,22 @@ def test_negative_binomial_of_logits__matches_the_slow_way(counts, inflated):
         np.testing.assert_allclose(fast.numpy(), slow.numpy(), rtol=2e-5, atol=2e-4)
 
 
+@pytest.mark.parametrize("inflated", [False, True])
+def test_negative_binomial_of_logits__of_large_counts(inflated):
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.ones(10), 40)
+    for size in (1e3, 1e6):
+        x = rng.poisson(size * share * rng.gamma(3, 1 / 3, share.shape))
+        arguments = x, np.log(share), x.sum(1), np.full(10, np.log(3)), *([np.full(share.shape, -2.0)] * inflated)
+        values = [
+            likelihoods.negative_binomial_of_logits(*(torch.tensor(a, dtype=dtype) for a in arguments))
+            for dtype in (torch.float32, torch.float64)
+        ]
+        np.testing.assert_allclose(*values, rtol=0, atol=1e-3)  # nats
+    alone = [torch.tensor(a, dtype=torch.float32) for a in ([[1000, 1]], [[-200, 0]], [1001], [1, 1])]
+    assert torch.isfinite(likelihoods.negative_binomial_of_logits(*alone)).all()
+
+
 def test_draw_cell__kernel_matches_tensor_operations():
     generator = torch.Generator().manual_seed(1)
     mean, log_variance, prior_mean, noise = torch.randn(4, 9, 5, generator=generator)

@@ -639,6 +639,10 @@ def spoil_blanks(table):
     table.var["is_blank"] = [False] * 10 + [np.nan] * 2
 
 
+def spoil_type(table):
+    table.X = table.X.astype(object)
+
+
 def spoil_axes(table):
     table.obsm["spatial"] = np.full((40, 2), "1 um")
 
@@ -654,6 +658,7 @@ def spoil_axes(table):
         (spoil_nothing, "X has no counts: all 40 cells are zero"),
         (spoil_composition, "all 40 cells with counts have the same composition of 12 genes"),
         (spoil_blanks, r"var\['is_blank'\] is nan for gene 'g10' \(2 such genes\); expected True or False"),
+        (spoil_type, "X is of type object; expected integers, float32 or float64"),
         (spoil_axes, r"obsm\['spatial'\] is not an array of numbers: could not convert string to float: .*'1 um'"),
     ],
 )
