@@ -22,9 +22,9 @@ z_is from a wide Gaussian r_i around the mode (``evidence.weighted_draws``)::
 
 The sum over cells is a pseudolikelihood (Besag 1975). One section has few cells for this many parameters. Each step
 therefore leaves out a random share of the neighbours and of the columns of c_i (``DROPPED``), the parameters are
-averaged over the last steps, and those with the highest log p of the held-out cells are kept; these may be the initial
-ones. Encoder, decoder and field are not changed. The field prediction of a cell is computed with the counts of a tenth
-of the section left out, including those of the cell (``FOLDS``).
+averaged over the last steps, and those with the highest log p of the held-out cells are kept, or the initial ones if
+the improvement is less than its standard error. Encoder, decoder and field are not changed. The field prediction of a
+cell is computed with the counts of a tenth of the section left out, including those of the cell (``FOLDS``).
 """
 
 from __future__ import annotations
@@ -355,53 +355,56 @@ def _fit_messages(
         [types.log_frequency_around(observed.niche(part)) for part in blocks]
     )  # once: a tenth of each step
 
-    def mean_log_p(part: np.ndarray) -> Tensor:
+    def log_p(part: np.ndarray) -> Tensor:
         z, log_weight = observed.draws(part)
         frequency = log_frequency[torch.from_numpy(observed.row[part]).to(observed.device)]
         field = types.beside(celltypes.around_niche(observed.niche(part), own), frequency)
         density = prior(around.of(part, observed.device), field).log_density(z)
-        return (torch.logsumexp(log_weight + density, 1) - np.log(DRAWS)).mean()
+        return torch.logsumexp(log_weight + density, 1) - np.log(DRAWS)
 
-    _maximise(mean_log_p, prior, rows, judged, plan)
+    _maximise(log_p, prior, rows, judged, plan)
 
 
 @threads_for(0)  # the matrices are small: a second thread saves a quarter, but on busy cores takes five times as long
 def _maximise(
-    mean_log_p: Callable[[np.ndarray], Tensor],
+    log_p: Callable[[np.ndarray], Tensor],
     prior: NeighbourPrior,
     rows: np.ndarray,
     judged: np.ndarray,
     plan: Plan,
 ) -> None:
-    """Maximise ``mean_log_p`` of ``rows`` from the initial parameters, in ``plan.max_steps`` at most, and keep those
-    that are best for ``judged``."""
+    """Maximise the mean of ``log_p`` of ``rows`` from the initial parameters, in ``plan.max_steps`` at most, and keep
+    those that are best for ``judged``; the initial ones if the improvement is less than its standard error."""
     rng = np.random.default_rng([plan.seed, 3])
 
     @torch.no_grad()
-    def score() -> float:
+    def score() -> Tensor:
         prior.eval()
-        return float(mean_log_p(judged))
+        return log_p(judged)
 
     prior.start()
     parameters = Averaged(prior, LEARNING_RATE, plan.weight_decay / len(rows), AVERAGED)
-    best, kept, since, most = score(), copied(prior), 0, min(MOST_STEPS, plan.max_steps)
+    first = best = score()
+    start = kept = copied(prior)
+    since, most = 0, min(MOST_STEPS, plan.max_steps)
     while parameters.done < most and since < PATIENCE:
         prior.train()
         # larger minibatches would make each step slower, but not fewer
         for part in minibatches(rows, min(plan.batch_size, Plan.batch_size), rng):
             parameters.gradient.zero_()
-            (-mean_log_p(part)).backward()
+            (-log_p(part).mean()).backward()
             parameters.step()
             if parameters.done % CHECK and parameters.done < most:
                 continue
             with parameters.at_mean():
                 now, since = score(), since + CHECK
-                if now > best:
+                if now.mean() > best.mean():
                     best, kept, since = now, copied(prior), 0
             prior.train()
             if parameters.done == most or since >= PATIENCE:
                 break
-    prior.load_state_dict(kept)
+    gain = best - first
+    prior.load_state_dict(kept if gain.mean() > gain.std(correction=0) / len(gain) ** 0.5 else start)
     prior.eval()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import reference
-from spatialvae import InputError, SpatialVAE
+from spatialvae import InputError, SpatialVAE, training
 from spatialvae.celltypes import Types
 from spatialvae.mixture import Mixture
 from spatialvae.neighbours import (
@@ -18,6 +18,7 @@ from spatialvae.neighbours import (
     Convolution,
     NeighbourPrior,
     Surroundings,
+    _maximise,
     kernels,
     nearest,
 )
@@ -159,6 +160,15 @@ def test_prior__of_a_place_without_neighbours_is_that_of_the_field():
     for of_both, of_field in ((found.mean, field.mean), (found.log_weight, field.log_weight)):
         torch.testing.assert_close(of_both[1], of_field[1])
         assert (of_both[0] - of_field[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("mean", "kept"), [(0.05, False), (0.5, True)])
+def test_messages__are_used_if_they_improve_more_than_by_chance(mean, kept):
+    prior, noise = NeighbourPrior(2, Sum(2)), torch.randn(200, generator=torch.Generator().manual_seed(0))
+    gain = mean + noise - noise.mean()  # of a cell, per unit of a parameter: the standard error of the mean is 0.07
+    plan = training.Plan(max_steps=100, batch_size=50)
+    _maximise(lambda part: gain[part] * prior.moved[0, 0], prior, np.arange(100), np.arange(200), plan)
+    assert (prior.moved[0, 0] > 0.05).item() is kept
 
 
 def test_kernels__are_gaussians_of_distance():
