@@ -145,7 +145,7 @@ class Convolution(nn.Module):
         return F.relu(self.join(x, edge_index, kernels(edge_attr)))
 
     def of_slots(self, values: Tensor, distance: Tensor, there: Tensor) -> Tensor:
-        """What ``forward`` returns for the positions of star graphs, (B, column), in half the time, since nothing is
+        """What ``forward`` returns for the positions of star graphs, (B, column), but faster, since nothing is
         scattered. The neighbours' ``values`` (B, slot, dim), ``distance`` and ``there`` (B, slot), False where a slot
         is empty."""
         layer, each, own = self.join, self.lift(values), self.lift(values.new_zeros(values.shape[2]))
@@ -351,9 +351,8 @@ def _fit_messages(
     """Fit ``prior`` to ``rows``, whose surroundings are those of ``around`` (cell, ...)."""
     types, own = module.types, module.log_residual.detach().exp()
     blocks = minibatches(np.flatnonzero(observed.row >= 0), ROWS_AT_ONCE)
-    log_frequency = torch.cat(
-        [types.log_frequency_around(observed.niche(part)) for part in blocks]
-    )  # once: a tenth of each step
+    # computed once: it would be a tenth of each step
+    log_frequency = torch.cat([types.log_frequency_around(observed.niche(part)) for part in blocks])
 
     def log_p(part: np.ndarray) -> Tensor:
         z, log_weight = observed.draws(part)

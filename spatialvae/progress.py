@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-Row = dict[str, float]
+if TYPE_CHECKING:
+    from spatialvae.training import Report, Row
 
 
 @contextmanager
-def training_bar(steps: int, visible: bool) -> Iterator[Callable[[Row], None]]:
+def training_bar(steps: int, visible: bool) -> Iterator[Report]:
     """A bar for at most ``steps`` of training; yields the function that updates it from a row of the log."""
     from rich.progress import Progress
 

@@ -173,7 +173,10 @@ def test_sample_tissue__rearranges_the_cells_of_the_table(trained):
     assert len(np.unique(z)) == table.n_obs
     known = model.get_latent_representation(which="cell")[:, 0]
     assert np.corrcoef(z, z[near])[0, 1] == pytest.approx(np.corrcoef(known, known[near])[0, 1], abs=0.15)
-    assert abs(np.corrcoef(z, known)[0, 1]) < 0.8  # it lies elsewhere; smooth patterns correlate by chance
+    # cells lie elsewhere: patterns of one arrangement may correlate by chance
+    others = [model.sample_tissue(table.obsm["spatial"], seed=seed, cells="table") for seed in (1, 2)]
+    arrangements = [each.obsm["X_spatialvae"][:, model.module.shape.n_niche] for each in (made, *others)]
+    assert np.mean([abs(np.corrcoef(values, known)[0, 1]) for values in arrangements]) < 0.5
     assert made.X.sum() == pytest.approx(depth.sum(), rel=0.03)
 
 
